@@ -1,0 +1,47 @@
+# Everything is set up in .venv by the targets themselves: only Python 3.11 and make are needed.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO ?= demo
+DEMO_SERIES ?= 60
+DEMO_SIZE ?= 128
+
+.PHONY: help venv demo test test-slow lint format clean
+
+help:
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+venv: $(VENV)/.installed ## install everything into .venv
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,jpeg,dev]'
+	touch $@
+
+demo: venv ## phantom files -> dataset -> trained model -> report
+	rm -rf $(DEMO)
+	$(BIN)/ich-prep synth --out $(DEMO)/rsna --series $(DEMO_SERIES) --size $(DEMO_SIZE) --seed 0
+	$(BIN)/ich-prep build --recipe pipelines/smoke.toml --src $(DEMO)/rsna --out $(DEMO)/data.zarr
+	$(BIN)/ich-prep verify $(DEMO)/data.zarr --src $(DEMO)/rsna --sample 0.05
+	$(BIN)/ich-prep info $(DEMO)/data.zarr
+	$(BIN)/ich-train run --recipe pipelines/smoke.toml --data $(DEMO)/data.zarr --out $(DEMO)/run
+	@echo "The report: $(abspath $(DEMO))/run/report.html"
+
+test: venv lint ## the tests, and lint and types
+	$(BIN)/pytest
+
+test-slow: venv ## the tests that take minutes
+	$(BIN)/pytest -m slow --timeout 1200
+
+lint: venv ## ruff, mypy --strict, import-linter
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --quiet --check .
+	$(BIN)/mypy --no-error-summary
+	$(BIN)/lint-imports --no-cache > /dev/null || $(BIN)/lint-imports --no-cache
+
+format: venv ## write the code in the house's form
+	$(BIN)/ruff check --quiet --fix .
+	$(BIN)/ruff format --quiet .
+
+clean: ## remove what the targets made
+	rm -rf $(VENV) $(DEMO) .ruff_cache .mypy_cache .hypothesis

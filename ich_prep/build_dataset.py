@@ -1,0 +1,433 @@
+"""The whole build, top to bottom: list -> scan -> plan -> shards -> publish.
+
+Each step leaves what it made on disk before the next begins, so that a build that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ich_prep import ledger, store
+from ich_prep.errors import BuildError, Reason, SourceError, UsageError
+from ich_prep.execute import Pool, default_workers
+from ich_prep.labels import Labels, complete_any
+from ich_prep.layouts import LAYOUTS, recognise
+from ich_prep.plan import PIXEL_COLUMNS, Plan, make_plan
+from ich_prep.progress import Progress, Silence
+from ich_prep.scan import FILES_PER_BATCH, scan_batch
+from ich_prep.shard import write_shard
+from ich_prep.sources import Listing, list_files
+from ich_prep.store import Spec, State
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a build: the counts of the published dataset, and whether there was nothing left to do."""
+
+    counts: dict[str, Any]
+    already_finished: bool
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Allowances:
+    """What may be wrong with the labels without ending the build, and the largest share of damaged files."""
+
+    unlabelled: bool = False
+    missing_images: bool = False
+    contradictions: bool = False
+    max_quarantined: float = 0.01
+
+
+def build(
+    src: str | Path,
+    out: str | Path,
+    spec: Spec | None = None,
+    *,
+    labels: str | Path | None = None,
+    workers: int | None = None,
+    scheduler: str | None = None,
+    overwrite: bool = False,
+    allow: Allowances | None = None,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Build the dataset ``out`` from the DICOM files below ``src``, or go on with a build that was stopped.
+
+    ``labels`` is a label file instead of the one in the tree. ``workers`` are local processes (default: one a core; 0:
+    all in this process), ``scheduler`` the address of a Dask cluster whose workers see both folders under the same
+    paths. Raises ``SourceError``, ``BuildError`` or ``UsageError``; what was done by then is kept for the next run.
+    """
+    source, target = Path(src).absolute(), Path(out).absolute()
+    spec, allow, progress = spec or Spec(), allow or Allowances(), progress or Silence()
+    count = default_workers() if workers is None else workers
+    seconds: dict[str, float] = {}
+    _refuse_foreign(target, source)
+    with Pool(workers=count, scheduler=scheduler, modules=("ich_prep.scan", "ich_prep.shard")) as pool:
+        with _timed(seconds, "list"):
+            listing = list_files(source)
+            found, spec = _resolve_layout(spec, listing, progress)
+            known = complete_any(
+                found.read_labels(
+                    listing, None if labels is None else Path(labels), allow_contradictions=allow.contradictions
+                )
+            )
+        state = State(spec=spec, sources=_digest_listing(listing), labels=_digest_labels(known))
+        folder = target / store.BUILD
+        if overwrite:
+            _remove(target)
+        elif _is_finished(target, state, listing):
+            counts = store.open_dataset(target).ich["counts"]
+            return Outcome(counts=counts, already_finished=True, seconds=seconds)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _only_one(folder), _explained(target):
+            log = partial(_log, folder / store.LOG)
+            state = _begin(folder, state, listing)
+            log("start", layout=spec.layout, files=len(listing.files), notes=known.notes)
+            for note in known.notes:
+                progress.say(f"Labels: {note}.")
+            with _timed(seconds, "start workers"):
+                pool.ready()
+            if state.plan is None:
+                with _timed(seconds, "scan"):
+                    scanned = _scan(pool, target, source, listing, progress)
+                with _timed(seconds, "plan"):
+                    slices = scanned.filter(pc.is_null(scanned["reason"]))
+                    plan = make_plan(scanned, placement=found.place(slices), labels=known, spec=spec)
+                    _check_labels(plan, known, folder, allow, progress)
+                    _check_damage(plan.quarantine["reason"], len(listing.files), allow, folder)
+                    state = _write_plan(folder, state, plan)
+                log("planned", slices=len(plan.slices), quarantined=len(plan.quarantine))
+            assert state.plan is not None
+            with _timed(seconds, "shards"):
+                _write_shards(pool, target, source, state.plan, progress)
+            with _timed(seconds, "publish"):
+                counts = _publish(target, state, len(listing.files), allow)
+            log("published", **counts)
+    return Outcome(counts=counts, already_finished=False, seconds=seconds)
+
+
+# --- before the work -------------------------------------------------------------------------------------------------
+
+
+def _refuse_foreign(target: Path, source: Path) -> None:
+    """Raise where ``target`` is something else than a dataset, a build in progress, or nothing."""
+    if target == source or (source in target.parents and target.parent == source and target.name == ""):
+        raise UsageError(f"Expected --out outside of the source tree; both are {target}. Give another folder.")
+    if not target.exists() or (target / store.BUILD / store.STATE).exists():
+        return
+    if target.is_dir() and not any(target.iterdir()):
+        return
+    if (target / store.ROOT).exists():
+        store.open_dataset(target)  # raises for a store that is not ours
+        return
+    raise UsageError(
+        f"Expected --out to be new, a dataset, or a build to go on with; {target} is none of them. Nothing in it was "
+        "touched: give another folder, or remove it yourself."
+    )
+
+
+def _resolve_layout(spec: Spec, listing: Listing, progress: Progress) -> tuple[Any, Spec]:
+    if spec.layout == "auto":
+        recognised = recognise(listing)
+        progress.say(f"Layout: {recognised.name}, because {recognised.why}.")
+        spec = spec.model_copy(update={"layout": recognised.name})
+    return LAYOUTS[spec.layout], spec
+
+
+def _digest_listing(listing: Listing) -> str:
+    digest = hashlib.sha256()
+    for path, size in zip(listing.files["path"].to_pylist(), listing.files["size"].to_pylist(), strict=True):
+        digest.update(b"%d %d " % (len(path), size) + path)
+    return digest.hexdigest()
+
+
+def _digest_labels(labels: Labels) -> str:
+    digest = hashlib.sha256(labels.key.encode() + labels.values.tobytes())
+    for keys in (labels.keys, labels.listed):
+        digest.update(b"%d " % len(keys) + "\n".join(keys.to_pylist()).encode())
+    return digest.hexdigest()
+
+
+def _is_finished(target: Path, state: State, listing: Listing) -> bool:
+    """Return whether the dataset that this build would make is there; raises where another one, or another's build is."""
+    folder = target / store.BUILD
+    finished = (target / store.ROOT).exists()
+    if not (folder / store.STATE).exists():
+        if not finished:
+            return False
+        there = store.open_dataset(target).spec  # its build folder was removed: the sources cannot be compared
+        differences = _spec_differences(there, state.spec)
+    else:
+        before = store.read_state(folder)
+        differences = _spec_differences(before.spec, state.spec)
+        if before.sources != state.sources:
+            differences.append(_listing_difference(folder, listing))
+        if before.labels != state.labels:
+            differences.append("the labels are not the same")
+    if differences:
+        raise BuildError(
+            f"{target} {'is a dataset' if finished else 'is the build'} of something else: {'; '.join(differences)}. "
+            "Build into another folder, or replace this one with --overwrite."
+        )
+    return finished
+
+
+def _spec_differences(there: Spec, here: Spec) -> list[str]:
+    before, now = there.model_dump(mode="json"), here.model_dump(mode="json")
+    return [f"{name} was {before[name]!r} and is now {now[name]!r}" for name in now if before[name] != now[name]]
+
+
+def _listing_difference(folder: Path, listing: Listing) -> str:
+    table = pq.read_table(folder / store.FILES)
+    before = dict(zip(table["path"].to_pylist(), table["size"].to_pylist(), strict=True))
+    now = dict(zip(listing.files["path"].to_pylist(), listing.files["size"].to_pylist(), strict=True))
+    added, removed = sorted(now.keys() - before.keys()), sorted(before.keys() - now.keys())
+    resized = sorted(path for path in now.keys() & before.keys() if now[path] != before[path])
+    example = (added or removed or resized)[0].decode(errors="backslashreplace")
+    return (
+        f"of the {len(before)} source files {len(removed)} are gone, {len(resized)} have another size and {len(added)} "
+        f"are new (for one, {example})"
+    )
+
+
+def _remove(target: Path) -> None:
+    """Remove a dataset or a build of ours, its root first, so that no half of it can be taken for a dataset."""
+    (target / store.ROOT).unlink(missing_ok=True)
+    for name in (store.IMAGES, store.LABELS, store.BUILD):
+        shutil.rmtree(target / name, ignore_errors=False) if (target / name).exists() else None
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Hold the build's lock; raises ``BuildError`` where another process does."""
+    with (folder / store.LOCK).open("wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BuildError(
+                f"Another process is building {folder.parent} at this moment. Wait for it, or stop it, then run this "
+                "command again."
+            ) from None
+        yield
+
+
+@contextmanager
+def _explained(target: Path) -> Iterator[None]:
+    """Turn what the operating system refuses into a message that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise BuildError(
+            f"Writing {target} failed: {error.strerror or error}. What is finished is kept: make room or mend the "
+            "cause, then run the same command again."
+        ) from error
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - start
+
+
+def _log(path: Path, event: str, **values: object) -> None:
+    line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event, **values}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+# --- the steps -------------------------------------------------------------------------------------------------------
+
+
+def _begin(folder: Path, state: State, listing: Listing) -> State:
+    """Return the state of a build in progress, or begin one: the listing first, the state that names it last."""
+    if (folder / store.STATE).exists():
+        return store.read_state(folder)
+    for name in (store.SCAN, store.DONE):
+        (folder / name).mkdir(exist_ok=True)
+    sink = pa.BufferOutputStream()
+    pq.write_table(listing.files, sink, row_group_size=FILES_PER_BATCH)
+    ledger.write_whole(folder / store.FILES, sink.getvalue().to_pybytes())
+    ledger.write_whole(folder / store.STATE, state.model_dump_json(indent=2).encode())
+    return state
+
+
+def _scan(pool: Pool, target: Path, source: Path, listing: Listing, progress: Progress) -> pa.Table:
+    """Return the headers of all files, in the order of the listing; reads those that no earlier run has read."""
+    folder = target / store.BUILD / store.SCAN
+    batches = range(-(-len(listing.files) // FILES_PER_BATCH))
+    done = ledger.done(folder, suffix=".parquet")
+    already = sum(min(FILES_PER_BATCH, len(listing.files) - batch * FILES_PER_BATCH) for batch in done)
+    progress.begin("Reading headers", len(listing.files), "files", already)
+    task = partial(scan_batch, str(target), str(source))
+    for _, (slices, set_aside) in pool.map(task, [batch for batch in batches if batch not in done]):
+        progress.advance(slices + set_aside, set_aside)
+    progress.end()
+    return pa.concat_tables([pq.read_table(folder / f"{batch:05d}.parquet") for batch in batches])
+
+
+def _check_labels(plan: Plan, labels: Labels, folder: Path, allow: Allowances, progress: Progress) -> None:
+    """Raise ``SourceError`` where labels and slices do not fit; all cases are listed in ``build/label_problems.parquet``."""
+    problems = {
+        "unlabelled": (plan.unlabelled, allow.unlabelled),
+        "missing_image": (plan.without_image, allow.missing_images),
+        "contradictory": (labels.contradicted, allow.contradictions),
+    }
+    path = folder / store.LABEL_PROBLEMS
+    names = pa.array(np.repeat(list(problems), [len(keys) for keys, _ in problems.values()]), pa.string())
+    store.write_table(path, pa.table({"problem": names, "key": pa.concat_arrays([k for k, _ in problems.values()])}))
+    told = {
+        "unlabelled": ("slices have no label", "give them labels, or keep them with --allow-unlabelled"),
+        "missing_image": ("labels have no image", "fetch the files, or go on with --allow-missing-images"),
+        "contradictory": ("keys have contradictory labels", "correct the label file"),
+    }
+    for problem, (keys, allowed) in problems.items():
+        if not len(keys):
+            continue
+        what, remedy = told[problem]
+        text = f"{len(keys)} {what} (for one, {keys[0].as_py()}; all are listed in {path})"
+        if not allowed:
+            raise SourceError(f"Expected every slice to have a label and every label an image; {text}: {remedy}.")
+        progress.say(f"Labels: {text}; allowed.")
+
+
+def _check_damage(reasons: pa.ChunkedArray, found: int, allow: Allowances, folder: Path) -> None:
+    """Raise ``BuildError`` where more of the found files are damaged than allowed."""
+    damaged = Counter(reason for reason in reasons.to_pylist() if Reason(reason).is_damage)
+    share = damaged.total() / max(1, found)
+    if share > allow.max_quarantined:
+        reasons_text = ", ".join(f"{count} {reason}" for reason, count in damaged.most_common())
+        raise BuildError(
+            f"Expected at most {allow.max_quarantined:.2%} of the files to be damaged; {damaged.total()} of {found} are "
+            f"({share:.2%}): {reasons_text}. {folder} lists them. If that is what the source is like, run again with a "
+            "higher --max-quarantined."
+        )
+
+
+def _write_plan(folder: Path, state: State, plan: Plan) -> State:
+    """Write the plan, one row group a shard, and the state that names its digest, last."""
+    if not len(plan.slices):
+        counts = Counter(plan.quarantine["reason"].to_pylist())
+        raise SourceError(
+            f"Expected CT slices; every one of the {len(plan.quarantine)} files was set aside: "
+            f"{', '.join(f'{count} {reason}' for reason, count in counts.most_common())}. Point --src at axial CT."
+        )
+    sink = pa.BufferOutputStream()
+    pq.write_table(plan.slices, sink, row_group_size=state.spec.slices_per_shard, write_statistics=False)
+    data = sink.getvalue().to_pybytes()
+    ledger.write_whole(folder / store.PLAN, data)
+    store.write_table(folder / store.PLANNED_SERIES, plan.series)
+    store.write_table(folder / store.PLANNED_QUARANTINE, plan.quarantine)
+    digest = hashlib.sha256(state.spec.model_dump_json().encode() + data).hexdigest()
+    state = state.model_copy(update={"plan": digest})
+    ledger.write_whole(folder / store.STATE, state.model_dump_json(indent=2).encode())
+    return state
+
+
+def _write_shards(pool: Pool, target: Path, source: Path, digest: str, progress: Progress) -> None:
+    """Write every shard that has no entry in the ledger."""
+    plan = pq.ParquetFile(target / store.BUILD / store.PLAN).metadata
+    sizes = [plan.row_group(number).num_rows for number in range(plan.num_row_groups)]
+    done = ledger.done(target / store.BUILD / store.DONE)
+    progress.begin("Writing slices", plan.num_rows, "slices", sum(sizes[number] for number in done))
+    task = partial(write_shard, str(target), str(source), digest)
+    for _, (ok, set_aside) in pool.map(task, [number for number in range(len(sizes)) if number not in done]):
+        progress.advance(ok + set_aside, set_aside)
+    progress.end()
+
+
+# --- publishing ------------------------------------------------------------------------------------------------------
+
+
+def _publish(target: Path, state: State, found: int, allow: Allowances) -> dict[str, Any]:
+    """Gather the ledger into the tables and make the dataset visible; return its counts."""
+    folder = target / store.BUILD
+    plan = pq.read_table(folder / store.PLAN)
+    per_shard = state.spec.slices_per_shard
+    entries = [ledger.read(folder / store.DONE, number) for number in range(-(-len(plan) // per_shard))]
+    lines = [line for entry in entries for line in entry["rows"]]
+    status = pa.array([line["status"] for line in lines], pa.string())
+    lost = pc.not_equal(status, store.OK)
+
+    quarantine = pq.read_table(folder / store.PLANNED_QUARANTINE)
+    failed = plan.filter(lost)
+    columns = [
+        failed["path"],
+        pa.array(["shard"] * len(failed), pa.string()),
+        failed["row"],
+        status.filter(lost),
+        pa.array([line["detail"] for line in lines if line["status"] != store.OK], pa.string()),
+    ]
+    quarantine = pa.concat_tables([quarantine, pa.table(columns, schema=store.QUARANTINE_SCHEMA)])
+    _check_damage(quarantine["reason"], found, allow, folder / store.DONE)
+
+    slices = _with_results(plan.drop_columns(list(PIXEL_COLUMNS)), lines, status)
+    ok = pc.equal(status, store.OK).to_numpy(zero_copy_only=False).astype(np.int64)
+    series = pq.read_table(folder / store.PLANNED_SERIES)
+    n_ok = np.add.reduceat(ok, series["first_row"].to_numpy())
+    place = series.schema.get_field_index("n_ok")
+    series = series.set_column(place, series.schema.field(place), pa.array(n_ok, pa.int32()))
+    starts = np.arange(0, len(plan), per_shard)
+    shards = pa.table(
+        [
+            pa.array(np.arange(len(starts))),
+            pa.array(starts),
+            pa.array(np.diff(np.r_[starts, len(plan)]), pa.int32()),
+            pa.array(np.add.reduceat(ok, starts), pa.int32()),
+            pa.array([entry["bytes"] for entry in entries], pa.int64()),
+            pa.array([entry["fingerprint"] for entry in entries], pa.string()),
+        ],
+        schema=store.SHARD_SCHEMA,
+    )
+    (target / store.LABELS).mkdir(exist_ok=True)
+    for name, table in (
+        (store.SLICES, slices),
+        (store.SERIES, series),
+        (store.SHARDS, shards),
+        (store.QUARANTINE, quarantine),
+    ):
+        store.write_table(target / name, table)
+    for number in range(len(entries)):
+        ledger.sync_folder(store.shard_path(target, number).parents[2])
+    ledger.sync_folder(target / store.IMAGES / "c")
+    counts = {
+        "found": found,
+        "planned": len(plan),
+        "ok": int(ok.sum()),
+        "quarantined": len(quarantine),
+        "series": len(series),
+        "patients": len(pc.unique(slices["patient_id"])),
+        "shards": len(shards),
+        "bytes": sum(entry["bytes"] for entry in entries),
+    }
+    store.publish(target, spec=state.spec, slices=len(plan), counts=counts)
+    return counts
+
+
+def _with_results(slices: pa.Table, lines: list[dict[str, Any]], status: pa.Array) -> pa.Table:
+    """Return the slice table with what the shards found: status, flags, extremes, hash."""
+    flags = [
+        sorted({*planned, *line.get("flags", ())})
+        for planned, line in zip(slices["flags"].to_pylist(), lines, strict=True)
+    ]
+    results = {"status": status, "flags": pa.array(flags, pa.list_(pa.string()))}
+    for name in ("hu_min", "hu_max", "hu_mean", "content_hash"):
+        results[name] = pa.array([line.get(name) for line in lines], store.SLICE_SCHEMA.field(name).type)
+    columns = [results.get(field.name, slices[field.name]) for field in store.SLICE_SCHEMA]
+    return pa.table(columns, schema=store.SLICE_SCHEMA)

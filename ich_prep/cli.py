@@ -1,0 +1,248 @@
+"""The command line: parses, calls one function, prints, sets the exit code.
+
+Exit codes: 0 done; 1 an error, or a dataset that does not hold; 2 a command or recipe that cannot be meant.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from ich_prep.errors import IchError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ich_prep.build_dataset import Outcome
+    from ich_prep.verify import Verification
+
+app = typer.Typer(
+    help="Head-CT DICOM files in, one sharded Zarr v3 dataset with a label table out. Research software on "
+    "de-identified data; not a medical device.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def synth(
+    out: Annotated[Path, typer.Option(help="New or empty folder to write to.")],
+    series: Annotated[int, typer.Option(help="Number of series (volumes).")] = 40,
+    seed: Annotated[int, typer.Option(help="Seed; equal seeds give equal bytes.")] = 0,
+    size: Annotated[int, typer.Option(help="Rows and columns of a slice.")] = 512,
+    layout: Annotated[str, typer.Option(help="rsna, cq500 or folder.")] = "rsna",
+    defects: Annotated[bool, typer.Option("--defects", help="Add each known defect of real data.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Processes; 0: this one. Default: one a core.")] = None,
+) -> None:
+    """Write a synthetic cohort of head CT: real DICOM files and their labels."""
+    from ich_prep.execute import default_workers
+    from ich_prep.phantom import DEFECTS, synthesize
+
+    count = default_workers() if workers is None else workers
+    done = synthesize(out, series=series, seed=seed, size=size, layout=layout, defects=defects, workers=count)
+    typer.echo(f"{done.series} series, {done.slices} slices, {done.files} files in {out}.")
+    for name in done.defects:
+        typer.echo(f"  {name}: {DEFECTS[name]}")
+
+
+@app.command()
+def build(
+    src: Annotated[Path, typer.Option(help="Folder with the DICOM files.")],
+    out: Annotated[Path, typer.Option(help="The dataset to build, or to go on with.")],
+    recipe: Annotated[Path | None, typer.Option(help="TOML file whose [build] holds any of these; flags win.")] = None,
+    layout: Annotated[str | None, typer.Option(help="auto, rsna, cq500 or folder. [auto]")] = None,
+    labels: Annotated[Path | None, typer.Option(help="Label CSV. [the one found in the tree]")] = None,
+    size: Annotated[int | None, typer.Option(help="Rows and columns of a stored slice. [512]")] = None,
+    store: Annotated[str | None, typer.Option(help="windows (uint8) or hu (int16). [windows]")] = None,
+    windows: Annotated[
+        str | None, typer.Option(help="Presets by name, or name=center/width. [brain,subdural,bone]")
+    ] = None,
+    slices_per_shard: Annotated[int | None, typer.Option(help="Slices in one file. [256]")] = None,
+    codec: Annotated[str | None, typer.Option(help="lz4, zstd or none. [lz4]")] = None,
+    folds: Annotated[int | None, typer.Option(help="Number of folds, by patient. [5]")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; 0: this one. [one a core]")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler to use instead.")] = None,
+    max_quarantined: Annotated[float | None, typer.Option(help="Largest share of damaged files. [0.01]")] = None,
+    allow_unlabelled: Annotated[
+        bool | None, typer.Option("--allow-unlabelled", help="Keep slices without a label.")
+    ] = None,
+    allow_missing_images: Annotated[
+        bool | None, typer.Option("--allow-missing-images", help="Go on when labels have no image.")
+    ] = None,
+    allow_contradictions: Annotated[
+        bool | None, typer.Option("--allow-contradictions", help="Take contradictory labels as unknown.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a dataset or build that is there.")] = False,
+) -> None:
+    """Build a dataset; run again after a stop, it goes on where it was."""
+    from ich_prep.options import BuildOptions, resolve
+
+    given = {
+        "layout": layout,
+        "labels": labels,
+        "size": size,
+        "store": store,
+        "windows": windows,
+        "slices_per_shard": slices_per_shard,
+        "codec": codec,
+        "folds": folds,
+        "workers": workers,
+        "scheduler": scheduler,
+        "max_quarantined": max_quarantined,
+        "allow_unlabelled": allow_unlabelled,
+        "allow_missing_images": allow_missing_images,
+        "allow_contradictions": allow_contradictions,
+    }
+    options: BuildOptions = resolve(recipe, given)
+
+    from ich_prep import build_dataset
+    from ich_prep.terminal import Terminal
+
+    with Terminal() as progress:
+        outcome = build_dataset.build(
+            src,
+            out,
+            options.spec(),
+            labels=options.labels,
+            workers=options.workers,
+            scheduler=options.scheduler,
+            overwrite=overwrite,
+            allow=build_dataset.Allowances(
+                unlabelled=options.allow_unlabelled,
+                missing_images=options.allow_missing_images,
+                contradictions=options.allow_contradictions,
+                max_quarantined=options.max_quarantined,
+            ),
+            progress=progress,
+        )
+    _tell_outcome(out, outcome)
+
+
+def _tell_outcome(out: Path, outcome: Outcome) -> None:
+    counts = outcome.counts
+    if outcome.already_finished:
+        typer.echo(f"{out} is finished already, from the same sources and with the same spec: nothing to do.")
+    typer.echo(
+        f"{out}: {counts['ok']} slices in {counts['series']} series of {counts['patients']} patients; "
+        f"{counts['quarantined']} of {counts['found']} files set aside; {counts['shards']} shards, "
+        f"{counts['bytes'] / 1e6:,.1f} MB."
+    )
+    work = sum(outcome.seconds.get(stage, 0.0) for stage in ("scan", "plan", "shards", "publish"))
+    if work:
+        typer.echo(
+            f"{work:.1f} s, {counts['planned'] / work:,.0f} slices/s after the workers had started "
+            f"({', '.join(f'{stage} {seconds:.1f} s' for stage, seconds in outcome.seconds.items())})."
+        )
+
+
+@app.command()
+def info(
+    dataset: Annotated[Path, typer.Argument(help="A finished dataset.")],
+    as_json: Json = False,
+) -> None:
+    """Show what a dataset holds."""
+    from ich_prep.store import open_dataset
+    from ich_prep.summary import summary_of
+
+    summary = summary_of(open_dataset(dataset))
+    if as_json:
+        typer.echo(json.dumps(summary, indent=2))
+        return
+    _show_summary(_console(), summary)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def _show_summary(console: Console, summary: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from ich_prep.labels import CLASSES
+
+    spec, counts = summary["spec"], summary["counts"]
+    shown = ", ".join(f"{w['name']} {w['center']:g}/{w['width']:g}" for w in spec["windows"])
+    stored = f"uint8 windows {shown}" if spec["store"] == "windows" else "int16 HU"
+    console.print(f"{summary['path']}  ({summary['format']}, layout {spec['layout']})")
+    console.print(f"  {' x '.join(map(str, summary['shape']))} (slice, channel, y, x), {stored}")
+    console.print(
+        f"  {counts['ok']} slices ok of {counts['planned']} planned, {counts['series']} series, "
+        f"{counts['patients']} patients, {counts['found']} files found, {counts['quarantined']} set aside"
+    )
+    console.print(f"  {counts['shards']} shards, {counts['bytes'] / 1e6:,.1f} MB, codec {spec['codec']}")
+    console.print(f"  digest {summary['digest']}")
+    table = Table("subset", "fold", "slices", *CLASSES, box=None, title="Positive slices", title_justify="left")
+    for line in summary["folds"]:
+        table.add_row(line["subset"], line["fold"], *(str(line[name]) for name in ("slices", *CLASSES)))
+    console.print(table)
+    for title, lines in (
+        ("Set aside", {f"{line['stage']}: {line['reason']}": line["files"] for line in summary["quarantine"]}),
+        ("Flags", summary["flags"]),
+        ("Repairs", summary["repairs"]),
+    ):
+        if lines:
+            console.print(f"{title}: {', '.join(f'{name} {count}' for name, count in lines.items())}")
+
+
+@app.command()
+def verify(
+    dataset: Annotated[Path, typer.Argument(help="A finished dataset.")],
+    src: Annotated[Path | None, typer.Option(help="The sources, to compare a sample of the pixels.")] = None,
+    sample: Annotated[float, typer.Option(help="Share of the slices to compare.")] = 0.01,
+    seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Read a dataset back and name what does not hold."""
+    from ich_prep.progress import Silence
+    from ich_prep.terminal import Terminal
+    from ich_prep.verify import verify as run
+
+    if as_json:
+        found = run(dataset, src=src, sample=sample, seed=seed, progress=Silence())
+    else:
+        with Terminal() as progress:
+            found = run(dataset, src=src, sample=sample, seed=seed, progress=progress)
+    _tell_verification(dataset, found, as_json=as_json)
+    raise typer.Exit(1 if found.problems else 0)
+
+
+def _tell_verification(dataset: Path, found: Verification, *, as_json: bool) -> None:
+    if as_json:
+        from dataclasses import asdict
+
+        typer.echo(json.dumps({"dataset": str(dataset), "holds": not found.problems, **asdict(found)}, indent=2))
+        return
+    for problem in found.problems:
+        typer.echo(f"{problem.culprit}: {problem.what}", err=True)
+    if found.problems:
+        typer.echo(f"{dataset} does not hold: {len(found.problems)} problems. Restore it, or build again.", err=True)
+        return
+    compared = f", {found.compared} slices compared with their sources" if found.compared else ""
+    typer.echo(f"{dataset} holds: {found.shards} shards, {found.slices} slices{compared}.")
+
+
+def main() -> NoReturn:
+    """Run the command line; a known error is shown as one message, without a traceback."""
+    try:
+        app(standalone_mode=True)
+    except IchError as error:
+        typer.echo(f"Error: {error}", err=True)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        typer.echo("Stopped. Run the same command again: it goes on where it was.", err=True)
+        sys.exit(130)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""One DICOM file -> stored values; the only module that opens PixelData.
+
+Native pixels are read straight into a reused buffer at the offset that the scan recorded. Everything else goes through
+pydicom and one named plugin per transfer syntax, in a process of its own that may die: a decoder that crashes, hangs or
+eats memory costs one slice, not the build.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import os
+import resource
+import select
+import struct
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import google_crc32c
+import numpy as np
+
+from ich_prep.errors import Reason, SliceError
+from ich_prep.header import DEFLATED_LE, EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE, inflate
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# Transfer syntax -> pydicom's name of the plugin that decodes it here; native ones need none.
+NATIVE: Final = frozenset((IMPLICIT_LE, EXPLICIT_LE, EXPLICIT_BE, DEFLATED_LE))
+JPEG_PLUGIN: Final = "imagecodecs"
+PLUGINS: Final[dict[str, str]] = {
+    "1.2.840.10008.1.2.5": "pylibjpeg",  # RLE lossless
+    "1.2.840.10008.1.2.4.90": "pylibjpeg",  # JPEG 2000 lossless
+    "1.2.840.10008.1.2.4.91": "pylibjpeg",  # JPEG 2000
+    "1.2.840.10008.1.2.4.50": JPEG_PLUGIN,  # JPEG baseline, 8 bits
+    "1.2.840.10008.1.2.4.51": JPEG_PLUGIN,  # JPEG extended, 12 bits
+    "1.2.840.10008.1.2.4.57": JPEG_PLUGIN,  # JPEG lossless
+    "1.2.840.10008.1.2.4.70": JPEG_PLUGIN,  # JPEG lossless, first-order prediction
+    "1.2.840.10008.1.2.4.80": JPEG_PLUGIN,  # JPEG-LS lossless
+    "1.2.840.10008.1.2.4.81": JPEG_PLUGIN,  # JPEG-LS near-lossless
+}
+SECONDS_PER_SLICE: Final = 30.0
+MEMORY_LIMIT: Final = 1 << 30
+_FRAME: Final = struct.Struct("<I")
+
+
+@dataclass(frozen=True, slots=True)
+class PixelSource:
+    """Where the pixels of one slice lie and what they look like, as the scan recorded it."""
+
+    path: str
+    transfer_syntax: str
+    file_size: int
+    header_bytes: int
+    crc32c: int
+    pixel_offset: int
+    rows: int
+    columns: int
+    bits_allocated: int
+    bits_stored: int
+    signed: bool
+
+
+def missing_decoder(transfer_syntax: str) -> str | None:
+    """Return why the transfer syntax cannot be decoded here, or None when it can."""
+    if transfer_syntax in NATIVE:
+        return None
+    plugin = PLUGINS.get(transfer_syntax)
+    if plugin is None:
+        return f"transfer syntax {transfer_syntax} has no decoder here"
+    if plugin == JPEG_PLUGIN and importlib.util.find_spec("imagecodecs") is None:
+        return f"transfer syntax {transfer_syntax} needs imagecodecs: pip install 'ich[jpeg]'"
+    return None
+
+
+@dataclass
+class Decoder:
+    """Reads stored values; keeps its buffers, and the decoding process once one was needed."""
+
+    _words: NDArray[np.uint16] = field(default_factory=lambda: np.empty(512 * 512, np.uint16))
+    _head: bytearray = field(default_factory=lambda: bytearray(64 * 1024))
+    _child: _Child | None = None
+
+    def read(self, source: PixelSource) -> NDArray[np.uint16]:
+        """Return the stored values as words, uint16 (rows, columns), valid until the next call.
+
+        A signed value stands in two's complement over all 16 bits. Bits above BitsStored are left as they are.
+        Raises ``SliceError``: UNREADABLE, CHANGED, DECODE_FAILED or DECODER_DIED.
+        """
+        if source.transfer_syntax in (IMPLICIT_LE, EXPLICIT_LE, EXPLICIT_BE):
+            return self._read_native(source)
+        if self._child is None:
+            self._child = _Child()
+        payload = self._child.decode(source)
+        return np.frombuffer(payload, np.uint16).reshape(source.rows, source.columns)
+
+    def close(self) -> None:
+        """End the decoding process, if there is one."""
+        if self._child is not None:
+            self._child.close()
+            self._child = None
+
+    def _read_native(self, source: PixelSource) -> NDArray[np.uint16]:
+        count = source.rows * source.columns
+        if count > self._words.size:
+            self._words = np.empty(count, np.uint16)
+        if source.header_bytes > len(self._head):
+            self._head = bytearray(source.header_bytes)
+        words = self._words[:count]
+        wide = source.bits_allocated == 16
+        pixels = words.view(np.uint8) if wide else np.empty(count, np.uint8)
+        head = memoryview(self._head)[: source.header_bytes]
+        try:
+            descriptor = os.open(source.path, os.O_RDONLY)
+            try:
+                size = os.fstat(descriptor).st_size
+                got = os.preadv(descriptor, [head, pixels.data], 0)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise SliceError(Reason.UNREADABLE, error.strerror or str(error)) from None
+        _check_unchanged(source, size, head)
+        if got != source.header_bytes + pixels.nbytes:
+            raise SliceError(Reason.UNREADABLE, f"expected {pixels.nbytes} bytes of pixels, the read ended early")
+        if not wide:
+            np.copyto(words, pixels)
+        elif source.transfer_syntax == EXPLICIT_BE:
+            words.byteswap(inplace=True)
+        return words.reshape(source.rows, source.columns)
+
+
+def _check_unchanged(source: PixelSource, size: int, head: memoryview | bytes) -> None:
+    if size != source.file_size or google_crc32c.value(np.frombuffer(head, np.uint8)) != source.crc32c:
+        raise SliceError(Reason.CHANGED, "the file is not the one whose header was read: it changed since the scan")
+
+
+class _Child:
+    """A process that decodes compressed pixels, one request at a time, and is started again after it died."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def decode(self, source: PixelSource) -> bytes:
+        """Return the words of ``source``, rows x columns x 2 bytes; raises ``SliceError``."""
+        if self._process is None or self._process.poll() is not None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "ich_prep.decode"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+            )
+        request = json.dumps({name: getattr(source, name) for name in PixelSource.__slots__}).encode()
+        deadline = time.monotonic() + SECONDS_PER_SLICE
+        try:
+            self._process.stdin.write(_FRAME.pack(len(request)) + request)  # type: ignore[union-attr]
+            answer = json.loads(self._take(_FRAME.unpack(self._take(_FRAME.size, deadline))[0], deadline))
+            if "reason" in answer:
+                raise SliceError(Reason(answer["reason"]), answer["detail"])
+            return self._take(source.rows * source.columns * 2, deadline)
+        except (BrokenPipeError, EOFError) as error:
+            code = self._process.wait()
+            self.close()
+            raise SliceError(Reason.DECODER_DIED, f"the decoder ended with exit status {code}") from error
+        except TimeoutError as error:
+            self.close()
+            raise SliceError(Reason.DECODER_DIED, f"no pixels after {SECONDS_PER_SLICE:g} s") from error
+
+    def _take(self, size: int, deadline: float) -> bytes:
+        stdout = self._process.stdout.fileno()  # type: ignore[union-attr]
+        parts, missing = [], size
+        while missing:
+            if not select.select([stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise TimeoutError
+            part = os.read(stdout, min(missing, 1 << 20))
+            if not part:
+                raise EOFError
+            parts.append(part)
+            missing -= len(part)
+        return b"".join(parts)
+
+    def close(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            process.stdin.close()  # type: ignore[union-attr]
+            process.stdout.close()  # type: ignore[union-attr]
+
+
+def decode_with_pydicom(data: bytes) -> NDArray[Any]:
+    """Return the stored values of the DICOM file ``data``, (rows, columns), int or uint, 8 or 16 bits, by pydicom alone.
+
+    Compressed syntaxes are decoded by the plugin that ``PLUGINS`` names. Raises ``SliceError`` (DECODE_FAILED) for
+    whatever pydicom or the plugin refuses.
+    """
+    import pydicom
+    from pydicom.pixels.decoders.base import get_decoder
+
+    try:
+        # A damaged stream that decodes with a remark may have decoded to other pixels: a remark refuses the slice.
+        with warnings.catch_warnings(), pydicom.config.disable_value_validation():
+            warnings.simplefilter("ignore")
+            dataset = pydicom.dcmread(io.BytesIO(data))
+            syntax = str(dataset.file_meta.TransferSyntaxUID)
+            decoder = get_decoder(syntax)
+            plugin = PLUGINS.get(syntax, "")
+            if plugin == JPEG_PLUGIN and plugin not in decoder.available_plugins:
+                decoder.add_plugin(plugin, ("ich_prep.jpeg_plugin", "decode_frame"))
+            pixels, _ = decoder.as_array(dataset, raw=True, decoding_plugin=plugin)
+    except Exception as error:  # each plugin raises what its C library makes of damaged bytes
+        raise SliceError(Reason.DECODE_FAILED, f"{type(error).__name__}: {error}"[:200]) from None
+    return pixels
+
+
+def _decode(source: PixelSource) -> bytes:
+    """Return the words of a compressed slice: what the decoding process does for each request."""
+    try:
+        with open(source.path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        raise SliceError(Reason.UNREADABLE, error.strerror or str(error)) from None
+    _check_unchanged(source, len(data), data[: source.header_bytes])
+    if source.transfer_syntax == DEFLATED_LE:
+        return _read_deflated(source, data)
+    pixels = decode_with_pydicom(data)
+    if pixels.shape != (source.rows, source.columns):
+        detail = f"expected {source.rows} x {source.columns} pixels, the stream holds {pixels.shape}"
+        raise SliceError(Reason.SIZE_MISMATCH, detail)
+    wide = pixels.astype(np.int16 if source.signed else np.uint16, copy=False)
+    return np.ascontiguousarray(wide).tobytes()
+
+
+def _read_deflated(source: PixelSource, data: bytes) -> bytes:
+    (meta_length,) = struct.unpack_from("<I", data, 140)
+    inflated = inflate(data[144 + meta_length :])
+    width = source.bits_allocated // 8
+    pixels = np.frombuffer(inflated, f"<u{width}", source.rows * source.columns, source.pixel_offset)
+    return pixels.astype(np.uint16, copy=False).tobytes()
+
+
+def _serve() -> None:
+    """Answer requests on standard input until it ends: the whole life of a decoding process."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    requests = sys.stdin.buffer
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a library that prints must not write into the answers
+    while head := requests.read(_FRAME.size):
+        source = PixelSource(**json.loads(requests.read(_FRAME.unpack(head)[0])))
+        payload = b""
+        try:
+            payload = _decode(source)
+            answer: dict[str, object] = {"bytes": len(payload)}
+        except SliceError as error:
+            answer = {"reason": str(error.reason), "detail": error.detail}
+        except MemoryError:
+            answer = {"reason": str(Reason.DECODER_DIED), "detail": f"more than {MEMORY_LIMIT >> 20} MiB of memory"}
+        text = json.dumps(answer).encode()
+        answers.write(_FRAME.pack(len(text)) + text + payload)
+        answers.flush()
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,171 @@
+"""A function over integers on a Dask cluster: bounded, unordered. Dask lives here, and only here.
+
+Tasks carry an integer each and give back something small; what is large goes through files. Without workers the same
+function runs in this process, in order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ich_prep.errors import BuildError
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+T = TypeVar("T")
+
+IN_FLIGHT_PER_WORKER = 3
+# Arrays of a megabyte come and go in every task: keep glibc from handing their pages back to the kernel each time.
+MALLOC_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "268435456", "MALLOC_TRIM_THRESHOLD_": "1073741824"}
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
+def run(
+    task: Callable[[int], T], keys: Sequence[int], *, workers: int, scheduler: str | None = None
+) -> Iterator[tuple[int, T]]:
+    """Yield ``(key, task(key))`` for each of ``keys`` as they are done; see ``Pool``."""
+    with Pool(workers=workers, scheduler=scheduler) as pool:
+        yield from pool.map(task, keys)
+
+
+def default_workers() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+@dataclass
+class Pool:
+    """Workers to run tasks on: ``workers`` local processes, or those of the Dask ``scheduler`` at an address.
+
+    With ``workers`` 0 and no scheduler every task runs in this process. Local processes listen on the loopback
+    interface only. They start in the background as soon as the pool is opened, and load ``modules``; the first ``map``
+    waits for them.
+    """
+
+    workers: int
+    scheduler: str | None = None
+    modules: tuple[str, ...] = ()
+    _client: Client | None = None
+    _close: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    _starting: threading.Thread | None = None
+    _failure: BaseException | None = None
+
+    def __enter__(self) -> Pool:
+        if self.workers > 0 or self.scheduler:
+            self._starting = threading.Thread(target=self._start, name="start-cluster")
+            self._starting.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._starting is not None:
+            self._starting.join()
+        self._close.close()
+
+    def ready(self) -> int:
+        """Wait until every worker has started; return how many there are (1 where tasks run in this process)."""
+        if self._starting is None:
+            return 1
+        self._starting.join()
+        if self._failure is not None:
+            raise self._failure
+        assert self._client is not None
+        return max(1, len(self._client.scheduler_info(n_workers=-1)["workers"]))
+
+    def map(self, task: Callable[[int], T], keys: Sequence[int]) -> Iterator[tuple[int, T]]:
+        """Yield ``(key, task(key))`` as tasks finish; at most a few tasks per worker are in flight at a time.
+
+        What ``task`` raises is raised here. Raises ``BuildError`` where a task kills its worker again and again.
+        """
+        workers = self.ready()
+        if self._client is None:
+            for key in keys:
+                yield key, task(key)
+            return
+        from distributed import KilledWorker, as_completed
+
+        client = self._client
+        pending = iter(keys)
+
+        def submit(key: int) -> Any:
+            return client.submit(task, key, pure=False, key=f"{_name(task)}-{key}")
+
+        names: dict[str, int] = {}
+        first = [submit(key) for key in islice(pending, IN_FLIGHT_PER_WORKER * workers)]
+        names.update({future.key: int(future.key.rsplit("-", 1)[1]) for future in first})
+        futures = as_completed(first, loop=client.loop)
+        try:
+            for future in futures:
+                key = names.pop(future.key)
+                try:
+                    result = future.result()
+                except KilledWorker:
+                    raise BuildError(
+                        f"Task {key} of {_name(task)} ended its worker process four times; no result was expected to "
+                        "need that. The kernel's log says whether memory ran out: try fewer --workers. To see the "
+                        "failure itself, run the same command with --workers 0; what is done stays done."
+                    ) from None
+                future.release()
+                for following in islice(pending, 1):
+                    more = submit(following)
+                    names[more.key] = following
+                    futures.add(more)
+                yield key, result
+        finally:
+            for future in list(futures.futures):
+                future.cancel()
+
+    def _start(self) -> None:
+        try:
+            self._connect()
+        except BaseException as error:
+            self._failure = error
+
+    def _connect(self) -> None:
+        import dask
+        from distributed import Client, LocalCluster
+
+        logging.getLogger("distributed").setLevel(logging.CRITICAL)
+        if self.scheduler:
+            try:
+                self._client = Client(self.scheduler, timeout="10s", set_as_default=False)
+            except (OSError, ValueError) as error:
+                raise BuildError(
+                    f"Expected a Dask scheduler at {self.scheduler}; none answered ({error}). Start one, or leave "
+                    "--scheduler out to use this machine's cores."
+                ) from None
+            self._close.callback(self._client.close)
+            return
+        environment = {**MALLOC_ENVIRONMENT, **ONE_THREAD}
+        with dask.config.set({"distributed.nanny.pre-spawn-environ": environment}):
+            cluster = self._close.enter_context(
+                LocalCluster(
+                    n_workers=self.workers,
+                    threads_per_worker=1,
+                    processes=True,
+                    host="127.0.0.1",
+                    dashboard_address=None,
+                    silence_logs=logging.CRITICAL,
+                )
+            )
+        self._client = Client(cluster, set_as_default=False)
+        self._close.callback(self._client.close)
+        self._client.run(_load, self.modules)
+
+
+def _load(modules: tuple[str, ...]) -> None:
+    for name in modules:
+        importlib.import_module(name)
+
+
+def _name(task: Callable[[int], object]) -> str:
+    function = getattr(task, "func", task)
+    return str(getattr(function, "__name__", "task"))

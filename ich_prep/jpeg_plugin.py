@@ -1,0 +1,43 @@
+"""pydicom's door to imagecodecs: JPEG, JPEG lossless and JPEG-LS frames -> pixel bytes.
+
+Written to the interface of a pydicom decoder plugin, which names a module and a function in it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydicom.pixels.decoders.base import DecodeRunner
+
+DECODER_DEPENDENCIES = dict.fromkeys(
+    (
+        "1.2.840.10008.1.2.4.50",
+        "1.2.840.10008.1.2.4.51",
+        "1.2.840.10008.1.2.4.57",
+        "1.2.840.10008.1.2.4.70",
+        "1.2.840.10008.1.2.4.80",
+        "1.2.840.10008.1.2.4.81",
+    ),
+    ("imagecodecs",),
+)
+_JPEG_LS = ("1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.81")
+
+
+def is_available(uid: str) -> bool:
+    """Return whether frames of the transfer syntax ``uid`` can be decoded here."""
+    import importlib.util
+
+    return uid in DECODER_DEPENDENCIES and importlib.util.find_spec("imagecodecs") is not None
+
+
+def decode_frame(source: bytes, runner: DecodeRunner) -> bytearray:
+    """Return the pixels of one encoded frame as bytes, little endian, as wide as the codec stored them."""
+    from imagecodecs import jpeg8_decode, jpegls_decode
+
+    decode = jpegls_decode if runner.transfer_syntax in _JPEG_LS else jpeg8_decode
+    pixels = decode(source)
+    if pixels.shape != (runner.rows, runner.columns):
+        raise ValueError(f"expected {runner.rows} x {runner.columns} pixels, the frame holds {pixels.shape}")
+    runner.set_option("bits_allocated", 8 * pixels.dtype.itemsize)
+    return bytearray(pixels.tobytes())

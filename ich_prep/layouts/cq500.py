@@ -1,0 +1,98 @@
+"""CQ500 of Qure.ai: subjects, scan types as folder names, three readers' votes about each subject."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ich_prep.errors import SourceError
+from ich_prep.labels import CLASSES, Labels
+from ich_prep.layouts.placement import Placement, no_repairs, only_one, read_csv, tables_with
+
+if TYPE_CHECKING:
+    from ich_prep.sources import Listing
+
+HEADER = ("name", "Category")
+READERS = ("R1", "R2", "R3")
+COLUMNS = {
+    "epidural": "EDH",
+    "intraparenchymal": "IPH",
+    "intraventricular": "IVH",
+    "subarachnoid": "SAH",
+    "subdural": "SDH",
+    "any": "ICH",
+}
+_SUBJECT = re.compile(r"CQ500-?CT-?([0-9]+)")
+# Scan types that are no plain axial series of the brain: after contrast, bone and lung kernels, volume renderings.
+_NOT_PLAIN = re.compile(r"post.?contrast|\bcect\b|\+c\b|\bc\b|\bbone\b|\bhrct\b|3d", re.IGNORECASE)
+
+
+def recognise(listing: Listing) -> str | None:
+    """Return why the tree is CQ500's: a folder ``CQ500CT<n>``."""
+    for folder in sorted(listing.folders()):
+        found = _SUBJECT.search(folder)
+        if found:
+            return f"there is a folder {found[0]}"
+    return None
+
+
+def read_labels(listing: Listing, given: Path | None, *, allow_contradictions: bool) -> Labels:
+    """Return the consensus of the readers, at least two of three, for each subject: labels of a scan, not of a slice.
+
+    Readers may agree on a bleed and not on its type: then ``any`` is 1 and no subtype is. Where a consensus on a
+    subtype stands beside none on ICH, ``any`` is 1, and a note counts it.
+    """
+    path = given or only_one(tables_with(listing, HEADER), "reads.csv with the header name,Category,R1:ICH,...")
+    table = read_csv(path)
+    missing = [
+        f"{reader}:{short}"
+        for reader in READERS
+        for short in COLUMNS.values()
+        if f"{reader}:{short}" not in table.column_names
+    ]
+    if "name" not in table.column_names or missing:
+        raise SourceError(
+            f"Expected the votes of three readers in {path}; the columns {', '.join(missing)} are missing."
+        )
+    votes = np.stack(
+        [sum(table[f"{reader}:{COLUMNS[name]}"].to_numpy() for reader in READERS) for name in CLASSES], axis=1
+    )
+    values = (votes >= 2).astype(np.int8)
+    implied = values[:, :-1].max(axis=1)
+    raised = int((implied > values[:, -1]).sum())
+    values[:, -1] = np.maximum(values[:, -1], implied)
+    subjects = pa.array([_subject(name) or name for name in table["name"].to_pylist()], pa.string())
+    if len(pc.unique(subjects)) != len(subjects) and not allow_contradictions:
+        raise SourceError(f"Expected each subject once in {path}; some stand more than once. Correct the file.")
+    notes = (
+        (f"{raised} subjects have a subtype by majority and no ICH by majority: any was set to 1",) if raised else ()
+    )
+    empty = pa.array([], pa.string())
+    return Labels("subject", subjects, values, empty, empty, notes)
+
+
+def _subject(name: str) -> str | None:
+    """Return a subject's name as reads.csv spells it, whichever way a folder or a PatientID spells it."""
+    found = _SUBJECT.search(name)
+    return None if found is None else f"CQ500-CT-{int(found[1])}"
+
+
+def place(slices: pa.Table) -> Placement:
+    """Return each slice under its subject, and series that are no plain CT as left out."""
+    paths, ids = slices["path"].to_pylist(), slices["patient_id"].to_pylist()
+    subjects = [_subject(path) or _subject(patient or "") for path, patient in zip(paths, ids, strict=True)]
+    types = [path.rsplit("/", 2)[-2] if "/" in path else "" for path in paths]
+    left_out = [f"the scan type {name!r} is no plain CT" if _NOT_PLAIN.search(name) else None for name in types]
+    named = pa.array(subjects, pa.string())
+    return Placement(
+        subset=pa.array(["train"] * len(paths), pa.string()),
+        patient_id=named,
+        subject=named,
+        repairs=no_repairs(len(paths)),
+        left_out=pa.array(left_out, pa.string()),
+    )

@@ -1,0 +1,83 @@
+"""Any tree of DICOM files, and a CSV whose columns are a UID and label names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ich_prep.errors import SourceError
+from ich_prep.labels import CLASSES, UNKNOWN, Key, Labels, gather_long, no_labels
+from ich_prep.layouts.placement import Placement, header_of, no_repairs, nulls, only_one, read_csv
+from ich_prep.recipe import refuse_unknown
+
+if TYPE_CHECKING:
+    from ich_prep.sources import Listing
+
+KEYS: tuple[Key, ...] = get_args(Key)[:2]
+
+
+def recognise(listing: Listing) -> str | None:
+    """Return that any tree is a folder."""
+    return f"no other layout knows the names of the {len(listing.files)} files"
+
+
+def read_labels(listing: Listing, given: Path | None, *, allow_contradictions: bool) -> Labels:
+    """Return the labels of the CSV ``given``, or of the one in the tree that has a UID column; none where there is none.
+
+    Columns: ``sop_instance_uid`` or ``series_instance_uid``, and any of the six label names; values 0, 1 or empty.
+    """
+    if given is None:
+        known = [listing.root / table for table in listing.tables if _key_of(header_of(listing.root / table))]
+        if not known:
+            return no_labels()
+        given = only_one(known, "CSV of labels")
+    columns = header_of(given)
+    key = _key_of(columns)
+    if key is None:
+        raise SourceError(
+            f"Expected a column {' or '.join(KEYS)} in {given}; found {', '.join(columns) or 'no header line'}."
+        )
+    named = [name for name in columns if name != key]
+    refuse_unknown(named, CLASSES, where=f"{given}: label column")
+    if not named:
+        raise SourceError(f"Expected label columns in {given}, some of {', '.join(CLASSES)}; found none.")
+    table = read_csv(given, {key: pa.string(), **dict.fromkeys(named, pa.int8())})
+    lines = []
+    for name in named:
+        stated = table.filter(pc.is_valid(table[name]))
+        values = stated[name].to_numpy().astype(np.int8)
+        if not np.isin(values, (0, 1)).all():
+            raise SourceError(f"Expected 0, 1 or nothing in column {name} of {given}; found {values.max()}.")
+        lines.append((stated[key].combine_chunks(), np.full(len(stated), CLASSES.index(name)), values))
+    keys, classes, values = (list(parts) for parts in zip(*lines, strict=True))
+    everything = gather_long(
+        pa.chunked_array(keys, pa.string()).combine_chunks(),
+        np.concatenate(classes),
+        np.concatenate(values),
+        allow_contradictions=allow_contradictions,
+    )
+    # In the order of the file, whatever the column that first names a slice.
+    order = pc.unique(table[key].combine_chunks())
+    places = pc.index_in(order, value_set=everything.keys).fill_null(-1).to_numpy(zero_copy_only=False)
+    padded = np.concatenate([everything.values, np.full((1, len(CLASSES)), UNKNOWN, np.int8)])
+    return Labels(key, order, padded[places], everything.listed, everything.contradicted, everything.notes)
+
+
+def _key_of(columns: tuple[str, ...]) -> Key | None:
+    return next((key for key in KEYS if key in columns), None)
+
+
+def place(slices: pa.Table) -> Placement:
+    """Return every slice as a training slice of its PatientID."""
+    count = len(slices)
+    return Placement(
+        subset=pa.array(["train"] * count, pa.string()),
+        patient_id=slices["patient_id"].combine_chunks(),
+        subject=nulls(count),
+        repairs=no_repairs(count),
+        left_out=nulls(count),
+    )

@@ -1,0 +1,77 @@
+"""What a layout says of each slice, and how label tables are read: shared by the layouts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.csv as pcsv
+
+from ich_prep.errors import SourceError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ich_prep.sources import Listing
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One value a slice in each array.
+
+    ``subset`` is train or test; ``patient_id`` may be null; ``subject`` is the key of labels by subject, else null;
+    ``repairs`` names known defects to put right while decoding; ``left_out`` is why the slice has no place in the
+    dataset, null where it has one.
+    """
+
+    subset: pa.Array
+    patient_id: pa.Array
+    subject: pa.Array
+    repairs: pa.Array
+    left_out: pa.Array
+
+
+def nulls(count: int, kind: pa.DataType | None = None) -> pa.Array:
+    """Return ``count`` nulls, of strings unless told."""
+    return pa.nulls(count, kind or pa.string())
+
+
+def no_repairs(count: int) -> pa.Array:
+    """Return an empty list of repairs for each of ``count`` slices."""
+    return pa.array([[]] * count, pa.list_(pa.string()))
+
+
+def read_csv(path: Path, types: dict[str, pa.DataType] | None = None) -> pa.Table:
+    """Return the CSV file at ``path``; raises ``SourceError`` where it is not there or is no table."""
+    try:
+        return pcsv.read_csv(path, convert_options=pcsv.ConvertOptions(column_types=types))
+    except (OSError, pa.ArrowInvalid) as error:
+        raise SourceError(f"Expected a CSV of labels at {path}; it cannot be read: {error}.") from None
+
+
+def header_of(path: Path) -> tuple[str, ...]:
+    """Return the column names in the first line of the CSV file at ``path``; empty where it cannot be read as text."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            return tuple(name.strip().strip('"') for name in file.readline(64 * 1024).split(","))
+    except (OSError, UnicodeDecodeError):
+        return ()
+
+
+def tables_with(listing: Listing, columns: Sequence[str]) -> list[Path]:
+    """Return the CSV files of the tree whose header begins with ``columns``."""
+    return [
+        listing.root / table
+        for table in listing.tables
+        if header_of(listing.root / table)[: len(columns)] == tuple(columns)
+    ]
+
+
+def only_one(tables: Sequence[Path], what: str) -> Path:
+    """Return the only one of ``tables``; raises ``SourceError`` for none and for several."""
+    if len(tables) != 1:
+        found = ", ".join(map(str, tables)) or "none"
+        raise SourceError(f"Expected one {what} in the tree; found {found}. Name the one to use with --labels.")
+    return tables[0]

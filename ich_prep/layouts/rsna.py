@@ -1,0 +1,99 @@
+"""The RSNA 2019 Intracranial Hemorrhage Detection set: flat folders of slices, a long CSV, a sample submission."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ich_prep.errors import SourceError
+from ich_prep.labels import CLASSES, Labels, gather_long
+from ich_prep.layouts.placement import Placement, nulls, only_one, read_csv, tables_with
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ich_prep.sources import Listing
+
+HEADER = ("ID", "Label")
+SIGN_12BIT = "sign_12bit"
+
+_FOLDER = re.compile(r"(?:^|/)(stage_[12]_(?:train|test)(?:_images)?)/")
+_TEST = r"(^|/)stage_[12]_test(_images)?/"
+_SAMPLE = "sample_submission"
+
+
+def recognise(listing: Listing) -> str | None:
+    """Return why the tree is RSNA's: a folder ``stage_*_train`` or ``_test``, with or without ``_images``."""
+    for folder in sorted(listing.folders()):
+        found = _FOLDER.search(folder)
+        if found:
+            return f"there is a folder {found[1]}"
+    return None
+
+
+def read_labels(listing: Listing, given: Path | None, *, allow_contradictions: bool) -> Labels:
+    """Return the labels of the training slices, and the slices that the sample submission lists.
+
+    The label file is ``given``, or the one CSV with the header ``ID,Label`` that is no sample submission. A line is
+    ``<SOP Instance UID>_<class>,<0 or 1>``.
+    """
+    found = tables_with(listing, HEADER)
+    samples = [path for path in found if _SAMPLE in path.name]
+    path = given or only_one([path for path in found if path not in samples], "label file with the header ID,Label")
+    keys, classes, values = _read_long(path)
+    whole = np.isin(values, (0, 1))
+    if not whole.all():
+        raise SourceError(
+            f"Expected labels of 0 or 1 in {path}; found {values[~whole][0]:g} in line {int(np.argmin(whole)) + 2}. "
+            "Give the training labels with --labels (a sample submission has none)."
+        )
+    labels = gather_long(keys, classes, values.astype(np.int8), allow_contradictions=allow_contradictions)
+    listed = pc.unique(_read_long(only_one(samples, "sample submission"))[0]) if samples else pa.array([], pa.string())
+    return Labels(labels.key, labels.keys, labels.values, listed, labels.contradicted, labels.notes)
+
+
+def _read_long(path: Path) -> tuple[pa.Array, NDArray[np.intp], NDArray[np.float64]]:
+    """Return the SOP Instance UID, class and label of each line of a long CSV."""
+    table = read_csv(path, {"ID": pa.string(), "Label": pa.float64()})
+    names = table["ID"].combine_chunks()
+    # The class is what follows the last '_', and no class name holds one: so each is a fixed number of characters.
+    classes = np.full(len(names), -1, np.intp)
+    keys: pa.Array = names
+    for number, name in enumerate(CLASSES):
+        ends = pc.ends_with(names, pattern=f"_{name}")
+        classes[ends.to_numpy(zero_copy_only=False)] = number
+        keys = pc.if_else(ends, pc.utf8_slice_codeunits(names, 0, -len(name) - 1), keys)
+    if (classes < 0).any():
+        line = int(np.argmax(classes < 0))
+        raise SourceError(
+            f"Expected each ID of {path} to end in _<class>, one of {', '.join(CLASSES)}; line {line + 2} has "
+            f"{names[line].as_py()!r}."
+        )
+    return keys, classes, table["Label"].to_numpy()
+
+
+def place(slices: pa.Table) -> Placement:
+    """Return subset by folder, patient by PatientID, and the sign defect as a repair.
+
+    The defect: 12 bits stored, unsigned, an intercept above -100. Such values were shifted by 1000 and wrapped at 4096;
+    true is ``v + 1000``, minus 4096 where that reaches 4096, with an intercept of -1000.
+    """
+    count = len(slices)
+    test = pc.match_substring_regex(slices["path"], _TEST).to_numpy(zero_copy_only=False)
+    wrapped = (
+        (slices["bits_stored"].to_numpy() == 12)
+        & ~slices["signed"].to_numpy()
+        & (slices["rescale_intercept"].to_numpy() > -100)
+    )
+    return Placement(
+        subset=pa.array(np.where(test, "test", "train"), pa.string()),
+        patient_id=slices["patient_id"].combine_chunks(),
+        subject=nulls(count),
+        repairs=pa.array([[SIGN_12BIT] if sign else [] for sign in wrapped.tolist()], pa.list_(pa.string())),
+        left_out=nulls(count),
+    )

@@ -1,0 +1,55 @@
+"""Which tasks are done: one small file a task, written whole, after everything that it speaks of is on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` so that a reader sees all of it or nothing, also after a power cut."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(file.fileno(), 0o666 & ~_umask())
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in ``folder`` are on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def record(folder: Path, key: int, entry: dict[str, Any]) -> None:
+    """Say that task ``key`` is done: write ``entry`` as ``<key>.json`` in ``folder``."""
+    write_whole(folder / f"{key:05d}.json", json.dumps(entry, separators=(",", ":")).encode())
+
+
+def read(folder: Path, key: int) -> dict[str, Any]:
+    """Return the entry of task ``key``."""
+    entry: dict[str, Any] = json.loads((folder / f"{key:05d}.json").read_bytes())
+    return entry
+
+
+def done(folder: Path, *, suffix: str = ".json") -> set[int]:
+    """Return the keys of the tasks that have an entry in ``folder``."""
+    return {int(path.stem) for path in folder.glob(f"*{suffix}") if path.stem.isdigit()}
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,106 @@
+"""A synthetic head CT cohort: real DICOM files from a seed, and each known defect by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from ich_prep.errors import UsageError
+from ich_prep.phantom_defects import KNOWN_DEFECTS, damaged_files
+from ich_prep.phantom_layouts import SECOND_SERIES, Listed, series_files, write_labels
+from ich_prep.phantom_series import place
+
+LAYOUTS = ("rsna", "cq500", "folder")
+
+# Every known defect that `synthesize(defects=True)` adds, with a sentence that says what it is.
+DEFECTS: dict[str, str] = {name: defect.sentence for name, defect in KNOWN_DEFECTS.items()}
+
+
+@dataclass(frozen=True)
+class PhantomSummary:
+    """What was written: series and slices of the clean cohort, all files with labels and defects, names of defects."""
+
+    series: int
+    slices: int
+    files: int
+    defects: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Cohort:
+    out: str
+    seed: int
+    size: int
+    layout: str
+
+
+def synthesize(
+    out: Path,
+    *,
+    series: int,
+    seed: int = 0,
+    size: int = 512,
+    layout: str = "rsna",
+    defects: bool = False,
+    workers: int = 0,
+) -> PhantomSummary:
+    """Write a tree of DICOM head CT slices with their label files into ``out`` and return what was written.
+
+    ``series`` volumes of 16-60 slices, each (size, size) with stored values of 12 or 16 bits. A slice is labelled with
+    a kind of bleed when at least ``phantom_bleeds.MIN_AREA_MM2`` mm2 of it was painted. ``layout`` is one of LAYOUTS.
+    ``defects`` adds the files of DEFECTS that the layout can hold. Equal arguments write equal bytes, whatever
+    ``workers`` (processes; 0: this one). Raises ``UsageError`` for values that cannot be meant and an ``out`` in use.
+    """
+    _refuse(out, series=series, size=size, layout=layout)
+    cohort = _Cohort(out=str(out), seed=seed, size=size, layout=layout)
+    listed = [line for lines in _written(cohort, series, workers) for line in lines]
+    slices = files = len(listed)
+    places = [place(seed, index, second_series=SECOND_SERIES[layout]) for index in range(series)]
+    names: list[str] = []
+    if defects:
+        for damage in damaged_files(layout, seed, size=size):
+            names.append(damage.defect)
+            listed += damage.listed
+            places += damage.places
+            for path, content in damage.files:
+                _write(out, path, content)
+                files += 1
+    files += write_labels(layout, out, seed, places, listed)
+    return PhantomSummary(series=series, slices=slices, files=files, defects=tuple(names))
+
+
+def _refuse(out: Path, *, series: int, size: int, layout: str) -> None:
+    if layout not in LAYOUTS:
+        raise UsageError(f"the layout must be one of {', '.join(LAYOUTS)}, found {layout!r}: name one of these")
+    if series < 1:
+        raise UsageError(f"the number of series must be at least 1, found {series}: ask for one or more")
+    if not 32 <= size <= 1024:
+        raise UsageError(f"the size must be 32 to 1024 pixels, found {size}: CT slices are 512")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UsageError(f"{out} must be new or an empty folder, found something there: remove it or name another")
+
+
+def _written(cohort: _Cohort, series: int, workers: int) -> Iterator[tuple[Listed, ...]]:
+    """Yield what the label files say about each series, in the order of the series."""
+    from ich_prep.execute import run
+
+    done = dict(run(partial(_write_series, cohort), range(series), workers=workers))
+    for index in range(series):
+        yield done[index]
+
+
+def _write_series(cohort: _Cohort, index: int) -> tuple[Listed, ...]:
+    where = place(cohort.seed, index, second_series=SECOND_SERIES[cohort.layout])
+    listed = []
+    for file in series_files(cohort.layout, cohort.seed, where, size=cohort.size):
+        _write(Path(cohort.out), file.path, file.content())
+        listed.append(file.listed)
+    return tuple(listed)
+
+
+def _write(out: Path, path: str, content: bytes) -> None:
+    target = out / path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(content)

@@ -1,0 +1,264 @@
+"""Every known defect of head CT archives, each as files that the phantom adds to a clean tree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ich_prep.phantom_dicom import token
+from ich_prep.phantom_layouts import Listed, SliceFile, series_files
+from ich_prep.phantom_series import Place
+
+SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
+
+# Defects show themselves in patients of their own, numbered from here: no cohort is that large.
+_FIRST_PATIENT = 100_000
+_DEFECT_STREAM = 200
+
+_CENTRE_MM = 22.0  # a level with ventricles and sulci
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What one defect adds to a tree: files by relative path, lines of the label files, and patients."""
+
+    defect: str
+    files: tuple[tuple[str, bytes], ...]
+    listed: tuple[Listed, ...] = ()
+    places: tuple[Place, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Ground:
+    """Where a defect is made: the tree's layout, seed and size, and a patient number of its own."""
+
+    layout: str
+    seed: int
+    size: int
+    patient: int
+
+    def place(self, kinds: tuple[str, ...] = (), *, second: bool = False) -> Place:
+        """Return the defect's own patient, or a ``second`` one; both are scanned with 16 bits and without tilt."""
+        number = _FIRST_PATIENT + 12 * self.patient + (7 if second else 1)
+        return Place(index=number, patient=number, first_index=number, follows=False, test=False, kinds=kinds, phase=0)
+
+    def slice(self, kinds: tuple[str, ...] = ()) -> SliceFile:
+        """Return one good slice at the level of the ventricles."""
+        return next(self.slices((_CENTRE_MM,), kinds))
+
+    def slices(
+        self, heights_mm: tuple[float, ...], kinds: tuple[str, ...] = (), *, size: int | None = None
+    ) -> Iterator[SliceFile]:
+        """Yield good slices at the given levels."""
+        where = self.place(kinds)
+        return series_files(self.layout, self.seed, where, size=size or self.size, heights_mm=heights_mm)
+
+    def rng(self) -> np.random.Generator:
+        """Return the defect's own random numbers."""
+        return np.random.default_rng((self.seed, _DEFECT_STREAM, self.patient))
+
+
+def _pixels(file: SliceFile) -> NDArray[np.int16]:
+    attributes = file.attributes
+    flat = np.frombuffer(attributes["PixelData"], "<i2")
+    return flat.reshape(attributes["Rows"], attributes["Columns"]).copy()
+
+
+def _with_pixels(file: SliceFile, pixels: NDArray[np.int16] | NDArray[np.uint16]) -> SliceFile:
+    rows, columns = pixels.shape
+    return _with(file, Rows=rows, Columns=columns, PixelData=pixels.tobytes())
+
+
+def _with(file: SliceFile, **attributes: object) -> SliceFile:
+    return replace(file, attributes=file.attributes | attributes)
+
+
+def _known(*files: SliceFile) -> Damage:
+    """Return files that stand in the label files like any slice."""
+    return Damage("", tuple((file.path, file.content()) for file in files), tuple(file.listed for file in files))
+
+
+def _unknown(file: SliceFile) -> Damage:
+    """Return a file that no label file knows."""
+    return Damage("", ((file.path, file.content()),))
+
+
+def _truncated(ground: _Ground) -> Damage:
+    file = ground.slice()
+    pixel_bytes = len(file.attributes["PixelData"])
+    lost = pixel_bytes - pixel_bytes * 153_710 // 524_288  # the share that RSNA's truncated slice has kept
+    return Damage("", ((file.path, file.content()[:-lost]),), (file.listed,))
+
+
+def _zero_length(ground: _Ground) -> Damage:
+    file = ground.slice()
+    # Only RSNA's file names still say which slice this was.
+    return Damage("", ((file.path, b""),), (file.listed,) if ground.layout == "rsna" else ())
+
+
+def _not_dicom(ground: _Ground) -> Damage:
+    folder = PurePosixPath(ground.slice().path).parent
+    thumbnails = bytes.fromhex("d0cf11e0a1b11ae1") + bytes(1016)  # a compound file, as Windows leaves it
+    name = f"ID_{token(9, ground.seed, 'not_dicom')}.dcm"
+    return Damage("", ((str(folder / "Thumbs.db"), thumbnails), (str(folder / name), ground.rng().bytes(8192))))
+
+
+def _localizer(ground: _Ground) -> Damage:
+    return _unknown(
+        _with(
+            ground.slice(),
+            ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"],
+            ImageOrientationPatient=["0", "1", "0", "0", "0", "-1"],
+        )
+    )
+
+
+def _dose_page(ground: _Ground) -> Damage:
+    file = ground.slice()
+    page = np.zeros((ground.size, ground.size), np.uint16)
+    page[ground.size // 8 : ground.size // 2 : 8, ground.size // 8 : -ground.size // 4] = 255  # lines of writing
+    of_ct = ("Image", "Rescale", "PixelPadding")
+    kept = {key: value for key, value in file.attributes.items() if not key.startswith(of_ct)}
+    page_file = _with_pixels(replace(file, attributes=kept), page)
+    return _unknown(
+        _with(
+            page_file,
+            SOPClassUID=SECONDARY_CAPTURE,
+            ImageType=["DERIVED", "SECONDARY", "SCREEN SAVE"],
+            BitsStored=8,
+            HighBit=7,
+            PixelRepresentation=0,
+        )
+    )
+
+
+def _multi_frame(ground: _Ground) -> Damage:
+    file = ground.slice()
+    return _known(_with(file, NumberOfFrames="3", PixelData=3 * file.attributes["PixelData"]))
+
+
+def _size_lie(ground: _Ground) -> Damage:
+    file = ground.slice()
+    return _known(_with(file, Rows=file.attributes["Rows"] + ground.size // 4))
+
+
+def _noise_tail(ground: _Ground) -> Damage:
+    file = ground.slice()
+    pixels = _pixels(file)
+    first = 332 * ground.size // 512
+    pixels[first:] = ground.rng().integers(-32768, 32768, size=pixels[first:].shape)
+    return _known(_with(_with_pixels(file, pixels), BitsStored=16, HighBit=15))
+
+
+def _constant(ground: _Ground) -> Damage:
+    file = ground.slice()
+    return _known(_with_pixels(file, np.zeros_like(_pixels(file))))
+
+
+def _metal(ground: _Ground) -> Damage:
+    file = ground.slice()
+    pixels = _pixels(file)
+    centre, radius = ground.size // 2, max(2, ground.size // 60)
+    pixels[centre, centre // 2 : -centre // 2] += 1500  # a streak
+    pixels[centre - radius : centre + radius, centre - radius : centre + radius] = 31_743
+    return _known(_with(_with_pixels(file, pixels), BitsStored=16, HighBit=15))
+
+
+def _newline_name(ground: _Ground) -> Damage:
+    file = ground.slice()
+    return _known(replace(file, path=file.path.replace(".dcm", "\n.dcm")))
+
+
+def _odd_size(ground: _Ground) -> Damage:
+    heights = (_CENTRE_MM, _CENTRE_MM + 5.0)
+    rows, columns = 638 * ground.size // 512, 490 * ground.size // 512
+    square, _ = ground.slices(heights, size=436 * ground.size // 512)
+    _, wide = ground.slices(heights, size=rows)
+    left = (rows - columns) // 2
+    x, y, z = wide.attributes["ImagePositionPatient"]
+    x = f"{float(x) + left * float(wide.attributes['PixelSpacing'][1]):.6f}"
+    narrow = _with_pixels(wide, np.ascontiguousarray(_pixels(wide)[:, left : left + columns]))
+    return _known(square, _with(narrow, ImagePositionPatient=[x, y, z]))
+
+
+def _sign_12bit(ground: _Ground) -> Damage:
+    files = []
+    for number, file in enumerate(ground.slices((_CENTRE_MM, _CENTRE_MM + 5.0, _CENTRE_MM + 10.0))):
+        pixels = _pixels(file)
+        # Stored + 1000, minus 4096 where that reaches 4096, is HU + 1000: so stored is HU modulo 4096.
+        hu = (pixels - np.int16(1024)).clip(-1000, 3095)  # the padding too becomes air
+        stored = np.where(hu < 0, hu + 4096, hu).astype("<u2")
+        signless = _with(_with_pixels(file, stored), BitsStored=12, HighBit=11, PixelRepresentation=0)
+        files.append(_with(signless, RescaleIntercept="01"[number % 2]))
+    return _known(*files)
+
+
+def _duplicate_file(ground: _Ground) -> Damage:
+    file = ground.slice()
+    copy = file.path.replace(".dcm", " (1).dcm")
+    return Damage("", ((file.path, file.content()), (copy, file.content())), (file.listed,))
+
+
+def _identical_patients(ground: _Ground) -> Damage:
+    positive = ground.slice(("subdural",))
+    where = ground.place(second=True)
+    other = next(series_files(ground.layout, ground.seed, where, size=ground.size, heights_mm=(_CENTRE_MM,)))
+    same = _with_pixels(other, _pixels(positive))
+    return _known(positive, same)
+
+
+def _duplicate_labels(ground: _Ground) -> Damage:
+    damage = _known(ground.slice())
+    return replace(damage, listed=2 * damage.listed)
+
+
+@dataclass(frozen=True)
+class Defect:
+    """A known defect: one sentence, the layouts that can hold it, and what makes it."""
+
+    sentence: str
+    layouts: tuple[str, ...]
+    make: Callable[[_Ground], Damage]
+
+
+_ALL = ("rsna", "cq500", "folder")
+_SLICE_LABELS = ("rsna", "folder")
+
+KNOWN_DEFECTS: dict[str, Defect] = {
+    "truncated": Defect("The file ends after 29% of its pixels.", _ALL, _truncated),
+    "zero_length": Defect("The file has no bytes.", _ALL, _zero_length),
+    "not_dicom": Defect("A thumbnail cache, and random bytes under a name like a slice's.", _ALL, _not_dicom),
+    "localizer": Defect("A scout image among the slices.", _ALL, _localizer),
+    "dose_page": Defect("A secondary capture with lines of writing.", _ALL, _dose_page),
+    "multi_frame": Defect("Three frames in the file of one slice.", _ALL, _multi_frame),
+    "size_lie": Defect("The header promises a quarter more rows than there are pixels.", _ALL, _size_lie),
+    "noise_tail": Defect("Two thirds down, the slice turns into noise over all 16 bits.", _ALL, _noise_tail),
+    "constant": Defect("All pixels have one value.", _ALL, _constant),
+    "metal": Defect("Stored values above 30,000 in a signed slice.", _ALL, _metal),
+    "newline_name": Defect("A file name with a newline before its suffix.", ("rsna",), _newline_name),
+    "odd_size": Defect(
+        "Slices of 436 x 436 and 638 x 490 among 512 x 512, or in that proportion to the size.", _ALL, _odd_size
+    ),
+    "sign_12bit": Defect(
+        "12 bits unsigned, intercept 0 or 1, where HU below zero were stored modulo 4096.", ("rsna",), _sign_12bit
+    ),
+    "duplicate_file": Defect("The same SOP instance in two files.", _ALL, _duplicate_file),
+    "identical_patients": Defect(
+        "The same pixels under two patients, one labelled with a bleed and one without.",
+        _SLICE_LABELS,
+        _identical_patients,
+    ),
+    "duplicate_labels": Defect("The label lines of a slice twice, equal.", _SLICE_LABELS, _duplicate_labels),
+}
+
+
+def damaged_files(layout: str, seed: int, *, size: int) -> Iterator[Damage]:
+    """Yield the damage of each known defect that ``layout`` can hold."""
+    for patient, (name, defect) in enumerate(KNOWN_DEFECTS.items()):
+        if layout in defect.layouts:
+            ground = _Ground(layout=layout, seed=seed, size=size, patient=patient)
+            yield replace(defect.make(ground), defect=name, places=(ground.place(),))

@@ -1,0 +1,64 @@
+"""One TOML file with the numbers of a build, a training run and an evaluation: read a section, refuse what is unknown."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from ich_prep.errors import UsageError
+
+SECTIONS = ("build", "train", "eval")
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def load_section(path: Path, section: str, model: type[Model]) -> Model:
+    """Return the section of the recipe at ``path`` as a ``model``; a section that is not there gives the defaults.
+
+    Raises ``UsageError`` for a file that is not TOML, a section or key that is unknown (with the nearest known one), or
+    a value of the wrong kind.
+    """
+    return validate(model, read_section(path, section), where=f"{path} [{section}]")
+
+
+def read_section(path: Path, section: str) -> dict[str, Any]:
+    """Return the section of the recipe at ``path`` as it stands there, its keys not yet checked."""
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"Expected a recipe at {path}; there is no such file.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"Expected a TOML recipe at {path}; it does not parse: {error}.") from None
+    refuse_unknown(document, SECTIONS, where=f"{path}: section")
+    found = document.get(section, {})
+    if not isinstance(found, dict):
+        raise UsageError(f"Expected a table [{section}] in {path}; found the value {found!r}.")
+    return found
+
+
+def validate(model: type[Model], values: Mapping[str, Any], *, where: str) -> Model:
+    """Return ``values`` as a ``model``, or raise a ``UsageError`` that names what is unknown or wrong."""
+    refuse_unknown(values, model.model_fields, where=f"{where}: key")
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']} (found {problem['input']!r})"
+            for problem in error.errors()
+        )
+        raise UsageError(f"{where}: {problems}.") from None
+
+
+def refuse_unknown(given: Iterable[str], known: Iterable[str], *, where: str) -> None:
+    """Raise a ``UsageError`` for the first of ``given`` that is not ``known``, naming the nearest that is."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise UsageError(f"{where} {name!r} is unknown. Known: {', '.join(known)}.{hint}")

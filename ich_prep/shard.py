@@ -1,0 +1,189 @@
+"""Task 2: one whole shard: read, HU, resize, window, encode, one file; then the entry in the ledger."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+import pyarrow.parquet as pq
+import xxhash
+
+from ich_prep import ledger, store
+from ich_prep.decode import Decoder, PixelSource
+from ich_prep.errors import SliceError
+from ich_prep.hounsfield import apply_rescale, apply_rescale_and_windows, apply_windows
+from ich_prep.layouts.rsna import SIGN_12BIT
+from ich_prep.resize import resize_hu
+from ich_prep.sharding import ShardWriter
+from ich_prep.windows import HIGHEST_HU
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ich_prep.store import Spec
+
+NOISE_ROWS = 16
+NOISE_SHARE = 0.125
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """What a slice's pixels say: extremes and mean in HU before clipping, a hash of the stored values, flags."""
+
+    hu_min: float
+    hu_max: float
+    hu_mean: float
+    content_hash: str
+    flags: list[str]
+
+
+def write_shard(out: str, src: str, digest: str, number: int) -> tuple[int, int]:
+    """Write shard ``number`` of the plan whose digest is ``digest``, then its ledger entry, each durable before the next.
+
+    Returns how many of its slices are ok, and how many were set aside.
+    """
+    root = Path(out)
+    spec, plan = _opened(out, digest)
+    rows = plan.read_row_group(number).to_pylist()
+    path = store.shard_path(root, number)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    decoder = _decoder()
+    lines: list[dict[str, Any]] = []
+    with open(partial, "wb", buffering=0) as file:
+        writer = ShardWriter(file, spec.slices_per_shard, spec.codec)
+        pixels = _Pixels(spec)
+        for row in rows:
+            try:
+                audit = pixels.make(row, decoder.read(_pixel_source(src, row)))
+            except SliceError as error:
+                writer.skip()
+                lines.append({"status": error.reason, "detail": error.detail})
+                continue
+            writer.append(pixels.out)
+            lines.append({"status": store.OK, **{name: getattr(audit, name) for name in Audit.__slots__}})
+        size, fingerprint = writer.finish()
+        os.fsync(file.fileno())
+    partial.rename(path)
+    ledger.sync_folder(path.parent)
+    ok = sum(line["status"] == store.OK for line in lines)
+    entry = {"plan": digest, "bytes": size, "fingerprint": fingerprint, "rows": lines}
+    ledger.record(root / store.BUILD / store.DONE, number, entry)
+    return ok, len(lines) - ok
+
+
+@lru_cache(maxsize=1)
+def _opened(out: str, digest: str) -> tuple[Spec, pq.ParquetFile]:
+    """Return the spec and the open plan of the build; ``digest`` tells one plan at ``out`` from the next."""
+    cv2.setNumThreads(1)
+    build = Path(out) / store.BUILD
+    return store.read_state(build).spec, pq.ParquetFile(build / store.PLAN)
+
+
+@cache
+def _decoder() -> Decoder:
+    return Decoder()
+
+
+def _pixel_source(src: str, row: dict[str, Any]) -> PixelSource:
+    values = {name: row[name] for name in PixelSource.__slots__}
+    return PixelSource(**{**values, "path": os.path.join(src, row["path"])})
+
+
+class _Pixels:
+    """Makes the stored pixels of one slice after the other, in buffers that are used again."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.out: NDArray[Any] = np.empty((spec.channels, spec.size, spec.size), spec.dtype)
+        self._spec = spec
+        self._hu = np.empty((spec.size, spec.size), np.int16)
+
+    def make(self, row: dict[str, Any], words: NDArray[np.uint16]) -> Audit:
+        """Fill ``out`` with the pixels of ``row``, a line of the plan, from its stored ``words`` (rows, columns)."""
+        spec = self._spec
+        content_hash = xxhash.xxh3_128_hexdigest(words.data)
+        intercept = row["rescale_intercept"]
+        if SIGN_12BIT in row["repairs"]:
+            words = undo_sign_12bit(words)
+            intercept = -1000.0
+        words, flags = fit_to_bits(words, bits_stored=row["bits_stored"], signed=row["signed"])
+        low = row["padding_low"]
+        rescale = {
+            "signed": row["signed"],
+            "slope": row["rescale_slope"],
+            "intercept": intercept,
+            "padding": None if low is None else (low, row["padding_high"]),
+        }
+        audit = audit_of(words, row, intercept=intercept, content_hash=content_hash, flags=flags)
+        native = words.shape == self.out.shape[1:]
+        if native and spec.store == "windows":
+            apply_rescale_and_windows(words, **rescale, windows=spec.windows, out=self.out)
+            return audit
+        hu = self.out[0] if spec.store == "hu" else self._hu
+        if native:
+            apply_rescale(words, **rescale, out=hu)
+        else:
+            full = np.empty(words.shape, np.int16)
+            apply_rescale(words, **rescale, out=full)
+            resize_hu(full, out=hu)
+        if spec.store == "windows":
+            apply_windows(hu, windows=spec.windows, out=self.out)
+        return audit
+
+
+def undo_sign_12bit(words: NDArray[np.uint16]) -> NDArray[np.uint16]:
+    """Return stored values shifted back by 1000 and unwrapped at 4096; the intercept that goes with them is -1000."""
+    return (words + np.uint16(1000)) % np.uint16(4096)
+
+
+def fit_to_bits(words: NDArray[np.uint16], *, bits_stored: int, signed: bool) -> tuple[NDArray[np.uint16], list[str]]:
+    """Return ``words`` with what lies above BitsStored taken off, and the flag ``unused_bits`` where there was any.
+
+    PS3.5 8.1.1: bits that are not stored are no part of the value. Signed values are extended to 16 bits.
+    """
+    if bits_stored == 16:
+        return words, []
+    low, high = (-(1 << bits_stored - 1), (1 << bits_stored - 1) - 1) if signed else (0, (1 << bits_stored) - 1)
+    least, most, _, _ = cv2.minMaxLoc(words.view(np.int16) if signed else words)
+    if low <= least and most <= high:
+        return words, []
+    shift = 16 - bits_stored
+    if signed:
+        return ((words << shift).view(np.int16) >> shift).view(np.uint16), ["unused_bits"]
+    return words & np.uint16(high), ["unused_bits"]
+
+
+def audit_of(
+    words: NDArray[np.uint16], row: dict[str, Any], *, intercept: float, content_hash: str, flags: list[str]
+) -> Audit:
+    """Return the audit of stored ``words`` (rows, columns); all pixels count, padding too.
+
+    Flags: ``constant`` (one value everywhere), ``noise`` (a stretch of rows in which neighbours differ by an eighth of
+    all that can be stored, on average), ``clipped_high`` (a value above 3071 HU).
+    """
+    stored = words.view(np.int16) if row["signed"] else words
+    least, most, _, _ = cv2.minMaxLoc(stored)
+    slope = row["rescale_slope"]
+    flags = list(flags)
+    if least == most:
+        flags.append("constant")
+    if most * slope + intercept > HIGHEST_HU:
+        flags.append("clipped_high")
+    if most - least > NOISE_SHARE * 2 ** row["bits_stored"]:
+        some = stored[:: max(1, len(stored) // NOISE_ROWS)].astype(np.int32)
+        roughness = np.abs(np.diff(some, axis=1)).mean(axis=1)
+        if int((roughness > NOISE_SHARE * 2 ** row["bits_stored"]).sum()) >= 2:
+            flags.append("noise")
+    mean = cv2.sumElems(stored)[0] / stored.size
+    return Audit(
+        hu_min=least * slope + intercept,
+        hu_max=most * slope + intercept,
+        hu_mean=mean * slope + intercept,
+        content_hash=content_hash,
+        flags=flags,
+    )

@@ -1,0 +1,130 @@
+"""The bytes of one Zarr v3 shard (codec ``sharding_indexed``): encode, index, decode; nothing else.
+
+A shard is its chunks in order, then the index: for each chunk its offset and length, uint64 little endian, 2^64-1 twice
+for a chunk that is not there, and the CRC32C of these. A chunk is one slice: blosc, then its CRC32C.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import google_crc32c
+import numpy as np
+import xxhash
+from numcodecs import blosc
+
+from ich_prep.errors import CorruptionError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+CODECS = ("lz4", "zstd", "none")
+CRC_BYTES = 4
+BLOSC_LEVEL = 5
+MISSING = np.iinfo(np.uint64).max
+
+_crc_bytes = struct.Struct("<I").pack
+_crc_value = struct.Struct("<I").unpack
+
+
+class Sink(Protocol):
+    """Where a shard's bytes go: an unbuffered file, or a buffer."""
+
+    def write(self, data: memoryview, /) -> int | None:
+        """Take some of ``data``; return how many bytes."""
+
+
+def index_bytes(chunks: int) -> int:
+    """Return the length in bytes of the index of a shard of that many chunks."""
+    return 16 * chunks + CRC_BYTES
+
+
+@dataclass
+class ShardWriter:
+    """Writes the ``chunks`` of one shard to ``sink``, in order, then the index; ``codec`` is a word of ``CODECS``."""
+
+    sink: Sink
+    chunks: int
+    codec: str
+    _index: list[tuple[int, int]] = field(default_factory=list)
+    _offset: int = 0
+    _seen: xxhash.xxh3_64 = field(default_factory=xxhash.xxh3_64)
+
+    def __post_init__(self) -> None:
+        blosc.use_threads = False  # one task, one core; and equal bytes whatever the number of cores
+
+    def append(self, pixels: NDArray[np.uint8] | NDArray[np.int16]) -> None:
+        """Write the next chunk: one slice, (channel, y, x), C-contiguous."""
+        if self.codec == "none":
+            payload = pixels.tobytes()
+        else:
+            payload = blosc.compress(pixels, self.codec.encode(), BLOSC_LEVEL, blosc.SHUFFLE, 0)
+        checksum = _crc_bytes(google_crc32c.value(payload))
+        _write_all(self.sink, payload)
+        _write_all(self.sink, checksum)
+        self._seen.update(checksum)
+        self._index.append((self._offset, len(payload) + CRC_BYTES))
+        self._offset += len(payload) + CRC_BYTES
+
+    def skip(self) -> None:
+        """Leave the next chunk out: a hole, which every Zarr reader takes for the fill value."""
+        self._index.append((MISSING, MISSING))
+
+    def finish(self) -> tuple[int, str]:
+        """Write the index; return the shard's length in bytes and its fingerprint (see ``fingerprint``)."""
+        while len(self._index) < self.chunks:
+            self.skip()
+        entries = np.array(self._index, "<u8").tobytes()
+        index = entries + _crc_bytes(google_crc32c.value(entries))
+        _write_all(self.sink, index)
+        self._seen.update(index)
+        return self._offset + len(index), self._seen.hexdigest()
+
+
+def _write_all(sink: Sink, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[sink.write(view) or 0 :]
+
+
+def fingerprint(checksums: NDArray[np.uint32], index: bytes) -> str:
+    """Return what tells one shard from another: XXH3-64 of the CRC32C of each chunk there is, then the index bytes."""
+    return xxhash.xxh3_64(checksums.astype("<u4").tobytes() + index).hexdigest()
+
+
+def parse_index(data: bytes, *, chunks: int, body: int) -> NDArray[np.uint64]:
+    """Return the index as uint64 (chunks, 2) of offset and length; ``body`` is the shard's length without its index.
+
+    Raises ``CorruptionError`` where the checksum does not fit or an entry points outside of the shard.
+    """
+    if len(data) != index_bytes(chunks):
+        raise CorruptionError(f"expected {index_bytes(chunks)} bytes of index, found {len(data)}")
+    entries = data[:-CRC_BYTES]
+    if google_crc32c.value(entries) != _crc_value(data[-CRC_BYTES:])[0]:
+        raise CorruptionError("the checksum of its index does not fit")
+    index = np.frombuffer(entries, "<u8").reshape(chunks, 2)
+    there = index[index[:, 0] != MISSING]
+    if len(there) and int((there[:, 0] + there[:, 1]).max()) > body:
+        raise CorruptionError("its index points outside of it")
+    return index
+
+
+def decode_chunk(data: NDArray[np.uint8], *, codec: str, out: NDArray[np.uint8]) -> None:
+    """Decode one chunk, ``data`` (its bytes, checksum included), into ``out``: the bytes of one slice, uint8 (n,).
+
+    Raises ``CorruptionError`` where the checksum or the length does not fit.
+    """
+    payload = data[:-CRC_BYTES]
+    if google_crc32c.value(payload) != _crc_value(data[-CRC_BYTES:].data)[0]:
+        raise CorruptionError("its checksum does not fit")
+    if codec == "none":
+        if payload.nbytes != out.nbytes:
+            raise CorruptionError(f"expected {out.nbytes} bytes, found {payload.nbytes}")
+        np.copyto(out, payload)
+        return
+    try:
+        blosc.decompress(payload, out)
+    except (RuntimeError, ValueError) as error:
+        raise CorruptionError(f"blosc: {error}") from None

@@ -1,0 +1,99 @@
+"""CT windows as numbers: presets, their spelling on a command line, and the code of every HU value.
+
+A window maps HU to an 8-bit code by the function LINEAR_EXACT of PS3.3 C.11.2.1.3.2, rounded half to even. It is not
+LINEAR (C.11.2.1.2.1), which takes 0.5 from the center and 1 from the width.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ich_prep.errors import UsageError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+# What HU are clipped to before anything else: air, and the highest value of a 12-bit scanner.
+AIR_HU = -1024
+HIGHEST_HU = 3071
+
+
+@dataclass(frozen=True)
+class Window:
+    """A named window: ``center`` and ``width`` in HU, ``width`` greater than 0."""
+
+    name: str
+    center: float
+    width: float
+
+    def __post_init__(self) -> None:
+        if not self.width > 0:
+            raise UsageError(f"A window's width must be greater than 0 HU; {self.name!r} has {self.width:g}.")
+
+
+PRESETS: dict[str, Window] = {
+    window.name: window
+    for window in (
+        Window("brain", center=40, width=80),
+        Window("subdural", center=80, width=200),
+        Window("bone", center=600, width=2800),
+        Window("soft_tissue", center=40, width=380),
+        Window("stroke", center=40, width=40),
+    )
+}
+
+_CUSTOM = re.compile(r"^([a-z][a-z0-9_]*)=(-?[0-9.]+)/([0-9.]+)$")
+
+
+def parse_window(text: str) -> Window:
+    """Return the window that ``text`` names: a preset (``brain``) or ``name=center/width`` in HU (``blood=75/215``)."""
+    if text in PRESETS:
+        return PRESETS[text]
+    match = _CUSTOM.match(text)
+    if match:
+        try:
+            return Window(match[1], center=float(match[2]), width=float(match[3]))
+        except ValueError:
+            pass
+    near = get_close_matches(text, PRESETS, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise UsageError(
+        f"Expected a preset ({', '.join(PRESETS)}) or name=center/width such as blood=75/215; got {text!r}.{hint}"
+    )
+
+
+def parse_windows(texts: Sequence[str]) -> tuple[Window, ...]:
+    """Return the windows named by ``texts``, in that order; a name may stand once only."""
+    windows = tuple(parse_window(text) for text in texts)
+    names = [window.name for window in windows]
+    if not names or len(set(names)) != len(names):
+        raise UsageError(f"Expected one or more windows of different names; got {', '.join(names) or 'none'}.")
+    return windows
+
+
+def window_codes(hu: NDArray[np.int16], window: Window) -> NDArray[np.uint8]:
+    """Return the code (0..255) of every element of ``hu``, computed in float64: the reference for everything faster.
+
+    LINEAR_EXACT of PS3.3 C.11.2.1.3.2 with an output range of 0..255, that is
+    ``(hu - (center - width / 2)) / width * 255``, rounded half to even and clipped.
+    """
+    lower = window.center - window.width / 2
+    exact = (hu.astype(np.float64) - lower) / window.width * 255
+    codes: NDArray[np.uint8] = np.clip(np.rint(exact), 0, 255).astype(np.uint8)
+    return codes
+
+
+@cache
+def window_table(window: Window) -> NDArray[np.uint8]:
+    """Return the codes of all HU values: read-only uint8 (65536,), indexed by the int16 HU seen as uint16."""
+    table = window_codes(np.arange(65536, dtype=np.uint16).view(np.int16), window)
+    table.flags.writeable = False
+    return table

@@ -1,0 +1,1 @@
+"""Trains, evaluates and reports a hemorrhage classifier from the shards that ``ich_prep`` writes."""

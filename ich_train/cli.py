@@ -1,0 +1,209 @@
+"""The command line of ich_train: parse, call one function, print, set the exit code."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from ich_prep.errors import IchError, UsageError
+from ich_prep.recipe import read_section, validate
+from ich_train.config import MODELS, EvalConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Section = TypeVar("Section", TrainConfig, EvalConfig)
+
+DEFAULT = TrainConfig()
+RUNS = Path("runs")
+INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
+
+app = typer.Typer(
+    help="Train a hemorrhage classifier on a dataset of ich-prep, judge it, predict with it. "
+    "Research software, not a medical device.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, such as runs/baseline.")]
+Data = Annotated[Path | None, typer.Option(help=f"The dataset. Default: the run's own, else {DEFAULT.data}.")]
+Out = Annotated[Path | None, typer.Option(help="The run's folder. Default: runs/NAME, of the recipe or model.")]
+Model = Annotated[str | None, typer.Option(help=f"{', '.join(MODELS)} or timm:NAME. Default: {DEFAULT.model}.")]
+Epochs = Annotated[int | None, typer.Option(min=1, help=f"Passes over the slices. Default: {DEFAULT.epochs}.")]
+Recipe = Annotated[Path | None, typer.Option(help="A TOML file of sections; options win over it.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, or the last of its name.")]
+Weights = Annotated[Path | None, typer.Option(help="Weights to start from, in torchvision's key names.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="The seed of all that is drawn.")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Slices in a batch, of each process.")]
+Threads = Annotated[int | None, typer.Option(min=1, help=f"Threads that read data. Default: {DEFAULT.threads}.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: a GPU where there is one.")]
+Subset = Annotated[str | None, typer.Option(help="train, val, test or all. Default: as in the run's recipe.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Judge so many slices, drawn by the seed.")]
+Submission = Annotated[Path, typer.Option("--out", help="The CSV to write, with the columns ID,Label.")]
+Sample = Annotated[Path | None, typer.Option(help="A sample submission: its lines, in its order.")]
+
+
+@app.command("run")
+def run_command(
+    *,
+    data: Data = None,
+    out: Out = None,
+    model: Model = None,
+    epochs: Epochs = None,
+    recipe: Recipe = None,
+    resume: Resume = False,
+    weights: Weights = None,
+    seed: Seed = None,
+    batch_size: BatchSize = None,
+    threads: Threads = None,
+    device: Device = None,
+) -> None:
+    """Train, keep the epoch of the lowest validation loss, judge it on held-out slices, write a report."""
+    from ich_train.runs import RECIPE, latest_folder, new_folder
+
+    name = recipe.stem if recipe else (model or DEFAULT.model).replace(":", "-").replace("/", "-")
+    if out is None:
+        out = latest_folder(RUNS, name) if resume else new_folder(RUNS, name)
+    if recipe is None and resume:
+        recipe = out / RECIPE
+    given = {
+        "data": data,
+        "model": model,
+        "epochs": epochs,
+        "weights": weights,
+        "seed": seed,
+        "batch_size": batch_size,
+        "threads": threads,
+        "device": device,
+    }
+    settings = _section(recipe, "train", TrainConfig, given)
+    evaluation = _section(recipe, "eval", EvalConfig, {})
+
+    from ich_prep.store import open_dataset
+    from ich_train.train import train
+
+    console = _console()
+    result = train(open_dataset(settings.data), out, settings, evaluation, console=console, resume=resume)
+    if not result.finished:
+        console.print(f"Stopped. Go on with: ich-train run --resume --out {out}", soft_wrap=True)
+        raise typer.Exit(INTERRUPTED)
+    if result.metrics is not None:
+        _print_metrics(console, result.metrics, out)
+
+
+@app.command("eval")
+def eval_command(
+    run: RunFolder,
+    *,
+    data: Data = None,
+    subset: Subset = None,
+    limit: Limit = None,
+    seed: Seed = None,
+    batch_size: BatchSize = None,
+    threads: Threads = None,
+    device: Device = None,
+) -> None:
+    """Judge a run's best epoch on a part of a dataset and write the run's report anew."""
+    from ich_train.runs import RECIPE, settings_of
+
+    settings, _ = settings_of(run)
+    given = {"subset": subset, "limit": limit, "seed": seed, "batch_size": batch_size}
+    evaluation = _section(run / RECIPE, "eval", EvalConfig, given)
+
+    from ich_prep.store import open_dataset
+    from ich_train.evaluate import evaluate_run
+    from ich_train.ranks import choose_device
+
+    metrics = evaluate_run(
+        run,
+        open_dataset(data or settings.data),
+        **evaluation.model_dump(),
+        device=str(choose_device(device or settings.device)),
+        threads=threads or settings.threads,
+    )
+    _print_metrics(_console(), metrics, run)
+
+
+@app.command("predict")
+def predict_command(
+    run: RunFolder,
+    *,
+    out: Submission,
+    data: Data = None,
+    sample: Sample = None,
+    batch_size: BatchSize = None,
+    threads: Threads = None,
+    device: Device = None,
+) -> None:
+    """Write the probabilities of the test subset in the format of a Kaggle submission."""
+    from ich_train.runs import settings_of
+
+    settings, evaluation = settings_of(run)
+
+    from ich_prep.store import open_dataset
+    from ich_train.predict import write_submission
+    from ich_train.ranks import choose_device
+
+    lines = write_submission(
+        run,
+        open_dataset(data or settings.data),
+        out,
+        sample=sample,
+        device=choose_device(device or settings.device),
+        threads=threads or settings.threads,
+        batch_size=batch_size or evaluation.batch_size,
+    )
+    _console().print(f"{lines:,} lines in {out}", soft_wrap=True)
+
+
+def main() -> None:
+    """Run the program; an error of ours is one message on standard error and exit code 1, or 2 for a wrong usage."""
+    try:
+        app()
+    except IchError as error:
+        print(f"ich-train: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+def _section(recipe: Path | None, section: str, model: type[Section], given: dict[str, Any]) -> Section:
+    """Return a section of ``recipe``, or of none, with what was ``given`` on the command line put over it."""
+    values = read_section(recipe, section) if recipe else {}
+    values |= {key: value for key, value in given.items() if value is not None}
+    return validate(model, values, where=f"{recipe} [{section}]" if recipe else "options")
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def _print_metrics(console: Console, metrics: dict[str, Any], run: Path) -> None:
+    from rich.table import Table
+
+    from ich_train.evaluate import REPORT
+
+    judged, by_slice = metrics["evaluated"], metrics["by_slice"]
+    table = Table(title=f"{judged['slices']:,} slices of {judged['subset']}", title_justify="left")
+    table.add_column("label")
+    for heading in ("positive", "ROC AUC", "95%", "average precision"):
+        table.add_column(heading, justify="right")
+    for name, entry in by_slice["labels"].items():
+        interval = entry["intervals"]["roc_auc"]
+        table.add_row(
+            name,
+            f"{entry['positives']:,}",
+            _number(entry["roc_auc"]),
+            f"{interval[0]:.3f}-{interval[1]:.3f}" if interval else "undefined",
+            _number(entry["average_precision"]),
+        )
+    console.print(table)
+    console.print(f"Weighted log loss {_number(by_slice['log_loss'])}. Report: {run / REPORT}", soft_wrap=True)
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3f}"

@@ -1,0 +1,302 @@
+"""Rows in an order -> coalesced reads -> batches in reused buffers, pinned where there is a GPU.
+
+Threads read ahead, a batch each; what a batch holds depends on the seed and the epoch alone, not on their number.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+
+from ich_prep.errors import UsageError
+from ich_prep.labels import CLASSES, UNKNOWN
+from ich_prep.store import OK, SLICES, Dataset, open_dataset
+from ich_train.order import epoch_positions, rank_positions
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class Batch(NamedTuple):
+    """Some slices: views of a buffer that is used again once the next batch is taken.
+
+    ``images``: (b, channel x (2 context + 1), y, x), uint8 window codes or int16 HU; with context the slices below
+    come first. ``labels``: (b, 6) int8, -1 where unknown. ``rows``: (b,) int64, the rows of the dataset.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    rows: torch.Tensor
+
+
+def usable_rows(dataset: Dataset, *, allow_series_labels: bool = False) -> NDArray[np.int64]:
+    """Return the rows whose status is ok and of which a label is known, ascending.
+
+    Raises ``UsageError`` where labels are those of whole series, which are weak labels of its slices, unless allowed.
+    """
+    table = dataset.read_table(SLICES, ["status", "label_level"])
+    ok = pc.equal(table["status"], OK).to_numpy(zero_copy_only=False)
+    by_series = pc.equal(table["label_level"], "series").to_numpy(zero_copy_only=False)
+    if by_series.any() and not allow_series_labels:
+        raise UsageError(
+            f"Expected labels of slices; {int(by_series.sum())} slices of {dataset.path} carry the label of their whole "
+            "series. Set allow_series_labels = true to take those as labels of each slice."
+        )
+    labelled = pc.not_equal(table["label_level"], "none").to_numpy(zero_copy_only=False)
+    return np.flatnonzero(ok & labelled)
+
+
+def read_labels(dataset: Dataset) -> NDArray[np.int8]:
+    """Return the six labels of every row, int8 (slices, 6) in the order of ``CLASSES``, -1 where unknown."""
+    table = dataset.read_table(SLICES, list(CLASSES))
+    return np.stack([table[name].fill_null(UNKNOWN).to_numpy() for name in CLASSES], axis=1)
+
+
+def neighbours(dataset: Dataset, rows: NDArray[np.int64], context: int) -> NDArray[np.int64]:
+    """Return for each of ``rows`` the rows from ``context`` below to ``context`` above in its series, (n, 2 context + 1).
+
+    A neighbour that is not there, or whose status is not ok, is the nearest one towards the slice that is.
+    """
+    table = dataset.read_table(SLICES, ["status", "series_row"])
+    ok = pc.equal(table["status"], OK).to_numpy(zero_copy_only=False)
+    series = table["series_row"].to_numpy()
+    found = np.repeat(rows[:, np.newaxis], 2 * context + 1, axis=1)
+    for sign in (-1, 1):
+        for distance in range(1, context + 1):
+            wanted = rows + sign * distance
+            inside = np.clip(wanted, 0, len(series) - 1)
+            there = (inside == wanted) & (series[inside] == series[rows]) & ok[inside]
+            nearer = found[:, context + sign * (distance - 1)]
+            found[:, context + sign * distance] = np.where(there, wanted, nearer)
+    return found
+
+
+@dataclass
+class _Slot:
+    """One buffer of the ring, and what tells that a GPU has finished reading it."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    rows: torch.Tensor
+    copied: Any = None
+
+
+@dataclass
+class _Epoch:
+    """What the reading threads and the consumer of one epoch share, under one condition."""
+
+    batches: list[NDArray[np.int64]]
+    free: list[_Slot]
+    next_batch: int
+    ready: dict[int, tuple[_Slot, int]] = field(default_factory=dict)
+    failure: BaseException | None = None
+    stopped: bool = False
+    changed: threading.Condition = field(default_factory=threading.Condition)
+
+
+class SliceLoader:
+    """Iterates over the batches of an epoch; each full pass moves on to the next epoch.
+
+    ``rows`` (default: all usable ones) are visited in the ``order`` "sequential", "shuffled" or "windowed" (see
+    ``order.epoch_positions``), drawn by ``weights`` if given; of several ranks each visits its own share. ``context``
+    neighbours below and above join as channels. ``threads`` read ahead up to ``prefetch`` batches. Buffers are pinned
+    when ``pin`` says so (default: where there is a GPU). ``wait_seconds`` is how long the consumer has waited for data.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        rows: NDArray[np.int64] | None = None,
+        batch_size: int = 64,
+        order: str = "shuffled",
+        seed: int = 0,
+        threads: int = 2,
+        context: int = 0,
+        *,
+        weights: NDArray[np.float64] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = False,
+        prefetch: int = 4,
+        pin: bool | None = None,
+    ) -> None:
+        if batch_size < 1 or threads < 1 or prefetch < 1 or context < 0:
+            raise UsageError(
+                "Expected batch_size, threads and prefetch of 1 or more and context of 0 or more; "
+                f"got {batch_size}, {threads}, {prefetch} and {context}."
+            )
+        self.dataset = dataset
+        self.rows = usable_rows(dataset) if rows is None else np.asarray(rows, np.int64)
+        self.batch_size, self.order, self.seed, self.threads = batch_size, order, seed, threads
+        self.weights, self.rank, self.world_size, self.drop_last = weights, rank, world_size, drop_last
+        self.wait_seconds = 0.0
+        self._epoch = self._batch = 0
+        self._context = context
+        self._labels = read_labels(dataset)[self.rows]
+        self._neighbours = neighbours(dataset, self.rows, context) if context else self.rows[:, np.newaxis]
+        pinned = torch.cuda.is_available() if pin is None else pin
+        # One slot for the consumer, one for each thread at work, the rest are ready and waiting.
+        self._slots = [self._make_slot(pinned) for _ in range(1 + threads + prefetch)]
+
+    def __len__(self) -> int:
+        share = len(self.rows) // self.world_size
+        return share // self.batch_size if self.drop_last else -(-share // self.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin with ``epoch``, at its first batch."""
+        self._epoch, self._batch = epoch, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the loader is: after the batches that were taken, in the order that these settings give."""
+        return {"epoch": self._epoch, "batch": self._batch, **self._settings()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``; raises ``UsageError`` where it belongs to other settings, and so to another order."""
+        here = self._settings()
+        different = [
+            f"{name} was {state.get(name)} and is {here[name]}" for name in here if state.get(name) != here[name]
+        ]
+        if different:
+            raise UsageError(
+                f"Expected the state of a loader with the same settings; {'; '.join(different)}. Resume with the settings "
+                "that the run began with."
+            )
+        self._epoch, self._batch = int(state["epoch"]), int(state["batch"])
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch = _Epoch(batches=self._batches(), free=list(self._slots), next_batch=self._batch)
+        threads = [threading.Thread(target=self._read_ahead, args=(epoch,), daemon=True) for _ in range(self.threads)]
+        for thread in threads:
+            thread.start()
+        try:
+            for number in range(self._batch, len(epoch.batches)):
+                slot, size = self._take(epoch, number)
+                self._batch = number + 1
+                yield Batch(slot.images[:size], slot.labels[:size], slot.rows[:size])
+                self._give_back(epoch, slot)
+            self._epoch, self._batch = self._epoch + 1, 0
+        finally:
+            with epoch.changed:
+                epoch.stopped = True
+                epoch.changed.notify_all()
+            for thread in threads:
+                thread.join()
+
+    def _settings(self) -> dict[str, Any]:
+        names = ("batch_size", "order", "seed", "rank", "world_size", "drop_last")
+        return {**{name: getattr(self, name) for name in names}, "rows": len(self.rows)}
+
+    def _make_slot(self, pinned: bool) -> _Slot:
+        channels, height, width = self.dataset.shape[1:]
+        kind = torch.uint8 if self.dataset.dtype == np.uint8 else torch.int16
+        shape = (self.batch_size, channels * (2 * self._context + 1), height, width)
+        return _Slot(
+            torch.empty(shape, dtype=kind, pin_memory=pinned),
+            torch.empty((self.batch_size, len(CLASSES)), dtype=torch.int8, pin_memory=pinned),
+            torch.empty(self.batch_size, dtype=torch.int64),
+        )
+
+    def _batches(self) -> list[NDArray[np.int64]]:
+        """Return the positions, indices into ``rows``, of each batch of this epoch."""
+        positions = epoch_positions(
+            self.rows,
+            order=self.order,
+            seed=self.seed,
+            epoch=self._epoch,
+            rows_per_shard=self.dataset.spec.slices_per_shard,
+            weights=self.weights,
+        )
+        mine = rank_positions(positions, rank=self.rank, world_size=self.world_size)
+        return [mine[at : at + self.batch_size] for at in range(0, len(self) * self.batch_size, self.batch_size)]
+
+    def _read_ahead(self, epoch: _Epoch) -> None:
+        """Read one batch after the other into free slots: the life of a reading thread."""
+        while True:
+            with epoch.changed:
+                epoch.changed.wait_for(lambda: epoch.free or epoch.stopped)
+                if epoch.stopped or epoch.next_batch >= len(epoch.batches):
+                    return
+                # A batch takes its slot in the order of the batches, so the one that is waited for always has one.
+                number, slot = epoch.next_batch, epoch.free.pop()
+                epoch.next_batch += 1
+            try:
+                self._fill(slot, epoch.batches[number])
+            except BaseException as error:
+                with epoch.changed:
+                    epoch.failure = error
+                    epoch.changed.notify_all()
+                return
+            with epoch.changed:
+                epoch.ready[number] = (slot, len(epoch.batches[number]))
+                epoch.changed.notify_all()
+
+    def _fill(self, slot: _Slot, positions: NDArray[np.int64]) -> None:
+        if slot.copied is not None:
+            slot.copied.synchronize()
+        size = len(positions)
+        wanted = self._neighbours[positions].reshape(-1)
+        images = slot.images[:size].numpy().reshape(len(wanted), *self.dataset.shape[1:])
+        self.dataset.read(wanted, out=images)
+        slot.labels[:size].numpy()[:] = self._labels[positions]
+        slot.rows[:size].numpy()[:] = self.rows[positions]
+
+    def _take(self, epoch: _Epoch, number: int) -> tuple[_Slot, int]:
+        start = time.perf_counter()
+        with epoch.changed:
+            epoch.changed.wait_for(lambda: number in epoch.ready or epoch.failure is not None)
+            if number not in epoch.ready:
+                assert epoch.failure is not None
+                raise epoch.failure
+            taken = epoch.ready.pop(number)
+        self.wait_seconds += time.perf_counter() - start
+        return taken
+
+    def _give_back(self, epoch: _Epoch, slot: _Slot) -> None:
+        if slot.images.is_pinned():
+            # A copy to the GPU may still be on its way: the slot is free once the stream has passed this point.
+            slot.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            slot.copied.record()
+        with epoch.changed:
+            epoch.free.append(slot)
+            epoch.changed.notify_all()
+
+
+class SliceDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor, int]]):
+    """The usable slices of a dataset for a ``torch.utils.data.DataLoader`` of one's own.
+
+    Item i is (image, labels, row): uint8 or int16 (channel, y, x), int8 (6,), and the row. ``__getitems__`` reads a
+    whole batch at once. It may be sent to worker processes: each opens the dataset for itself.
+    """
+
+    def __init__(self, path: str | Path, rows: NDArray[np.int64] | None = None) -> None:
+        self.path = Path(path)
+        dataset = open_dataset(self.path)
+        self.rows = usable_rows(dataset) if rows is None else np.asarray(rows, np.int64)
+        self._labels = read_labels(dataset)[self.rows]
+        self._dataset: Dataset | None = dataset
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
+        """Return the items of a batch: views of one array that is read at once."""
+        if self._dataset is None:
+            self._dataset = open_dataset(self.path)
+        positions = np.asarray(indices, np.int64)
+        images = torch.from_numpy(self._dataset.read(self.rows[positions]))
+        labels = torch.from_numpy(self._labels[positions])
+        return list(zip(images, labels, self.rows[positions].tolist(), strict=True))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_dataset": None}

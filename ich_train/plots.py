@@ -1,0 +1,278 @@
+"""Pictures of a run: how training went, how good the probabilities are, what the network makes of a slice.
+
+Every function takes numbers and returns a figure of its own; nothing here knows folders or datasets. The figures are
+drawn without pyplot: no state is shared, and no display is needed.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from ich_prep.labels import CLASSES
+from ich_train.metrics import Curve
+
+INK, MUTED, FAINT = "#1f2933", "#66727f", "#d5dae0"
+BLUE, GREY, ORANGE = "#1f5a96", "#8a96a3", "#c2571a"
+SHADES = LinearSegmentedColormap.from_list("shades", ["#ffffff", BLUE])
+DPI = 140
+LONGEST_SIDE = 30_000  # pixels; browsers draw no image of more than 32,767
+POLICY_WORDS = {"at_half": "threshold 0.5", "at_best_f1": "threshold of best F1 on validation"}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One slice of a sheet."""
+
+    windows: npt.NDArray[np.uint8]  # (channel, y, x)
+    caption: str
+
+
+@dataclass(frozen=True)
+class LayerMaps:
+    """What one convolution layer makes of one slice."""
+
+    name: str
+    maps: npt.NDArray[np.float32]  # (channel, y, x)
+
+
+def png(figure: Figure) -> bytes:
+    """Return ``figure`` as a PNG file; equal figures give equal bytes."""
+    file = io.BytesIO()
+    dpi = min(DPI, LONGEST_SIDE / max(figure.get_size_inches()))
+    figure.savefig(file, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+    return file.getvalue()
+
+
+def history_curve(
+    epochs: Sequence[int], training: Sequence[float], validation: Sequence[float], *, quantity: str, kept: int
+) -> Figure:
+    """Return the ``quantity`` in training and validation over the epochs, the epoch whose weights were kept marked."""
+    figure = _figure(5.6, 3.6)
+    axes = figure.add_subplot()
+    _style(axes, x="epoch", y=quantity)
+    axes.axvline(kept, color=FAINT, linewidth=5, alpha=0.6, zorder=0)
+    axes.text(kept, 1.02, f"kept: epoch {kept}", transform=axes.get_xaxis_transform(), color=MUTED, size=8, ha="center")
+    for values, colour, name in ((training, GREY, "training"), (validation, BLUE, "validation")):
+        axes.plot(epochs, values, color=colour, linewidth=1.8, marker="o", markersize=4, label=name, clip_on=False)
+    axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+    return figure
+
+
+def roc_panels(curves: Mapping[str, Curve], measures: Mapping[str, Any]) -> Figure:
+    """Return the ROC curve of each label in a panel of its own, the other labels faint behind it.
+
+    ``measures`` is the by-slice result of `ich_train.metrics.measure`: it gives the areas and the points at which the
+    two thresholds work.
+    """
+    figure = _figure(9.6, 6.9)
+    for name, axes in _label_panels(figure):
+        _style(axes, x="false positive rate", y="true positive rate", unit_square=True)
+        axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)))
+        entry = measures["labels"][name]
+        points = {}
+        for policy in POLICY_WORDS:
+            at = entry[policy]
+            if at["recall"] is not None:
+                points[policy] = (at["fp"] / (at["fp"] + at["tn"]), at["recall"])
+        _curve_panel(axes, curves, name, points)
+        _note(axes, _with_interval("AUC", entry, "roc_auc"), x=0.97, y=0.05)
+    _policy_legend(figure)
+    return figure
+
+
+def precision_recall_panels(curves: Mapping[str, Curve], measures: Mapping[str, Any]) -> Figure:
+    """Return precision over recall of each label in a panel of its own, dotted at the share of positives."""
+    figure = _figure(9.6, 6.9)
+    for name, axes in _label_panels(figure):
+        _style(axes, x="recall", y="precision", unit_square=True)
+        entry = measures["labels"][name]
+        cases = entry["positives"] + entry["negatives"]
+        if cases:
+            axes.axhline(entry["positives"] / cases, color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)))
+        points = {}
+        for policy in POLICY_WORDS:
+            at = entry[policy]
+            if at["recall"] is not None and at["precision"] is not None:
+                points[policy] = (at["recall"], at["precision"])
+        _curve_panel(axes, curves, name, points)
+        _note(axes, _with_interval("AP", entry, "average_precision"), x=0.03, y=0.05)
+    _policy_legend(figure)
+    return figure
+
+
+def confusion_panels(measures: Mapping[str, Any], policy: str) -> Figure:
+    """Return the confusion matrix of each label at the threshold of ``policy``, shaded by the share of its line."""
+    figure = _figure(8.6, 6.2)
+    for name, axes in _label_panels(figure):
+        at = measures["labels"][name][policy]
+        axes.set_title(name, loc="left", color=INK, size=10, weight="bold")
+        axes.set_xticks([0, 1], ["no", "yes"], color=MUTED, size=8)
+        axes.set_yticks([0, 1], ["no", "yes"], color=MUTED, size=8)
+        axes.set_xlabel("called", color=MUTED, size=8)
+        axes.set_ylabel("true", color=MUTED, size=8)
+        axes.tick_params(length=0)
+        for spine in axes.spines.values():
+            spine.set_color(FAINT)
+        if at["tp"] is None:
+            axes.imshow(np.zeros((2, 2)), cmap=SHADES, vmin=0, vmax=1)
+            axes.text(0.5, 0.5, "undefined", ha="center", va="center", color=MUTED, size=10)
+            continue
+        matrix = np.array([[at["tn"], at["fp"]], [at["fn"], at["tp"]]])
+        share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+        axes.imshow(share, cmap=SHADES, vmin=0, vmax=1)
+        axes.set_title(f"p ≥ {at['threshold']:.3g}", loc="right", color=MUTED, size=8)
+        for y in range(2):
+            for x in range(2):
+                colour = "white" if share[y, x] > 0.55 else INK
+                axes.text(x, y - 0.06, f"{matrix[y, x]:,}", ha="center", va="center", color=colour, size=13)
+                axes.text(x, y + 0.2, f"{share[y, x]:.1%}", ha="center", va="center", color=colour, size=8)
+    return figure
+
+
+def example_sheet(groups: Mapping[str, Sequence[Example]], *, columns: int) -> Figure:
+    """Return a sheet with a line of slices for each group, each slice with its windows side by side.
+
+    ``columns`` is how many slices a line has room for. All slices have the same number of windows.
+    """
+    windows = max((len(example.windows) for examples in groups.values() for example in examples), default=1)
+    width = 10.0
+    heights = [width / (columns * windows) + 0.5 if examples else 0.3 for examples in groups.values()]
+    figure = _figure(width, sum(heights))
+    lines = figure.subfigures(len(groups), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for line, (title, examples) in zip(lines, groups.items(), strict=True):
+        line.suptitle(title, x=0.006, ha="left", color=INK, size=9, weight="bold")
+        for k, axes in enumerate(line.subplots(1, columns, squeeze=False)[0] if examples else ()):
+            axes.set_axis_off()
+            if k < len(examples):
+                axes.imshow(_side_by_side(examples[k].windows), cmap="gray", vmin=0, vmax=255)
+                axes.set_title(examples[k].caption, color=MUTED, size=7, pad=3)
+    return figure
+
+
+def feature_maps(windows: npt.NDArray[np.uint8], layers: Sequence[LayerMaps], *, columns: int = 8) -> Figure:
+    """Return the maps that each convolution layer makes of one slice: the slice first, then a block for each layer.
+
+    ``windows`` (channel, y, x) are what the network saw. Of each layer the maps with the largest spread are shown, the
+    strongest first, each from its own 1st to its 99th percentile: up to 32 in networks of few layers, else one line.
+    """
+    lines = 4 if len(layers) <= 8 else 1
+    count, y, x = windows.shape
+    seen = _mosaic((windows / 255).astype(np.float32), columns)
+    blocks = [(f"the slice as the network sees it: {count} channels of {y} × {x}", seen, "gray")]
+    for layer in layers:
+        count, y, x = layer.maps.shape
+        strongest = np.argsort(-layer.maps.std(axis=(1, 2)), kind="stable")[: columns * lines]
+        shown = _mosaic(np.stack([_stretched(layer.maps[k]) for k in strongest]), columns)
+        blocks.append((f"{layer.name}: {len(strongest)} of {count} maps of {y} × {x}", shown, "magma"))
+    width, room = 9.6, 0.32  # inches; the room is the title's
+    heights = [width * shown.shape[0] / shown.shape[1] for _, shown, _ in blocks]
+    figure = _figure(width, sum(heights) + room * len(heights), constrained=False)
+    total, top = figure.get_figheight(), 0.0
+    for (title, shown, colours), height in zip(blocks, heights, strict=True):
+        top += room + height
+        axes = figure.add_axes((0.0, 1 - top / total, 1.0, height / total))
+        axes.set_axis_off()
+        axes.imshow(shown, cmap=colours, vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+        axes.set_title(title, loc="left", color=INK, size=9, pad=4, x=0.006)
+    return figure
+
+
+def _figure(width: float, height: float, *, constrained: bool = True) -> Figure:
+    figure = Figure(
+        figsize=(width, height), layout=ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.08) if constrained else None
+    )
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _style(axes: Axes, *, x: str, y: str, unit_square: bool = False) -> None:
+    axes.set_xlabel(x, color=MUTED, size=9)
+    axes.set_ylabel(y, color=MUTED, size=9)
+    axes.tick_params(color=FAINT, labelcolor=MUTED, labelsize=8)
+    axes.grid(color=FAINT, linewidth=0.5, alpha=0.6)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set_color(FAINT)
+        spine.set_visible(side in ("left", "bottom"))
+    if unit_square:
+        axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
+        axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "0.5", "", "1"])
+        axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "0.5", "", "1"])
+
+
+def _label_panels(figure: Figure) -> Iterator[tuple[str, Axes]]:
+    return zip(CLASSES, figure.subplots(2, 3).flat, strict=True)
+
+
+def _curve_panel(axes: Axes, curves: Mapping[str, Curve], name: str, points: Mapping[str, tuple[float, float]]) -> None:
+    axes.set_title(name, loc="left", color=INK, size=10, weight="bold")
+    for other, curve in curves.items():
+        if other != name:
+            axes.plot(curve.x, curve.y, color=FAINT, linewidth=0.8)
+    if name in curves:
+        axes.plot(curves[name].x, curves[name].y, color=BLUE, linewidth=1.8)
+    for policy, (x, y) in points.items():
+        axes.plot([x], [y], **_marker(policy))
+
+
+def _marker(policy: str) -> dict[str, Any]:
+    fill = "white" if policy == "at_half" else ORANGE
+    return {"marker": "o", "markersize": 6, "color": ORANGE, "markerfacecolor": fill, "clip_on": False, "linestyle": ""}
+
+
+def _policy_legend(figure: Figure) -> None:
+    handles = [Line2D([], [], **_marker(policy), label=words) for policy, words in POLICY_WORDS.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8, labelcolor=MUTED)
+
+
+def _note(axes: Axes, text: str, *, x: float, y: float) -> None:
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 2}
+    axes.text(
+        x, y, text, transform=axes.transAxes, ha="left" if x < 0.5 else "right", color=INK, size=9, bbox=box, zorder=5
+    )
+
+
+def _with_interval(word: str, entry: Mapping[str, Any], name: str) -> str:
+    if entry[name] is None:
+        return f"{word} undefined"
+    interval = entry["intervals"][name]
+    return f"{word} {entry[name]:.3f}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
+
+
+def _stretched(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    low, high = np.percentile(values, [1, 99])
+    # A constant map has nothing to show and stays dark.
+    return np.clip((values - low) / (high - low), 0, 1) if high > low else np.zeros_like(values)
+
+
+def _side_by_side(windows: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    gap = np.full((windows.shape[1], max(1, windows.shape[2] // 64)), 255, np.uint8)
+    pieces = [piece for window in windows for piece in (gap, window)][1:]
+    return np.concatenate(pieces, axis=1)
+
+
+def _mosaic(tiles: npt.NDArray[np.float32], columns: int) -> npt.NDArray[np.float32]:
+    """Return tiles (n, y, x) in lines of ``columns``, NaN between them and where there is none."""
+    n, y, x = tiles.shape
+    gap = max(1, x // 32)
+    lines = -(-n // columns)
+    mosaic = np.full((lines * (y + gap) - gap, columns * (x + gap) - gap), np.nan, np.float32)
+    for k, tile in enumerate(tiles):
+        top, left = k // columns * (y + gap), k % columns * (x + gap)
+        mosaic[top : top + y, left : left + x] = tile
+    return mosaic

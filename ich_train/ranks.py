@@ -1,0 +1,130 @@
+"""The processes of a training run: one alone, or those that torchrun started, each with its device."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType, TracebackType
+from typing import Self
+
+import torch
+from torch import distributed
+
+from ich_prep.errors import UsageError
+
+AGREE_STEPS = 10  # so often the ranks ask each other whether one was told to stop: asking makes a GPU wait
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process, ``rank``, among the ``world_size`` that train together."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes files and speaks to the user."""
+        return self.rank == 0
+
+    def total(self, sums: torch.Tensor) -> torch.Tensor:
+        """Return the sum of ``sums`` over the ranks, on each of them; ``sums`` stays as it is."""
+        summed = sums.clone()
+        if self.world_size > 1:
+            distributed.all_reduce(summed)
+        return summed
+
+    def share_buffers(self, model: torch.nn.Module) -> None:
+        """Give every rank the buffers of the first, such as the running means of a batch normalisation."""
+        if self.world_size > 1:
+            for buffer in model.buffers():
+                distributed.broadcast(buffer, src=0)
+
+    def wait(self) -> None:
+        """Return when all ranks have come here."""
+        if self.world_size > 1:
+            distributed.barrier()
+
+
+class Stop:
+    """Whether the run was told to stop, by Ctrl-C or SIGTERM on any rank; a context, in which these do nothing else.
+
+    A third signal is not held back, for a run that cannot come to its next step.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._signals = 0
+        self._before: dict[signal.Signals, signal.Handlers | Callable[..., object] | int | None] = {}
+
+    def __enter__(self) -> Self:
+        # Python lets only the main thread have signal handlers; elsewhere, nobody sends it a Ctrl-C either.
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._count) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def agreed(self) -> bool:
+        """Return whether some rank was told to stop: the same answer on all, which must all ask."""
+        asked = torch.tensor(float(self._signals), device=self._ranks.device)
+        return self._ranks.total(asked).item() > 0
+
+    def agreed_at(self, step: int) -> bool:
+        """Return whether to stop after ``step``; several ranks agree every ``AGREE_STEPS`` steps."""
+        if self._ranks.world_size == 1:
+            return self._signals > 0
+        return step % AGREE_STEPS == 0 and self.agreed()
+
+    def _count(self, number: int, frame: FrameType | None) -> None:
+        self._signals += 1
+        if self._signals == 2:
+            self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def join_ranks(device: str) -> Iterator[Ranks]:
+    """Join the processes that torchrun says there are, or be the only one, and leave them at the end.
+
+    ``device`` is as in `choose_device`. Raises `UsageError` as that does.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        yield Ranks(rank=0, world_size=1, device=choose_device(device))
+        return
+    chosen = choose_device(device, index=int(os.environ["LOCAL_RANK"]))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield Ranks(rank=distributed.get_rank(), world_size=world_size, device=chosen)
+    finally:
+        distributed.destroy_process_group()
+
+
+def choose_device(device: str, *, index: int = 0) -> torch.device:
+    """Return the device that ``device`` names: ``auto``, ``cpu``, ``cuda``, or ``cuda:1`` and the like.
+
+    ``auto`` is the GPU where there is one; a GPU without a number is number ``index``. Raises `UsageError` for a device
+    that torch does not know or cannot use here.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(f"cuda:{index}" if device == "cuda" else device)
+        torch.empty(1, device=chosen)
+    except (AssertionError, RuntimeError) as error:
+        raise UsageError(f"Expected a device that can be used here, such as cpu; found {device!r}: {error}") from error
+    return chosen

@@ -1,0 +1,147 @@
+"""The folder of a run: its name, its recipe, its history.
+
+::
+
+    runs/NAME/
+        recipe.toml          what was asked for, every knob spelled out
+        history.csv          a line for each epoch
+        best/  last/         checkpoints: the lowest validation loss, and the state to go on from
+        metrics.json  predictions.parquet  report.html  pictures/  curves/    the evaluation
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ich_prep.errors import TrainError, UsageError
+from ich_prep.recipe import load_section
+from ich_train.config import FREE_ON_RESUME, EvalConfig, TrainConfig, recipe_text
+
+RECIPE, HISTORY, BEST, LAST, METRICS = "recipe.toml", "history.csv", "best", "last", "metrics.json"
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """A line of ``history.csv``."""
+
+    epoch: int  # from 1
+    seconds: float  # training and validation
+    train_loss: float  # mean over the epoch, while the weights change and with augmentation
+    train_accuracy: float  # share of right answers at 0.5 over all known labels
+    val_loss: float
+    val_accuracy: float
+    learning_rate: float  # at the epoch's end
+    slices_per_s: float  # of training, all ranks together
+    wait_share: float  # of the training time, spent waiting for data
+
+
+def new_folder(root: Path, name: str) -> Path:
+    """Return the first of ``root/name``, ``root/name-2``, ``root/name-3`` ... that does not exist."""
+    folders = _numbered(root, name)
+    return next(folder for folder in folders if not folder.exists())
+
+
+def latest_folder(root: Path, name: str) -> Path:
+    """Return the last of ``root/name``, ``root/name-2`` ... that exists; raises `UsageError` where there is none."""
+    latest = None
+    for folder in _numbered(root, name):
+        if not folder.exists():
+            break
+        latest = folder
+    if latest is None:
+        raise UsageError(f"Expected a run to resume at {root / name}; there is none. Name its folder with --out.")
+    return latest
+
+
+def start(out: Path, settings: TrainConfig, evaluation: EvalConfig) -> None:
+    """Make the folder ``out`` of a new run and write its recipe; raises `UsageError` where there is something in it."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(
+            f"Expected an empty or new folder at {out}; it holds something. Go on with its run by --resume, or name "
+            "another folder with --out."
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / RECIPE, recipe_text({"train": settings.model_dump(), "eval": evaluation.model_dump()}))
+
+
+def check_same(out: Path, settings: TrainConfig) -> None:
+    """Raise `UsageError` where ``settings`` would make another run than the one in the folder ``out``."""
+    before = settings_of(out)[0].model_dump()
+    differing = [
+        f"{key} (was {before[key]}, now {value})"
+        for key, value in settings.model_dump().items()
+        if before[key] != value and key not in FREE_ON_RESUME
+    ]
+    if differing:
+        raise UsageError(
+            f"A run goes on with the settings that it began with; for {out} these differ: {', '.join(differing)}. "
+            "Leave them as they were, or start another run, which may take this one's weights with --weights."
+        )
+
+
+def settings_of(out: Path) -> tuple[TrainConfig, EvalConfig]:
+    """Return the settings of the run in the folder ``out``; raises `UsageError` where no run began there."""
+    if not (out / RECIPE).is_file():
+        raise UsageError(f"Expected the folder of a run, with a {RECIPE}; found none in {out}.")
+    return load_section(out / RECIPE, "train", TrainConfig), load_section(out / RECIPE, "eval", EvalConfig)
+
+
+def write_history(out: Path, history: Sequence[Epoch]) -> None:
+    """Write ``history`` to ``history.csv`` of the run in the folder ``out``."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(field.name for field in dataclasses.fields(Epoch))
+    # repr, and so csv, writes the shortest decimal that reads back as the same number.
+    writer.writerows(dataclasses.astuple(epoch) for epoch in history)
+    write_whole(out / HISTORY, text.getvalue())
+
+
+def read_history(out: Path) -> list[Epoch]:
+    """Return the epochs in ``history.csv`` of the run in the folder ``out``; raises `TrainError` for another table."""
+    try:
+        with (out / HISTORY).open(newline="", encoding="utf-8") as file:
+            return [
+                Epoch(**{key: int(value) if key == "epoch" else float(value) for key, value in line.items()})  # type: ignore[arg-type]
+                for line in csv.DictReader(file)
+            ]
+    except (OSError, TypeError, ValueError) as error:
+        raise TrainError(f"Expected the history of a run in {out / HISTORY}; found: {error}.") from error
+
+
+def overfitting_since(history: Sequence[Epoch]) -> int | None:
+    """Return the epoch from which training accuracy rose while validation accuracy fell, or None.
+
+    That is the epoch after the one of the highest validation accuracy, where at least two epochs followed and over all
+    of them together, by the slope of a straight line, the one rose and the other fell.
+    """
+    peak = max(range(len(history)), key=lambda k: history[k].val_accuracy, default=0)
+    tail = history[peak:]
+    if len(tail) < 3:
+        return None
+    rise = np.polyfit(range(len(tail)), [(epoch.train_accuracy, epoch.val_accuracy) for epoch in tail], deg=1)[0]
+    return tail[1].epoch if rise[0] > 0 > rise[1] else None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` so that a reader sees all of it or what was there before."""
+    new = path.with_name(f"{path.name}.tmp")
+    with new.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+
+
+def _numbered(root: Path, name: str) -> Iterator[Path]:
+    yield root / name
+    for k in itertools.count(2):
+        yield root / f"{name}-{k}"

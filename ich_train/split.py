@@ -1,0 +1,85 @@
+"""Which rows of a dataset train a model, choose its best epoch, and judge it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from ich_prep.errors import UsageError
+from ich_prep.labels import CLASSES
+from ich_train.data import usable_rows
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ich_prep.store import Dataset
+
+
+@dataclass(frozen=True)
+class Split:
+    """The rows of the three parts, int64, ascending; no row and no patient is in two of them."""
+
+    train: NDArray[np.int64]
+    val: NDArray[np.int64]
+    test: NDArray[np.int64]
+
+
+def split_rows(dataset: Dataset, *, val_fold: int, test_fold: int, allow_series_labels: bool) -> Split:
+    """Return the usable, labelled rows of ``dataset`` as a `Split`.
+
+    Where the dataset's own test subset has labels, it is the test part, and the training part has all folds but
+    ``val_fold``. Elsewhere ``test_fold`` is held out. Raises `UsageError` where the two folds are one, a part would be
+    empty, or labels are those of whole series and ``allow_series_labels`` is false.
+    """
+    rows = usable_rows(dataset, allow_series_labels=allow_series_labels)
+    in_test_subset = column(dataset.slices, "subset", rows) == "test"
+    # A slice of the test subset has no fold.
+    fold = np.where(in_test_subset, -1, column(dataset.slices, "fold", rows)).astype(np.int64)
+    if in_test_subset.any():
+        is_test = in_test_subset
+    elif val_fold == test_fold:
+        raise UsageError(f"Expected val_fold and test_fold to differ; found {val_fold} for both.")
+    else:
+        is_test = fold == test_fold
+    is_val = fold == val_fold
+    split = Split(train=rows[~is_val & ~is_test], val=rows[is_val], test=rows[is_test])
+    for part, part_rows in vars(split).items():
+        if not len(part_rows):
+            folds, sizes = np.unique(fold[fold >= 0], return_counts=True)
+            counts = ", ".join(f"{k}: {size}" for k, size in zip(folds, sizes, strict=True)) or "none"
+            raise UsageError(
+                f"Expected slices for training, validation and test; found none for {part} with val_fold {val_fold} "
+                f"and test_fold {test_fold}. Labelled slices in each fold: {counts}. Choose other folds, or build with "
+                "more patients or fewer folds."
+            )
+    return split
+
+
+def label_matrix(dataset: Dataset, rows: NDArray[np.int64]) -> NDArray[np.int8]:
+    """Return the six labels of ``rows``, (n, 6) int8 in the order of ``CLASSES``, -1 where unknown."""
+    return np.stack([column(dataset.slices, name, rows) for name in CLASSES], axis=1).astype(np.int8)
+
+
+def balanced_weights(labels: NDArray[np.int8]) -> NDArray[np.float64]:
+    """Return how often to draw each slice, (n,) float64, so that slices with rare labels are not rarely seen.
+
+    ``labels`` is (n, 6) int8. A slice counts as its rarest positive label, or as negative; the weight is one over the
+    square root of how many count as the same, which brings a rare label up without showing its few slices only.
+    """
+    positives = (labels == 1).sum(axis=0)
+    rarest = np.where(labels == 1, positives, np.iinfo(np.int64).max).argmin(axis=1)
+    kind = np.where((labels == 1).any(axis=1), rarest, len(CLASSES))
+    weights: NDArray[np.float64] = 1 / np.sqrt(np.bincount(kind, minlength=len(CLASSES) + 1)[kind])
+    return weights
+
+
+def column(slices: pa.Table, name: str, rows: NDArray[np.int64]) -> NDArray[np.generic]:
+    """Return the column ``name`` of ``rows``, (n,); a null number is -1."""
+    values = slices.column(name).take(pa.array(rows))
+    if not pa.types.is_string(values.type) and not pa.types.is_dictionary(values.type):
+        values = values.fill_null(-1)
+    found: NDArray[np.generic] = np.asarray(values.to_numpy(zero_copy_only=False))
+    return found

@@ -1,0 +1,231 @@
+"""The training loop: rows of a dataset in, a folder with the best network and its report out.
+
+All that is random is a function of (seed, epoch, step, rank), and the learning rate one of the step: so a run that was
+stopped goes on exactly with no more than its weights, its optimizer's state and the loader's place.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ich_prep.errors import TrainError
+from ich_train.checkpoint import has_checkpoint, load_parameters, load_state, save_checkpoint
+from ich_train.data import Batch, SliceLoader
+from ich_train.loss import loss_sums
+from ich_train.progress import Meter, Reporter, tensorboard
+from ich_train.ranks import Ranks, Stop, join_ranks
+from ich_train.runs import BEST, LAST, METRICS, Epoch, check_same, start, write_history
+from ich_train.setup import Training, prepare
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ich_prep.store import Dataset
+    from ich_train.config import EvalConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to. ``finished`` is false where it was told to stop; ``metrics`` are those of the evaluation."""
+
+    out: Path
+    history: tuple[Epoch, ...]
+    finished: bool
+    metrics: dict[str, Any] | None = None
+
+
+def train(
+    dataset: Dataset,
+    out: Path,
+    settings: TrainConfig,
+    evaluation: EvalConfig,
+    *,
+    console: Console,
+    resume: bool = False,
+) -> Result:
+    """Train as ``settings`` say on ``dataset``, evaluate the best epoch, and return what came of it.
+
+    Writes the folder ``out``, from rank 0 only where torchrun started several processes. ``resume`` goes on with the
+    run in ``out``. SIGINT and SIGTERM end the step at hand, write ``last/`` and return. Raises `UsageError` for
+    settings that cannot be meant, `TrainError` where the loss is no longer a number or a checkpoint is damaged.
+    """
+    with join_ranks(settings.device) as ranks, Stop(ranks) as stop:
+        training = prepare(dataset, settings, ranks)
+        reporter = Reporter(console, epochs=settings.epochs, silent=not ranks.first)
+        if resume:
+            _go_on(training, out, ranks, reporter)
+        elif ranks.first:
+            start(out, settings, evaluation)
+        board = tensorboard(out, len(training.history) + 1) if ranks.first else None
+
+        with reporter:
+            while len(training.history) < settings.epochs:
+                ended = _train_epoch(training, ranks, stop, reporter)
+                if not ended:
+                    _save(training, out / LAST, ranks, with_state=True)
+                    return Result(out, tuple(training.history), finished=False)
+                line = _close_epoch(training, ranks)
+
+                # Best before last: a run that dies between the two does this epoch again and finds the same best.
+                if line is training.best:
+                    _save(training, out / BEST, ranks)
+                if ranks.first:
+                    write_history(out, training.history)
+                _save(training, out / LAST, ranks, with_state=True)
+                reporter.epoch(line, best=line is training.best)
+                if board is not None:
+                    for name, value in asdict(line).items():
+                        board.add_scalar(name, value, line.epoch)
+                if line.epoch < settings.epochs and stop.agreed():
+                    return Result(out, tuple(training.history), finished=False)
+
+        if board is not None:
+            board.close()
+        reporter.summary(training.history)
+
+    result = Result(out, tuple(training.history), finished=True)
+    if not ranks.first or (resume and (out / METRICS).exists()):
+        return result
+    from ich_train.evaluate import evaluate_run
+
+    metrics = evaluate_run(out, dataset, **evaluation.model_dump(), device=str(ranks.device), threads=settings.threads)
+    return replace(result, metrics=metrics)
+
+
+def _train_epoch(training: Training, ranks: Ranks, stop: Stop, reporter: Reporter) -> bool:
+    """Take the steps that the epoch at hand still has; return False where the run was told to stop before its end."""
+    settings, loader, meter, optimizer = training.settings, training.loader, training.meter, training.optimizer
+    epoch, steps, device = len(training.history) + 1, len(loader), ranks.device
+    training.model.train()
+    began, wait_began = time.perf_counter() - meter.seconds, loader.wait_seconds - meter.wait_s
+    for batch in on_device(loader, device):
+        rate = learning_rate(
+            (epoch - 1) * steps + training.step,
+            peak=settings.learning_rate,
+            warmup_steps=round(settings.warmup_epochs * steps),
+            all_steps=settings.epochs * steps,
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        seed = step_seed(settings.seed, epoch=epoch, step=training.step, rank=ranks.rank)
+        torch.manual_seed(seed)  # of the dropout, in networks that have one
+        images = training.augment(batch.images, training.generator.manual_seed(seed))
+        with training.mixed():
+            logits = training.network(images)
+        sums = loss_sums(logits, batch.labels, training.label_weights)
+        optimizer.zero_grad()
+        training.scaler.scale(sums.loss / sums.weight).backward()  # type: ignore[no-untyped-call]
+        training.scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(training.model.parameters(), settings.clip_norm)
+        training.scaler.step(optimizer)
+        training.scaler.update()
+
+        training.step += 1
+        meter.sums += torch.stack(sums).detach()
+        meter.slices += len(batch.rows) * ranks.world_size
+        meter.seconds = time.perf_counter() - began
+        meter.wait_s = loader.wait_seconds - wait_began
+        reporter.step(epoch, training.step, steps, meter)
+        if training.step < steps and stop.agreed_at(training.step):
+            return False
+    return True
+
+
+def _close_epoch(training: Training, ranks: Ranks) -> Epoch:
+    """Validate, add the epoch's line to the history and return it; the training then stands at the next one's start."""
+    meter = training.meter
+    train_loss, train_accuracy = meter.means(ranks)
+    if not math.isfinite(train_loss):
+        raise TrainError(
+            f"Expected a training loss that is a number; found {train_loss} in epoch {len(training.history) + 1}. "
+            f"Start another run with a lower learning_rate than {training.settings.learning_rate:g}, or in float32."
+        )
+    began = time.perf_counter()
+    val_loss, val_accuracy = _validate(training, ranks)
+    line = Epoch(
+        epoch=len(training.history) + 1,
+        seconds=meter.seconds + time.perf_counter() - began,
+        train_loss=train_loss,
+        train_accuracy=train_accuracy,
+        val_loss=val_loss,
+        val_accuracy=val_accuracy,
+        learning_rate=training.optimizer.param_groups[0]["lr"],
+        slices_per_s=meter.slices / meter.seconds,
+        wait_share=min(meter.wait_s / meter.seconds, 1.0),
+    )
+    training.history.append(line)
+    training.step = 0
+    training.meter = Meter.new(ranks.device)
+    return line
+
+
+def _validate(training: Training, ranks: Ranks) -> tuple[float, float]:
+    """Return the mean loss and the accuracy over the validation rows of all ranks."""
+    ranks.share_buffers(training.model)
+    training.model.eval()
+    meter = Meter.new(ranks.device)
+    with torch.inference_mode(), training.mixed():
+        for batch in on_device(training.val_loader, ranks.device):
+            logits = training.model(training.preprocess(batch.images))
+            meter.sums += torch.stack(loss_sums(logits, batch.labels, training.label_weights))
+    return meter.means(ranks)
+
+
+def _save(training: Training, folder: Path, ranks: Ranks, *, with_state: bool = False) -> None:
+    if ranks.first:
+        save_checkpoint(folder, training.model, training.meta(), training.state() if with_state else None)
+
+
+def _go_on(training: Training, out: Path, ranks: Ranks, reporter: Reporter) -> None:
+    """Bring ``training`` to where the run in ``out`` was last saved; to the beginning where it never was."""
+    check_same(out, training.settings)
+    # A replacement that was cut short is put right by one rank before the others look.
+    if ranks.first:
+        has_checkpoint(out / LAST)
+    ranks.wait()
+    if has_checkpoint(out / LAST):
+        load_parameters(out / LAST, training.model)
+        training.resume(load_state(out / LAST))
+    reporter.say(f"Going on with {out} in epoch {len(training.history) + 1}, after {training.step} steps of it.")
+
+
+def on_device(loader: SliceLoader, device: torch.device) -> Iterator[Batch]:
+    """Yield the batches of ``loader`` on ``device``; on a GPU, a batch travels while the one before it is computed.
+
+    The loader's buffers are its own again when the next batch is asked for, so the copy is waited for, by itself.
+    """
+    if device.type != "cuda":
+        for batch in loader:
+            yield Batch(*(tensor.to(device) for tensor in batch))
+        return
+    copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    for batch in loader:
+        with torch.cuda.stream(copies):
+            moved = Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
+        computing = torch.cuda.current_stream(device)
+        computing.wait_stream(copies)
+        for tensor in moved:
+            tensor.record_stream(computing)  # its memory is not free before the computation is done with it
+        copies.synchronize()
+        yield moved
+
+
+def learning_rate(step: int, *, peak: float, warmup_steps: int, all_steps: int) -> float:
+    """Return the learning rate of ``step``, counted from 0: a straight rise to ``peak``, then half a cosine to 0."""
+    if step < warmup_steps:
+        return peak * (step + 1) / (warmup_steps + 1)
+    return peak * (1 + math.cos(math.pi * (step - warmup_steps) / max(all_steps - warmup_steps, 1))) / 2
+
+
+def step_seed(seed: int, *, epoch: int, step: int, rank: int) -> int:
+    """Return the seed, 0 .. 2**64 - 1, of all that chance decides in one step of one rank."""
+    return int(np.random.SeedSequence((seed, epoch, step, rank)).generate_state(1, np.uint64)[0])

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ich_prep.errors import TrainError
+from ich_prep.labels import CLASSES
+from ich_train.checkpoint import has_checkpoint, load_model, load_parameters, load_state, save_checkpoint
+from ich_train.model import build_model
+
+META: dict[str, Any] = {"name": "baseline", "channels": 3, "size": 32, "classes": list(CLASSES), "epoch": 4}
+
+
+def model_of(value: float) -> torch.nn.Module:
+    model = build_model("baseline", channels=3, size=32)
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, value)
+    return model
+
+
+def value_of(folder: Path) -> float:
+    values = {float(p.detach().flatten()[0]) for p in load_model(folder, "cpu").model.parameters()}
+    assert len(values) == 1
+    return values.pop()
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    model = build_model("baseline", channels=3, size=32)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.rand(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    state = {"optimizer": optimizer.state_dict(), "history": [{"loss": 0.1 + 0.2}], "place": (3, "x", None)}
+    save_checkpoint(tmp_path / "last", model, META, state)
+    loaded = load_model(tmp_path / "last", "cpu")
+    assert loaded.meta == META
+    assert not loaded.model.training
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.model.parameters(), strict=True))
+    again = load_state(tmp_path / "last")
+    assert again["history"] == state["history"]
+    assert again["place"] == state["place"]
+    moments = again["optimizer"]["state"][0]
+    assert torch.equal(moments["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
+    assert {path.name for path in tmp_path.iterdir()} == {"last"}
+
+
+def test_a_network_in_channels_last_is_saved_whole(tmp_path: Path) -> None:
+    model = build_model("baseline", channels=3, size=32).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    save_checkpoint(tmp_path / "best", model, META)
+    loaded = load_model(tmp_path / "best", "cpu").model
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+
+
+def test_a_checkpoint_replaces_the_one_before(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "best", model_of(1), META, {"old": 1})
+    save_checkpoint(tmp_path / "best", model_of(2), META)
+    assert value_of(tmp_path / "best") == 2
+    assert sorted(path.name for path in (tmp_path / "best").iterdir()) == ["meta.json", "model.safetensors"]
+
+
+def test_a_replacement_cut_short_leaves_one_of_the_two(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "last", model_of(1), META)
+    # Cut before the renames: what was being written lies beside.
+    (tmp_path / "last.tmp").mkdir()
+    (tmp_path / "last.tmp" / "model.safetensors").write_bytes(b"half")
+    assert value_of(tmp_path / "last") == 1
+    # Cut between the renames: the earlier one has another name.
+    (tmp_path / "last").rename(tmp_path / "last.old")
+    assert has_checkpoint(tmp_path / "last")
+    assert value_of(tmp_path / "last") == 1
+    # Cut after them: the earlier one is still there.
+    save_checkpoint(tmp_path / "last.old", model_of(0), META)
+    assert value_of(tmp_path / "last") == 1
+    save_checkpoint(tmp_path / "last", model_of(2), META)
+    assert value_of(tmp_path / "last") == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"last"}
+
+
+WRITER = """
+import sys
+from pathlib import Path
+import torch
+from tests_checkpoint_model import model_of, META
+from ich_train.checkpoint import save_checkpoint
+for value in range(1, 10**6):
+    save_checkpoint(Path(sys.argv[1]), model_of(value), META, {"value": value})
+    print(value, flush=True)
+"""
+
+
+def test_a_killed_writer_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "last"
+    program = WRITER.replace("tests_checkpoint_model", Path(__file__).stem)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    for delay in (0.0, 0.004):
+        with subprocess.Popen(
+            [sys.executable, "-c", program, str(folder)], stdout=subprocess.PIPE, text=True, env=environment
+        ) as writer:
+            assert writer.stdout is not None
+            for _ in range(20):
+                writer.stdout.readline()
+            time.sleep(delay)
+            writer.send_signal(signal.SIGKILL)
+            told = writer.stdout.read().split()
+        written = int(told[-1]) if told else 20
+        assert load_state(folder)["value"] == value_of(folder)
+        assert value_of(folder) >= written
+        save_checkpoint(folder, model_of(0), META)  # the next run is not in the way of what was left lying about
+
+
+def test_damage_is_told(tmp_path: Path) -> None:
+    folder = tmp_path / "last"
+    with pytest.raises(TrainError, match="there is none"):
+        load_model(folder, "cpu")
+    save_checkpoint(folder, model_of(1), META, {"step": 1})
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(TrainError, match=r"model\.safetensors"):
+        load_model(folder, "cpu")
+    weights.write_bytes(whole)
+    with pytest.raises(TrainError, match=r"model\.safetensors"):
+        load_parameters(folder, build_model("baseline", channels=1, size=32))
+    (folder / "state.pt").write_bytes(b"")
+    with pytest.raises(TrainError, match="cannot go on"):
+        load_state(folder)
+    (folder / "meta.json").write_text("{", encoding="utf-8")
+    with pytest.raises(TrainError, match=r"meta\.json"):
+        load_model(folder, "cpu")
+
+
+def test_a_state_with_pickled_objects_is_refused(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "last", model_of(1), META, {"path": Path("x")})
+    with pytest.raises(TrainError, match="cannot go on"):
+        load_state(tmp_path / "last")
+
+
+def test_meta_is_plain_json(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "best", model_of(1), META)
+    assert json.loads((tmp_path / "best" / "meta.json").read_text(encoding="utf-8")) == META

@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from dataclasses import asdict
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
+
+from ich_prep.build import build
+from ich_prep.errors import TrainError, UsageError
+from ich_prep.labels import CLASSES
+from ich_prep.phantom import synthesize
+from ich_prep.store import Spec, open_dataset
+from ich_train.augment import Preprocess
+from ich_train.checkpoint import load_model, save_checkpoint
+from ich_train.evaluate import evaluate_run
+from ich_train.metrics import rsna_log_loss
+from ich_train.model import build_model
+from ich_train.predict import predict_rows
+from ich_train.report import PICTURE_WORDS
+from ich_train.runs import Epoch, write_history
+from ich_train.split import label_matrix, split_rows
+
+SPLIT = {"val_fold": 0, "test_fold": 1}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source")
+    synthesize(folder / "rsna", series=24, seed=3, size=64)
+    return folder / "rsna"
+
+
+@pytest.fixture(scope="module")
+def dataset(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("built") / "data.zarr"
+    build(source, out, spec=Spec(size=64, slices_per_shard=64, folds=3), workers=0)
+    return open_dataset(out)
+
+
+@pytest.fixture(scope="module")
+def hu_dataset(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("built") / "hu.zarr"
+    build(source, out, spec=Spec(size=64, store="hu", slices_per_shard=64, folds=3), workers=0)
+    return open_dataset(out)
+
+
+def make_run(folder, dataset, *, context=0):
+    """A run whose network has its first weights."""
+    folder.mkdir()
+    torch.manual_seed(0)
+    channels = len(dataset.spec.windows) * (2 * context + 1)
+    meta = {
+        "name": "baseline",
+        "channels": channels,
+        "size": dataset.spec.size,
+        "context": context,
+        "store": dataset.spec.store,
+        "windows": [asdict(window) for window in dataset.spec.windows],
+        "classes": list(CLASSES),
+        "epoch": 2,
+        "val_loss": 0.4,
+        "dataset_digest": dataset.digest,
+        "split": SPLIT,
+        "allow_series_labels": False,
+    }
+    save_checkpoint(folder / "best", build_model("baseline", channels=channels, size=dataset.spec.size), meta)
+    line = {"seconds": 1.0, "learning_rate": 1e-3, "slices_per_s": 100.0, "wait_share": 0.01}
+    lines = [(1, 0.6, 0.7, 0.6, 0.7), (2, 0.5, 0.8, 0.4, 0.9)]
+    names = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
+    write_history(folder, [Epoch(**line, **dict(zip(names, values, strict=True))) for values in lines])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluated(dataset, tmp_path_factory):
+    run = make_run(tmp_path_factory.mktemp("runs") / "baseline", dataset)
+    return run, evaluate_run(run, dataset, bootstrap=20)
+
+
+def test_folder_holds_all_that_is_promised(evaluated):
+    run, metrics = evaluated
+    assert json.loads((run / "metrics.json").read_text()) == metrics
+    assert {path.stem for path in (run / "pictures").iterdir()} == {
+        *PICTURE_WORDS,
+        *(f"sheet_{name}" for name in CLASSES),
+    }
+    assert (run / "report.html").read_text().count("data:image/png;base64,") == len(PICTURE_WORDS) + len(CLASSES)
+    assert {path.name for path in (run / "curves").iterdir()} == {"roc.csv", "precision_recall.csv"}
+
+
+def test_predictions_have_the_promised_columns_and_rows(evaluated, dataset):
+    run, _ = evaluated
+    table = pq.read_table(run / "predictions.parquet")
+    assert table.column_names == [
+        *("row", "sop_instance_uid", "series_instance_uid", "patient_id", "subset", "fold"),
+        *CLASSES,
+        *(f"p_{name}" for name in CLASSES),
+    ]
+    types = {str(table.schema.field(name).type) for name in CLASSES}
+    assert (types, str(table.schema.field("p_any").type)) == ({"int8"}, "float")
+    rows = split_rows(dataset, **SPLIT, allow_series_labels=False).test
+    assert table["row"].to_pylist() == rows.tolist()
+    assert set(table["fold"].to_pylist()) == {1}
+    assert table["sop_instance_uid"].to_pylist() == dataset.slices["sop_instance_uid"].take(rows).to_pylist()
+
+
+def test_metrics_are_those_of_the_predictions(evaluated):
+    run, metrics = evaluated
+    table = pq.read_table(run / "predictions.parquet")
+    labels = np.stack([table[name].to_numpy() for name in CLASSES], axis=1)
+    probabilities = np.stack([table[f"p_{name}"].to_numpy() for name in CLASSES], axis=1)
+    assert metrics["by_slice"]["log_loss"] == rsna_log_loss(labels, probabilities)
+    frame = table.to_pandas()
+    by_series = frame.groupby("series_instance_uid").max(numeric_only=True)
+    mean = frame.groupby("series_instance_uid")[[f"p_{name}" for name in CLASSES]].mean()
+    for name in CLASSES:
+        entry = metrics["by_slice"]["labels"][name]
+        truth, score = frame[name], frame[f"p_{name}"]
+        assert entry["roc_auc"] == pytest.approx(roc_auc_score(truth, score))
+        assert entry["average_precision"] == pytest.approx(average_precision_score(truth, score))
+        threshold = entry["at_best_f1"]["threshold"]
+        assert entry["at_best_f1"]["f1"] == pytest.approx(f1_score(truth, score >= np.float32(threshold)))
+        if by_series[name].nunique() == 2:
+            found = metrics["by_series_max"]["labels"][name]["roc_auc"]
+            assert found == pytest.approx(roc_auc_score(by_series[name], by_series[f"p_{name}"]))
+            found = metrics["by_series_mean"]["labels"][name]["roc_auc"]
+            assert found == pytest.approx(roc_auc_score(by_series[name], mean[f"p_{name}"]), abs=1e-6)
+    assert metrics["by_series_max"]["cases"] == frame["series_instance_uid"].nunique()
+    assert metrics["by_slice"]["patients"] == frame["patient_id"].nunique()
+
+
+def test_thresholds_are_found_on_validation_alone(evaluated, dataset):
+    run, metrics = evaluated
+    loaded = load_model(run / "best", "cpu")
+    preprocess = Preprocess(store="windows", windows=dataset.spec.windows)
+    rows = split_rows(dataset, **SPLIT, allow_series_labels=False).val
+    probabilities = predict_rows(loaded.model, preprocess, dataset, rows, context=0)
+    labels = label_matrix(dataset, rows)
+    for j, name in enumerate(CLASSES):
+        threshold = np.float32(metrics["by_slice"]["labels"][name]["at_best_f1"]["threshold"])
+        best = max(f1_score(labels[:, j], probabilities[:, j] >= other) for other in np.unique(probabilities[:, j]))
+        assert f1_score(labels[:, j], probabilities[:, j] >= threshold) == pytest.approx(best)
+
+
+def test_position_only_baseline_never_sees_a_pixel(evaluated, dataset):
+    _, metrics = evaluated
+    split = split_rows(dataset, **SPLIT, allow_series_labels=False)
+    frame = dataset.slices.select(["row", "series_row", "slice_index", "any"]).to_pandas()
+    counts = dataset.series["n_slices"].to_numpy()[frame["series_row"]]
+    frame["bin"] = np.minimum(frame["slice_index"] / (counts - 1) * 20, 19).astype(int)
+    shares = frame.loc[split.train].groupby("bin")["any"].mean()
+    test = frame.loc[split.test]
+    expected = roc_auc_score(test["any"].astype(int), test["bin"].map(shares))
+    assert metrics["by_slice"]["position_only"]["any"] == pytest.approx(expected)
+
+
+def test_the_dataset_is_described_by_part(evaluated, dataset):
+    _, metrics = evaluated
+    described = metrics["dataset"]
+    assert (described["name"], described["digest"], described["trained_on"]) == ("data.zarr", dataset.digest, True)
+    rows = split_rows(dataset, **SPLIT, allow_series_labels=False).train
+    part = described["parts"]["train"]
+    assert part["slices"] == len(rows)
+    assert part["patients"] == len(set(dataset.slices["patient_id"].take(rows).to_pylist()))
+    assert part["positives"]["any"] == sum(dataset.slices["any"].take(rows).to_pylist())
+
+
+def test_curve_files_are_those_of_the_predictions(evaluated):
+    run, metrics = evaluated
+    with (run / "curves" / "roc.csv").open(newline="") as file:
+        lines = [line for line in csv.DictReader(file) if line["label"] == "any"]
+    x, y = (np.array([float(line[name]) for line in lines]) for name in ("false_positive_rate", "true_positive_rate"))
+    assert np.trapezoid(y, x) == pytest.approx(metrics["by_slice"]["labels"]["any"]["roc_auc"])
+    with (run / "curves" / "precision_recall.csv").open(newline="") as file:
+        assert next(csv.reader(file)) == ["label", "recall", "precision", "threshold"]
+
+
+def test_a_limit_draws_unseen_slices_by_seed_without_repeats(dataset, tmp_path):
+    run = make_run(tmp_path / "run", dataset)
+    unseen = set(split_rows(dataset, **SPLIT, allow_series_labels=False).test.tolist())
+    drawn = []
+    for seed in (0, 0, 1):
+        metrics = evaluate_run(run, dataset, limit=20, seed=seed, bootstrap=0)
+        drawn.append(pq.read_table(run / "predictions.parquet")["row"].to_pylist())
+        assert metrics["evaluated"]["slices"] == len(set(drawn[-1])) == 20
+        assert metrics["by_series_max"] is metrics["by_series_mean"] is None
+    assert set(drawn[0]) <= unseen
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_an_evaluation_repeats_to_the_byte(evaluated, dataset, tmp_path):
+    run, _ = evaluated
+    again = tmp_path / "again"
+    shutil.copytree(
+        run, again, ignore=lambda _folder, names: set(names) - {"best", "history.csv"} if "best" in names else []
+    )
+    evaluate_run(again, dataset, bootstrap=20, batch_size=7, threads=1)
+    for name in ("predictions.parquet", "metrics.json", "curves/roc.csv", "pictures/roc.png", "report.html"):
+        assert (again / name).read_bytes() == (run / name).read_bytes(), name
+
+
+def test_every_subset_can_be_evaluated(dataset, tmp_path):
+    run = make_run(tmp_path / "run", dataset)
+    split = split_rows(dataset, **SPLIT, allow_series_labels=False)
+    metrics = evaluate_run(run, dataset, subset="all", bootstrap=0)
+    assert metrics["evaluated"]["slices"] == len(split.train) + len(split.val) + len(split.test)
+    assert "Only the subset test is unseen" in (run / "report.html").read_text()
+    with pytest.raises(UsageError, match=r"train, val, test, all; found 'vla'"):
+        evaluate_run(run, dataset, subset="vla")
+
+
+def test_hu_with_neighbours_is_windowed_as_in_training(hu_dataset, dataset, tmp_path):
+    run = make_run(tmp_path / "run", hu_dataset, context=1)
+    metrics = evaluate_run(run, hu_dataset, limit=5, bootstrap=0)
+    assert metrics["model"]["channels"] == 9
+    # The same network on the windows that the other build stored: the same probabilities.
+    loaded = load_model(run / "best", "cpu")
+    preprocess = Preprocess(store="windows", windows=dataset.spec.windows)
+    table = pq.read_table(run / "predictions.parquet")
+    expected = predict_rows(loaded.model, preprocess, dataset, table["row"].to_numpy(), context=1)
+    assert table["p_any"].to_numpy() == pytest.approx(expected[:, 5], abs=1e-6)
+
+
+def test_another_kind_of_dataset_is_refused(dataset, hu_dataset, tmp_path):
+    run = make_run(tmp_path / "run", dataset)
+    with pytest.raises(UsageError, match=r"Expected a dataset of windows brain 40/80, .* found HU at 64 x 64"):
+        evaluate_run(run, hu_dataset)
+
+
+def test_a_folder_without_a_trained_network_is_refused(dataset, tmp_path):
+    with pytest.raises(TrainError, match="history"):
+        evaluate_run(tmp_path, dataset)
+    run = make_run(tmp_path / "run", dataset)
+    shutil.rmtree(run / "best")
+    with pytest.raises(TrainError, match="checkpoint"):
+        evaluate_run(run, dataset)
