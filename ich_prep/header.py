@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+import warnings
 import zlib
 from dataclasses import dataclass
 from typing import BinaryIO, Final
@@ -147,7 +148,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
             data = os.pread(descriptor, LONGEST_SKIM, 0)
             found = skim(data)
         if found is None:
-            found = _read_with_pydicom(descriptor, data, size)
+            found = _read_with_pydicom(descriptor, data)
         header_bytes = min(size, found.pixel_offset or SKIM_BYTES)
         if found.transfer_syntax == DEFLATED_LE:
             header_bytes = min(size, SKIM_BYTES)
@@ -164,7 +165,7 @@ def skim(data: bytes) -> _Found | None:
     """Return the elements before PixelData in the first bytes of a file, or None where pydicom must decide.
 
     None means: no ``DICM`` at byte 128, an element of undefined length, an unknown VR, tags out of order, text that is
-    not ASCII, big endian or deflated data, or that ``data`` ends before PixelData begins.
+    not plain ASCII, big endian or deflated data, or that ``data`` ends before PixelData begins.
     """
     if data[128:132] != b"DICM":
         return None
@@ -190,8 +191,10 @@ def _walk_meta(data: bytes) -> tuple[str | None, int]:
         if vr in _LONG_VRS:
             (length,) = _length32(data, position + 8)
             position += 12
-        else:
+        elif vr in _SHORT_VRS:
             position += 8
+        else:
+            return None, position
         if element == 0x0010:
             syntax = data[position : position + length].decode("ascii").rstrip(" \0")
         position += length
@@ -226,6 +229,8 @@ def _walk_explicit(data: bytes, position: int, syntax: str, elements: dict[str, 
 
 def _walk_implicit(data: bytes, position: int, syntax: str, elements: dict[str, str | int]) -> _Found | None:
     known, previous = _TAGS.get, 0
+    if data[position + 4 : position + 6].isalpha():
+        return None  # explicit VR under the name of implicit VR
     while True:
         group, element, length = _implicit(data, position)
         tag = group << 16 | element
@@ -259,14 +264,16 @@ def _keep(elements: dict[str, str | int], wanted: tuple[bytes, str], vr: bytes, 
         if length == 2:
             elements[name] = int.from_bytes(value, "little")
         return length in (0, 2)
+    if b"\x1b" in value:
+        return False  # an escape sequence of ISO 2022: the bytes look like ASCII and stand for another script
     text = value.decode("ascii").strip(" \0")
     if text:
         elements[name] = text
     return True
 
 
-def _read_with_pydicom(descriptor: int, data: bytes, size: int) -> _Found:
-    """Return the elements as pydicom finds them; raises NOT_DICOM or TOO_LARGE."""
+def _read_with_pydicom(descriptor: int, data: bytes) -> _Found:
+    """Return the elements as pydicom finds them; raises NOT_DICOM, BAD_HEADER or TOO_LARGE."""
     import pydicom
     from pydicom.filereader import read_dataset, read_preamble
     from pydicom.tag import Tag
@@ -274,10 +281,17 @@ def _read_with_pydicom(descriptor: int, data: bytes, size: int) -> _Found:
     if data[128:132] != b"DICM":
         raise SliceError(Reason.NOT_DICOM, "expected 'DICM' at byte 128, found other bytes")
     try:
-        with pydicom.config.disable_value_validation(), open(os.dup(descriptor), "rb") as file:
+        with (
+            warnings.catch_warnings(),
+            pydicom.config.disable_value_validation(),
+            open(os.dup(descriptor), "rb") as file,
+        ):
+            # pydicom remarks on what it works around; what cannot be used is refused by its value.
+            warnings.simplefilter("ignore")
             read_preamble(file, force=False)
             meta = pydicom.filereader._read_file_meta_info(file)
-            syntax = str(meta.get("TransferSyntaxUID", "")).rstrip(" \0")
+            uid = meta.get("TransferSyntaxUID")
+            syntax = uid.rstrip(" \0") if isinstance(uid, str) else ""
             stream: BinaryIO = file
             if syntax == DEFLATED_LE:
                 stream = io.BytesIO(inflate(file.read()))
@@ -300,29 +314,38 @@ def _read_with_pydicom(descriptor: int, data: bytes, size: int) -> _Found:
         raise SliceError(Reason.NOT_DICOM, "expected a TransferSyntaxUID in the file meta information, found none")
     if len(tail) < 8:
         return _Found(syntax, elements, None, None)
-    return _locate_pixels(syntax, elements, at, tail, big_endian=big_endian)
+    # What the file is, which need not be what its transfer syntax says.
+    implicit = bool(dataset.original_encoding[0])
+    return _locate_pixels(syntax, elements, at, tail, implicit=implicit, big_endian=big_endian)
 
 
 def _keep_pydicom(elements: dict[str, str | int], vr: bytes, name: str, dataset: object, tag: int) -> None:
     """Put the element of ``dataset`` at ``tag`` among the ``elements``, in the form that the skim gives it."""
-    value = dataset[tag].value  # type: ignore[index]
-    if value is None or value == "":
-        return
+    from pydicom.multival import MultiValue
+
+    try:
+        value = dataset[tag].value  # type: ignore[index]
+    except Exception as error:  # pydicom raises whatever its parts raise on damaged bytes
+        raise SliceError(Reason.BAD_HEADER, f"pydicom: {name}: {type(error).__name__}: {error}"[:200]) from None
+    if not isinstance(value, str | int | float | MultiValue):
+        return  # no value, or one of another VR
     if vr == b"US":
         if isinstance(value, int):
             elements[name] = value & 0xFFFF
         return
-    parts = [value] if isinstance(value, str) or not hasattr(value, "__iter__") else list(value)
+    parts = list(value) if isinstance(value, MultiValue) else [value]
     text = "\\".join(str(getattr(part, "original_string", part)) for part in parts).strip(" \0")
     if text:
         elements[name] = text
 
 
-def _locate_pixels(syntax: str, elements: dict[str, str | int], at: int, tail: bytes, *, big_endian: bool) -> _Found:
+def _locate_pixels(
+    syntax: str, elements: dict[str, str | int], at: int, tail: bytes, *, implicit: bool, big_endian: bool
+) -> _Found:
     """Return what was found, with the place of the PixelData element whose first bytes are ``tail``."""
     order = ">" if big_endian else "<"
-    if syntax == IMPLICIT_LE:
-        (length,) = struct.unpack_from("<I", tail, 4)
+    if implicit:
+        (length,) = struct.unpack_from(order + "I", tail, 4)
         offset = at + 8
     else:
         (length,) = struct.unpack_from(order + "I", tail.ljust(12, b"\0"), 8)
@@ -382,7 +405,12 @@ def _interpret(found: _Found, size: int, header_bytes: int, crc32c: int) -> Head
 
 
 def _integer(text: str | int | None) -> int | None:
-    return None if text is None else int(float(text))
+    if text is None:
+        return None
+    number = float(text)
+    if not (number.is_integer() and abs(number) < 2**31):  # PS3.5 6.2, IS
+        raise ValueError(f"not an integer of 32 bits: {text!r}")
+    return int(number)
 
 
 def _decimal(text: str | int | None) -> float | None:

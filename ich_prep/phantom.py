@@ -53,7 +53,7 @@ def synthesize(
     ``defects`` adds the files of DEFECTS that the layout can hold. Equal arguments write equal bytes, whatever
     ``workers`` (processes; 0: this one). Raises ``UsageError`` for values that cannot be meant and an ``out`` in use.
     """
-    _refuse(out, series=series, size=size, layout=layout)
+    _refuse(out, series=series, seed=seed, size=size, layout=layout)
     cohort = _Cohort(out=str(out), seed=seed, size=size, layout=layout)
     listed = [line for lines in _written(cohort, series, workers) for line in lines]
     slices = files = len(listed)
@@ -63,7 +63,8 @@ def synthesize(
         for damage in damaged_files(layout, seed, size=size):
             names.append(damage.defect)
             listed += damage.listed
-            places += damage.places
+            if damage.listed:  # readers of a series vote on what can be read
+                places.append(damage.place)
             for path, content in damage.files:
                 _write(out, path, content)
                 files += 1
@@ -71,11 +72,13 @@ def synthesize(
     return PhantomSummary(series=series, slices=slices, files=files, defects=tuple(names))
 
 
-def _refuse(out: Path, *, series: int, size: int, layout: str) -> None:
+def _refuse(out: Path, *, series: int, seed: int, size: int, layout: str) -> None:
     if layout not in LAYOUTS:
         raise UsageError(f"the layout must be one of {', '.join(LAYOUTS)}, found {layout!r}: name one of these")
     if series < 1:
         raise UsageError(f"the number of series must be at least 1, found {series}: ask for one or more")
+    if seed < 0:
+        raise UsageError(f"the seed must be 0 or more, found {seed}: name another")
     if not 32 <= size <= 1024:
         raise UsageError(f"the size must be 32 to 1024 pixels, found {size}: CT slices are 512")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):

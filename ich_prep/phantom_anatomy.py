@@ -81,6 +81,7 @@ class Tissue:
     ventricles: Field  # share of the pixel that is ventricle, 0..1; so is the next
     cisterns: Field
     edge_mm: float  # half the width of a soft edge
+    atrophy: float  # of the head
 
 
 def draw_head(rng: np.random.Generator) -> Head:
@@ -138,7 +139,15 @@ def draw_tissue(head: Head, plane: Plane, *, contrast: bool) -> Tissue:
         blend(hu, _ellipsoids(plane, ((21.0, 28.0, 13.0, 2.0, 3.2, 4.5, 20.0),), 1.0), 150.0)
     if z < -24.0:
         _skull_base(hu, head, plane, relief, inside)
-    return Tissue(hu=hu, depth_mm=depth, relief=relief, ventricles=ventricles, cisterns=cisterns, edge_mm=edge)
+    return Tissue(
+        hu=hu,
+        depth_mm=depth,
+        relief=relief,
+        ventricles=ventricles,
+        cisterns=cisterns,
+        edge_mm=edge,
+        atrophy=head.atrophy,
+    )
 
 
 def blend(hu: Field, share: Field, value: Field | float) -> None:
@@ -167,9 +176,9 @@ def ellipsoid(
     return outside
 
 
-def sulci(head: Head, depth_mm: Field, relief: Field, *, widening: float) -> Field:
+def sulci(depth_mm: Field, relief: Field, *, atrophy: float, widening: float) -> Field:
     """Return the share of each pixel that lies in a sulcus, 0..1; ``widening`` 1 is the healthy width."""
-    width = (0.115 * head.atrophy * widening) * np.clip(1.15 - depth_mm * (1.0 / 17.0), 0.0, 1.0)
+    width = (0.115 * atrophy * widening) * np.clip(1.15 - depth_mm * (1.0 / 17.0), 0.0, 1.0)
     share: Field = np.clip((width - np.abs(relief)) * 7.0 + 0.35, 0.0, 1.0) * (width > 0.0)
     return share
 
@@ -233,7 +242,7 @@ def _cortex(hu: Field, head: Head, plane: Plane, *, depth_mm: Field, relief: Fie
     blend(hu, brain, head.white_hu + (head.grey_hu - head.white_hu) * ribbon)
     # Narrow in the cerebellum, wide over the vertex.
     widening = 0.55 if plane.z_mm < -18.0 else 1.0 + max(0.0, plane.z_mm) / 120.0
-    folded = sulci(head, depth_mm, relief, widening=widening)
+    folded = sulci(depth_mm, relief, atrophy=head.atrophy, widening=widening)
     blend(hu, folded * brain, 9.0)
 
 

@@ -8,7 +8,7 @@ from math import cos, radians, sin
 
 import numpy as np
 
-from ich_prep.phantom_anatomy import Field, Head, Plane, Tissue, blend, ellipsoid, ramp, sulci
+from ich_prep.phantom_anatomy import Field, Plane, Tissue, blend, ellipsoid, ramp, sulci
 
 # A slice is positive for a kind when at least this much of it was painted; less is not painted at all.
 MIN_AREA_MM2 = 50.0
@@ -61,12 +61,12 @@ def draw_bleeds(rng: np.random.Generator, kinds: Sequence[str]) -> tuple[Bleed, 
     return tuple(draw[kind]() for kind in _ORDER if kind in kinds)
 
 
-def paint_bleeds(head: Head, plane: Plane, tissue: Tissue, bleeds: Sequence[Bleed]) -> dict[str, float]:
+def paint_bleeds(plane: Plane, tissue: Tissue, bleeds: Sequence[Bleed]) -> dict[str, float]:
     """Paint ``bleeds`` into ``tissue.hu`` and return the area of each painted kind in mm2, never below MIN_AREA_MM2."""
     free = np.ones_like(tissue.hu)
     painted: dict[str, float] = {}
     for bleed in bleeds:
-        share = _SHARES[bleed.kind](bleed, head, plane, tissue)
+        share = _SHARES[bleed.kind](bleed, plane, tissue)
         if share is None:
             continue
         share = share * free
@@ -151,11 +151,11 @@ def _under_bone(bleed: Bleed, plane: Plane, tissue: Tissue, power: int) -> Field
     return ramp(np.maximum(tissue.depth_mm - layer, -tissue.depth_mm), tissue.edge_mm)
 
 
-def _epidural_share(bleed: Bleed, _head: Head, plane: Plane, tissue: Tissue) -> Field | None:
+def _epidural_share(bleed: Bleed, plane: Plane, tissue: Tissue) -> Field | None:
     return _under_bone(bleed, plane, tissue, power=2)
 
 
-def _subdural_share(bleed: Bleed, _head: Head, plane: Plane, tissue: Tissue) -> Field | None:
+def _subdural_share(bleed: Bleed, plane: Plane, tissue: Tissue) -> Field | None:
     layer = _under_bone(bleed, plane, tissue, power=4)
     # The falx stops it: subdural blood does not cross the midline.
     return None if layer is None else layer * ramp(2.0 - plane.x * (np.sign(bleed.centre_mm[0])), 1.0)
@@ -169,7 +169,7 @@ def _blob(bleed: Bleed, plane: Plane, tissue: Tissue, *, grown_mm: float) -> Fie
     return ramp(np.maximum(ragged, 2.0 - tissue.depth_mm), 0.6 + tissue.edge_mm) * (1.0 - tissue.ventricles)
 
 
-def _intraparenchymal_share(bleed: Bleed, _head: Head, plane: Plane, tissue: Tissue) -> Field | None:
+def _intraparenchymal_share(bleed: Bleed, plane: Plane, tissue: Tissue) -> Field | None:
     return _blob(bleed, plane, tissue, grown_mm=0.0)
 
 
@@ -178,18 +178,18 @@ def _region(bleed: Bleed, plane: Plane) -> Field | None:
     return None if outside is None else ramp(outside, 4.0)
 
 
-def _intraventricular_share(bleed: Bleed, _head: Head, plane: Plane, tissue: Tissue) -> Field | None:
+def _intraventricular_share(bleed: Bleed, plane: Plane, tissue: Tissue) -> Field | None:
     region = _region(bleed, plane)
     if region is None:
         return None
     return tissue.ventricles * region * ramp(bleed.trait - plane.y, 1.0 + tissue.edge_mm)
 
 
-def _subarachnoid_share(bleed: Bleed, head: Head, plane: Plane, tissue: Tissue) -> Field | None:
+def _subarachnoid_share(bleed: Bleed, plane: Plane, tissue: Tissue) -> Field | None:
     region = _region(bleed, plane)
     if region is None:
         return None
-    filled = sulci(head, tissue.depth_mm, tissue.relief, widening=2.0) * (tissue.depth_mm > 0.5)
+    filled = sulci(tissue.depth_mm, tissue.relief, atrophy=tissue.atrophy, widening=2.0) * (tissue.depth_mm > 0.5)
     return np.maximum(filled, tissue.cisterns) * region * (1.0 - tissue.ventricles)
 
 

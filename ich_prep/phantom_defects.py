@@ -22,14 +22,18 @@ _DEFECT_STREAM = 200
 _CENTRE_MM = 22.0  # a level with ventricles and sulci
 
 
+# Files by relative path, and what the label files say about them.
+_Made = tuple[tuple[tuple[str, bytes], ...], tuple[Listed, ...]]
+
+
 @dataclass(frozen=True)
 class Damage:
-    """What one defect adds to a tree: files by relative path, lines of the label files, and patients."""
+    """What one defect adds to a tree: files by relative path, what the label files say of them, and its patient."""
 
     defect: str
     files: tuple[tuple[str, bytes], ...]
-    listed: tuple[Listed, ...] = ()
-    places: tuple[Place, ...] = ()
+    listed: tuple[Listed, ...]
+    place: Place
 
 
 @dataclass(frozen=True)
@@ -77,37 +81,37 @@ def _with(file: SliceFile, **attributes: object) -> SliceFile:
     return replace(file, attributes=file.attributes | attributes)
 
 
-def _known(*files: SliceFile) -> Damage:
+def _known(*files: SliceFile) -> _Made:
     """Return files that stand in the label files like any slice."""
-    return Damage("", tuple((file.path, file.content()) for file in files), tuple(file.listed for file in files))
+    return tuple((file.path, file.content()) for file in files), tuple(file.listed for file in files)
 
 
-def _unknown(file: SliceFile) -> Damage:
+def _unknown(file: SliceFile) -> _Made:
     """Return a file that no label file knows."""
-    return Damage("", ((file.path, file.content()),))
+    return ((file.path, file.content()),), ()
 
 
-def _truncated(ground: _Ground) -> Damage:
+def _truncated(ground: _Ground) -> _Made:
     file = ground.slice()
     pixel_bytes = len(file.attributes["PixelData"])
     lost = pixel_bytes - pixel_bytes * 153_710 // 524_288  # the share that RSNA's truncated slice has kept
-    return Damage("", ((file.path, file.content()[:-lost]),), (file.listed,))
+    return ((file.path, file.content()[:-lost]),), (file.listed,)
 
 
-def _zero_length(ground: _Ground) -> Damage:
+def _zero_length(ground: _Ground) -> _Made:
     file = ground.slice()
     # Only RSNA's file names still say which slice this was.
-    return Damage("", ((file.path, b""),), (file.listed,) if ground.layout == "rsna" else ())
+    return ((file.path, b""),), (file.listed,) if ground.layout == "rsna" else ()
 
 
-def _not_dicom(ground: _Ground) -> Damage:
+def _not_dicom(ground: _Ground) -> _Made:
     folder = PurePosixPath(ground.slice().path).parent
     thumbnails = bytes.fromhex("d0cf11e0a1b11ae1") + bytes(1016)  # a compound file, as Windows leaves it
     name = f"ID_{token(9, ground.seed, 'not_dicom')}.dcm"
-    return Damage("", ((str(folder / "Thumbs.db"), thumbnails), (str(folder / name), ground.rng().bytes(8192))))
+    return ((str(folder / "Thumbs.db"), thumbnails), (str(folder / name), ground.rng().bytes(8192))), ()
 
 
-def _localizer(ground: _Ground) -> Damage:
+def _localizer(ground: _Ground) -> _Made:
     return _unknown(
         _with(
             ground.slice(),
@@ -117,7 +121,7 @@ def _localizer(ground: _Ground) -> Damage:
     )
 
 
-def _dose_page(ground: _Ground) -> Damage:
+def _dose_page(ground: _Ground) -> _Made:
     file = ground.slice()
     page = np.zeros((ground.size, ground.size), np.uint16)
     page[ground.size // 8 : ground.size // 2 : 8, ground.size // 8 : -ground.size // 4] = 255  # lines of writing
@@ -136,44 +140,44 @@ def _dose_page(ground: _Ground) -> Damage:
     )
 
 
-def _multi_frame(ground: _Ground) -> Damage:
+def _multi_frame(ground: _Ground) -> _Made:
     file = ground.slice()
     return _known(_with(file, NumberOfFrames="3", PixelData=3 * file.attributes["PixelData"]))
 
 
-def _size_lie(ground: _Ground) -> Damage:
+def _size_lie(ground: _Ground) -> _Made:
     file = ground.slice()
     return _known(_with(file, Rows=file.attributes["Rows"] + ground.size // 4))
 
 
-def _noise_tail(ground: _Ground) -> Damage:
+def _noise_tail(ground: _Ground) -> _Made:
     file = ground.slice()
     pixels = _pixels(file)
     first = 332 * ground.size // 512
     pixels[first:] = ground.rng().integers(-32768, 32768, size=pixels[first:].shape)
-    return _known(_with(_with_pixels(file, pixels), BitsStored=16, HighBit=15))
+    return _known(_with_pixels(file, pixels))
 
 
-def _constant(ground: _Ground) -> Damage:
+def _constant(ground: _Ground) -> _Made:
     file = ground.slice()
     return _known(_with_pixels(file, np.zeros_like(_pixels(file))))
 
 
-def _metal(ground: _Ground) -> Damage:
+def _metal(ground: _Ground) -> _Made:
     file = ground.slice()
     pixels = _pixels(file)
     centre, radius = ground.size // 2, max(2, ground.size // 60)
     pixels[centre, centre // 2 : -centre // 2] += 1500  # a streak
     pixels[centre - radius : centre + radius, centre - radius : centre + radius] = 31_743
-    return _known(_with(_with_pixels(file, pixels), BitsStored=16, HighBit=15))
+    return _known(_with_pixels(file, pixels))
 
 
-def _newline_name(ground: _Ground) -> Damage:
+def _newline_name(ground: _Ground) -> _Made:
     file = ground.slice()
     return _known(replace(file, path=file.path.replace(".dcm", "\n.dcm")))
 
 
-def _odd_size(ground: _Ground) -> Damage:
+def _odd_size(ground: _Ground) -> _Made:
     heights = (_CENTRE_MM, _CENTRE_MM + 5.0)
     rows, columns = 638 * ground.size // 512, 490 * ground.size // 512
     square, _ = ground.slices(heights, size=436 * ground.size // 512)
@@ -185,7 +189,7 @@ def _odd_size(ground: _Ground) -> Damage:
     return _known(square, _with(narrow, ImagePositionPatient=[x, y, z]))
 
 
-def _sign_12bit(ground: _Ground) -> Damage:
+def _sign_12bit(ground: _Ground) -> _Made:
     files = []
     for number, file in enumerate(ground.slices((_CENTRE_MM, _CENTRE_MM + 5.0, _CENTRE_MM + 10.0))):
         pixels = _pixels(file)
@@ -197,13 +201,13 @@ def _sign_12bit(ground: _Ground) -> Damage:
     return _known(*files)
 
 
-def _duplicate_file(ground: _Ground) -> Damage:
+def _duplicate_file(ground: _Ground) -> _Made:
     file = ground.slice()
     copy = file.path.replace(".dcm", " (1).dcm")
-    return Damage("", ((file.path, file.content()), (copy, file.content())), (file.listed,))
+    return ((file.path, file.content()), (copy, file.content())), (file.listed,)
 
 
-def _identical_patients(ground: _Ground) -> Damage:
+def _identical_patients(ground: _Ground) -> _Made:
     positive = ground.slice(("subdural",))
     where = ground.place(second=True)
     other = next(series_files(ground.layout, ground.seed, where, size=ground.size, heights_mm=(_CENTRE_MM,)))
@@ -211,9 +215,9 @@ def _identical_patients(ground: _Ground) -> Damage:
     return _known(positive, same)
 
 
-def _duplicate_labels(ground: _Ground) -> Damage:
-    damage = _known(ground.slice())
-    return replace(damage, listed=2 * damage.listed)
+def _duplicate_labels(ground: _Ground) -> _Made:
+    files, listed = _known(ground.slice())
+    return files, 2 * listed
 
 
 @dataclass(frozen=True)
@@ -222,7 +226,7 @@ class Defect:
 
     sentence: str
     layouts: tuple[str, ...]
-    make: Callable[[_Ground], Damage]
+    make: Callable[[_Ground], _Made]
 
 
 _ALL = ("rsna", "cq500", "folder")
@@ -261,4 +265,5 @@ def damaged_files(layout: str, seed: int, *, size: int) -> Iterator[Damage]:
     for patient, (name, defect) in enumerate(KNOWN_DEFECTS.items()):
         if layout in defect.layouts:
             ground = _Ground(layout=layout, seed=seed, size=size, patient=patient)
-            yield replace(defect.make(ground), defect=name, places=(ground.place(),))
+            files, listed = defect.make(ground)
+            yield Damage(name, files, listed, ground.place())

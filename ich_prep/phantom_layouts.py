@@ -122,7 +122,8 @@ def write_labels(layout: str, out: Path, seed: int, places: Sequence[Place], lis
         _write_rsna_labels(out, seed, listed)
         return 2
     if layout == "folder":
-        _write_lines(out / "labels.csv", [["sop_instance_uid", *CLASSES], *_folder_lines(listed)])
+        lines = [(line.sop_instance_uid, *line.labels) for line in listed]
+        _write_lines(out / "labels.csv", [("sop_instance_uid", *CLASSES), *lines])
     else:
         _write_reads(out, seed, places)
     return 1
@@ -145,7 +146,7 @@ def _rsna_file(seed: int, where: Place, scan: Scan, number: int, drawn: Slice) -
         bits=bits,
         intercept="-1000" if bits == 12 and every(where, 9, 6) else "-1024",
         slope=("1", "1.0", "1.000000")[(where.index + where.phase) % 3],
-        window=(["00036", "00036"], ["00080", "00080"]) if every(where, 2, 7) else (["40"], ["80"]),
+        window=(["00036", "00036"], ["00080", "00080"]) if (where.index // 2 + where.phase) % 2 else (["40"], ["80"]),
     )
     return SliceFile(
         path=f"{'stage_2_test' if where.test else 'stage_2_train'}/{sop}.dcm",
@@ -258,10 +259,6 @@ def _write_rsna_labels(out: Path, seed: int, listed: Sequence[Listed]) -> None:
         (f"{test[k].sop_instance_uid}_{name}", "0.5") for k in rng.permutation(len(test)).tolist() for name in CLASSES
     ]
     _write_lines(out / "stage_2_sample_submission.csv", [("ID", "Label"), *asked])
-
-
-def _folder_lines(listed: Sequence[Listed]) -> list[tuple[object, ...]]:
-    return [(line.sop_instance_uid, *line.labels) for line in listed]
 
 
 def _write_reads(out: Path, seed: int, places: Sequence[Place]) -> None:

@@ -196,7 +196,7 @@ def _cut(
 ) -> tuple[NDArray[np.int16], dict[str, float]]:
     plane = _plane(scan, head, height_mm, shift_mm)
     tissue = draw_tissue(head, plane, contrast=scan.contrast)
-    painted = paint_bleeds(head, plane, tissue, bleeds)
+    painted = paint_bleeds(plane, tissue, bleeds)
     hu = holder.copy()
     here = hu[plane.rows, plane.columns]
     np.maximum(here, tissue.hu, out=here)

@@ -138,7 +138,7 @@ def _ordered(slices: pa.Table) -> pa.Table:
     """Return the slices in the order of their rows: by subset, series, position along the normal.
 
     Adds ``position_mm``, the distance along the normal of the series' first orientation, and the flags that the
-    geometry gives. Slices of a series in which one has no position are ordered by instance number.
+    geometry gives. Slices of a series in which one has no position or orientation are ordered by instance number.
     """
     position = _matrix(slices["position"], 3)
     orientation = _matrix(slices["orientation"], 6)
@@ -155,10 +155,10 @@ def _ordered(slices: pa.Table) -> pa.Table:
     with np.errstate(invalid="ignore"):
         along = np.einsum("ij,ij->i", position, shared)
         turned = ~(np.abs(np.einsum("ij,ij->i", normal, shared)) >= SAME_DIRECTION_COSINE)
-    # One slice without a position leaves its whole series without an order along the normal.
+    # One slice without a position or orientation leaves its whole series without an order along the normal.
     run = _run_number(series)
     lost = np.zeros(len(slices), bool)
-    lost[run[np.isnan(along)]] = True
+    lost[run[np.isnan(along) | np.isnan(normal[:, 0])]] = True
     unplaced = lost[run]
     number = slices["instance_number"].fill_null(0).to_numpy()
     along = np.where(unplaced, np.nan, along)

@@ -1,14 +1,20 @@
-"""Fixtures that several test modules share: real CT files, a synthetic tree, and a dataset built from it."""
+"""Fixtures that several test modules share: real CT files, one slice's file, a synthetic tree, a dataset built from it."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
+from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian
 
 from ich_prep.build_dataset import build
 from ich_prep.phantom import synthesize
+from ich_prep.phantom_dicom import CT_IMAGE, file_bytes
 from ich_prep.store import Spec
 
 SIZE = 64
@@ -23,6 +29,50 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real CT files at {folder}: set ICH_TEST_DATA to the folder that holds head_ct and encodings")
     return folder
+
+
+@pytest.fixture(scope="session")
+def slice_bytes() -> Callable[..., bytes]:
+    """A function: stored values (rows, columns), a transfer syntax, and attributes by keyword -> a CT slice's file.
+
+    The attributes replace those of a plain axial slice; None leaves one out. Bits and sign follow the values' dtype.
+    """
+
+    def make(
+        pixels: NDArray[Any] | None = None, *, syntax: str = str(ExplicitVRLittleEndian), **attributes: object
+    ) -> bytes:
+        if pixels is None:
+            pixels = np.arange(12, dtype=np.int16).reshape(3, 4)
+        bits = 8 * pixels.itemsize
+        order = ">" if syntax == ExplicitVRBigEndian else "<"
+        plain: dict[str, object] = {
+            "ImageType": ["ORIGINAL", "PRIMARY", "AXIAL"],
+            "SOPClassUID": CT_IMAGE,
+            "SOPInstanceUID": "2.25.3",
+            "Modality": "CT",
+            "PatientID": "P1",
+            "StudyInstanceUID": "2.25.1",
+            "SeriesInstanceUID": "2.25.2",
+            "InstanceNumber": "7",
+            "ImagePositionPatient": ["-125.5", "-120", "41.25"],
+            "ImageOrientationPatient": ["1", "0", "0", "0", "1", "0"],
+            "SamplesPerPixel": 1,
+            "PhotometricInterpretation": "MONOCHROME2",
+            "Rows": pixels.shape[0],
+            "Columns": pixels.shape[1],
+            "PixelSpacing": ["0.5", "0.5"],
+            "BitsAllocated": bits,
+            "BitsStored": bits,
+            "HighBit": bits - 1,
+            "PixelRepresentation": int(pixels.dtype.kind == "i"),
+            "RescaleIntercept": "-1024",
+            "RescaleSlope": "1",
+            "PixelData": pixels.astype(pixels.dtype.newbyteorder(order)).tobytes() + b"\0" * (pixels.nbytes % 2),
+        }
+        kept = {keyword: value for keyword, value in (plain | attributes).items() if value is not None}
+        return file_bytes(kept, syntax=syntax, media_uid="2.25.3")
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -433,6 +433,7 @@ def test_a_defect_takes_no_label_from_a_good_slice(
     ("wrong", "message"),
     [
         ({"series": 0}, "at least 1"),
+        ({"seed": -1}, "0 or more"),
         ({"size": 31}, "32 to 1024"),
         ({"size": 1025}, "32 to 1024"),
         ({"layout": "nifti"}, "rsna, cq500, folder"),

@@ -48,21 +48,18 @@ def read_labels(listing: Listing, given: Path | None, *, allow_contradictions: b
     subtype stands beside none on ICH, ``any`` is 1, and a note counts it.
     """
     path = given or only_one(tables_with(listing, HEADER), "reads.csv with the header name,Category,R1:ICH,...")
-    table = read_csv(path)
-    missing = [
-        f"{reader}:{short}"
-        for reader in READERS
-        for short in COLUMNS.values()
-        if f"{reader}:{short}" not in table.column_names
-    ]
-    if "name" not in table.column_names or missing:
+    columns = [f"{reader}:{short}" for reader in READERS for short in COLUMNS.values()]
+    table = read_csv(path, {"name": pa.string(), **dict.fromkeys(columns, pa.int8())})
+    missing = [name for name in ("name", *columns) if name not in table.column_names]
+    if missing:
         raise SourceError(
             f"Expected the votes of three readers in {path}; the columns {', '.join(missing)} are missing."
         )
-    votes = np.stack(
-        [sum(table[f"{reader}:{COLUMNS[name]}"].to_numpy() for reader in READERS) for name in CLASSES], axis=1
-    )
-    values = (votes >= 2).astype(np.int8)
+    for name in columns:
+        if not pc.all(pc.is_in(table[name], value_set=pa.array([0, 1], pa.int8()))).as_py():
+            raise SourceError(f"Expected votes of 0 or 1 in column {name} of {path}; found others. Correct the file.")
+    votes = [sum(table[f"{reader}:{COLUMNS[name]}"].to_numpy() for reader in READERS) for name in CLASSES]
+    values = (np.stack(votes, axis=1) >= 2).astype(np.int8)
     implied = values[:, :-1].max(axis=1)
     raised = int((implied > values[:, -1]).sum())
     values[:, -1] = np.maximum(values[:, -1], implied)

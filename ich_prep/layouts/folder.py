@@ -50,8 +50,9 @@ def read_labels(listing: Listing, given: Path | None, *, allow_contradictions: b
     for name in named:
         stated = table.filter(pc.is_valid(table[name]))
         values = stated[name].to_numpy().astype(np.int8)
-        if not np.isin(values, (0, 1)).all():
-            raise SourceError(f"Expected 0, 1 or nothing in column {name} of {given}; found {values.max()}.")
+        wrong = ~np.isin(values, (0, 1))
+        if wrong.any():
+            raise SourceError(f"Expected 0, 1 or nothing in column {name} of {given}; found {values[wrong][0]}.")
         lines.append((stated[key].combine_chunks(), np.full(len(stated), CLASSES.index(name)), values))
     keys, classes, values = (list(parts) for parts in zip(*lines, strict=True))
     everything = gather_long(

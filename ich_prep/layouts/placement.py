@@ -52,10 +52,13 @@ def read_csv(path: Path, types: dict[str, pa.DataType] | None = None) -> pa.Tabl
 
 
 def header_of(path: Path) -> tuple[str, ...]:
-    """Return the column names in the first line of the CSV file at ``path``; empty where it cannot be read as text."""
+    """Return the column names in the first line of the CSV file at ``path`` as they stand there, without quotes.
+
+    Empty where it cannot be read as text.
+    """
     try:
         with path.open(encoding="utf-8-sig") as file:
-            return tuple(name.strip().strip('"') for name in file.readline(64 * 1024).split(","))
+            return tuple(name.strip('"') for name in file.readline(64 * 1024).rstrip("\r\n").split(","))
     except (OSError, UnicodeDecodeError):
         return ()
 

@@ -1,0 +1,167 @@
+"""A function over integers: the same serial and on workers, bounded, through crashes, on the loopback only."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ich_prep.errors import BuildError, Reason, SliceError
+from ich_prep.execute import IN_FLIGHT_PER_WORKER, Pool, default_workers, run
+
+
+def square(number: int) -> int:
+    return number * number
+
+
+def shift(by: int, number: int) -> int:
+    return number + by
+
+
+def where(_: int) -> tuple[int, str | None]:
+    return os.getpid(), os.environ.get("MALLOC_MMAP_THRESHOLD_")
+
+
+def refuse(number: int) -> int:
+    if number == 3:
+        raise SliceError(Reason.TRUNCATED, f"task {number}")
+    return number
+
+
+def note(folder: str, number: int) -> int:
+    (Path(folder) / f"{number}").touch()
+    return number
+
+
+def die_once(folder: str, number: int) -> int:
+    mark = Path(folder) / f"{number}"
+    if number == 2 and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def die_always(number: int) -> int:
+    if number == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    with Pool(workers=2) as workers:
+        workers.ready()
+        yield workers
+
+
+def test_no_workers_run_in_this_process_in_order() -> None:
+    assert list(run(square, range(4), workers=0)) == [(0, 0), (1, 1), (2, 4), (3, 9)]
+    assert next(run(where, [0], workers=0))[1][0] == os.getpid()
+    with Pool(workers=0) as pool:
+        assert pool.ready() == 1
+
+
+def test_without_workers_a_task_starts_when_its_result_is_asked_for(tmp_path: Path) -> None:
+    results = run(partial(note, str(tmp_path)), range(5), workers=0)
+    next(results)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_workers_give_the_same_as_none(pool: Pool) -> None:
+    assert pool.ready() == 2
+    for task in (square, partial(shift, 7)):
+        assert dict(pool.map(task, range(30))) == dict(run(task, range(30), workers=0))
+
+
+def test_one_task_after_the_other_may_have_the_same_function_and_keys(pool: Pool) -> None:
+    assert dict(pool.map(partial(shift, 1), range(5))) == {number: number + 1 for number in range(5)}
+    assert dict(pool.map(partial(shift, 2), range(5))) == {number: number + 2 for number in range(5)}
+
+
+def test_no_tasks_are_done_at_once(pool: Pool) -> None:
+    assert list(pool.map(square, [])) == []
+
+
+def test_tasks_run_in_other_processes_with_a_patient_allocator(pool: Pool) -> None:
+    found = dict(pool.map(where, range(8))).values()
+    assert os.getpid() not in {process for process, _ in found}
+    assert {threshold for _, threshold in found} == {"268435456"}
+
+
+def test_only_a_few_tasks_are_in_flight(pool: Pool, tmp_path: Path) -> None:
+    """While nobody takes results, no more tasks start than fill the workers' hands."""
+    results = pool.map(partial(note, str(tmp_path)), range(200))
+    next(results)
+    threading.Event().wait(0.5)
+    assert len(list(tmp_path.iterdir())) <= 2 * IN_FLIGHT_PER_WORKER + 1
+    assert len(list(results)) == 199
+
+
+def test_what_a_task_raises_is_raised_here(pool: Pool) -> None:
+    with pytest.raises(SliceError, match="task 3") as raised:
+        dict(pool.map(refuse, range(50)))
+    assert raised.value.reason is Reason.TRUNCATED
+    assert dict(pool.map(square, range(3))) == {0: 0, 1: 1, 2: 4}  # the workers are still there
+
+
+def test_a_worker_that_is_killed_costs_nothing(pool: Pool, tmp_path: Path) -> None:
+    assert dict(pool.map(partial(die_once, str(tmp_path)), range(10))) == {number: number for number in range(10)}
+
+
+def test_a_task_that_always_kills_its_worker_is_named() -> None:
+    with Pool(workers=1) as pool, pytest.raises(BuildError, match=r"Task 2 of die_always ended its worker process"):
+        dict(pool.map(die_always, range(4)))
+
+
+def test_nothing_listens_beyond_the_loopback(pool: Pool) -> None:
+    dict(pool.map(square, range(4)))
+    here = psutil.Process()
+    listening = [
+        connection.laddr.ip
+        for process in (here, *here.children(recursive=True))
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert listening
+    assert set(listening) == {"127.0.0.1"}
+
+
+def test_workers_end_with_the_pool() -> None:
+    with Pool(workers=1) as pool:
+        (process,) = {found for found, _ in dict(pool.map(where, range(2))).values()}
+        assert psutil.pid_exists(process)
+    gone, alive = psutil.wait_procs([psutil.Process(process)] if psutil.pid_exists(process) else [], timeout=10)
+    assert not alive, gone
+
+
+def test_an_existing_scheduler_is_used_and_left_running(pool: Pool) -> None:
+    assert pool._client is not None
+    address = pool._client.scheduler.address
+    with Pool(workers=0, scheduler=address) as guest:
+        assert guest.ready() == 2
+        assert dict(guest.map(square, range(5))) == {number: number * number for number in range(5)}
+    assert dict(pool.map(square, range(5))) == {number: number * number for number in range(5)}
+
+
+def test_two_builds_on_one_scheduler_do_not_take_each_others_results(pool: Pool) -> None:
+    assert pool._client is not None
+    with Pool(workers=0, scheduler=pool._client.scheduler.address) as guest:
+        one, other = pool.map(partial(shift, 100), range(20)), guest.map(partial(shift, 200), range(20))
+        pairs = list(zip(one, other, strict=True))
+    assert dict(first for first, _ in pairs) == {number: number + 100 for number in range(20)}
+    assert dict(second for _, second in pairs) == {number: number + 200 for number in range(20)}
+
+
+def test_a_scheduler_that_does_not_answer_is_named() -> None:
+    with Pool(workers=0, scheduler="tcp://127.0.0.1:9") as pool, pytest.raises(BuildError, match=r"127\.0\.0\.1:9"):
+        pool.ready()
+
+
+def test_the_default_is_the_cores_that_this_process_may_use() -> None:
+    assert default_workers() == len(os.sched_getaffinity(0))

@@ -1,0 +1,377 @@
+"""Layouts: how a tree is recognised, where its labels stand, what they say, and what is known of its slices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from ich_prep import scan
+from ich_prep.errors import SourceError, UsageError
+from ich_prep.labels import CLASSES, UNKNOWN, complete_any
+from ich_prep.layouts import LAYOUTS, cq500, folder, recognise, rsna
+from ich_prep.phantom import synthesize
+from ich_prep.sources import Listing, list_files
+
+READERS = ("R1", "R2", "R3")
+
+
+def tree(root: Path, files: dict[str, str]) -> Listing:
+    """Write text files by relative path and list them."""
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text, encoding="utf-8")
+    return list_files(root)
+
+
+def long_csv(values: dict[str, Sequence[float | str]]) -> str:
+    lines = [
+        f"{sop}_{name},{value}"
+        for sop, labels in values.items()
+        for name, value in zip(CLASSES, labels, strict=True)
+    ]
+    return "\n".join(["ID,Label", *lines]) + "\n"
+
+
+def scanned(lines: list[dict[str, object]]) -> pa.Table:
+    usual = {"sop_instance_uid": "a", "bits_stored": 16, "signed": True, "rescale_intercept": -1024.0}
+    return pa.Table.from_pylist([usual | line for line in lines], scan.SCHEMA)
+
+
+# --- which layout ----------------------------------------------------------------------------------------------------
+
+RSNA_FOLDERS = [
+    f"{above}stage_{stage}_{subset}{below}"
+    for above in ("", "rsna-intracranial-hemorrhage-detection/")
+    for stage in (1, 2)
+    for subset in ("train", "test")
+    for below in ("", "_images")
+]
+
+
+@pytest.mark.parametrize("place", RSNA_FOLDERS)
+def test_every_spelling_of_the_rsna_folders_is_recognised(place: str, tmp_path: Path) -> None:
+    listing = tree(tmp_path, {f"{place}/ID_1.dcm": ""})
+    found = recognise(listing)
+    assert found.name == "rsna"
+    assert place.rsplit("/", 1)[-1] in found.why
+
+
+@pytest.mark.parametrize("place", RSNA_FOLDERS)
+def test_the_rsna_folder_says_the_subset(place: str) -> None:
+    placed = rsna.place(scanned([{"path": f"{place}/ID_1.dcm"}]))
+    assert placed.subset.to_pylist() == ["test" if "test" in place else "train"]
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("CQ500CT0 CQ500CT0/Unknown Study/CT Plain/CT000000.dcm", "cq500"),
+        ("qct01/CQ500CT12 CQ500CT12/Unknown Study/CT 5mm/CT000000.dcm", "cq500"),
+        ("stage_2_training/ID_1.dcm", "folder"),
+        ("patient/1.dcm", "folder"),
+        ("1.dcm", "folder"),
+    ],
+)
+def test_other_trees_are_recognised(name: str, layout: str, tmp_path: Path) -> None:
+    assert recognise(tree(tmp_path, {name: ""})).name == layout
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_phantom_of_each_layout_is_recognised(layout: str, tmp_path: Path) -> None:
+    synthesize(tmp_path / "tree", series=1, size=32, layout=layout)
+    listing = list_files(tmp_path / "tree")
+    assert recognise(listing).name == layout
+    labels = LAYOUTS[layout].read_labels(listing, None, allow_contradictions=False)
+    complete_any(labels)
+    assert (labels.values != UNKNOWN).all()
+    assert len(labels.keys) > 0
+
+
+# --- RSNA ------------------------------------------------------------------------------------------------------------
+
+SLICE = "stage_2_train/ID_a.dcm"
+NEGATIVE, SUBDURAL = (0, 0, 0, 0, 0, 0), (0, 0, 0, 0, 1, 1)
+SAMPLE = long_csv({"ID_z": [0.5] * 6, "ID_y": [0.5] * 6})
+
+
+def rsna_labels(root: Path, files: dict[str, str], *, allow_contradictions: bool = False) -> object:
+    return rsna.read_labels(tree(root, {SLICE: "", **files}), None, allow_contradictions=allow_contradictions)
+
+
+def test_the_long_csv_is_read_in_its_order_and_doubles_are_counted(tmp_path: Path) -> None:
+    text = long_csv({"ID_b": SUBDURAL, "ID_a": NEGATIVE}) + long_csv({"ID_b": SUBDURAL}).split("\n", 1)[1]
+    listing = tree(tmp_path, {SLICE: "", "stage_2_train.csv": text})
+    labels = rsna.read_labels(listing, None, allow_contradictions=False)
+    assert labels.key == "sop_instance_uid"
+    assert labels.keys.to_pylist() == ["ID_b", "ID_a"]
+    assert labels.values.tolist() == [list(SUBDURAL), list(NEGATIVE)]
+    assert labels.notes == ("6 label lines stand more than once",)
+    assert labels.listed.to_pylist() == []
+
+
+def test_the_label_file_may_lie_in_a_nested_folder_beside_the_sample_submission(tmp_path: Path) -> None:
+    nested = "rsna-intracranial-hemorrhage-detection"
+    listing = tree(
+        tmp_path,
+        {
+            f"{nested}/{SLICE}": "",
+            f"{nested}/stage_2_train.csv": long_csv({"ID_a": NEGATIVE}),
+            f"{nested}/stage_2_sample_submission.csv": SAMPLE,
+            "notes.csv": "name,remark\n",
+        },
+    )
+    labels = rsna.read_labels(listing, None, allow_contradictions=False)
+    assert labels.keys.to_pylist() == ["ID_a"]
+    assert labels.listed.to_pylist() == ["ID_z", "ID_y"]  # in the order of the file, each once
+
+
+def test_contradicting_rsna_lines_are_refused_or_unknown(tmp_path: Path) -> None:
+    other = long_csv({"ID_a": SUBDURAL}).split("\n", 1)[1]
+    listing = tree(tmp_path, {SLICE: "", "train.csv": long_csv({"ID_a": NEGATIVE}) + other})
+    with pytest.raises(SourceError, match=r"2 label lines contradict.*ID_a \(any\), ID_a \(subdural\)"):
+        rsna.read_labels(listing, None, allow_contradictions=False)
+    labels = rsna.read_labels(listing, None, allow_contradictions=True)
+    assert labels.values.tolist() == [[0, 0, 0, 0, UNKNOWN, UNKNOWN]]
+    assert labels.contradicted.to_pylist() == ["ID_a"]
+
+
+def test_a_uid_may_hold_underscores_and_class_names(tmp_path: Path) -> None:
+    listing = tree(tmp_path, {SLICE: "", "train.csv": long_csv({"ID_any_subdural": NEGATIVE})})
+    assert rsna.read_labels(listing, None, allow_contradictions=False).keys.to_pylist() == ["ID_any_subdural"]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "Expected one label file .* found none"),
+        ({"stage_2_sample_submission.csv": SAMPLE}, "Expected one label file .* found none"),
+        ({"a.csv": long_csv({"ID_a": NEGATIVE}), "b.csv": long_csv({"ID_a": NEGATIVE})}, r"a\.csv, .*b\.csv"),
+        ({"a.csv": "ID,Label\nID_a_haematoma,0\n"}, r"line 2 has 'ID_a_haematoma'"),
+        ({"a.csv": "ID,Label\nID_a_any,0\nID_b_any,0.5\n"}, r"found 0\.5 in line 3"),
+        ({"a.csv": "ID,Label\nID_a_any,\n"}, r"found nan in line 2"),
+        ({"a.csv": "ID,Label\nID_a_any,yes\n"}, "cannot be read"),
+    ],
+)
+def test_label_files_that_do_not_fit_rsna_are_refused(files: dict[str, str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=message):
+        rsna_labels(tmp_path, files)
+
+
+def test_a_label_file_that_is_given_is_the_one_that_is_read(tmp_path: Path) -> None:
+    given = tmp_path / "mine.csv"
+    given.write_text(long_csv({"ID_a": SUBDURAL}), encoding="utf-8")
+    listing = tree(tmp_path / "tree", {SLICE: "", "train.csv": long_csv({"ID_a": NEGATIVE})})
+    labels = rsna.read_labels(listing, given, allow_contradictions=False)
+    assert labels.values.tolist() == [list(SUBDURAL)]
+    with pytest.raises(SourceError, match=r"gone\.csv; it cannot be read"):
+        rsna.read_labels(listing, tmp_path / "gone.csv", allow_contradictions=False)
+
+
+@pytest.mark.parametrize(
+    ("header", "repaired"),
+    [
+        ({"bits_stored": 12, "signed": False, "rescale_intercept": 0.0}, True),
+        ({"bits_stored": 12, "signed": False, "rescale_intercept": 1.0}, True),
+        ({"bits_stored": 12, "signed": False, "rescale_intercept": -100.0}, False),
+        ({"bits_stored": 12, "signed": False, "rescale_intercept": -1024.0}, False),
+        ({"bits_stored": 12, "signed": True, "rescale_intercept": 0.0}, False),
+        ({"bits_stored": 16, "signed": True, "rescale_intercept": 0.0}, False),
+    ],
+)
+def test_the_sign_defect_is_told_by_bits_sign_and_intercept(header: dict[str, object], repaired: bool) -> None:
+    placed = rsna.place(scanned([{"path": SLICE, "patient_id": "p", **header}]))
+    assert placed.repairs.to_pylist() == [[rsna.SIGN_12BIT] if repaired else []]
+    assert placed.patient_id.to_pylist() == ["p"]
+    assert placed.left_out.to_pylist() == [None]
+
+
+# --- a folder and a CSV ----------------------------------------------------------------------------------------------
+
+
+def test_a_folder_without_a_csv_has_no_labels(tmp_path: Path) -> None:
+    listing = tree(tmp_path, {"1.dcm": "", "remarks.csv": "file,remark\n"})
+    assert len(folder.read_labels(listing, None, allow_contradictions=False).keys) == 0
+
+
+@pytest.mark.parametrize("key", ["sop_instance_uid", "series_instance_uid"])
+def test_a_csv_by_slice_or_by_series(key: str, tmp_path: Path) -> None:
+    text = f"subdural,{key},any\n1,1.2.3,1\n,1.2.4,0\n0,1.2.5,\n"
+    labels = folder.read_labels(tree(tmp_path, {"1.dcm": "", "labels.csv": text}), None, allow_contradictions=False)
+    assert labels.key == key
+    assert labels.keys.to_pylist() == ["1.2.3", "1.2.4", "1.2.5"]
+    assert labels.values[:, CLASSES.index("subdural")].tolist() == [1, UNKNOWN, 0]
+    assert labels.values[:, CLASSES.index("any")].tolist() == [1, 0, UNKNOWN]
+    assert (labels.values[:, : CLASSES.index("subdural")] == UNKNOWN).all()
+
+
+def test_uids_that_look_like_numbers_stay_text(tmp_path: Path) -> None:
+    text = "sop_instance_uid,any\n1.20,1\n007,0\n"
+    labels = folder.read_labels(tree(tmp_path, {"1.dcm": "", "labels.csv": text}), None, allow_contradictions=False)
+    assert labels.keys.to_pylist() == ["1.20", "007"]
+
+
+def test_a_csv_as_spreadsheets_write_it(tmp_path: Path) -> None:
+    text = '\ufeff"sop_instance_uid","any"\r\n"a",1\r\n'
+    labels = folder.read_labels(tree(tmp_path, {"1.dcm": "", "labels.csv": text}), None, allow_contradictions=False)
+    assert labels.keys.to_pylist() == ["a"]
+
+
+def test_a_space_before_a_column_name_is_not_passed_over(tmp_path: Path) -> None:
+    listing = tree(tmp_path, {"1.dcm": "", "labels.csv": "sop_instance_uid, any\na, 1\n"})
+    with pytest.raises(UsageError, match="' any' is unknown.*Did you mean 'any'"):
+        folder.read_labels(listing, None, allow_contradictions=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sop_instance_uid\na\n", "Expected label columns"),
+        ("sop_instance_uid,any\na,2\n", "found 2"),
+        ("sop_instance_uid,any\na,0\nb,-1\n", "found -1"),
+        ("sop_instance_uid,any\na,maybe\n", "cannot be read"),
+        ("sop_instance_uid,any\na,0\na,1\n", r"contradict.*a \(any\)"),
+    ],
+)
+def test_csvs_that_make_no_labels_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    listing = tree(tmp_path, {"1.dcm": "", "labels.csv": text})
+    with pytest.raises(SourceError, match=message):
+        folder.read_labels(listing, None, allow_contradictions=False)
+
+
+def test_an_unknown_label_column_names_the_nearest(tmp_path: Path) -> None:
+    listing = tree(tmp_path, {"1.dcm": "", "labels.csv": "sop_instance_uid,subdual\na,1\n"})
+    with pytest.raises(UsageError, match="'subdual' is unknown.*Did you mean 'subdural'"):
+        folder.read_labels(listing, None, allow_contradictions=False)
+
+
+def test_two_csvs_with_labels_are_one_too_many(tmp_path: Path) -> None:
+    text = "sop_instance_uid,any\na,1\n"
+    listing = tree(tmp_path, {"1.dcm": "", "one.csv": text, "two.csv": text})
+    with pytest.raises(SourceError, match=r"one\.csv, .*two\.csv.*--labels"):
+        folder.read_labels(listing, None, allow_contradictions=False)
+    labels = folder.read_labels(listing, tmp_path / "two.csv", allow_contradictions=False)
+    assert labels.keys.to_pylist() == ["a"]
+
+
+def test_a_given_csv_without_a_key_is_refused(tmp_path: Path) -> None:
+    listing = tree(tmp_path, {"1.dcm": ""})
+    (tmp_path / "mine.csv").write_text("patient,any\na,1\n", encoding="utf-8")
+    with pytest.raises(SourceError, match="Expected a column sop_instance_uid or series_instance_uid.*patient, any"):
+        folder.read_labels(listing, tmp_path / "mine.csv", allow_contradictions=False)
+
+
+def test_a_folder_places_every_slice_in_training() -> None:
+    placed = folder.place(scanned([{"path": "a/test/1", "patient_id": "p"}, {"path": "2"}]))
+    assert placed.subset.to_pylist() == ["train", "train"]
+    assert placed.patient_id.to_pylist() == ["p", None]
+    assert placed.repairs.to_pylist() == [[], []]
+    assert placed.left_out.to_pylist() == [None, None]
+
+
+# --- CQ500 -----------------------------------------------------------------------------------------------------------
+
+CQ500_SLICE = "CQ500CT0 CQ500CT0/Unknown Study/CT Plain/CT000000.dcm"
+
+
+def reads_csv(subjects: dict[str, dict[str, Sequence[object]]]) -> str:
+    """Return reads.csv; a finding maps to the votes of the three readers, 0 where it is not named."""
+    shorts = list(cq500.COLUMNS.values())
+    header = ["name", "Category", *[f"{reader}:{short}" for reader in READERS for short in shorts]]
+    lines = [
+        [name, "B1", *[votes.get(short, (0, 0, 0))[reader] for reader in range(3) for short in shorts]]
+        for name, votes in subjects.items()
+    ]
+    return "\n".join(",".join(map(str, line)) for line in [header, *lines]) + "\n"
+
+
+def test_two_of_three_readers_make_a_label(tmp_path: Path) -> None:
+    text = reads_csv(
+        {
+            "CQ500-CT-7": {"ICH": (1, 1, 0), "SDH": (1, 0, 1), "SAH": (1, 0, 0)},
+            "CQ500-CT-0": {"ICH": (1, 1, 1), "IPH": (1, 0, 0), "IVH": (0, 1, 0), "EDH": (0, 0, 1)},
+            "CQ500-CT-12": {"ICH": (0, 0, 1)},
+        }
+    )
+    labels = cq500.read_labels(
+        tree(tmp_path, {CQ500_SLICE: "", "reads.csv": text}), None, allow_contradictions=False
+    )
+    assert labels.key == "subject"
+    assert labels.keys.to_pylist() == ["CQ500-CT-7", "CQ500-CT-0", "CQ500-CT-12"]
+    assert labels.values.tolist() == [list(SUBDURAL), [0, 0, 0, 0, 0, 1], list(NEGATIVE)]
+    assert complete_any(labels).values.tolist() == labels.values.tolist()
+    assert labels.notes == ()
+
+
+def test_a_subtype_by_majority_without_ich_raises_any(tmp_path: Path) -> None:
+    text = reads_csv({"CQ500-CT-1": {"ICH": (1, 0, 0), "SDH": (1, 1, 0)}})
+    labels = cq500.read_labels(
+        tree(tmp_path, {CQ500_SLICE: "", "reads.csv": text}), None, allow_contradictions=False
+    )
+    assert labels.values.tolist() == [list(SUBDURAL)]
+    assert len(labels.notes) == 1
+    assert labels.notes[0].startswith("1 subjects have a subtype by majority")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name,Category,R1:ICH\nCQ500-CT-0,B1,1\n", r"columns .*R3:EDH.* are missing"),
+        (reads_csv({"CQ500-CT-1": {}, "CQ500CT1": {}}), "each subject once"),
+        (reads_csv({"CQ500-CT-1": {"ICH": (1, 1, "")}}), r"0 or 1.*R3:ICH"),
+        (reads_csv({"CQ500-CT-1": {"ICH": (1, 1, 2)}}), r"0 or 1.*R3:ICH"),
+        (reads_csv({"CQ500-CT-1": {"ICH": (1, 1, "yes")}}), "cannot be read"),
+    ],
+)
+def test_reads_that_make_no_labels_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    listing = tree(tmp_path, {CQ500_SLICE: "", "reads.csv": text})
+    with pytest.raises(SourceError, match=message):
+        cq500.read_labels(listing, None, allow_contradictions=False)
+
+
+@pytest.mark.parametrize(
+    ("path", "patient_id", "subject"),
+    [
+        (CQ500_SLICE, "CQ500-CT-0", "CQ500-CT-0"),
+        (CQ500_SLICE, None, "CQ500-CT-0"),
+        ("qct03/CQ500CT31 CQ500CT31/Unknown Study/CT 5mm/CT000001.dcm", "CQ500CT31", "CQ500-CT-31"),
+        ("moved/CT Plain/1.dcm", "CQ500CT031", "CQ500-CT-31"),
+        ("moved/CT Plain/1.dcm", "somebody", None),
+        ("1.dcm", None, None),
+    ],
+)
+def test_a_cq500_slice_is_under_its_subject(path: str, patient_id: str | None, subject: str | None) -> None:
+    placed = cq500.place(scanned([{"path": path, "patient_id": patient_id}]))
+    assert placed.subject.to_pylist() == [subject]
+    assert placed.patient_id.to_pylist() == [subject]
+    assert placed.subset.to_pylist() == ["train"]
+
+
+PLAIN = ["CT Plain", "CT PLAIN THIN", "CT Thin Plain", "CT 55mm Plain", "CT 5mm", "CT Plain 3mm", "CT 0.625mm"]
+PLAIN += ["CT PRE CONTRAST 5MM STD", "CT Plain-2"]
+NOT_PLAIN = ["CT POST CONTRAST-2", "CT C", "CT C THIN", "CT CECT THIN", "CT BONE", "CT HRCT", "CT Plain +C"]
+NOT_PLAIN += ["CT 4cc sec 150cc D3D on-2", "CT 3D CT HEADORBIT", "CT BONE-3"]
+
+
+@pytest.mark.parametrize("kind", PLAIN + NOT_PLAIN)
+def test_series_that_are_no_plain_ct_are_left_out(kind: str) -> None:
+    placed = cq500.place(scanned([{"path": f"CQ500CT0 CQ500CT0/Unknown Study/{kind}/CT000000.dcm"}]))
+    (why,) = placed.left_out.to_pylist()
+    assert (why is not None) == (kind in NOT_PLAIN)
+    assert why is None or kind in why
+
+
+def test_values_of_labels_are_small_integers(tmp_path: Path) -> None:
+    text = reads_csv({"CQ500-CT-0": {"ICH": (1, 1, 1)}})
+    for layout, files in (
+        (rsna, {SLICE: "", "train.csv": long_csv({"ID_a": NEGATIVE})}),
+        (folder, {"1.dcm": "", "labels.csv": "sop_instance_uid,any\na,1\n"}),
+        (cq500, {CQ500_SLICE: "", "reads.csv": text}),
+    ):
+        root = tmp_path / layout.__name__.rsplit(".", 1)[-1]
+        labels = layout.read_labels(tree(root, files), None, allow_contradictions=False)
+        assert labels.values.dtype == np.int8
+        assert labels.values.shape == (len(labels.keys), len(CLASSES))

@@ -1,0 +1,73 @@
+"""The knobs of a build: recipe under flags, each checked, the spec apart from the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ich_prep.errors import UsageError
+from ich_prep.options import BuildOptions, resolve
+from ich_prep.store import Spec
+from ich_prep.windows import PRESETS, Window
+
+
+def test_nothing_given_gives_the_defaults() -> None:
+    assert resolve(None, {"size": None, "windows": None}) == BuildOptions()
+    assert BuildOptions().spec() == Spec()
+
+
+def test_flags_win_over_the_recipe(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[build]\nsize = 256\ncodec = "zstd"\nwindows = ["brain", "blood=75/215"]\n', encoding="utf-8")
+    options = resolve(recipe, {"size": 128, "codec": None, "windows": None})
+    assert (options.size, options.codec) == (128, "zstd")
+    assert options.windows == (PRESETS["brain"], Window("blood", center=75, width=215))
+    assert resolve(recipe, {"windows": "stroke, bone"}).windows == (PRESETS["stroke"], PRESETS["bone"])
+
+
+def test_a_recipe_may_say_every_option(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        "[build]\n"
+        'layout = "folder"\nlabels = "labels.csv"\nsize = 256\nstore = "hu"\nwindows = "brain"\n'
+        'slices_per_shard = 64\ncodec = "none"\nfolds = 3\nworkers = 0\nscheduler = "tcp://127.0.0.1:8786"\n'
+        "max_quarantined = 0.5\nallow_unlabelled = true\nallow_missing_images = true\nallow_contradictions = true\n",
+        encoding="utf-8",
+    )
+    options = resolve(recipe, {})
+    assert options.model_dump(exclude_defaults=True).keys() == BuildOptions.model_fields.keys()
+    assert options.spec().model_dump().keys() == Spec.model_fields.keys()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"codek": "lz4"}, "'codek' is unknown.*Did you mean 'codec'"),
+        ({"codec": "gzip"}, "codec: .*'gzip'"),
+        ({"layout": "rsn"}, "layout: .*'rsn'"),
+        ({"size": 8}, "size: .*8"),
+        ({"workers": -1}, "workers: .*-1"),
+        ({"max_quarantined": 1.5}, "max_quarantined: .*1.5"),
+        ({"folds": 1}, "folds: .*1"),
+        ({"windows": "brian"}, "Did you mean 'brain'"),
+        ({"windows": "brain,brain"}, "different names"),
+        ({"windows": ""}, "Expected"),
+        ({"windows": "x=40/0"}, "greater than 0"),
+    ],
+)
+def test_values_that_cannot_be_meant_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        resolve(None, given)
+
+
+def test_an_unknown_key_of_a_recipe_is_blamed_on_the_recipe(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("[build]\nworkres = 2\n", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"recipe\.toml \[build\]: key 'workres'.*Did you mean 'workers'"):
+        resolve(recipe, {})
+
+
+def test_how_a_build_runs_is_no_part_of_what_it_builds() -> None:
+    assert resolve(None, {"workers": 0, "max_quarantined": 1.0}).spec() == resolve(None, {"workers": 7}).spec()
