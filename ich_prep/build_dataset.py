@@ -89,15 +89,14 @@ def build(
             )
         state = State(spec=spec, sources=_digest_listing(listing), labels=_digest_labels(known))
         folder = target / store.BUILD
-        if overwrite:
-            _remove(target)
-        elif _is_finished(target, state, listing):
+        if not overwrite and _is_finished(target, state, listing):
             counts = store.open_dataset(target).ich["counts"]
             return Outcome(counts=counts, already_finished=True, seconds=seconds)
-        folder.mkdir(parents=True, exist_ok=True)
-        with _only_one(folder), _explained(target):
+        with _explained(target), _only_one(folder):
+            if overwrite:
+                _disown(target)
+            state = _begin(target, state, listing)
             log = partial(_log, folder / store.LOG)
-            state = _begin(folder, state, listing)
             log("start", layout=spec.layout, files=len(listing.files), notes=known.notes)
             for note in known.notes:
                 progress.say(f"Labels: {note}.")
@@ -126,12 +125,16 @@ def build(
 
 
 def _refuse_foreign(target: Path, source: Path) -> None:
-    """Raise where ``target`` is something else than a dataset, a build in progress, or nothing."""
-    if target == source or (source in target.parents and target.parent == source and target.name == ""):
-        raise UsageError(f"Expected --out outside of the source tree; both are {target}. Give another folder.")
-    if not target.exists() or (target / store.BUILD / store.STATE).exists():
+    """Raise where ``target`` lies in the source tree, or is neither a dataset, nor a build in progress, nor empty."""
+    if target == source or source in target.parents:
+        raise UsageError(
+            f"Expected --out outside of the source tree {source}, whose files it would join; found {target}. Give "
+            "another folder."
+        )
+    folder = target / store.BUILD
+    if not target.exists() or (folder / store.STATE).exists() or (folder / store.LOCK).exists():
         return
-    if target.is_dir() and not any(target.iterdir()):
+    if target.is_dir() and all(path.is_dir() for path in target.rglob("*")):
         return
     if (target / store.ROOT).exists():
         store.open_dataset(target)  # raises for a store that is not ours
@@ -206,16 +209,17 @@ def _listing_difference(folder: Path, listing: Listing) -> str:
     )
 
 
-def _remove(target: Path) -> None:
-    """Remove a dataset or a build of ours, its root first, so that no half of it can be taken for a dataset."""
-    (target / store.ROOT).unlink(missing_ok=True)
-    for name in (store.IMAGES, store.LABELS, store.BUILD):
-        shutil.rmtree(target / name, ignore_errors=False) if (target / name).exists() else None
+def _disown(target: Path) -> None:
+    """Make a dataset or build of ours one that nobody can take for a dataset, and that the next step clears away."""
+    for path in (target / store.ROOT, target / store.BUILD / store.STATE):
+        path.unlink(missing_ok=True)
+        ledger.sync_folder(path.parent)
 
 
 @contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
     """Hold the build's lock; raises ``BuildError`` where another process does."""
+    folder.mkdir(parents=True, exist_ok=True)
     with (folder / store.LOCK).open("wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -255,12 +259,19 @@ def _log(path: Path, event: str, **values: object) -> None:
 # --- the steps -------------------------------------------------------------------------------------------------------
 
 
-def _begin(folder: Path, state: State, listing: Listing) -> State:
+def _begin(target: Path, state: State, listing: Listing) -> State:
     """Return the state of a build in progress, or begin one: the listing first, the state that names it last."""
+    folder = target / store.BUILD
     if (folder / store.STATE).exists():
         return store.read_state(folder)
+    # Without a state, what is there is of a build that ended before its first step, or that is to be replaced.
+    for path in (target / store.IMAGES, target / store.LABELS, *folder.iterdir()):
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != store.LOCK:
+            path.unlink(missing_ok=True)
     for name in (store.SCAN, store.DONE):
-        (folder / name).mkdir(exist_ok=True)
+        (folder / name).mkdir()
     sink = pa.BufferOutputStream()
     pq.write_table(listing.files, sink, row_group_size=FILES_PER_BATCH)
     ledger.write_whole(folder / store.FILES, sink.getvalue().to_pybytes())
@@ -396,6 +407,8 @@ def _publish(target: Path, state: State, found: int, allow: Allowances) -> dict[
         schema=store.SHARD_SCHEMA,
     )
     (target / store.LABELS).mkdir(exist_ok=True)
+    for name in (*store.PUBLISHED, store.ROOT):
+        ledger.clear_leftovers(target / name)
     for name, table in (
         (store.SLICES, slices),
         (store.SERIES, series),

@@ -11,6 +11,7 @@ import importlib
 import logging
 import os
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -94,9 +95,11 @@ class Pool:
 
         client = self._client
         pending = iter(keys)
+        # A scheduler takes equal names for one task, also from two clients: another build's must differ.
+        prefix = f"{_name(task)}-{uuid.uuid4().hex}"
 
         def submit(key: int) -> Any:
-            return client.submit(task, key, pure=False, key=f"{_name(task)}-{key}")
+            return client.submit(task, key, pure=False, key=f"{prefix}-{key}")
 
         names: dict[str, int] = {}
         first = [submit(key) for key in islice(pending, IN_FLIGHT_PER_WORKER * workers)]
@@ -152,7 +155,7 @@ class Pool:
                     threads_per_worker=1,
                     processes=True,
                     host="127.0.0.1",
-                    dashboard_address=None,
+                    dashboard_address="127.0.0.1:0",  # any free port: a second build on this machine finds one too
                     silence_logs=logging.CRITICAL,
                 )
             )

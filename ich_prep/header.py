@@ -59,7 +59,11 @@ _TAGS: Final[dict[int, tuple[bytes, str]]] = {
     0x00281053: (b"DS", "rescale_slope"),
     0x00282110: (b"CS", "lossy"),
 }
-_LAST_TAG: Final = max(_TAGS)
+_AS_FOUND: Final = (
+    ("sop_class_uid", "sop_instance_uid", "modality", "patient_id", "study_instance_uid", "series_instance_uid")
+    + ("samples_per_pixel", "photometric", "rows", "columns", "bits_allocated", "bits_stored", "high_bit")
+    + ("pixel_representation", "lossy")
+)
 _LONG_VRS: Final = frozenset(
     (b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV")
 )
@@ -136,28 +140,25 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     """
     try:
         descriptor = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise SliceError(Reason.UNREADABLE, error.strerror or str(error)) from None
-    try:
-        size = os.fstat(descriptor).st_size
-        if size == 0:
-            raise SliceError(Reason.EMPTY_FILE, "expected a DICOM file, found 0 bytes")
-        data = os.pread(descriptor, SKIM_BYTES, 0)
-        found = skim(data)
-        if found is None and size > len(data) and data[128:132] == b"DICM":
-            data = os.pread(descriptor, LONGEST_SKIM, 0)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size == 0:
+                raise SliceError(Reason.EMPTY_FILE, "expected a DICOM file, found 0 bytes")
+            data = os.pread(descriptor, SKIM_BYTES, 0)
             found = skim(data)
-        if found is None:
-            found = _read_with_pydicom(descriptor, data)
-        header_bytes = min(size, found.pixel_offset or SKIM_BYTES)
-        if found.transfer_syntax == DEFLATED_LE:
-            header_bytes = min(size, SKIM_BYTES)
-        if header_bytes > len(data):
-            data = os.pread(descriptor, header_bytes, 0)
+            if found is None and size > len(data) and data[128:132] == b"DICM":
+                data = os.pread(descriptor, LONGEST_SKIM, 0)
+                found = skim(data)
+            if found is None:
+                found = _read_with_pydicom(descriptor, data)
+            inflated = found.transfer_syntax == DEFLATED_LE
+            header_bytes = min(size, SKIM_BYTES if inflated else found.pixel_offset or SKIM_BYTES)
+            if header_bytes > len(data):
+                data = os.pread(descriptor, header_bytes, 0)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise SliceError(Reason.UNREADABLE, error.strerror or str(error)) from None
-    finally:
-        os.close(descriptor)
     return _interpret(found, size, header_bytes, google_crc32c.value(data[:header_bytes]))
 
 
@@ -276,18 +277,16 @@ def _read_with_pydicom(descriptor: int, data: bytes) -> _Found:
     """Return the elements as pydicom finds them; raises NOT_DICOM, BAD_HEADER or TOO_LARGE."""
     import pydicom
     from pydicom.filereader import read_dataset, read_preamble
-    from pydicom.tag import Tag
 
     if data[128:132] != b"DICM":
         raise SliceError(Reason.NOT_DICOM, "expected 'DICM' at byte 128, found other bytes")
     try:
+        # pydicom remarks on what it works around; what cannot be used is refused by its value.
         with (
-            warnings.catch_warnings(),
+            warnings.catch_warnings(action="ignore"),
             pydicom.config.disable_value_validation(),
             open(os.dup(descriptor), "rb") as file,
         ):
-            # pydicom remarks on what it works around; what cannot be used is refused by its value.
-            warnings.simplefilter("ignore")
             read_preamble(file, force=False)
             meta = pydicom.filereader._read_file_meta_info(file)
             uid = meta.get("TransferSyntaxUID")
@@ -301,7 +300,7 @@ def _read_with_pydicom(descriptor: int, data: bytes) -> _Found:
             )
             elements: dict[str, str | int] = {}
             for tag, (vr, name) in _TAGS.items():
-                if Tag(tag) in dataset:
+                if tag in dataset:
                     _keep_pydicom(elements, vr, name, dataset, tag)
             at = stream.tell()
             tail = stream.read(12)
@@ -312,11 +311,12 @@ def _read_with_pydicom(descriptor: int, data: bytes) -> _Found:
         raise SliceError(Reason.NOT_DICOM, detail[:200]) from None
     if not syntax:
         raise SliceError(Reason.NOT_DICOM, "expected a TransferSyntaxUID in the file meta information, found none")
-    if len(tail) < 8:
+    # Explicit or implicit as the data set is, which need not be what its transfer syntax says.
+    start = 8 if dataset.original_encoding[0] else 12
+    if len(tail) < start:
         return _Found(syntax, elements, None, None)
-    # What the file is, which need not be what its transfer syntax says.
-    implicit = bool(dataset.original_encoding[0])
-    return _locate_pixels(syntax, elements, at, tail, implicit=implicit, big_endian=big_endian)
+    length = int.from_bytes(tail[start - 4 : start], "big" if big_endian else "little")
+    return _Found(syntax, elements, at + start, -1 if length == _UNDEFINED else length)
 
 
 def _keep_pydicom(elements: dict[str, str | int], vr: bytes, name: str, dataset: object, tag: int) -> None:
@@ -337,20 +337,6 @@ def _keep_pydicom(elements: dict[str, str | int], vr: bytes, name: str, dataset:
     text = "\\".join(str(getattr(part, "original_string", part)) for part in parts).strip(" \0")
     if text:
         elements[name] = text
-
-
-def _locate_pixels(
-    syntax: str, elements: dict[str, str | int], at: int, tail: bytes, *, implicit: bool, big_endian: bool
-) -> _Found:
-    """Return what was found, with the place of the PixelData element whose first bytes are ``tail``."""
-    order = ">" if big_endian else "<"
-    if implicit:
-        (length,) = struct.unpack_from(order + "I", tail, 4)
-        offset = at + 8
-    else:
-        (length,) = struct.unpack_from(order + "I", tail.ljust(12, b"\0"), 8)
-        offset = at + 12
-    return _Found(syntax, elements, offset, -1 if length == _UNDEFINED else length)
 
 
 def inflate(data: bytes) -> bytes:
@@ -375,30 +361,16 @@ def _interpret(found: _Found, size: int, header_bytes: int, crc32c: int) -> Head
             pixel_offset=found.pixel_offset,
             pixel_length=found.pixel_length,
             image_type=tuple(part.strip() for part in str(get("image_type", "")).split("\\")),
-            sop_class_uid=get("sop_class_uid"),  # type: ignore[arg-type]
-            sop_instance_uid=get("sop_instance_uid"),  # type: ignore[arg-type]
-            modality=get("modality"),  # type: ignore[arg-type]
-            patient_id=get("patient_id"),  # type: ignore[arg-type]
-            study_instance_uid=get("study_instance_uid"),  # type: ignore[arg-type]
-            series_instance_uid=get("series_instance_uid"),  # type: ignore[arg-type]
             instance_number=_integer(get("instance_number")),
             position=_decimals(get("position")),
             orientation=_decimals(get("orientation")),
-            samples_per_pixel=get("samples_per_pixel"),  # type: ignore[arg-type]
-            photometric=get("photometric"),  # type: ignore[arg-type]
             frames=_integer(get("frames")),
-            rows=get("rows"),  # type: ignore[arg-type]
-            columns=get("columns"),  # type: ignore[arg-type]
             pixel_spacing=_decimals(get("pixel_spacing")),
-            bits_allocated=get("bits_allocated"),  # type: ignore[arg-type]
-            bits_stored=get("bits_stored"),  # type: ignore[arg-type]
-            high_bit=get("high_bit"),  # type: ignore[arg-type]
-            pixel_representation=get("pixel_representation"),  # type: ignore[arg-type]
             padding=_signed(get("padding"), signed=signed),
             padding_limit=_signed(get("padding_limit"), signed=signed),
             rescale_intercept=_decimal(get("rescale_intercept")),
             rescale_slope=_decimal(get("rescale_slope")),
-            lossy=get("lossy"),  # type: ignore[arg-type]
+            **{name: get(name) for name in _AS_FOUND},  # type: ignore[arg-type]
         )
     except ValueError as error:
         raise SliceError(Reason.BAD_HEADER, f"expected numbers where PS3.6 has DS or IS: {error}") from None

@@ -24,6 +24,12 @@ def write_whole(path: Path, data: bytes) -> None:
         raise
 
 
+def clear_leftovers(path: Path) -> None:
+    """Remove what processes that were killed while they wrote ``path`` have left beside it."""
+    for leftover in path.parent.glob(f".{path.name}.*"):
+        leftover.unlink()
+
+
 def sync_folder(folder: Path) -> None:
     """Wait until the names in ``folder`` are on disk."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -19,15 +19,15 @@ _MIN_LAYER_MM = 3.0
 # Blood under the bone hides the other kinds below it, so it is painted first.
 _ORDER = ("epidural", "subdural", "intraparenchymal", "intraventricular", "subarachnoid")
 
-# Where blood in the tissue starts: x (both sides), y, z in mm of the head frame, and the largest half axis there.
+# Where blood in the tissue starts: x (both sides), y, z in mm of the head frame, the largest half axis there, and how
+# often of ten.
 _TISSUE_SITES = (
-    (25.0, -4.0, 8.0, 24.0),  # lentiform nucleus
-    (25.0, -4.0, 8.0, 24.0),  # the commonest place counts twice
-    (12.0, 12.0, 8.0, 15.0),  # thalamus
-    (34.0, -40.0, 22.0, 22.0),  # frontal lobe
-    (36.0, 32.0, 32.0, 22.0),  # parietal lobe
-    (46.0, 4.0, -12.0, 17.0),  # temporal lobe
-    (25.0, 48.0, -34.0, 18.0),  # cerebellum
+    (25.0, -4.0, 8.0, 26.0, 4),  # lentiform nucleus
+    (14.0, 12.0, 10.0, 17.0, 2),  # thalamus
+    (34.0, -38.0, 22.0, 24.0, 1),  # frontal lobe
+    (36.0, 32.0, 30.0, 24.0, 1),  # parietal lobe
+    (44.0, 4.0, -12.0, 20.0, 1),  # temporal lobe
+    (26.0, 48.0, -32.0, 20.0, 1),  # cerebellum
 )
 
 
@@ -105,12 +105,13 @@ def _subdural(rng: np.random.Generator, side: float) -> Bleed:
 
 def _intraparenchymal(rng: np.random.Generator, side: float) -> Bleed:
     """A blob in the tissue, often with a dark rim of oedema."""
-    x, y, z, largest = _TISSUE_SITES[int(rng.integers(len(_TISSUE_SITES)))]
+    sites = [site for site in _TISSUE_SITES for _ in range(site[4])]
+    x, y, z, largest, _ = sites[int(rng.integers(len(sites)))]
     shift = rng.uniform(-4.0, 4.0, size=3)
-    shape = rng.uniform(0.75, 1.05, size=3) * largest * rng.uniform(0.75, 1.0)
+    shape = rng.uniform(0.75, 1.05, size=3) * largest * rng.uniform(0.85, 1.1)
     rim = float(rng.uniform(2.5, 5.0)) if rng.random() < 0.65 else 0.0
     centre = (float(side * x + shift[0]), float(y + shift[1]), float(z + shift[2]))
-    half = (max(8.0, float(shape[0])), max(8.0, float(shape[1])), max(15.0, float(shape[2])))
+    half = (float(shape[0]), float(shape[1]), max(18.0, float(shape[2])))
     return Bleed("intraparenchymal", _acute_hu(rng), centre, half, float(rng.uniform(-60.0, 60.0)), rim)
 
 

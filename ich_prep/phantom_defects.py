@@ -19,6 +19,9 @@ SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 _FIRST_PATIENT = 100_000
 _DEFECT_STREAM = 200
 
+_ALL = ("rsna", "cq500", "folder")
+_SLICE_LABELS = ("rsna", "folder")
+
 _CENTRE_MM = 22.0  # a level with ventricles and sulci
 
 
@@ -91,11 +94,16 @@ def _unknown(file: SliceFile) -> _Made:
     return ((file.path, file.content()),), ()
 
 
+def _lost(ground: _Ground, file: SliceFile, content: bytes) -> _Made:
+    """Return a file that nobody can read, known to label files of slices; readers of a series saw nothing of it."""
+    return ((file.path, content),), (file.listed,) if ground.layout in _SLICE_LABELS else ()
+
+
 def _truncated(ground: _Ground) -> _Made:
     file = ground.slice()
     pixel_bytes = len(file.attributes["PixelData"])
     lost = pixel_bytes - pixel_bytes * 153_710 // 524_288  # the share that RSNA's truncated slice has kept
-    return ((file.path, file.content()[:-lost]),), (file.listed,)
+    return _lost(ground, file, file.content()[:-lost])
 
 
 def _zero_length(ground: _Ground) -> _Made:
@@ -142,12 +150,12 @@ def _dose_page(ground: _Ground) -> _Made:
 
 def _multi_frame(ground: _Ground) -> _Made:
     file = ground.slice()
-    return _known(_with(file, NumberOfFrames="3", PixelData=3 * file.attributes["PixelData"]))
+    return _lost(ground, file, _with(file, NumberOfFrames="3", PixelData=3 * file.attributes["PixelData"]).content())
 
 
 def _size_lie(ground: _Ground) -> _Made:
     file = ground.slice()
-    return _known(_with(file, Rows=file.attributes["Rows"] + ground.size // 4))
+    return _lost(ground, file, _with(file, Rows=file.attributes["Rows"] + ground.size // 4).content())
 
 
 def _noise_tail(ground: _Ground) -> _Made:
@@ -228,9 +236,6 @@ class Defect:
     layouts: tuple[str, ...]
     make: Callable[[_Ground], _Made]
 
-
-_ALL = ("rsna", "cq500", "folder")
-_SLICE_LABELS = ("rsna", "folder")
 
 KNOWN_DEFECTS: dict[str, Defect] = {
     "truncated": Defect("The file ends after 29% of its pixels.", _ALL, _truncated),

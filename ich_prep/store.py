@@ -11,7 +11,7 @@ docs/format.md is checked against this module. What a dataset is to a reader:
       labels/series.parquet      one line a series
       labels/shards.parquet      one line a shard: its length and fingerprint
       labels/quarantine.parquet  files and slices set aside, and why
-      build/                     the plan, the ledger and the log of the build; no reader needs it
+      build/                     the plan, the ledger and the log of the build, a group too; no reader needs it
 """
 
 from __future__ import annotations
@@ -205,9 +205,8 @@ def write_table(path: Path, table: pa.Table) -> None:
 def publish(out: Path, *, spec: Spec, slices: int, counts: dict[str, Any]) -> None:
     """Make a dataset whose shards and tables are on disk visible: write every ``zarr.json``, the root's last."""
     documents = _metadata(spec, slices)
-    for name in (f"{IMAGES}/{ROOT}", f"{LABELS}/{ROOT}"):
-        write_whole(out / name, documents[name])
-    for folder in (IMAGES, LABELS):
+    for folder in (BUILD, IMAGES, LABELS):
+        write_whole(out / folder / ROOT, documents[f"{folder}/{ROOT}"])
         sync_folder(out / folder)
     ich: dict[str, Any] = {
         "format": FORMAT,
@@ -218,7 +217,7 @@ def publish(out: Path, *, spec: Spec, slices: int, counts: dict[str, Any]) -> No
         "files": {name: _sha256((out / name).read_bytes()) for name in PUBLISHED},
     }
     ich["digest"] = digest_of(ich)
-    write_whole(out / ROOT, root_document(documents[ROOT], ich))
+    write_whole(out / ROOT, root_document(out, ich))
     sync_folder(out)
 
 
@@ -237,15 +236,27 @@ def digest_of(ich: dict[str, Any]) -> str:
     return _sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
 
 
-def root_document(group: bytes, ich: dict[str, Any]) -> bytes:
-    """Return the bytes of the root's ``zarr.json``: the metadata of a ``group`` with the attribute ``ich``."""
-    document = json.loads(group)
-    document["attributes"] = {"ich": ich}
+def root_document(out: Path, ich: dict[str, Any]) -> bytes:
+    """Return the bytes of the root's ``zarr.json``: a group with the attribute ``ich``.
+
+    It repeats the metadata of the images and the labels, as zarr-python's consolidated metadata does: xarray looks for
+    that first, and warns where it is not there.
+    """
+    document = {
+        "attributes": {"ich": ich},
+        "consolidated_metadata": {
+            "kind": "inline",
+            "metadata": {name: json.loads((out / name / ROOT).read_bytes()) for name in (IMAGES, LABELS)},
+            "must_understand": False,
+        },
+        "node_type": "group",
+        "zarr_format": 3,
+    }
     return json.dumps(document, indent=2, sort_keys=True).encode()
 
 
 def _metadata(spec: Spec, slices: int) -> dict[str, bytes]:
-    """Return the ``zarr.json`` of the root, the images and the labels as zarr-python writes them."""
+    """Return the ``zarr.json`` of the root and of each folder below it, as zarr-python writes them."""
     import zarr
     from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
     from zarr.storage import MemoryStore
@@ -253,7 +264,8 @@ def _metadata(spec: Spec, slices: int) -> dict[str, bytes]:
     written: dict[str, Any] = {}
     memory = MemoryStore(written)
     root = zarr.create_group(memory, zarr_format=3)
-    root.create_group(LABELS)
+    for name in (BUILD, LABELS):
+        root.create_group(name)
     compressors: list[Any] = [Crc32cCodec()]
     if spec.codec != "none":
         blosc = BloscCodec(

@@ -106,9 +106,7 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 def _read_meta(folder: Path) -> dict[str, Any]:
     if not has_checkpoint(folder):
-        raise TrainError(
-            f"Expected a checkpoint in {folder}; there is none. Name a run that has trained."
-        )
+        raise TrainError(f"Expected a checkpoint in {folder}; there is none. Name a run that has trained.")
     try:
         meta: dict[str, Any] = json.loads((folder / META).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

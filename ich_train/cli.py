@@ -1,4 +1,7 @@
-"""The command line of ich_train: parse, call one function, print, set the exit code."""
+"""The command line: parses, calls one function, prints, sets the exit code.
+
+Exit codes: 0 done; 1 an error; 2 a command or recipe that cannot be meant; 130 stopped by Ctrl-C, to be resumed.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, such as runs/baseline.")]
@@ -161,12 +165,15 @@ def predict_command(
 
 
 def main() -> None:
-    """Run the program; an error of ours is one message on standard error and exit code 1, or 2 for a wrong usage."""
+    """Run the command line; a known error is shown as one message, without a traceback."""
     try:
         app()
     except IchError as error:
-        print(f"ich-train: {error}", file=sys.stderr)
+        typer.echo(f"Error: {error}", err=True)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        typer.echo("Stopped. What was finished by then is kept.", err=True)
+        sys.exit(INTERRUPTED)
 
 
 def _section(recipe: Path | None, section: str, model: type[Section], given: dict[str, Any]) -> Section:

@@ -61,10 +61,11 @@ class Baseline(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return (b, classes) logits for (b, channels, size, size) images."""
-        x = self.pool(torch.relu(self.conv1(images)))
-        x = self.pool(torch.relu(self.conv2(x)))
-        x = self.pool(torch.relu(self.conv3(x)))
-        x = self.last_pool(torch.relu(self.conv4(x)))
+        # ReLU after the maximum is the same as before it, for a quarter of the work.
+        x = torch.relu(self.pool(self.conv1(images)))
+        x = torch.relu(self.pool(self.conv2(x)))
+        x = torch.relu(self.pool(self.conv3(x)))
+        x = torch.relu(self.last_pool(self.conv4(x)))
         x = torch.relu(self.fc1(x.flatten(1)))
         logits: torch.Tensor = self.fc2(x)
         return logits

@@ -73,7 +73,7 @@ class Training:
             "classes": list(CLASSES),
             "epoch": len(self.history),
             "val_loss": self.history[-1].val_loss if self.history else None,
-            "dataset_digest": self.dataset.ich["digest"],
+            "dataset_digest": self.dataset.digest,
             "split": {"val_fold": self.settings.val_fold, "test_fold": self.settings.test_fold},
             "allow_series_labels": self.settings.allow_series_labels,
         }
@@ -81,7 +81,7 @@ class Training:
     def state(self) -> dict[str, Any]:
         """Return what `resume` needs, beside the weights, to go on from here."""
         return {
-            "dataset_digest": self.dataset.ich["digest"],
+            "dataset_digest": self.dataset.digest,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "loader": self.loader.state_dict(),
@@ -92,14 +92,15 @@ class Training:
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Go to where ``state`` was taken; raises `TrainError` where it was on another dataset."""
-        if state["dataset_digest"] != self.dataset.ich["digest"]:
+        if state["dataset_digest"] != self.dataset.digest:
             raise TrainError(
                 f"Expected the dataset that the run began with, of digest {state['dataset_digest']}; found another, "
-                f"{self.dataset.ich['digest']}, at {self.dataset.path}. Name the right one with --data."
+                f"{self.dataset.digest}, at {self.dataset.path}. Name the right one with --data."
             )
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.loader.load_state_dict(state["loader"])
+        # Only the first rank's place was saved: the others stood at the same batch, of shares of their own.
+        self.loader.load_state_dict(state["loader"] | {"rank": self.loader.rank})
         self.history = [Epoch(**line) for line in state["history"]]
         self.step = state["step"]
         self.meter = Meter(**state["meter"])
@@ -147,7 +148,7 @@ def prepare(dataset: Dataset, settings: TrainConfig, ranks: Ranks) -> Training:
         threads=settings.threads,
         context=settings.context,
     )
-    preprocess = Preprocess(store=dataset.spec.store, windows=windows, channels_last=device.type == "cuda").to(device)
+    preprocess = Preprocess(store=dataset.spec.store, windows=windows, channels_last=True).to(device)
     torch.manual_seed(settings.seed)
     model = build_model(
         settings.model,
@@ -156,9 +157,7 @@ def prepare(dataset: Dataset, settings: TrainConfig, ranks: Ranks) -> Training:
         classes=len(CLASSES),
         weights=settings.weights,
     )
-    model.to(device)
-    if device.type == "cuda":
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the stub leaves it out
+    model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # its stub leaves that out
     network: Callable[[torch.Tensor], torch.Tensor] = model
     if ranks.world_size > 1:
         network = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)

@@ -199,24 +199,22 @@ def _go_on(training: Training, out: Path, ranks: Ranks, reporter: Reporter) -> N
 
 
 def on_device(loader: SliceLoader, device: torch.device) -> Iterator[Batch]:
-    """Yield the batches of ``loader`` on ``device``; on a GPU, a batch travels while the one before it is computed.
+    """Yield the batches of ``loader`` with images and labels on ``device``.
 
-    The loader's buffers are its own again when the next batch is asked for, so the copy is waited for, by itself.
+    On a GPU a batch travels in a stream of its own, while the one before it is computed. The loader uses a buffer again
+    only after the computing stream, which waits for the copy, has come so far.
     """
-    if device.type != "cuda":
-        for batch in loader:
-            yield Batch(*(tensor.to(device) for tensor in batch))
-        return
-    copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
     for batch in loader:
-        with torch.cuda.stream(copies):
-            moved = Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
-        computing = torch.cuda.current_stream(device)
-        computing.wait_stream(copies)
-        for tensor in moved:
-            tensor.record_stream(computing)  # its memory is not free before the computation is done with it
-        copies.synchronize()
-        yield moved
+        with torch.cuda.stream(copies):  # None: no stream
+            images = batch.images.to(device, non_blocking=True)
+            labels = batch.labels.to(device, non_blocking=True)
+        if copies is not None:
+            computing = torch.cuda.current_stream(device)
+            computing.wait_stream(copies)
+            for tensor in (images, labels):
+                tensor.record_stream(computing)  # their memory is theirs until the computation is done with it
+        yield Batch(images, labels, batch.rows)
 
 
 def learning_rate(step: int, *, peak: float, warmup_steps: int, all_steps: int) -> float:

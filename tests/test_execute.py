@@ -158,8 +158,9 @@ def test_two_builds_on_one_scheduler_do_not_take_each_others_results(pool: Pool)
     assert dict(second for _, second in pairs) == {number: number + 200 for number in range(20)}
 
 
-def test_a_scheduler_that_does_not_answer_is_named() -> None:
-    with Pool(workers=0, scheduler="tcp://127.0.0.1:9") as pool, pytest.raises(BuildError, match=r"127\.0\.0\.1:9"):
+@pytest.mark.parametrize("address", [pytest.param("tcp://127.0.0.1:9", marks=pytest.mark.slow), "nowhere://there"])
+def test_a_scheduler_that_does_not_answer_is_named(address: str) -> None:
+    with Pool(workers=0, scheduler=address) as pool, pytest.raises(BuildError, match=address):
         pool.ready()
 
 

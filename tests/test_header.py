@@ -13,7 +13,7 @@ import google_crc32c
 import numpy as np
 import pydicom
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydicom import config
 from pydicom.dataelem import DataElement
@@ -201,10 +201,10 @@ def test_each_native_syntax_reads_as_in_pydicom(syntax: str, slice_bytes: SliceB
 
 def test_a_header_longer_than_one_read_is_read_to_its_pixels(slice_bytes: SliceBytes, tmp_path: Path) -> None:
     path = tmp_path / "slice.dcm"
-    for length in (100, header.SKIM_BYTES, 60_000):  # one read; a second one; pydicom
-        private = Dataset()
-        private.add_new(0x00991001, "LT", "x" * length)
-        data = slice_bytes(SourceImageSequence=[private] * (5 if length == 60_000 else 1))
+    for notes in (0, 1, header.LONGEST_SKIM // 10_000):  # one read; a second one; pydicom
+        note = Dataset()
+        note.ImageComments = "x" * 10_000
+        data = slice_bytes(SourceImageSequence=[note] * notes)
         path.write_bytes(data)
         found = read_header(path)
         assert_as_pydicom(path, found)
@@ -363,12 +363,20 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("damaged") / "slice.dcm"
 
 
-@given(syntax=st.sampled_from([IMPLICIT_LE, EXPLICIT_LE, EXPLICIT_BE, DEFLATED_LE]), edits=EDITS)
-@settings(max_examples=600, deadline=2000, suppress_health_check=[HealthCheck.too_slow])
+@pytest.fixture(scope="module")
+def whole(slice_bytes: SliceBytes) -> dict[str, bytes]:
+    """A good file of each native syntax."""
+    return {syntax: slice_bytes(syntax=syntax) for syntax in (IMPLICIT_LE, EXPLICIT_LE, EXPLICIT_BE, DEFLATED_LE)}
+
+
+@given(
+    syntax=st.sampled_from([IMPLICIT_LE, IMPLICIT_LE, EXPLICIT_LE, EXPLICIT_LE, EXPLICIT_BE, DEFLATED_LE]), edits=EDITS
+)
+@settings(max_examples=800, deadline=2000)
 def test_a_damaged_file_is_read_or_refused(
-    syntax: str, edits: list[tuple[str, int, int]], slice_bytes: SliceBytes, scratch: Path
+    syntax: str, edits: list[tuple[str, int, int]], whole: dict[str, bytes], scratch: Path
 ) -> None:
-    scratch.write_bytes(damage(slice_bytes(syntax=syntax), edits))
+    scratch.write_bytes(damage(whole[syntax], edits))
     try:
         found = read_header(scratch)
     except SliceError:
@@ -391,8 +399,9 @@ TEXTS = st.text(st.sampled_from("0123456789.-+eE\\ \0ABCxyz_^~"), max_size=24)
     keyword=st.sampled_from(sorted({"ImageType", "Modality", "PatientID", "SOPInstanceUID", "StudyInstanceUID"})),
     text=TEXTS,
 )
-@settings(max_examples=300, deadline=2000)
+@settings(max_examples=200, deadline=2000)
 def test_texts_are_read_alike(syntax: str, keyword: str, text: str, slice_bytes: SliceBytes, scratch: Path) -> None:
+    assume(keyword != "PatientID" or "\\" not in text)  # of one value; pydicom splits and trims it all the same
     scratch.write_bytes(slice_bytes(syntax=syntax, **{keyword: text}))
     skimmed = by_skim(scratch)
     assert skimmed is not None

@@ -1,0 +1,127 @@
+"""HU and window codes of every 16-bit word, against exact arithmetic and the float64 reference."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from ich_prep.hounsfield import apply_rescale, apply_rescale_and_windows, apply_windows, rescale_table
+from ich_prep.windows import AIR_HU, HIGHEST_HU, PRESETS, Window, window_codes
+
+ALL_WORDS = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+WINDOWS = (*PRESETS.values(), Window("blood", center=75, width=215), Window("fine", center=35.5, width=3))
+
+# As files have them: RSNA, GE with intercept 0, the sign defect, and fractions that float64 holds exactly.
+RESCALES = [(1.0, -1024.0), (1.0, 0.0), (1.0, -1000.0), (2.0, -4047.0), (0.5, -1024.0), (0.25, 0.5), (1.0, -8192.0)]
+PADDINGS = [None, (-2000, -2000), (-1500, -1500), (0, 0), (63536, 63536), (-2000, -1500), (0, 24)]
+
+
+def exact_hu(*, signed: bool, slope: float, intercept: float, padding: tuple[int, int] | None) -> NDArray[np.int16]:
+    """The HU of every word, in fractions; ``round`` is half to even."""
+    hu = []
+    for word in range(65536):
+        stored = word - 65536 if signed and word > 32767 else word
+        value = round(stored * Fraction(slope) + Fraction(intercept))
+        if padding is not None and padding[0] <= stored <= padding[1]:
+            value = AIR_HU
+        hu.append(min(HIGHEST_HU, max(AIR_HU, value)))
+    return np.array(hu, np.int16)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("slope, intercept", RESCALES)
+def test_every_word_has_its_exact_hu(signed: bool, slope: float, intercept: float) -> None:
+    expected = exact_hu(signed=signed, slope=slope, intercept=intercept, padding=None)
+    np.testing.assert_array_equal(rescale_table(signed=signed, slope=slope, intercept=intercept), expected)
+    out = np.empty(ALL_WORDS.shape, np.int16)
+    apply_rescale(ALL_WORDS, signed=signed, slope=slope, intercept=intercept, padding=None, out=out)
+    np.testing.assert_array_equal(out.reshape(-1), expected)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_padding_becomes_air_and_nothing_else_does(signed: bool, padding: tuple[int, int] | None) -> None:
+    expected = exact_hu(signed=signed, slope=1.0, intercept=0.0, padding=padding)
+    found = rescale_table(signed=signed, slope=1.0, intercept=0.0, padding=padding)
+    np.testing.assert_array_equal(found, expected)
+    if padding == (0, 24):
+        assert found[:26].tolist() == [AIR_HU] * 25 + [25]
+
+
+@given(
+    signed=st.booleans(),
+    slope=st.floats(0.001, 40),
+    intercept=st.floats(-9000, 9000),
+    padding=st.none() | st.tuples(st.integers(-32768, 65535), st.integers(0, 3000)).map(lambda p: (p[0], p[0] + p[1])),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_rescale_is_the_nearest_whole_hu(
+    signed: bool, slope: float, intercept: float, padding: tuple[int, int] | None
+) -> None:
+    words = np.arange(65536)
+    stored = np.where(signed & (words > 32767), words - 65536, words)
+    exact = np.clip(stored * np.longdouble(slope) + np.longdouble(intercept), AIR_HU, HIGHEST_HU)
+    if padding is not None:
+        exact[(stored >= padding[0]) & (stored <= padding[1])] = AIR_HU
+    found = rescale_table(signed=signed, slope=slope, intercept=intercept, padding=padding)
+    assert np.abs(found - exact).max() <= 0.5 + 1e-9
+
+
+@pytest.mark.parametrize("slope, intercept", [(2.0002442, -4047.0), (32.1216, -4047.0), (0.1, 0.0)])
+def test_a_fractional_slope_is_not_rounded_before_it_is_applied(slope: float, intercept: float) -> None:
+    table = rescale_table(signed=False, slope=slope, intercept=intercept)
+    for stored in (0, 1, 1000, 2023, 2047, 3000, 4095):
+        exact = stored * Fraction(str(slope)) + Fraction(str(intercept))
+        assert table[stored] == min(HIGHEST_HU, max(AIR_HU, round(exact)))
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize(
+    "slope, intercept, padding", [(1.0, -1024.0, None), (1.0, 0.0, (-2000, -1500)), (0.5, 7.0, None)]
+)
+def test_every_word_has_the_code_of_its_hu(
+    signed: bool, slope: float, intercept: float, padding: tuple[int, int] | None
+) -> None:
+    hu = exact_hu(signed=signed, slope=slope, intercept=intercept, padding=padding).reshape(ALL_WORDS.shape)
+    expected = np.stack([window_codes(hu, window) for window in WINDOWS])
+    at_once = np.zeros_like(expected)
+    apply_rescale_and_windows(
+        ALL_WORDS, signed=signed, slope=slope, intercept=intercept, padding=padding, windows=WINDOWS, out=at_once
+    )
+    np.testing.assert_array_equal(at_once, expected)
+    in_two_steps = np.zeros_like(expected)
+    apply_windows(hu, windows=WINDOWS, out=in_two_steps)
+    np.testing.assert_array_equal(in_two_steps, expected)
+
+
+def test_every_int16_hu_has_its_code() -> None:
+    hu = ALL_WORDS.view(np.int16)
+    out = np.zeros((len(WINDOWS), 256, 256), np.uint8)
+    apply_windows(hu, windows=WINDOWS, out=out)
+    for plane, window in zip(out, WINDOWS, strict=True):
+        np.testing.assert_array_equal(plane, window_codes(hu, window))
+
+
+def test_a_table_is_read_only() -> None:
+    with pytest.raises(ValueError, match="read-only"):
+        rescale_table(signed=True, slope=1.0, intercept=0.0)[0] = 1
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (7, 1), (3, 5), (512, 512)])
+def test_results_are_written_into_the_callers_buffer(shape: tuple[int, int]) -> None:
+    words = np.random.default_rng(0).integers(0, 4096, shape, np.uint16)
+    hu = np.zeros(shape, np.int16)
+    apply_rescale(words, signed=False, slope=1.0, intercept=-1024.0, padding=None, out=hu)
+    np.testing.assert_array_equal(hu, words.astype(np.int16) - 1024)
+    codes = np.zeros((2, *shape), np.uint8)
+    windows = (PRESETS["brain"], PRESETS["bone"])
+    apply_windows(hu, windows=windows, out=codes)
+    np.testing.assert_array_equal(codes[1], window_codes(hu, PRESETS["bone"]))
+    with pytest.raises((ValueError, cv2.error)):
+        apply_windows(hu, windows=(*windows, PRESETS["stroke"]), out=codes)  # two planes for three windows
