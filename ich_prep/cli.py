@@ -1,6 +1,7 @@
 """The command line: parses, calls one function, prints, sets the exit code.
 
-Exit codes: 0 done; 1 an error, or a dataset that does not hold; 2 a command or recipe that cannot be meant.
+Exit codes: 0 done; 1 an error, or a dataset that does not hold; 2 a command or recipe that cannot be meant; 130 stopped
+by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -106,23 +107,27 @@ def build(
     from ich_prep import build_dataset
     from ich_prep.terminal import Terminal
 
-    with Terminal() as progress:
-        outcome = build_dataset.build(
-            src,
-            out,
-            options.spec(),
-            labels=options.labels,
-            workers=options.workers,
-            scheduler=options.scheduler,
-            overwrite=overwrite,
-            allow=build_dataset.Allowances(
-                unlabelled=options.allow_unlabelled,
-                missing_images=options.allow_missing_images,
-                contradictions=options.allow_contradictions,
-                max_quarantined=options.max_quarantined,
-            ),
-            progress=progress,
-        )
+    try:
+        with Terminal() as progress:
+            outcome = build_dataset.build(
+                src,
+                out,
+                options.spec(),
+                labels=options.labels,
+                workers=options.workers,
+                scheduler=options.scheduler,
+                overwrite=overwrite,
+                allow=build_dataset.Allowances(
+                    unlabelled=options.allow_unlabelled,
+                    missing_images=options.allow_missing_images,
+                    contradictions=options.allow_contradictions,
+                    max_quarantined=options.max_quarantined,
+                ),
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        typer.echo("Stopped. Run the same command again: it goes on where it was.", err=True)
+        raise typer.Exit(130) from None
     _tell_outcome(out, outcome)
 
 
@@ -238,9 +243,6 @@ def main() -> NoReturn:
     except IchError as error:
         typer.echo(f"Error: {error}", err=True)
         sys.exit(2 if isinstance(error, UsageError) else 1)
-    except KeyboardInterrupt:
-        typer.echo("Stopped. Run the same command again: it goes on where it was.", err=True)
-        sys.exit(130)
     sys.exit(0)
 
 

@@ -13,11 +13,13 @@ import json
 import os
 import resource
 import select
+import signal
 import struct
 import subprocess
 import sys
 import time
 import warnings
+import zlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,7 +27,7 @@ import google_crc32c
 import numpy as np
 
 from ich_prep.errors import Reason, SliceError
-from ich_prep.header import DEFLATED_LE, EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE, inflate
+from ich_prep.header import DEFLATED_LE, EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE, inflate, walk_meta
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -128,7 +130,7 @@ class Decoder:
         if got != source.header_bytes + pixels.nbytes:
             raise SliceError(Reason.UNREADABLE, f"expected {pixels.nbytes} bytes of pixels, the read ended early")
         if not wide:
-            np.copyto(words, pixels)
+            words.view(np.int16)[:] = pixels.view(np.int8 if source.signed else np.uint8)
         elif source.transfer_syntax == EXPLICIT_BE:
             words.byteswap(inplace=True)
         return words.reshape(source.rows, source.columns)
@@ -140,14 +142,26 @@ def _check_unchanged(source: PixelSource, size: int, head: memoryview | bytes) -
 
 
 class _Child:
-    """A process that decodes compressed pixels, one request at a time, and is started again after it died."""
+    """A process that decodes compressed pixels, one request at a time, and is started again after it died.
+
+    A slice is given up when a new process dies of it: what an earlier slice did to a process harms no later one.
+    """
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
 
     def decode(self, source: PixelSource) -> bytes:
         """Return the words of ``source``, rows x columns x 2 bytes; raises ``SliceError``."""
-        if self._process is None or self._process.poll() is not None:
+        used = self._process is not None
+        try:
+            return self._ask(source)
+        except SliceError as error:
+            if not used or error.reason != Reason.DECODER_DIED:
+                raise
+        return self._ask(source)
+
+    def _ask(self, source: PixelSource) -> bytes:
+        if self._process is None:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "ich_prep.decode"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
             )
@@ -160,8 +174,7 @@ class _Child:
                 raise SliceError(Reason(answer["reason"]), answer["detail"])
             return self._take(source.rows * source.columns * 2, deadline)
         except (BrokenPipeError, EOFError) as error:
-            code = self._process.wait()
-            self.close()
+            code = self.close()
             raise SliceError(Reason.DECODER_DIED, f"the decoder ended with exit status {code}") from error
         except TimeoutError as error:
             self.close()
@@ -180,13 +193,16 @@ class _Child:
             missing -= len(part)
         return b"".join(parts)
 
-    def close(self) -> None:
+    def close(self) -> int | None:
+        """End the process and return its exit status, None if there was none."""
         process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.wait()
-            process.stdin.close()  # type: ignore[union-attr]
-            process.stdout.close()  # type: ignore[union-attr]
+        if process is None:
+            return None
+        process.kill()
+        code = process.wait()
+        process.stdin.close()  # type: ignore[union-attr]
+        process.stdout.close()  # type: ignore[union-attr]
+        return code
 
 
 def decode_with_pydicom(data: bytes) -> NDArray[Any]:
@@ -199,7 +215,7 @@ def decode_with_pydicom(data: bytes) -> NDArray[Any]:
     from pydicom.pixels.decoders.base import get_decoder
 
     try:
-        # A damaged stream that decodes with a remark may have decoded to other pixels: a remark refuses the slice.
+        # What pydicom only remarks on, such as frames too many, shows in the shape.
         with warnings.catch_warnings(), pydicom.config.disable_value_validation():
             warnings.simplefilter("ignore")
             dataset = pydicom.dcmread(io.BytesIO(data))
@@ -233,17 +249,20 @@ def _decode(source: PixelSource) -> bytes:
 
 
 def _read_deflated(source: PixelSource, data: bytes) -> bytes:
-    (meta_length,) = struct.unpack_from("<I", data, 140)
-    inflated = inflate(data[144 + meta_length :])
-    width = source.bits_allocated // 8
-    pixels = np.frombuffer(inflated, f"<u{width}", source.rows * source.columns, source.pixel_offset)
-    return pixels.astype(np.uint16, copy=False).tobytes()
+    kind = f"<{'i' if source.signed else 'u'}{source.bits_allocated // 8}"
+    try:
+        _, start = walk_meta(data)
+        pixels = np.frombuffer(inflate(data[start:]), kind, source.rows * source.columns, source.pixel_offset)
+    except (struct.error, zlib.error, ValueError) as error:
+        raise SliceError(Reason.DECODE_FAILED, f"deflated pixels: {error}") from None
+    return pixels.astype(np.int16 if source.signed else np.uint16, copy=False).tobytes()
 
 
 def _serve() -> None:
     """Answer requests on standard input until it ends: the whole life of a decoding process."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the asking process's; this one ends with its requests
     requests = sys.stdin.buffer
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a library that prints must not write into the answers

@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import logging
 import os
+import signal
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -157,11 +158,17 @@ class Pool:
                     host="127.0.0.1",
                     dashboard_address="127.0.0.1:0",  # any free port: a second build on this machine finds one too
                     silence_logs=logging.CRITICAL,
+                    preload=[__name__],
                 )
             )
         self._client = Client(cluster, set_as_default=False)
         self._close.callback(self._client.close)
         self._client.run(_load, self.modules)
+
+
+def dask_setup(_: object) -> None:
+    """Leave Ctrl-C to the driver: called in each local worker as it starts, whom the terminal tells too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _load(modules: tuple[str, ...]) -> None:

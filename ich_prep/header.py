@@ -172,7 +172,7 @@ def skim(data: bytes) -> _Found | None:
         return None
     elements: dict[str, str | int] = {}
     try:
-        meta, position = _walk_meta(data)
+        meta, position = walk_meta(data)
         if meta == IMPLICIT_LE:
             return _walk_implicit(data, position, meta, elements)
         if meta in (None, DEFLATED_LE, EXPLICIT_BE):
@@ -182,8 +182,8 @@ def skim(data: bytes) -> _Found | None:
         return None
 
 
-def _walk_meta(data: bytes) -> tuple[str | None, int]:
-    """Return the transfer syntax and the position after the file meta information (PS3.10 section 7.1)."""
+def walk_meta(data: bytes) -> tuple[str | None, int]:
+    """Return the transfer syntax, None where it cannot be told, and where the data set begins (PS3.10 section 7.1)."""
     position, syntax = 132, None
     while True:
         group, element, vr, length = _explicit(data, position)

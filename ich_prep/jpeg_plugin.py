@@ -21,6 +21,7 @@ DECODER_DEPENDENCIES = dict.fromkeys(
     ),
     ("imagecodecs",),
 )
+_END_OF_IMAGE = b"\xff\xd9"
 _JPEG_LS = ("1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.81")
 
 
@@ -35,6 +36,9 @@ def decode_frame(source: bytes, runner: DecodeRunner) -> bytearray:
     """Return the pixels of one encoded frame as bytes, little endian, as wide as the codec stored them."""
     from imagecodecs import jpeg8_decode, jpegls_decode
 
+    # Both decoders fill up what a truncated stream lacks, and say nothing.
+    if not source.rstrip(b"\0").endswith(_END_OF_IMAGE):
+        raise ValueError("expected the marker of the end of the image, the frame is truncated")
     decode = jpegls_decode if runner.transfer_syntax in _JPEG_LS else jpeg8_decode
     pixels = decode(source)
     if pixels.shape != (runner.rows, runner.columns):

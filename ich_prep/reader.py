@@ -135,7 +135,7 @@ class ShardReader:
                 return shard
         try:
             shard = _Shard(self._path_of(number), self._per_shard)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise self._corrupt(number, None, "there is no such file") from None
         except CorruptionError as error:
             raise self._corrupt(number, None, str(error)) from None

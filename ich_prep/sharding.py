@@ -97,7 +97,7 @@ def fingerprint(checksums: NDArray[np.uint32], index: bytes) -> str:
 def parse_index(data: bytes, *, chunks: int, body: int) -> NDArray[np.uint64]:
     """Return the index as uint64 (chunks, 2) of offset and length; ``body`` is the shard's length without its index.
 
-    Raises ``CorruptionError`` where the checksum does not fit or an entry points outside of the shard.
+    Raises ``CorruptionError`` where the checksum does not fit or an entry does not point at a chunk within the shard.
     """
     if len(data) != index_bytes(chunks):
         raise CorruptionError(f"expected {index_bytes(chunks)} bytes of index, found {len(data)}")
@@ -105,8 +105,8 @@ def parse_index(data: bytes, *, chunks: int, body: int) -> NDArray[np.uint64]:
     if google_crc32c.value(entries) != _crc_value(data[-CRC_BYTES:])[0]:
         raise CorruptionError("the checksum of its index does not fit")
     index = np.frombuffer(entries, "<u8").reshape(chunks, 2)
-    there = index[index[:, 0] != MISSING]
-    if len(there) and int((there[:, 0] + there[:, 1]).max()) > body:
+    offsets, lengths = index[index[:, 0] != MISSING].T
+    if (offsets > body).any() or (lengths > body - offsets).any() or (lengths <= CRC_BYTES).any():
         raise CorruptionError("its index points outside of it")
     return index
 
@@ -119,9 +119,11 @@ def decode_chunk(data: NDArray[np.uint8], *, codec: str, out: NDArray[np.uint8])
     payload = data[:-CRC_BYTES]
     if google_crc32c.value(payload) != _crc_value(data[-CRC_BYTES:].data)[0]:
         raise CorruptionError("its checksum does not fit")
+    # Bytes 4 to 8 of a blosc frame say how long it is inflated: a shorter one would leave a part of ``out`` as it was.
+    size = payload.nbytes if codec == "none" else int.from_bytes(payload[4:8].tobytes(), "little")
+    if size != out.nbytes:
+        raise CorruptionError(f"expected {out.nbytes} bytes, found {size}")
     if codec == "none":
-        if payload.nbytes != out.nbytes:
-            raise CorruptionError(f"expected {out.nbytes} bytes, found {payload.nbytes}")
         np.copyto(out, payload)
         return
     try:

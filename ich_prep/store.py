@@ -316,7 +316,8 @@ def open_dataset(path: str | Path) -> Dataset:
         raise CorruptionError(
             f"{root / ROOT} is not JSON: expected what `ich-prep build` wrote. Build again."
         ) from None
-    ich = document.get("attributes", {}).get("ich") if isinstance(document, dict) else None
+    attributes = document.get("attributes") if isinstance(document, dict) else None
+    ich = attributes.get("ich") if isinstance(attributes, dict) else None
     if not isinstance(ich, dict):
         raise DatasetError(f"Expected a dataset of ich-prep at {root}; found another Zarr group, without 'ich'.")
     if ich.get("format") != FORMAT:
@@ -385,10 +386,13 @@ class Dataset:
 
         Rows may come in any order and more than once. ``out``, if given, is C-contiguous, of that shape and of
         ``dtype``, and is what is returned. Raises ``IndexError`` for a row outside of the dataset, ``DatasetError`` for
-        a row whose status is not ok, ``CorruptionError`` for bytes that are not the ones written; never gives zeros
-        for what is not there.
+        a row whose status is not ok, ``TypeError`` for what is no row number, ``CorruptionError`` for bytes that are
+        not the ones written; never gives zeros for what is not there.
         """
-        wanted = np.asarray(rows, np.int64).reshape(-1)
+        wanted = np.asarray(rows)
+        if wanted.size and (wanted.dtype.kind not in "iu" or wanted.ndim != 1):
+            raise TypeError(f"Expected row numbers, as a list or (n,); got {wanted.dtype} of shape {wanted.shape}.")
+        wanted = wanted.astype(np.int64, copy=False)
         shape = (len(wanted), *self.shape[1:])
         if out is None:
             out = np.empty(shape, self.dtype)
@@ -397,7 +401,8 @@ class Dataset:
                 f"Expected out to be writeable, C-contiguous, of shape {shape} and {self.dtype}; "
                 f"got {out.shape} and {out.dtype}."
             )
-        holes = self._reader.read(wanted, out.reshape(len(wanted), -1).view(np.uint8), threads=threads)
+        lines = out.reshape(len(wanted), int(np.prod(shape[1:]))).view(np.uint8)
+        holes = self._reader.read(wanted, lines, threads=threads)
         if holes:
             self._explain(holes[0])
         return out

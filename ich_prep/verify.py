@@ -78,6 +78,7 @@ def verify(
     problems += _check_tables(dataset)
     problems += _check_zarr(dataset)
     problems += _check_shards(dataset, progress)
+    problems += _check_strays(dataset)
     problems += _check_ledger(dataset)
     compared = 0
     if src is not None:
@@ -91,7 +92,9 @@ def verify(
 def _check_digest(dataset: Dataset) -> Iterator[Problem]:
     """Yield whether what the root says of the dataset was changed."""
     if store.digest_of(dataset.ich) != dataset.digest:
-        yield Problem(str(dataset.path / store.ROOT), "its digest is not that of what it says: a part of it was changed")
+        yield Problem(
+            str(dataset.path / store.ROOT), "its digest is not that of what it says: a part of it was changed"
+        )
 
 
 def _check_root(dataset: Dataset) -> Iterator[Problem]:
@@ -182,10 +185,16 @@ def _check_shards(dataset: Dataset, progress: Progress) -> Iterator[Problem]:
             yield Problem(str(path), f"shard {line['shard']}: {error}")
         progress.advance(len(rows), 0)
     progress.end()
-    expected = {str(number) for number in range(len(shards))}
-    folder = dataset.path / store.IMAGES / "c"
-    for name in sorted(entry.name for entry in folder.iterdir() if entry.name not in expected):
-        yield Problem(str(folder / name), "belongs to no shard of this dataset")
+
+
+def _check_strays(dataset: Dataset) -> Iterator[Problem]:
+    """Yield the files that are no part of the dataset; what lies in the folder of the build is not looked at."""
+    expected = {dataset.path / name for name in (store.ROOT, *store.PUBLISHED)}
+    expected.update(store.shard_path(dataset.path, shard) for shard in range(dataset.ich["counts"]["shards"]))
+    for path in sorted(dataset.path.rglob("*")):
+        inside = path.relative_to(dataset.path).parts[0] != store.BUILD
+        if inside and path not in expected and not path.is_dir():
+            yield Problem(str(path), "is no part of this dataset")
 
 
 def _check_shard(

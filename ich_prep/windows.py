@@ -6,6 +6,7 @@ LINEAR (C.11.2.1.2.1), which takes 0.5 from the center and 1 from the width.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,15 +29,18 @@ HIGHEST_HU = 3071
 
 @dataclass(frozen=True)
 class Window:
-    """A named window: ``center`` and ``width`` in HU, ``width`` greater than 0."""
+    """A named window: ``center`` and ``width`` in HU, both finite, ``width`` greater than 0."""
 
     name: str
     center: float
     width: float
 
     def __post_init__(self) -> None:
-        if not self.width > 0:
-            raise UsageError(f"A window's width must be greater than 0 HU; {self.name!r} has {self.width:g}.")
+        if not (math.isfinite(self.center) and 0 < self.width < math.inf):
+            raise UsageError(
+                f"Expected a window with a finite center and a width greater than 0 HU; {self.name!r} has center "
+                f"{self.center:g} and width {self.width:g}."
+            )
 
 
 PRESETS: dict[str, Window] = {

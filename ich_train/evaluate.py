@@ -108,7 +108,7 @@ def evaluate_run(
     meta = predictor.meta
     split = split_rows(dataset, **meta["split"], allow_series_labels=meta["allow_series_labels"])
     part = np.sort(np.concatenate([*vars(split).values()])) if subset == "all" else vars(split)[subset]
-    rows = _draw(part, limit, seed)
+    rows = draw_rows(part, limit=limit, seed=seed)
     needed = np.union1d(rows, split.val)
     probabilities = predict_rows(
         predictor.model,
@@ -163,6 +163,13 @@ def evaluate_run(
     write_whole(run / REPORT, report_html(metrics, history, pictures))
     write_whole(run / METRICS, json.dumps(metrics, indent=1, allow_nan=False) + "\n")
     return metrics
+
+
+def draw_rows(rows: NDArray[np.int64], *, limit: int | None, seed: int) -> NDArray[np.int64]:
+    """Return ``limit`` of ``rows``, ascending, drawn by ``seed`` without repeats; all of them where there are no more."""
+    if limit is None or limit >= len(rows):
+        return rows
+    return np.sort(np.random.default_rng(seed).choice(rows, size=limit, replace=False))
 
 
 def measure_views(
@@ -233,11 +240,9 @@ def draw_sheet(dataset: Dataset, predictor: Predictor, cases: Cases, label: str,
         best = best[np.argsort(-certainty[best], kind="stable")]
         _, first = np.unique(cases.series[best], return_index=True)
         picked = best[np.sort(first)[:SHEET_COLUMNS]]
-        images = dataset.read(cases.rows[picked])
-        windows = predictor.preprocess.codes(torch.from_numpy(images).to(predictor.device)).cpu().numpy()
         groups[f"{title}: {chosen.sum():,} in all"] = [
-            Example(image, f"p {probability[k]:.3f} · row {cases.rows[k]}")
-            for k, image in zip(picked, windows, strict=True)
+            Example(_windows(dataset, predictor, cases.rows[k]), f"p {probability[k]:.3f} · row {cases.rows[k]}")
+            for k in picked
         ]
     return example_sheet(groups, columns=SHEET_COLUMNS)
 
@@ -262,16 +267,17 @@ def draw_feature_maps(dataset: Dataset, predictor: Predictor, row: int) -> Figur
     return feature_maps(predictor.preprocess.codes(images)[0].cpu().numpy(), reached)
 
 
+def _windows(dataset: Dataset, predictor: Predictor, row: int) -> NDArray[np.uint8]:
+    """Return the windows of one slice as 8-bit codes (channel, y, x), without its neighbours."""
+    images = torch.from_numpy(dataset.read([row])).to(predictor.device)
+    codes: NDArray[np.uint8] = predictor.preprocess.codes(images)[0].cpu().numpy()
+    return codes
+
+
 def _most_certain(cases: Cases) -> int:
     """Return the row of the highest probability of any: among the slices that have a bleed, if one does."""
     probability, truth = cases.probabilities[:, CLASSES.index("any")], cases.labels[:, CLASSES.index("any")]
     return int(cases.rows[np.argmax(probability + (truth == 1))])
-
-
-def _draw(rows: NDArray[np.int64], limit: int | None, seed: int) -> NDArray[np.int64]:
-    if limit is None or limit >= len(rows):
-        return rows
-    return np.sort(np.random.default_rng(seed).choice(rows, size=limit, replace=False))
 
 
 def _cases(dataset: Dataset, rows: NDArray[np.int64], probabilities: NDArray[np.float32]) -> Cases:

@@ -7,7 +7,7 @@ drawn without pyplot: no state is shared, and no display is needed.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,17 +150,26 @@ def example_sheet(groups: Mapping[str, Sequence[Example]], *, columns: int) -> F
     ``columns`` is how many slices a line has room for. All slices have the same number of windows.
     """
     windows = max((len(example.windows) for examples in groups.values() for example in examples), default=1)
-    width = 10.0
-    heights = [width / (columns * windows) + 0.5 if examples else 0.3 for examples in groups.values()]
-    figure = _figure(width, sum(heights))
-    lines = figure.subfigures(len(groups), 1, height_ratios=heights, squeeze=False)[:, 0]
-    for line, (title, examples) in zip(lines, groups.items(), strict=True):
-        line.suptitle(title, x=0.006, ha="left", color=INK, size=9, weight="bold")
-        for k, axes in enumerate(line.subplots(1, columns, squeeze=False)[0] if examples else ()):
+    width, gap, title, caption = 10.0, 0.12, 0.34, 0.2  # inches
+    tile = (width - gap * (columns - 1)) / columns  # of one slice, all its windows
+    heights = [title + (caption + tile / windows if group else 0) for group in groups.values()]
+    figure = _figure(width, sum(heights), constrained=False)
+    total, top = figure.get_figheight(), 0.0
+    for (name, group), height in zip(groups.items(), heights, strict=True):
+        figure.text(0.0, 1 - (top + title - 0.1) / total, name, color=INK, size=9, weight="bold")
+        for k, example in enumerate(group):
+            place = (k * (tile + gap) + tile / 2) / width, 1 - (top + title + caption - 0.06) / total
+            figure.text(*place, example.caption, color=MUTED, size=7, ha="center")
+        top += height
+        if group:
+            # One image a line: axes cost more than what they show.
+            thin = max(1, group[0].windows.shape[2] // 128)
+            slices = [_beside(example.windows, gap=thin) for example in group]
+            line = _beside(slices, gap=round(slices[0].shape[1] * gap / tile))
+            share = line.shape[1] / slices[0].shape[1] * tile / width
+            axes = figure.add_axes((0.0, 1 - top / total, share, tile / windows / total))
             axes.set_axis_off()
-            if k < len(examples):
-                axes.imshow(_side_by_side(examples[k].windows), cmap="gray", vmin=0, vmax=255)
-                axes.set_title(examples[k].caption, color=MUTED, size=7, pad=3)
+            axes.imshow(line, cmap="gray", vmin=0, vmax=255, aspect="auto")
     return figure
 
 
@@ -260,10 +269,10 @@ def _stretched(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return np.clip((values - low) / (high - low), 0, 1) if high > low else np.zeros_like(values)
 
 
-def _side_by_side(windows: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    gap = np.full((windows.shape[1], max(1, windows.shape[2] // 64)), 255, np.uint8)
-    pieces = [piece for window in windows for piece in (gap, window)][1:]
-    return np.concatenate(pieces, axis=1)
+def _beside(images: Iterable[npt.NDArray[np.uint8]], *, gap: int) -> npt.NDArray[np.uint8]:
+    """Return images (y, x) as one, from left to right, with ``gap`` white columns between them."""
+    pieces = [piece for image in images for piece in (np.full((len(image), gap), 255, np.uint8), image)]
+    return np.concatenate(pieces[1:], axis=1)
 
 
 def _mosaic(tiles: npt.NDArray[np.float32], columns: int) -> npt.NDArray[np.float32]:

@@ -23,15 +23,15 @@ PADDINGS = [None, (-2000, -2000), (-1500, -1500), (0, 0), (63536, 63536), (-2000
 
 
 def exact_hu(*, signed: bool, slope: float, intercept: float, padding: tuple[int, int] | None) -> NDArray[np.int16]:
-    """The HU of every word, in fractions; ``round`` is half to even."""
-    hu = []
-    for word in range(65536):
-        stored = word - 65536 if signed and word > 32767 else word
-        value = round(stored * Fraction(slope) + Fraction(intercept))
-        if padding is not None and padding[0] <= stored <= padding[1]:
-            value = AIR_HU
-        hu.append(min(HIGHEST_HU, max(AIR_HU, value)))
-    return np.array(hu, np.int16)
+    """The HU of every word, half to even, in whole numbers: slope and intercept are brought to a common denominator."""
+    words = np.arange(65536)
+    stored = np.where(words > 32767, words - 65536, words) if signed else words
+    unit = Fraction(slope).denominator * Fraction(intercept).denominator
+    whole, rest = np.divmod(stored * int(Fraction(slope) * unit) + int(Fraction(intercept) * unit), unit)
+    hu = whole + ((2 * rest > unit) | ((2 * rest == unit) & (whole % 2 == 1)))
+    if padding is not None:
+        hu[(stored >= padding[0]) & (stored <= padding[1])] = AIR_HU
+    return np.clip(hu, AIR_HU, HIGHEST_HU).astype(np.int16)
 
 
 @pytest.mark.parametrize("signed", [False, True])
@@ -106,6 +106,12 @@ def test_every_int16_hu_has_its_code() -> None:
     apply_windows(hu, windows=WINDOWS, out=out)
     for plane, window in zip(out, WINDOWS, strict=True):
         np.testing.assert_array_equal(plane, window_codes(hu, window))
+
+
+def test_halves_go_to_the_even_hu() -> None:
+    table = rescale_table(signed=True, slope=0.5, intercept=0.0)
+    assert table[:8].tolist() == [0, 0, 1, 2, 2, 2, 3, 4]
+    assert table[-4:].tolist() == [-2, -2, -1, 0]
 
 
 def test_a_table_is_read_only() -> None:

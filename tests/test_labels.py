@@ -95,7 +95,7 @@ def test_any_is_filled_in_from_the_subtypes() -> None:
 
 @pytest.mark.parametrize("wrong", [(0, 0, 1, 0, 0, 0), (0, 0, 0, 0, 0, 1)])
 def test_any_that_is_not_the_or_of_the_subtypes_is_refused(wrong: tuple[int, ...]) -> None:
-    with pytest.raises(SourceError, match="1 labels have an 'any'.*slice1"):
+    with pytest.raises(SourceError, match=r"1 labels have an 'any'.*slice1"):
         complete_any(by_slice((0, 0, 0, 0, 0, 0), wrong))
 
 

@@ -29,9 +29,7 @@ def tree(root: Path, files: dict[str, str]) -> Listing:
 
 def long_csv(values: dict[str, Sequence[float | str]]) -> str:
     lines = [
-        f"{sop}_{name},{value}"
-        for sop, labels in values.items()
-        for name, value in zip(CLASSES, labels, strict=True)
+        f"{sop}_{name},{value}" for sop, labels in values.items() for name, value in zip(CLASSES, labels, strict=True)
     ]
     return "\n".join(["ID,Label", *lines]) + "\n"
 
@@ -222,7 +220,7 @@ def test_a_csv_as_spreadsheets_write_it(tmp_path: Path) -> None:
 
 def test_a_space_before_a_column_name_is_not_passed_over(tmp_path: Path) -> None:
     listing = tree(tmp_path, {"1.dcm": "", "labels.csv": "sop_instance_uid, any\na, 1\n"})
-    with pytest.raises(UsageError, match="' any' is unknown.*Did you mean 'any'"):
+    with pytest.raises(UsageError, match=r"' any' is unknown.*Did you mean 'any'"):
         folder.read_labels(listing, None, allow_contradictions=False)
 
 
@@ -244,7 +242,7 @@ def test_csvs_that_make_no_labels_are_refused(text: str, message: str, tmp_path:
 
 def test_an_unknown_label_column_names_the_nearest(tmp_path: Path) -> None:
     listing = tree(tmp_path, {"1.dcm": "", "labels.csv": "sop_instance_uid,subdual\na,1\n"})
-    with pytest.raises(UsageError, match="'subdual' is unknown.*Did you mean 'subdural'"):
+    with pytest.raises(UsageError, match=r"'subdual' is unknown.*Did you mean 'subdural'"):
         folder.read_labels(listing, None, allow_contradictions=False)
 
 
@@ -260,7 +258,7 @@ def test_two_csvs_with_labels_are_one_too_many(tmp_path: Path) -> None:
 def test_a_given_csv_without_a_key_is_refused(tmp_path: Path) -> None:
     listing = tree(tmp_path, {"1.dcm": ""})
     (tmp_path / "mine.csv").write_text("patient,any\na,1\n", encoding="utf-8")
-    with pytest.raises(SourceError, match="Expected a column sop_instance_uid or series_instance_uid.*patient, any"):
+    with pytest.raises(SourceError, match=r"Expected a column sop_instance_uid or series_instance_uid.*patient, any"):
         folder.read_labels(listing, tmp_path / "mine.csv", allow_contradictions=False)
 
 
@@ -296,9 +294,7 @@ def test_two_of_three_readers_make_a_label(tmp_path: Path) -> None:
             "CQ500-CT-12": {"ICH": (0, 0, 1)},
         }
     )
-    labels = cq500.read_labels(
-        tree(tmp_path, {CQ500_SLICE: "", "reads.csv": text}), None, allow_contradictions=False
-    )
+    labels = cq500.read_labels(tree(tmp_path, {CQ500_SLICE: "", "reads.csv": text}), None, allow_contradictions=False)
     assert labels.key == "subject"
     assert labels.keys.to_pylist() == ["CQ500-CT-7", "CQ500-CT-0", "CQ500-CT-12"]
     assert labels.values.tolist() == [list(SUBDURAL), [0, 0, 0, 0, 0, 1], list(NEGATIVE)]
@@ -308,9 +304,7 @@ def test_two_of_three_readers_make_a_label(tmp_path: Path) -> None:
 
 def test_a_subtype_by_majority_without_ich_raises_any(tmp_path: Path) -> None:
     text = reads_csv({"CQ500-CT-1": {"ICH": (1, 0, 0), "SDH": (1, 1, 0)}})
-    labels = cq500.read_labels(
-        tree(tmp_path, {CQ500_SLICE: "", "reads.csv": text}), None, allow_contradictions=False
-    )
+    labels = cq500.read_labels(tree(tmp_path, {CQ500_SLICE: "", "reads.csv": text}), None, allow_contradictions=False)
     assert labels.values.tolist() == [list(SUBDURAL)]
     assert len(labels.notes) == 1
     assert labels.notes[0].startswith("1 subjects have a subtype by majority")

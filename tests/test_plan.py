@@ -194,12 +194,16 @@ def test_a_slice_of_another_orientation_is_flagged() -> None:
 
 
 def test_orientations_that_are_no_unit_vectors_are_normalised() -> None:
-    plan = planned([file("a", 0.0, orientation=[2.0, 0, 0, 0, 2.0, 0]), file("b", 5.0, orientation=[2.0, 0, 0, 0, 2.0, 0])])
+    plan = planned(
+        [file("a", 0.0, orientation=[2.0, 0, 0, 0, 2.0, 0]), file("b", 5.0, orientation=[2.0, 0, 0, 0, 2.0, 0])]
+    )
     assert plan.slices["position_mm"].to_pylist() == [0.0, 5.0]
 
 
 def test_an_orientation_without_a_normal_is_no_orientation() -> None:
-    plan = planned([file("a", 0.0, orientation=[1.0, 0, 0, 1.0, 0, 0], instance_number=2), file("b", 5.0, instance_number=1)])
+    plan = planned(
+        [file("a", 0.0, orientation=[1.0, 0, 0, 1.0, 0, 0], instance_number=2), file("b", 5.0, instance_number=1)]
+    )
     assert names(plan) == ["b", "a"]
     assert flags(plan) == {"a": ["no_position"], "b": ["no_position"]}
 
@@ -252,7 +256,9 @@ def test_the_slices_of_a_series_are_contiguous_and_in_order(files: list[File]) -
         assert line["first_row"] == at
         part = slices[at : at + line["n_slices"]]
         at += line["n_slices"]
-        assert {(s["subset"], s["series_instance_uid"]) for s in part} == {(line["subset"], line["series_instance_uid"])}
+        assert {(s["subset"], s["series_instance_uid"]) for s in part} == {
+            (line["subset"], line["series_instance_uid"])
+        }
         assert [s["slice_index"] for s in part] == list(range(len(part)))
         positions = [s["position_mm"] for s in part]
         assert None in positions or positions == sorted(positions)

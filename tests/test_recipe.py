@@ -48,7 +48,7 @@ def test_what_cannot_be_meant_is_refused(text: str, message: str, recipe: Path) 
 
 def test_every_value_that_is_wrong_is_named_at_once(recipe: Path) -> None:
     recipe.write_text("[build]\nsize = 'large'\nwindows = 3\n", encoding="utf-8")
-    with pytest.raises(UsageError, match="size: .*windows: "):
+    with pytest.raises(UsageError, match=r"size: .*windows: "):
         load_section(recipe, "build", Model)
 
 

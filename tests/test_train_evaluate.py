@@ -11,14 +11,14 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
-from ich_prep.build import build
+from ich_prep.build_dataset import build
 from ich_prep.errors import TrainError, UsageError
 from ich_prep.labels import CLASSES
 from ich_prep.phantom import synthesize
 from ich_prep.store import Spec, open_dataset
 from ich_train.augment import Preprocess
 from ich_train.checkpoint import load_model, save_checkpoint
-from ich_train.evaluate import evaluate_run
+from ich_train.evaluate import draw_rows, evaluate_run
 from ich_train.metrics import rsna_log_loss
 from ich_train.model import build_model
 from ich_train.predict import predict_rows
@@ -39,14 +39,14 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def dataset(source, tmp_path_factory):
     out = tmp_path_factory.mktemp("built") / "data.zarr"
-    build(source, out, spec=Spec(size=64, slices_per_shard=64, folds=3), workers=0)
+    build(source, out, Spec(size=64, slices_per_shard=64, folds=3), workers=0)
     return open_dataset(out)
 
 
 @pytest.fixture(scope="module")
 def hu_dataset(source, tmp_path_factory):
     out = tmp_path_factory.mktemp("built") / "hu.zarr"
-    build(source, out, spec=Spec(size=64, store="hu", slices_per_shard=64, folds=3), workers=0)
+    build(source, out, Spec(size=64, store="hu", slices_per_shard=64, folds=3), workers=0)
     return open_dataset(out)
 
 
@@ -119,13 +119,16 @@ def test_metrics_are_those_of_the_predictions(evaluated):
     frame = table.to_pandas()
     by_series = frame.groupby("series_instance_uid").max(numeric_only=True)
     mean = frame.groupby("series_instance_uid")[[f"p_{name}" for name in CLASSES]].mean()
-    for name in CLASSES:
+    judged = [name for name in CLASSES if frame[name].nunique() == 2]
+    assert {"any"} <= set(judged)
+    for name in judged:
         entry = metrics["by_slice"]["labels"][name]
         truth, score = frame[name], frame[f"p_{name}"]
         assert entry["roc_auc"] == pytest.approx(roc_auc_score(truth, score))
         assert entry["average_precision"] == pytest.approx(average_precision_score(truth, score))
         threshold = entry["at_best_f1"]["threshold"]
-        assert entry["at_best_f1"]["f1"] == pytest.approx(f1_score(truth, score >= np.float32(threshold)))
+        if threshold is not None:
+            assert entry["at_best_f1"]["f1"] == pytest.approx(f1_score(truth, score >= np.float32(threshold)))
         if by_series[name].nunique() == 2:
             found = metrics["by_series_max"]["labels"][name]["roc_auc"]
             assert found == pytest.approx(roc_auc_score(by_series[name], by_series[f"p_{name}"]))
@@ -143,9 +146,12 @@ def test_thresholds_are_found_on_validation_alone(evaluated, dataset):
     probabilities = predict_rows(loaded.model, preprocess, dataset, rows, context=0)
     labels = label_matrix(dataset, rows)
     for j, name in enumerate(CLASSES):
-        threshold = np.float32(metrics["by_slice"]["labels"][name]["at_best_f1"]["threshold"])
+        threshold = metrics["by_slice"]["labels"][name]["at_best_f1"]["threshold"]
+        assert (threshold is None) == (len(set(labels[:, j])) == 1)
+        if threshold is None:
+            continue
         best = max(f1_score(labels[:, j], probabilities[:, j] >= other) for other in np.unique(probabilities[:, j]))
-        assert f1_score(labels[:, j], probabilities[:, j] >= threshold) == pytest.approx(best)
+        assert f1_score(labels[:, j], probabilities[:, j] >= np.float32(threshold)) == pytest.approx(best)
 
 
 def test_position_only_baseline_never_sees_a_pixel(evaluated, dataset):
@@ -181,50 +187,44 @@ def test_curve_files_are_those_of_the_predictions(evaluated):
         assert next(csv.reader(file)) == ["label", "recall", "precision", "threshold"]
 
 
-def test_a_limit_draws_unseen_slices_by_seed_without_repeats(dataset, tmp_path):
-    run = make_run(tmp_path / "run", dataset)
-    unseen = set(split_rows(dataset, **SPLIT, allow_series_labels=False).test.tolist())
-    drawn = []
-    for seed in (0, 0, 1):
-        metrics = evaluate_run(run, dataset, limit=20, seed=seed, bootstrap=0)
-        drawn.append(pq.read_table(run / "predictions.parquet")["row"].to_pylist())
-        assert metrics["evaluated"]["slices"] == len(set(drawn[-1])) == 20
-        assert metrics["by_series_max"] is metrics["by_series_mean"] is None
-    assert set(drawn[0]) <= unseen
-    assert drawn[0] == drawn[1] != drawn[2]
-
-
 def test_an_evaluation_repeats_to_the_byte(evaluated, dataset, tmp_path):
     run, _ = evaluated
-    again = tmp_path / "again"
-    shutil.copytree(
-        run, again, ignore=lambda _folder, names: set(names) - {"best", "history.csv"} if "best" in names else []
-    )
-    evaluate_run(again, dataset, bootstrap=20, batch_size=7, threads=1)
-    for name in ("predictions.parquet", "metrics.json", "curves/roc.csv", "pictures/roc.png", "report.html"):
-        assert (again / name).read_bytes() == (run / name).read_bytes(), name
+    again = make_run(tmp_path / "again", dataset)
+    evaluate_run(again, dataset, bootstrap=20, threads=1)
+    written = sorted(path.relative_to(run) for path in run.rglob("*") if path.is_file())
+    assert [name for name in written if (run / name).read_bytes() != (again / name).read_bytes()] == []
 
 
-def test_every_subset_can_be_evaluated(dataset, tmp_path):
-    run = make_run(tmp_path / "run", dataset)
-    split = split_rows(dataset, **SPLIT, allow_series_labels=False)
-    metrics = evaluate_run(run, dataset, subset="all", bootstrap=0)
-    assert metrics["evaluated"]["slices"] == len(split.train) + len(split.val) + len(split.test)
-    assert "Only the subset test is unseen" in (run / "report.html").read_text()
-    with pytest.raises(UsageError, match=r"train, val, test, all; found 'vla'"):
-        evaluate_run(run, dataset, subset="vla")
+def test_a_limit_draws_unseen_slices_by_seed_without_repeats(dataset):
+    unseen = split_rows(dataset, **SPLIT, allow_series_labels=False).test
+    drawn = draw_rows(unseen, limit=20, seed=5)
+    assert len(set(drawn.tolist())) == 20
+    assert set(drawn.tolist()) <= set(unseen.tolist())
+    assert drawn.tolist() == sorted(drawn.tolist()) == draw_rows(unseen, limit=20, seed=5).tolist()
+    assert drawn.tolist() != draw_rows(unseen, limit=20, seed=6).tolist()
+    for limit in (None, len(unseen), 10**6):
+        assert draw_rows(unseen, limit=limit, seed=5).tolist() == unseen.tolist()
 
 
-def test_hu_with_neighbours_is_windowed_as_in_training(hu_dataset, dataset, tmp_path):
+def test_a_draw_of_all_from_hu_with_neighbours(hu_dataset, dataset, tmp_path):
     run = make_run(tmp_path / "run", hu_dataset, context=1)
-    metrics = evaluate_run(run, hu_dataset, limit=5, bootstrap=0)
+    metrics = evaluate_run(run, hu_dataset, subset="all", limit=20, bootstrap=3)
     assert metrics["model"]["channels"] == 9
+    assert metrics["evaluated"]["slices"] == 20
+    assert metrics["by_series_max"] is metrics["by_series_mean"] is None
+    assert "Only the subset test is unseen" in (run / "report.html").read_text()
     # The same network on the windows that the other build stored: the same probabilities.
     loaded = load_model(run / "best", "cpu")
     preprocess = Preprocess(store="windows", windows=dataset.spec.windows)
     table = pq.read_table(run / "predictions.parquet")
     expected = predict_rows(loaded.model, preprocess, dataset, table["row"].to_numpy(), context=1)
     assert table["p_any"].to_numpy() == pytest.approx(expected[:, 5], abs=1e-6)
+    assert len(set(table["fold"].to_pylist())) == 3
+
+
+def test_an_unknown_subset_is_refused(dataset, tmp_path):
+    with pytest.raises(UsageError, match=r"train, val, test, all; found 'vla'"):
+        evaluate_run(tmp_path, dataset, subset="vla")
 
 
 def test_another_kind_of_dataset_is_refused(dataset, hu_dataset, tmp_path):

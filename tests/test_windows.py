@@ -18,17 +18,17 @@ CUSTOM = ("blood=75/215", "narrow=35.5/1", "odd=1/3", "wide=0/65535", "low=-600/
 
 
 def exact_codes(window: Window) -> NDArray[np.int64]:
-    """LINEAR_EXACT of PS3.3 C.11.2.1.3.2 in fractions, for every HU in ``ALL_HU``; ``round`` is half to even."""
+    """LINEAR_EXACT of PS3.3 C.11.2.1.3.2, half to even, for every HU in ``ALL_HU``, in whole numbers.
+
+    The window stands in units of a common denominator, so that nothing is rounded before the last step.
+    """
     center, width = Fraction(window.center), Fraction(window.width)
-    # In the units of the common denominator: whole numbers only.
-    scale = center.denominator * width.denominator * 2
-    lower, span = int((center - width / 2) * scale), int(width * scale)
-    codes = []
-    for hu in range(-32768, 32768):
-        whole, rest = divmod((hu * scale - lower) * 255, span)
-        up = 2 * rest > span or (2 * rest == span and whole % 2 == 1)
-        codes.append(min(255, max(0, whole + up)))
-    return np.array(codes)
+    unit = 2 * center.denominator * width.denominator
+    lower, span = int((center - width / 2) * unit), int(width * unit)
+    whole, rest = np.divmod((ALL_HU.astype(np.int64) * unit - lower) * 255, span)
+    up = (2 * rest > span) | ((2 * rest == span) & (whole % 2 == 1))
+    codes: NDArray[np.int64] = np.clip(whole + up, 0, 255)
+    return codes
 
 
 @pytest.mark.parametrize("text", [*PRESETS, *CUSTOM])
@@ -39,15 +39,22 @@ def test_every_hu_has_its_exact_code(text: str) -> None:
     np.testing.assert_array_equal(window_table(window)[ALL_HU.view(np.uint16)], expected)
 
 
-def test_the_exact_codes_are_those_of_fractions() -> None:
-    window = PRESETS["brain"]
-    by_fraction = [round((Fraction(hu) - 0) / 80 * 255) for hu in range(81)]
-    assert exact_codes(window)[32768 : 32768 + 81].tolist() == by_fraction
-    assert by_fraction[8] == 26 and by_fraction[24] == 76  # 25.5 and 76.5: half to even
+@pytest.mark.parametrize("text", [*PRESETS, *CUSTOM[:3]])
+def test_every_code_within_a_window_is_that_of_fractions(text: str) -> None:
+    window = parse_window(text)
+    center, width = Fraction(window.center), Fraction(window.width)
+    within = range(int(center - width / 2) - 2, int(center + width / 2) + 3)
+    expected = [min(255, max(0, round((hu - (center - width / 2)) / width * 255))) for hu in within]
+    assert window_table(window)[np.array(within).astype(np.int16).view(np.uint16)].tolist() == expected
+
+
+def test_halves_go_to_the_even_code() -> None:
+    # 25.5, 76.5, 127.5, 178.5 and 229.5.
+    assert window_codes(np.array([8, 24, 40, 56, 72], np.int16), PRESETS["brain"]).tolist() == [26, 76, 128, 178, 230]
 
 
 @given(center=st.integers(-4000, 4000), width=st.integers(1, 8000), half=st.booleans())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_every_custom_window_is_exact(center: int, width: int, half: bool) -> None:
     window = Window("any", center=center + 0.5 * half, width=width)
     np.testing.assert_array_equal(window_table(window)[ALL_HU.view(np.uint16)], exact_codes(window))
@@ -111,7 +118,7 @@ def test_what_is_no_window_is_refused(text: str, said: str) -> None:
     "center, width", [(40, 0), (40, -1), (40, float("nan")), (40, float("inf")), (float("nan"), 80)]
 )
 def test_a_window_has_a_finite_center_and_width(center: float, width: float) -> None:
-    with pytest.raises(UsageError, match="width"):
+    with pytest.raises(UsageError, match="finite center and a width greater than 0"):
         Window("any", center=center, width=width)
 
 

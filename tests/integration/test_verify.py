@@ -1,0 +1,250 @@
+"""A dataset that is not, byte for byte, the one that was written: verify names the culprit and ends with 1."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from commands import prep
+
+from ich_prep import store
+from ich_prep.build_dataset import Allowances, build
+from ich_prep.errors import DatasetError, UsageError
+from ich_prep.phantom import synthesize
+from ich_prep.progress import Silence
+from ich_prep.sharding import index_bytes
+from ich_prep.store import Spec, open_dataset
+from ich_prep.verify import Verification, verify
+
+FILES = [store.ROOT, *store.PUBLISHED]
+SHARD = "images/c/1/0/0/0"
+
+
+@pytest.fixture
+def dataset(dataset_path: Path, tmp_path: Path) -> Path:
+    """A copy of the dataset to damage."""
+    return Path(shutil.copytree(dataset_path, tmp_path / "data.zarr"))
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 0x10
+    path.write_bytes(data)
+
+
+def checked(dataset: Path) -> Verification | DatasetError:
+    """Return what verify finds; a dataset too damaged to be opened is an error that the command line shows."""
+    try:
+        return verify(dataset, progress=Silence())
+    except DatasetError as error:
+        return error
+
+
+def blamed(dataset: Path) -> str:
+    """Return the culprits, or the message that names them."""
+    found = checked(dataset)
+    return str(found) if isinstance(found, DatasetError) else "\n".join(problem.culprit for problem in found.problems)
+
+
+def test_a_clean_dataset_holds(dataset_path: Path, phantom_tree: Path) -> None:
+    found = prep("verify", dataset_path, "--src", phantom_tree, "--sample", 0.05)
+    assert found.returncode == 0, found.stderr
+    count = len(open_dataset(dataset_path))
+    assert f"holds: {-(-count // 16)} shards, {count} slices, {round(0.05 * count)} slices compared" in found.stdout
+    as_json = json.loads(prep("verify", dataset_path, "--json").stdout)
+    assert as_json["holds"] is True
+    assert as_json["problems"] == []
+
+
+def test_a_damaged_dataset_ends_with_1_and_names_the_culprit(dataset: Path) -> None:
+    flip(dataset / SHARD, 100)
+    found = prep("verify", dataset)
+    assert found.returncode == 1
+    assert f"{dataset / SHARD}: shard 1: row 16: its checksum does not fit" in found.stderr
+    as_json = prep("verify", dataset, "--json")
+    assert as_json.returncode == 1
+    assert json.loads(as_json.stdout)["holds"] is False
+    assert [problem["culprit"] for problem in json.loads(as_json.stdout)["problems"]] == [str(dataset / SHARD)]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+@pytest.mark.parametrize("name", [*FILES, SHARD])
+def test_a_flipped_bit_is_found_in_every_file(name: str, share: float, dataset: Path) -> None:
+    path = dataset / name
+    flip(path, round(share * (path.stat().st_size - 1)))
+    assert str(path) in blamed(dataset)
+
+
+def test_a_flipped_bit_is_found_in_every_part_of_a_shard(dataset: Path) -> None:
+    path = dataset / SHARD
+    whole = path.read_bytes()
+    index = len(whole) - index_bytes(16)
+    places = [0, 15, 16, 17, index // 2, index - 4, index - 1, index, index + 8, len(whole) - 5, len(whole) - 1]
+    for at in places:
+        flip(path, at)
+        assert blamed(dataset) == str(path), at
+        path.write_bytes(whole)
+    assert blamed(dataset) == ""
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def lengthen(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\n")
+
+
+@pytest.mark.parametrize("harm", [cut, halve, empty, lengthen, Path.unlink])
+@pytest.mark.parametrize("name", [*FILES, SHARD])
+def test_other_lengths_are_found_in_every_file(name: str, harm: Callable[[Path], None], dataset: Path) -> None:
+    harm(dataset / name)
+    assert str(dataset if name == store.ROOT else dataset / name) in blamed(dataset)
+
+
+def test_exchanged_shards_are_found_both(dataset: Path) -> None:
+    one, other = store.shard_path(dataset, 0), store.shard_path(dataset, 1)
+    one.rename(dataset / "aside")
+    other.rename(one)
+    (dataset / "aside").rename(other)
+    assert blamed(dataset).splitlines() == [str(one), str(other)]
+
+
+def test_the_same_shard_of_another_dataset_is_found(dataset: Path, tmp_path: Path) -> None:
+    """Whole, of the same length and with holes in the same places: only its content is another."""
+    src = tmp_path / "tree"
+    spec = Spec(size=32, slices_per_shard=16, codec="none")
+    pair = []
+    for seed in (0, 1):
+        synthesize(src, series=1, size=32, seed=seed)
+        build(src, tmp_path / f"{seed}.zarr", spec, workers=0)
+        shutil.rmtree(src)
+        pair.append(store.shard_path(tmp_path / f"{seed}.zarr", 0))
+    shutil.copy(pair[1], pair[0])
+    found = checked(tmp_path / "0.zarr")
+    assert isinstance(found, Verification)
+    assert [problem.culprit for problem in found.problems] == [str(pair[0])]
+    assert "exchanged" in found.problems[0].what
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["extra", "labels/extra.parquet", "images/extra", "images/c/extra", "images/c/0/0/1/0", "images/c/99/0/0/0"],
+)
+def test_a_file_that_does_not_belong_is_found(name: str, dataset: Path) -> None:
+    (dataset / name).parent.mkdir(parents=True, exist_ok=True)
+    (dataset / name).write_bytes(b"extra")
+    assert blamed(dataset) == str(dataset / name)
+
+
+def test_what_lies_in_the_folder_of_the_build_is_nobodys_business(dataset: Path) -> None:
+    (dataset / "build" / "notes.txt").write_text("mine")
+    assert blamed(dataset) == ""
+    shutil.rmtree(dataset / "build")
+    assert blamed(dataset) == ""
+
+
+def test_a_table_that_was_edited_is_found_though_it_is_well_formed(dataset: Path) -> None:
+    path = dataset / store.SLICES
+    table = pq.read_table(path)
+    place = table.schema.get_field_index("any")
+    flipped = [None if value is None else 1 - value for value in table["any"].to_pylist()]
+    store.write_table(path, table.set_column(place, table.schema.field(place), pa.array(flipped, pa.int8())))
+    assert blamed(dataset) == str(path)
+
+
+def test_a_root_that_was_edited_is_found_though_it_is_well_formed(dataset: Path) -> None:
+    path = dataset / store.ROOT
+    document = json.loads(path.read_text())
+    document["attributes"]["ich"]["counts"]["ok"] += 1
+    path.write_text(json.dumps(document, indent=2, sort_keys=True))
+    assert blamed(dataset) == str(path)
+
+
+def test_a_ledger_that_disagrees_is_found(dataset: Path) -> None:
+    path = dataset / "build" / "shards" / "00001.json"
+    path.write_text(path.read_text().replace('"ok"', '"changed"', 1))
+    assert blamed(dataset) == str(path)
+    path.write_text("{")
+    assert blamed(dataset) == str(path)
+
+
+def test_a_source_that_is_not_the_one_is_found(dataset: Path, phantom_tree: Path, tmp_path: Path) -> None:
+    src = Path(shutil.copytree(phantom_tree, tmp_path / "tree"))
+    plan = pq.read_table(dataset / "build" / "plan.parquet", columns=["path"])["path"].to_pylist()
+    flip(src / plan[3], -(64 * 64) + 64)  # the pixel in the middle, by 16 HU
+    (src / plan[5]).write_bytes(b"not DICOM")
+    (src / plan[7]).unlink()
+    found = verify(dataset, src=src, sample=1.0, progress=Silence())
+    assert [problem.culprit for problem in found.problems] == ["row 3", "row 5", "row 7"]
+    assert "pixels differ" in found.problems[0].what
+    assert found.compared == len(plan)
+
+
+def test_the_sample_is_drawn_by_its_seed(dataset_path: Path, phantom_tree: Path) -> None:
+    compared = [
+        verify(dataset_path, src=phantom_tree, sample=share, seed=3, progress=Silence()).compared
+        for share in (1e-9, 0.1)
+    ]
+    assert compared == [1, round(0.1 * len(open_dataset(dataset_path)))]
+
+
+@pytest.mark.parametrize("sample", [0.0, -1.0, 1.5, float("nan")])
+def test_a_sample_that_cannot_be_meant(sample: float, dataset_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"within 0..1"):
+        verify(dataset_path, sample=sample, progress=Silence())
+
+
+def test_without_the_plan_nothing_can_be_compared(dataset: Path, phantom_tree: Path) -> None:
+    shutil.rmtree(dataset / "build")
+    with pytest.raises(UsageError, match="plan of the build"):
+        verify(dataset, src=phantom_tree, progress=Silence())
+
+
+def test_holes_of_rows_that_were_set_aside_are_by_design(tmp_path: Path) -> None:
+    """A slice whose pixels fail keeps its row; bits that claim otherwise are found."""
+    src, out = tmp_path / "tree", tmp_path / "data.zarr"
+    synthesize(src, series=1, size=32, layout="folder")
+    lost = sorted(src.rglob("*.dcm"))[4]
+    data = lost.read_bytes()
+    # JPEG 2000 by name, and no such stream: the header is sound, the pixels fail.
+    lost.write_bytes(as_broken_jpeg2000(data))
+    build(src, out, Spec(size=32, slices_per_shard=8), workers=0, allow=Allowances(max_quarantined=1.0))
+    dataset = open_dataset(out)
+    status = dataset.slices["status"].to_pylist()
+    assert sorted(set(status)) == ["decode_failed", "ok"]
+    assert not verify(out, src=src, sample=1.0, progress=Silence()).problems
+    rows = np.flatnonzero([word == "ok" for word in status])
+    assert dataset.read(rows).shape[0] == len(status) - 1
+
+
+def as_broken_jpeg2000(data: bytes) -> bytes:
+    """Return an explicit little endian file with its pixels replaced by a stream that no decoder takes."""
+    from io import BytesIO
+
+    import pydicom
+    from pydicom.encaps import encapsulate
+
+    with pydicom.config.disable_value_validation():
+        dataset = pydicom.dcmread(BytesIO(data))
+        dataset.file_meta.TransferSyntaxUID = pydicom.uid.JPEG2000Lossless
+        dataset.PixelData = encapsulate([b"\xff\x4f\xff\x51" + bytes(200)])
+        dataset["PixelData"].VR = "OB"
+        dataset["PixelData"].is_undefined_length = True
+        written = BytesIO()
+        dataset.save_as(written)
+    return written.getvalue()

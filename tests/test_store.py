@@ -1,0 +1,336 @@
+"""A finished dataset: what opens and what does not, what reads give, and that every Zarr reader sees the same bytes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dask.array
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import tensorstore
+import xarray
+import zarr
+import zarrs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from ich_prep import store
+from ich_prep.build_dataset import build
+from ich_prep.errors import CorruptionError, DatasetError
+from ich_prep.store import Dataset, Spec, open_dataset
+from ich_prep.windows import window_codes
+
+
+@pytest.fixture(scope="module")
+def dataset(dataset_path: Path) -> Dataset:
+    return open_dataset(dataset_path)
+
+
+@pytest.fixture(scope="module")
+def hu_path(phantom_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same slices as HU, compressed by another codec."""
+    out = tmp_path_factory.mktemp("hu") / "hu.zarr"
+    build(phantom_tree, out, Spec(size=64, store="hu", slices_per_shard=32, codec="zstd"), workers=0)
+    return out
+
+
+@pytest.fixture
+def copy(dataset_path: Path, tmp_path: Path) -> Path:
+    """A copy of the dataset to damage, without its build folder."""
+    out = tmp_path / "data.zarr"
+    shutil.copytree(dataset_path, out, ignore=shutil.ignore_patterns("build"))
+    return out
+
+
+@pytest.fixture(scope="module")
+def pixels(dataset: Dataset) -> NDArray[Any]:
+    return dataset.read(np.arange(len(dataset)))
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_dataset_says_what_it_is(dataset: Dataset) -> None:
+    assert dataset.shape == (dataset.slices.num_rows, 3, 64, 64)
+    assert len(dataset) == dataset.shape[0] > 100
+    assert dataset.dtype == np.uint8
+    assert dataset.slices.schema.equals(store.SLICE_SCHEMA) and dataset.series.schema.equals(store.SERIES_SCHEMA)
+    assert dataset.slices["row"].to_pylist() == list(range(len(dataset)))
+    assert [window.name for window in dataset.spec.windows] == ["brain", "subdural", "bone"]
+    assert dataset.ich["format"] == "ich/1"
+    assert dataset.ich["digest"] == store.digest_of(dataset.ich)
+    assert "windows" in repr(dataset)
+
+
+@given(data=st.data(), threads=st.integers(1, 3))
+@settings(max_examples=40, deadline=None)
+def test_any_rows_in_any_order(data: st.DataObject, threads: int, dataset: Dataset, pixels: NDArray[Any]) -> None:
+    rows = data.draw(st.lists(st.integers(0, len(dataset) - 1), max_size=30))
+    found = dataset.read(rows, threads=threads)
+    assert found.shape == (len(rows), 3, 64, 64)
+    np.testing.assert_array_equal(found, pixels[np.array(rows, np.int64)])
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int32, np.uint64])
+def test_rows_of_any_integer_type(kind: type, dataset: Dataset, pixels: NDArray[Any]) -> None:
+    np.testing.assert_array_equal(dataset.read(np.array([9, 3, 9], kind)), pixels[[9, 3, 9]])
+
+
+@pytest.mark.parametrize("rows", [[], (), np.array([]), np.array([], np.int64)])
+def test_no_rows_are_no_pixels(rows: Any, dataset: Dataset) -> None:
+    assert dataset.read(rows).shape == (0, 3, 64, 64)
+
+
+def test_reads_go_into_the_callers_buffer(dataset: Dataset, pixels: NDArray[Any]) -> None:
+    buffer = np.zeros((5, 3, 64, 64), np.uint8)
+    assert dataset.read([40, 2], out=buffer[1:3]).base is buffer
+    np.testing.assert_array_equal(buffer[1:3], pixels[[40, 2]])
+    assert not buffer[[0, 3, 4]].any()
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        np.zeros((3, 3, 64, 64), np.uint8),
+        np.zeros((2, 3, 64), np.uint8),
+        np.zeros((2, 3, 64, 64), np.int8),
+        np.zeros((2, 3, 64, 128), np.uint8)[..., ::2],
+        np.broadcast_to(np.uint8(0), (2, 3, 64, 64)),
+    ],
+)
+def test_a_buffer_that_does_not_fit_is_refused(out: NDArray[Any], dataset: Dataset) -> None:
+    with pytest.raises(ValueError, match=r"of shape \(2, 3, 64, 64\) and uint8"):
+        dataset.read([0, 1], out=out)
+
+
+@pytest.mark.parametrize("rows", [[0.0, 1.0], np.array([True, False]), ["0"], np.array([[0, 1]]), 5])
+def test_what_is_no_list_of_rows_is_refused(rows: Any, dataset: Dataset) -> None:
+    # A mask taken for numbers would give rows 0 and 1.
+    with pytest.raises(TypeError, match="row numbers"):
+        dataset.read(rows)
+
+
+@pytest.mark.parametrize("rows", [[-1], [10**6], np.array([2**63], np.uint64)])
+def test_rows_outside_are_refused(rows: Any, dataset: Dataset) -> None:
+    with pytest.raises(IndexError, match="Expected rows within"):
+        dataset.read(rows)
+
+
+def test_a_volume_is_a_series_in_order(dataset: Dataset, pixels: NDArray[Any]) -> None:
+    series = dataset.series.to_pylist()
+    rows = np.concatenate([np.arange(line["first_row"], line["first_row"] + line["n_slices"]) for line in series])
+    np.testing.assert_array_equal(rows, np.arange(len(dataset)))
+    for line in series:
+        at = slice(line["first_row"], line["first_row"] + line["n_slices"])
+        np.testing.assert_array_equal(dataset.volume(line["series_instance_uid"]), pixels[at])
+        positions = np.array(dataset.slices["position_mm"].to_pylist()[at])
+        assert (np.diff(positions) >= 0).all()
+    with pytest.raises(KeyError, match="No series 'ID_none'"):
+        dataset.volume("ID_none")
+
+
+def test_windows_are_those_of_the_hu(hu_path: Path, dataset: Dataset, pixels: NDArray[Any]) -> None:
+    hu = open_dataset(hu_path)
+    assert (hu.shape, hu.dtype) == ((len(dataset), 1, 64, 64), np.int16)
+    values = hu.read(np.arange(len(hu)))[:, 0]
+    assert values.min() == -1024 and values.max() > 1000
+    for channel, window in enumerate(dataset.spec.windows):
+        np.testing.assert_array_equal(window_codes(values, window), pixels[:, channel])
+
+
+# --- every Zarr reader -----------------------------------------------------------------------------------------------
+
+
+def by_zarr_python(path: Path) -> NDArray[Any]:
+    return np.asarray(zarr.open_group(path, mode="r")["images"][:])
+
+
+def by_zarrs(path: Path) -> NDArray[Any]:
+    with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
+        images = zarr.open_group(path, mode="r")["images"]
+        assert isinstance(images.async_array.codec_pipeline, zarrs.ZarrsCodecPipeline)
+        return np.asarray(images[:])
+
+
+def by_tensorstore(path: Path) -> NDArray[Any]:
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path / 'images'}/"}}
+    return np.asarray(tensorstore.open(spec, read=True).result().read().result())
+
+
+def by_xarray(path: Path) -> NDArray[Any]:
+    with xarray.open_zarr(path, chunks=None, consolidated=False) as opened:
+        assert opened["images"].dims == ("slice", "channel", "y", "x")
+        return np.asarray(opened["images"].to_numpy())
+
+
+def by_dask_array(path: Path) -> NDArray[Any]:
+    return np.asarray(dask.array.from_zarr(str(path), component="images").compute(scheduler="synchronous"))
+
+
+@pytest.mark.parametrize("store_kind", ["windows", "hu"])
+@pytest.mark.parametrize("read", [by_zarr_python, by_zarrs, by_tensorstore, by_xarray, by_dask_array])
+def test_every_reader_sees_the_same_bytes(
+    read: Callable[[Path], NDArray[Any]], store_kind: str, dataset_path: Path, hu_path: Path
+) -> None:
+    path = dataset_path if store_kind == "windows" else hu_path
+    ours = open_dataset(path)
+    theirs = read(path)
+    assert theirs.dtype == ours.dtype
+    np.testing.assert_array_equal(theirs, ours.read(np.arange(len(ours))))
+
+
+def test_zarr_tools_open_it_without_a_warning(dataset_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        root = zarr.open_group(dataset_path, mode="r")
+        images = root["images"]
+        assert root.attrs["ich"]["format"] == "ich/1"
+        assert images.metadata.dimension_names == ("slice", "channel", "y", "x")
+        assert images.shards == (16, 3, 64, 64) and images.chunks == (1, 3, 64, 64)
+        assert isinstance(root["labels"], zarr.Group)
+        assert {"images", "labels"} <= set(root)
+        assert zarr.open(str(dataset_path), mode="r")["images"].shape == images.shape
+        xarray.open_zarr(dataset_path).close()
+        xarray.open_dataset(dataset_path, engine="zarr").close()
+        frame = pd.read_parquet(dataset_path / "labels" / "slices.parquet")
+    assert len(frame) == images.shape[0]
+    assert frame["subdural"].dtype in ("int8", "float64")
+
+
+# --- what does not open ----------------------------------------------------------------------------------------------
+
+
+def rewrite_root(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    document = json.loads((path / "zarr.json").read_bytes())
+    change(document["attributes"]["ich"])
+    (path / "zarr.json").write_text(json.dumps(document))
+
+
+def test_what_is_no_dataset_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="found nothing"):
+        open_dataset(tmp_path / "none")
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(DatasetError, match="found a file"):
+        open_dataset(tmp_path / "file")
+    with pytest.raises(DatasetError, match=r"a folder without a zarr.json.*ich-prep build --src"):
+        open_dataset(tmp_path)
+    zarr.create_group(tmp_path / "other.zarr")
+    with pytest.raises(DatasetError, match="another Zarr group"):
+        open_dataset(tmp_path / "other.zarr")
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "3", '{"attributes": null}', '{"attributes": []}', "{}"])
+def test_json_of_another_kind_is_refused(text: str, copy: Path) -> None:
+    (copy / "zarr.json").write_text(text)
+    with pytest.raises(DatasetError, match="without 'ich'"):
+        open_dataset(copy)
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe", b'{"attributes": {"ich": {"format": "ich/1"'])
+def test_a_root_that_is_no_json_is_damage(data: bytes, copy: Path) -> None:
+    (copy / "zarr.json").write_bytes(data)
+    with pytest.raises(CorruptionError, match="is not JSON"):
+        open_dataset(copy)
+
+
+def test_another_version_is_refused_by_name(copy: Path) -> None:
+    rewrite_root(copy, lambda ich: ich.update(format="ich/2", created_by="ich-prep 9.0"))
+    with pytest.raises(DatasetError, match=r"Expected format ich/1.*'ich/2'.*ich-prep 9.0") as caught:
+        open_dataset(copy)
+    assert not isinstance(caught.value, CorruptionError)
+
+
+@pytest.mark.parametrize("key", ["spec", "counts"])
+def test_a_root_that_lacks_a_part_is_damage(key: str, copy: Path) -> None:
+    rewrite_root(copy, lambda ich: ich.pop(key) and None)
+    with pytest.raises(CorruptionError, match="lacks parts"):
+        open_dataset(copy)
+
+
+def test_an_unfinished_build_says_how_to_go_on(dataset_path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "data.zarr"
+    shutil.copytree(dataset_path, out)
+    (out / "zarr.json").unlink()
+    with pytest.raises(DatasetError, match=r"was not finished.*goes on where it stopped"):
+        open_dataset(out)
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_shard_is_an_error_and_never_zeros(copy: Path) -> None:
+    store.shard_path(copy, 1).unlink()
+    assert not by_zarr_python(copy)[16:32].any()  # what every Zarr reader makes of it
+    damaged = open_dataset(copy)
+    with pytest.raises(CorruptionError, match=r"Shard 1 .*there is no such file"):
+        damaged.read([17])
+    with pytest.raises(CorruptionError, match="Shard 1 "):
+        damaged.read([0, 40, 17], threads=2)
+    damaged.read([0, 40])
+
+
+def test_a_hole_in_a_row_that_is_ok_is_damage(copy: Path) -> None:
+    images = zarr.open_group(copy, mode="r+")["images"]
+    images[5] = 0  # zarr-python leaves out a chunk that holds nothing but the fill value
+    with pytest.raises(CorruptionError, match=r"Row 5 has status ok, and shard 0 .* holds no slice for it"):
+        open_dataset(copy).read([4, 5, 6])
+
+
+def test_a_row_that_was_set_aside_is_refused_by_its_status(copy: Path) -> None:
+    zarr.open_group(copy, mode="r+")["images"][5] = 0
+    slices = pq.read_table(copy / store.SLICES)
+    status = slices["status"].to_pylist()
+    status[5] = "truncated"
+    place = slices.schema.get_field_index("status")
+    pq.write_table(slices.set_column(place, slices.schema.field(place), [status]), copy / store.SLICES)
+    changed = open_dataset(copy)
+    with pytest.raises(DatasetError, match=r"Row 5 was set aside with the status 'truncated'") as caught:
+        changed.read([5])
+    assert not isinstance(caught.value, CorruptionError)
+    first = changed.series.to_pylist()[0]
+    volume = changed.volume(first["series_instance_uid"])
+    rows = [row for row in range(first["n_slices"]) if row != 5]
+    np.testing.assert_array_equal(volume, changed.read(rows))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def flip_middle(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("spoil", [cut, flip_middle, lambda path: path.write_bytes(b""), Path.unlink])
+@pytest.mark.parametrize("name", [store.SLICES, store.SERIES])
+def test_a_damaged_table_is_an_error_that_names_it(spoil: Callable[[Path], Any], name: str, copy: Path) -> None:
+    spoil(copy / name)
+    with pytest.raises(CorruptionError, match=f"{name} cannot be read"):
+        open_dataset(copy).read_table(name)
+
+
+# --- the spec --------------------------------------------------------------------------------------------------------
+
+
+def test_a_spec_survives_its_json() -> None:
+    spec = Spec(layout="rsna", size=256, windows="brain,blood=75/215", codec="none", folds=3)
+    assert Spec.model_validate_json(spec.model_dump_json()) == spec
+    assert (spec.channels, spec.dtype) == (2, np.uint8)
+    hu = Spec(store="hu")
+    assert (hu.channels, hu.dtype) == (1, np.int16)
+
+
+@pytest.mark.parametrize("wrong", [{"size": 8}, {"codec": "gzip"}, {"folds": 1}, {"slices_per_shard": 0}, {"sice": 5}])
+def test_a_spec_that_cannot_be_meant_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Spec.model_validate(wrong)

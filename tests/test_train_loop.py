@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from ich_prep.build_dataset import build
+from ich_prep.errors import TrainError, UsageError
+from ich_prep.phantom import synthesize
+from ich_prep.store import Dataset, Spec, open_dataset
+from ich_train.checkpoint import load_model
+from ich_train.config import EvalConfig, TrainConfig
+from ich_train.runs import Epoch, read_history
+from ich_train.train import Result, learning_rate, step_seed, train
+
+TIMES = {"seconds", "slices_per_s", "wait_share"}
+QUICK = EvalConfig(bootstrap=20)
+STILL = {"flip": False, "rotation_degrees": 0.0, "zoom": 0.0, "shift": 0.0, "window_jitter": 0.0, "noise": 0.0}
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tree = tmp_path_factory.mktemp("twelve") / "rsna"
+    synthesize(tree, series=12, size=32, workers=0)
+    return tree
+
+
+@pytest.fixture(scope="module")
+def path(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("built") / "data.zarr"
+    build(tree, out, Spec(size=32, slices_per_shard=16, folds=3), workers=0)
+    return out
+
+
+@pytest.fixture
+def dataset(path: Path) -> Dataset:
+    return open_dataset(path)
+
+
+def settings(**changed: Any) -> TrainConfig:
+    return TrainConfig.model_validate({"epochs": 2, "batch_size": 8, "device": "cpu"} | changed)
+
+
+def quiet_train(dataset: Dataset, out: Path, of: TrainConfig, *, resume: bool = False) -> tuple[Result, str]:
+    """The result and what was printed, with no time spent on the evaluation's pictures."""
+    text = io.StringIO()
+    result = train(dataset, out, of, QUICK, console=Console(file=text, width=200), resume=resume)
+    return result, text.getvalue()
+
+
+def lessons(history: tuple[Epoch, ...] | list[Epoch]) -> list[dict[str, float]]:
+    """What a history says of the learning, the times left out."""
+    return [{key: value for key, value in asdict(line).items() if key not in TIMES} for line in history]
+
+
+def test_a_run_leaves_what_it_promises(dataset: Dataset, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result, printed = quiet_train(dataset, out, settings(epochs=3))
+    assert result.finished
+    assert result.metrics is not None
+    assert [line.epoch for line in result.history] == [1, 2, 3]
+    assert read_history(out) == list(result.history)
+    assert result.history[-1].train_loss < result.history[0].train_loss
+    assert all(0 <= line.wait_share <= 1 and line.slices_per_s > 0 for line in result.history)
+    for name in ("recipe.toml", "best/model.safetensors", "last/state.pt", "metrics.json", "report.html"):
+        assert (out / name).is_file(), name
+    assert not (out / "best" / "state.pt").exists()
+    best = min(result.history, key=lambda line: line.val_loss)
+    meta = load_model(out / "best", "cpu").meta
+    assert (meta["epoch"], meta["val_loss"]) == (best.epoch, best.val_loss)
+    assert meta["dataset_digest"] == dataset.digest
+    assert load_model(out / "last", "cpu").meta["epoch"] == 3
+    for line in printed.splitlines()[:3]:
+        assert "training loss" in line
+        assert "waiting for data" in line
+    assert "lowest validation loss" in printed
+
+
+def test_the_seed_decides_the_run(dataset: Dataset, tmp_path: Path) -> None:
+    of = {seed: quiet_train(dataset, tmp_path / f"{seed}", settings(seed=int(seed)))[0] for seed in (1.0, 1.5, 2)}
+    assert lessons(of[1.0].history) == lessons(of[1.5].history)
+    assert lessons(of[1.0].history) != lessons(of[2].history)
+
+
+def interrupt_at_read(dataset: Dataset, number: int) -> None:
+    """Make this process receive a Ctrl-C during the read of so many batches."""
+    read, reads = dataset.read, iter(range(10**6))
+
+    def counted(*given: Any, **named: Any) -> Any:
+        if next(reads) == number:
+            os.kill(os.getpid(), signal.SIGINT)
+        return read(*given, **named)
+
+    dataset.read = counted  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "balanced"])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(path: Path, tmp_path: Path, sampling: str) -> None:
+    of = settings(epochs=3, sampling=sampling, order="windowed", model="baseline", seed=4)
+    whole, _ = quiet_train(open_dataset(path), tmp_path / "whole", of)
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    stopping = open_dataset(path)
+    interrupt_at_read(stopping, 50)
+    stopped, _ = quiet_train(stopping, tmp_path / "stopped", of)
+    assert not stopped.finished
+    assert 0 < len(stopped.history) < 3
+    state = torch.load(tmp_path / "stopped" / "last" / "state.pt", weights_only=True)
+    assert state["step"] > 0, "the stop was meant to fall into the middle of an epoch"
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    resumed, printed = quiet_train(open_dataset(path), tmp_path / "stopped", of, resume=True)
+    assert f"in epoch {len(stopped.history) + 1}, after {state['step']} steps" in printed
+    assert resumed.finished
+    assert lessons(resumed.history) == lessons(whole.history)
+    for folder in ("best", "last"):
+        name = f"{folder}/model.safetensors"
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
+    again, _ = quiet_train(open_dataset(path), tmp_path / "stopped", of, resume=True)
+    assert again.finished
+    assert again.history == resumed.history
+
+
+def command(*options: object) -> list[str]:
+    return ["-m", "ich_train", "run", *map(str, options)]
+
+
+def recipe_of(tmp_path: Path, **changed: Any) -> Path:
+    from ich_train.config import recipe_text
+
+    recipe = tmp_path / "recipe.toml"
+    of = settings(**changed).model_dump()
+    recipe.write_text(recipe_text({"train": of, "eval": QUICK.model_dump()}), encoding="utf-8")
+    return recipe
+
+
+def test_a_killed_run_goes_on_from_its_last_epoch(path: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, epochs=4, data=path)
+    whole, _ = quiet_train(open_dataset(path), tmp_path / "whole", settings(epochs=4, data=path))
+    killed = tmp_path / "killed"
+    with subprocess.Popen(
+        [sys.executable, *command("--recipe", recipe, "--out", killed)], stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("epoch 2/4"):
+                process.send_signal(signal.SIGKILL)
+                break
+        process.stderr.read()
+    assert process.returncode == -signal.SIGKILL
+    assert 2 <= len(read_history(killed)) < 4
+    resumed, _ = quiet_train(open_dataset(path), killed, settings(epochs=4, data=path), resume=True)
+    assert lessons(resumed.history) == lessons(whole.history)
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(dataset: Dataset, tmp_path: Path) -> None:
+    whole, _ = quiet_train(dataset, tmp_path / "whole", settings())
+    early = tmp_path / "early"
+    early.mkdir()
+    (early / "recipe.toml").write_bytes((tmp_path / "whole" / "recipe.toml").read_bytes())
+    resumed, _ = quiet_train(dataset, early, settings(), resume=True)
+    assert lessons(resumed.history) == lessons(whole.history)
+
+
+def test_two_processes_learn_what_one_learns_from_both_shares(path: Path, tmp_path: Path) -> None:
+    one, _ = quiet_train(open_dataset(path), tmp_path / "one", settings(batch_size=16, data=path, **STILL))
+    recipe = recipe_of(tmp_path, batch_size=8, data=path, **STILL)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
+    subprocess.run(
+        [*torchrun, *command("--recipe", recipe, "--out", tmp_path / "two")],
+        check=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        timeout=240,
+    )
+    assert (tmp_path / "two" / "metrics.json").is_file()
+    for alone, together in zip(lessons(one.history), lessons(read_history(tmp_path / "two")), strict=True):
+        assert together == pytest.approx(alone, rel=1e-3)
+
+
+def test_hu_windowed_on_the_device_teach_what_windows_teach(tree: Path, dataset: Dataset, tmp_path: Path) -> None:
+    build(tree, tmp_path / "hu.zarr", Spec(size=32, store="hu", slices_per_shard=16, folds=3), workers=0)
+    of = settings(epochs=1, context=1, **STILL)
+    windows, _ = quiet_train(dataset, tmp_path / "windows", of)
+    hu, _ = quiet_train(open_dataset(tmp_path / "hu.zarr"), tmp_path / "hu", of)
+    assert lessons(hu.history) == lessons(windows.history)
+    assert load_model(tmp_path / "hu" / "best", "cpu").meta["channels"] == 9
+    named = settings(epochs=1, windows=["stroke", "blood=75/215"])
+    quiet_train(open_dataset(tmp_path / "hu.zarr"), tmp_path / "named", named)
+    meta = load_model(tmp_path / "named" / "best", "cpu").meta
+    assert meta["windows"][1] == {"name": "blood", "center": 75.0, "width": 215.0}
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_mixed_precision_learns(dataset: Dataset, tmp_path: Path, precision: str) -> None:
+    result, _ = quiet_train(dataset, tmp_path / "run", settings(precision=precision, loss="rsna"))
+    assert result.history[1].train_loss < result.history[0].train_loss
+
+
+@pytest.mark.slow
+def test_a_compiled_network_learns_the_same(dataset: Dataset, tmp_path: Path) -> None:
+    plain, _ = quiet_train(dataset, tmp_path / "plain", settings(**STILL))
+    compiled, _ = quiet_train(dataset, tmp_path / "compiled", settings(compile=True, **STILL))
+    for one, other in zip(lessons(plain.history), lessons(compiled.history), strict=True):
+        assert other == pytest.approx(one, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"batch_size": 5000}, "at least one batch of 5000"),
+        ({"windows": ["brain"]}, "Leave them out"),
+        ({"model": "resnet19"}, "nearest is 'resnet18'"),
+        ({"val_fold": 7}, "none for val"),
+        ({"device": "quantum"}, "quantum"),
+        ({"weights": "nowhere.pth"}, r"nowhere\.pth"),
+    ],
+)
+def test_settings_that_cannot_be_meant_leave_no_folder(
+    dataset: Dataset, tmp_path: Path, changed: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        quiet_train(dataset, tmp_path / "run", settings(**changed))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_no_number_ends_the_run(dataset: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match="lower learning_rate"):
+        quiet_train(dataset, tmp_path / "run", settings(learning_rate=1e30, warmup_epochs=0))
+
+
+def test_a_run_does_not_go_on_with_another_dataset(tree: Path, dataset: Dataset, tmp_path: Path) -> None:
+    quiet_train(dataset, tmp_path / "run", settings(epochs=1))
+    build(tree, tmp_path / "other.zarr", Spec(size=32, slices_per_shard=32, folds=3), workers=0)
+    with pytest.raises(TrainError, match="--data"):
+        quiet_train(open_dataset(tmp_path / "other.zarr"), tmp_path / "run", settings(epochs=1), resume=True)
+
+
+def test_the_learning_rate_rises_then_falls_to_nothing() -> None:
+    rates = [learning_rate(step, peak=0.1, warmup_steps=10, all_steps=100) for step in range(101)]
+    assert (np.diff(rates[:11]) > 0).all()
+    assert (np.diff(rates[10:]) < 0).all()
+    assert rates[0] == pytest.approx(0.1 / 11)
+    assert rates[10] == max(rates) == 0.1
+    assert rates[55] == pytest.approx(0.05)
+    assert rates[100] == pytest.approx(0)
+
+
+def test_every_step_has_a_seed_of_its_own() -> None:
+    places = [
+        (seed, epoch, step, rank) for seed in range(3) for epoch in range(3) for step in range(9) for rank in (0, 1)
+    ]
+    seeds = {step_seed(seed, epoch=epoch, step=step, rank=rank) for seed, epoch, step, rank in places}
+    assert len(seeds) == len(places)
