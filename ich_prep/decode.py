@@ -158,6 +158,7 @@ class _Child:
         except SliceError as error:
             if not used or error.reason != Reason.DECODER_DIED:
                 raise
+        self.close()
         return self._ask(source)
 
     def _ask(self, source: PixelSource) -> bytes:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from ich_prep import store
 from ich_prep.decode import NATIVE, missing_decoder
 from ich_prep.errors import Reason, SliceError
-from ich_prep.header import DEFLATED_LE, Header, read_header
+from ich_prep.header import DEFLATED_LE, EXPLICIT_BE, Header, read_header
 from ich_prep.ledger import write_whole
 
 FILES_PER_BATCH = 1024
@@ -178,6 +178,9 @@ def _check_pixels(header: Header) -> None:
         or header.pixel_representation not in (0, 1)
     ):
         raise _refuse(Reason.BAD_HEADER, "8 or 16 bits allocated and high bit = bits stored - 1", bits)
+    if header.transfer_syntax == EXPLICIT_BE and header.bits_allocated == 8:
+        # Written as words (OW) or as bytes (OB), which differ in their order: PS3.5 8.2.
+        raise _refuse(Reason.UNSUPPORTED_SYNTAX, "16 bits allocated in big endian", bits)
     if max(header.rows or 0, header.columns or 0) > LARGEST_SIDE:
         raise _refuse(Reason.TOO_LARGE, f"at most {LARGEST_SIDE} pixels a side", f"{header.rows} x {header.columns}")
     slope, intercept = header.rescale_slope, header.rescale_intercept

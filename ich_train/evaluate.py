@@ -230,17 +230,17 @@ def draw_sheet(dataset: Dataset, predictor: Predictor, cases: Cases, label: str,
     probability, truth = cases.probabilities[:, j], cases.labels[:, j]
     called = probability >= threshold
     groups = {}
-    for title, chosen, certainty in (
-        ("True positives, the highest probability first", (truth == 1) & called, probability),
-        ("False positives, the highest probability first", (truth == 0) & called, probability),
-        ("False negatives, the lowest probability first", (truth == 1) & ~called, -probability),
-        ("True negatives, the lowest probability first", (truth == 0) & ~called, -probability),
+    for title, end, chosen, certainty in (
+        ("True positives", "highest", (truth == 1) & called, probability),
+        ("False positives", "highest", (truth == 0) & called, probability),
+        ("False negatives", "lowest", (truth == 1) & ~called, -probability),
+        ("True negatives", "lowest", (truth == 0) & ~called, -probability),
     ):
         best = np.flatnonzero(chosen)
         best = best[np.argsort(-certainty[best], kind="stable")]
         _, first = np.unique(cases.series[best], return_index=True)
         picked = best[np.sort(first)[:SHEET_COLUMNS]]
-        groups[f"{title}: {chosen.sum():,} in all"] = [
+        groups[f"{title}: {chosen.sum():,}, the {end} probability first"] = [
             Example(_windows(dataset, predictor, cases.rows[k]), f"p {probability[k]:.3f} · row {cases.rows[k]}")
             for k in picked
         ]

@@ -79,7 +79,7 @@ def roc_panels(curves: Mapping[str, Curve], measures: Mapping[str, Any]) -> Figu
     ``measures`` is the by-slice result of `ich_train.metrics.measure`: it gives the areas and the points at which the
     two thresholds work.
     """
-    figure = _figure(9.6, 6.9)
+    figure = _figure(9.6, 7.3)
     for name, axes in _label_panels(figure):
         _style(axes, x="false positive rate", y="true positive rate", unit_square=True)
         axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)))
@@ -89,15 +89,14 @@ def roc_panels(curves: Mapping[str, Curve], measures: Mapping[str, Any]) -> Figu
             at = entry[policy]
             if at["recall"] is not None:
                 points[policy] = (at["fp"] / (at["fp"] + at["tn"]), at["recall"])
-        _curve_panel(axes, curves, name, points)
-        _note(axes, _with_interval("AUC", entry, "roc_auc"), x=0.97, y=0.05)
+        _curve_panel(axes, curves, name, points, note=_with_interval("AUC", entry, "roc_auc"))
     _policy_legend(figure)
     return figure
 
 
 def precision_recall_panels(curves: Mapping[str, Curve], measures: Mapping[str, Any]) -> Figure:
     """Return precision over recall of each label in a panel of its own, dotted at the share of positives."""
-    figure = _figure(9.6, 6.9)
+    figure = _figure(9.6, 7.3)
     for name, axes in _label_panels(figure):
         _style(axes, x="recall", y="precision", unit_square=True)
         entry = measures["labels"][name]
@@ -109,8 +108,7 @@ def precision_recall_panels(curves: Mapping[str, Curve], measures: Mapping[str, 
             at = entry[policy]
             if at["recall"] is not None and at["precision"] is not None:
                 points[policy] = (at["recall"], at["precision"])
-        _curve_panel(axes, curves, name, points)
-        _note(axes, _with_interval("AP", entry, "average_precision"), x=0.03, y=0.05)
+        _curve_panel(axes, curves, name, points, note=_with_interval("AP", entry, "average_precision"))
     _policy_legend(figure)
     return figure
 
@@ -228,8 +226,11 @@ def _label_panels(figure: Figure) -> Iterator[tuple[str, Axes]]:
     return zip(CLASSES, figure.subplots(2, 3).flat, strict=True)
 
 
-def _curve_panel(axes: Axes, curves: Mapping[str, Curve], name: str, points: Mapping[str, tuple[float, float]]) -> None:
-    axes.set_title(name, loc="left", color=INK, size=10, weight="bold")
+def _curve_panel(
+    axes: Axes, curves: Mapping[str, Curve], name: str, points: Mapping[str, tuple[float, float]], *, note: str
+) -> None:
+    axes.set_title(name, loc="left", color=INK, size=10, weight="bold", pad=20)
+    axes.text(0, 1.025, note, transform=axes.transAxes, color=MUTED, size=8.5)
     for other, curve in curves.items():
         if other != name:
             axes.plot(curve.x, curve.y, color=FAINT, linewidth=0.8)
@@ -247,13 +248,6 @@ def _marker(policy: str) -> dict[str, Any]:
 def _policy_legend(figure: Figure) -> None:
     handles = [Line2D([], [], **_marker(policy), label=words) for policy, words in POLICY_WORDS.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8, labelcolor=MUTED)
-
-
-def _note(axes: Axes, text: str, *, x: float, y: float) -> None:
-    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 2}
-    axes.text(
-        x, y, text, transform=axes.transAxes, ha="left" if x < 0.5 else "right", color=INK, size=9, bbox=box, zorder=5
-    )
 
 
 def _with_interval(word: str, entry: Mapping[str, Any], name: str) -> str:

@@ -63,7 +63,7 @@ table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tab
 th, td { padding: .3rem .75rem .3rem 0; text-align: right; white-space: nowrap; vertical-align: top; }
 th { font-weight: 600; } thead th { color: var(--muted); font-weight: 500; border-bottom: 1px solid var(--faint); }
 tbody tr + tr { border-top: 1px solid #eceff2; } tr.mean th, tr.mean td { background: var(--wash); }
-th:first-child, td:first-child, .facts td { text-align: left; } .facts td { white-space: normal; }
+th:first-child, td:first-child, .facts td { text-align: left; } .facts td { white-space: normal; overflow-wrap: anywhere; }
 th small, td small { display: block; color: var(--muted); font-size: .75rem; font-weight: 400; }
 .undefined { color: var(--muted); font-style: italic; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 0 1.5rem; }
@@ -92,7 +92,8 @@ def report_html(metrics: Mapping[str, Any], history: Sequence[Epoch], pictures: 
         _section(
             "results",
             "Results",
-            "<p>In small print: 95% of bootstrap resamples of the patients, each with all their slices. "
+            "<p>In small print: 95% of bootstrap resamples of the patients, each with all their slices; no small print "
+            "where so few patients have a label that most resamples miss it. "
             "<span class='undefined'>undefined</span>: all cases are of one class, or nothing was called positive. "
             "<i>Position only</i> is the ROC AUC of a guess that knows no more than where in its series a slice lies: "
             "what a network adds begins there.</p>",

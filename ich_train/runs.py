@@ -62,7 +62,7 @@ def latest_folder(root: Path, name: str) -> Path:
     return latest
 
 
-def start(out: Path, settings: TrainConfig, evaluation: EvalConfig) -> None:
+def start(out: Path, settings: TrainConfig, evaluation: EvalConfig | None) -> None:
     """Make the folder ``out`` of a new run and write its recipe; raises `UsageError` where there is something in it."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(
@@ -70,7 +70,8 @@ def start(out: Path, settings: TrainConfig, evaluation: EvalConfig) -> None:
             "another folder with --out."
         )
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / RECIPE, recipe_text({"train": settings.model_dump(), "eval": evaluation.model_dump()}))
+    sections = {"train": settings} if evaluation is None else {"train": settings, "eval": evaluation}
+    write_whole(out / RECIPE, recipe_text({name: values.model_dump() for name, values in sections.items()}))
 
 
 def check_same(out: Path, settings: TrainConfig) -> None:

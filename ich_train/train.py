@@ -47,12 +47,12 @@ def train(
     dataset: Dataset,
     out: Path,
     settings: TrainConfig,
-    evaluation: EvalConfig,
+    evaluation: EvalConfig | None,
     *,
     console: Console,
     resume: bool = False,
 ) -> Result:
-    """Train as ``settings`` say on ``dataset``, evaluate the best epoch, and return what came of it.
+    """Train as ``settings`` say on ``dataset``, evaluate the best epoch if ``evaluation`` says how, return the result.
 
     Writes the folder ``out``, from rank 0 only where torchrun started several processes. ``resume`` goes on with the
     run in ``out``. SIGINT and SIGTERM end the step at hand, write ``last/`` and return. Raises `UsageError` for
@@ -93,7 +93,7 @@ def train(
         reporter.summary(training.history)
 
     result = Result(out, tuple(training.history), finished=True)
-    if not ranks.first or (resume and (out / METRICS).exists()):
+    if evaluation is None or not ranks.first or (resume and (out / METRICS).exists()):
         return result
     from ich_train.evaluate import evaluate_run
 

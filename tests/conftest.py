@@ -14,7 +14,7 @@ from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian
 
 from ich_prep.build_dataset import build
 from ich_prep.phantom import synthesize
-from ich_prep.phantom_dicom import CT_IMAGE, file_bytes
+from ich_prep.phantom.dicom import CT_IMAGE, file_bytes
 from ich_prep.store import Spec
 
 SIZE = 64

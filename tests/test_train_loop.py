@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,17 @@ from ich_train.train import Result, learning_rate, step_seed, train
 
 TIMES = {"seconds", "slices_per_s", "wait_share"}
 QUICK = EvalConfig(bootstrap=20)
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 STILL = {"flip": False, "rotation_degrees": 0.0, "zoom": 0.0, "shift": 0.0, "window_jitter": 0.0, "noise": 0.0}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small networks on a busy machine: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +63,9 @@ def settings(**changed: Any) -> TrainConfig:
 
 
 def quiet_train(dataset: Dataset, out: Path, of: TrainConfig, *, resume: bool = False) -> tuple[Result, str]:
-    """The result and what was printed, with no time spent on the evaluation's pictures."""
+    """The result and what was printed; most tests are about the training and save themselves the evaluation."""
     text = io.StringIO()
-    result = train(dataset, out, of, QUICK, console=Console(file=text, width=200), resume=resume)
+    result = train(dataset, out, of, None, console=Console(file=text, width=200), resume=resume)
     return result, text.getvalue()
 
 
@@ -65,7 +76,9 @@ def lessons(history: tuple[Epoch, ...] | list[Epoch]) -> list[dict[str, float]]:
 
 def test_a_run_leaves_what_it_promises(dataset: Dataset, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    result, printed = quiet_train(dataset, out, settings(epochs=3))
+    text = io.StringIO()
+    result = train(dataset, out, settings(epochs=3), QUICK, console=Console(file=text, width=200))
+    printed = text.getvalue()
     assert result.finished
     assert result.metrics is not None
     assert [line.epoch for line in result.history] == [1, 2, 3]
@@ -147,7 +160,10 @@ def test_a_killed_run_goes_on_from_its_last_epoch(path: Path, tmp_path: Path) ->
     whole, _ = quiet_train(open_dataset(path), tmp_path / "whole", settings(epochs=4, data=path))
     killed = tmp_path / "killed"
     with subprocess.Popen(
-        [sys.executable, *command("--recipe", recipe, "--out", killed)], stderr=subprocess.PIPE, text=True
+        [sys.executable, *command("--recipe", recipe, "--out", killed)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ONE_THREAD,
     ) as process:
         assert process.stderr is not None
         for line in process.stderr:
@@ -177,7 +193,7 @@ def test_two_processes_learn_what_one_learns_from_both_shares(path: Path, tmp_pa
     subprocess.run(
         [*torchrun, *command("--recipe", recipe, "--out", tmp_path / "two")],
         check=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=ONE_THREAD,
         capture_output=True,
         timeout=240,
     )

@@ -369,7 +369,7 @@ def test_a_file_that_changes_or_vanishes_after_the_scan_keeps_its_row(tree: Path
     assert sum(dataset.series["n_ok"].to_pylist()) == counts["ok"]
     with pytest.raises(DatasetError, match="was set aside with the status 'changed'"):
         dataset.read([lines[0]["row"]])
-    assert not verify(out, progress=Silence()).problems
+    assert not verify(out, src=tree, sample=1.0, progress=Silence()).problems
 
 
 def test_too_many_damaged_files_end_the_build_and_may_be_allowed(damaged_tree: Path, tmp_path: Path) -> None:

@@ -7,14 +7,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from commands import prep
 
 from ich_prep import store
-from ich_prep.build_dataset import Allowances, build
+from ich_prep.build_dataset import build
 from ich_prep.errors import DatasetError, UsageError
 from ich_prep.phantom import synthesize
 from ich_prep.progress import Silence
@@ -213,38 +212,3 @@ def test_without_the_plan_nothing_can_be_compared(dataset: Path, phantom_tree: P
     shutil.rmtree(dataset / "build")
     with pytest.raises(UsageError, match="plan of the build"):
         verify(dataset, src=phantom_tree, progress=Silence())
-
-
-def test_holes_of_rows_that_were_set_aside_are_by_design(tmp_path: Path) -> None:
-    """A slice whose pixels fail keeps its row; bits that claim otherwise are found."""
-    src, out = tmp_path / "tree", tmp_path / "data.zarr"
-    synthesize(src, series=1, size=32, layout="folder")
-    lost = sorted(src.rglob("*.dcm"))[4]
-    data = lost.read_bytes()
-    # JPEG 2000 by name, and no such stream: the header is sound, the pixels fail.
-    lost.write_bytes(as_broken_jpeg2000(data))
-    build(src, out, Spec(size=32, slices_per_shard=8), workers=0, allow=Allowances(max_quarantined=1.0))
-    dataset = open_dataset(out)
-    status = dataset.slices["status"].to_pylist()
-    assert sorted(set(status)) == ["decode_failed", "ok"]
-    assert not verify(out, src=src, sample=1.0, progress=Silence()).problems
-    rows = np.flatnonzero([word == "ok" for word in status])
-    assert dataset.read(rows).shape[0] == len(status) - 1
-
-
-def as_broken_jpeg2000(data: bytes) -> bytes:
-    """Return an explicit little endian file with its pixels replaced by a stream that no decoder takes."""
-    from io import BytesIO
-
-    import pydicom
-    from pydicom.encaps import encapsulate
-
-    with pydicom.config.disable_value_validation():
-        dataset = pydicom.dcmread(BytesIO(data))
-        dataset.file_meta.TransferSyntaxUID = pydicom.uid.JPEG2000Lossless
-        dataset.PixelData = encapsulate([b"\xff\x4f\xff\x51" + bytes(200)])
-        dataset["PixelData"].VR = "OB"
-        dataset["PixelData"].is_undefined_length = True
-        written = BytesIO()
-        dataset.save_as(written)
-    return written.getvalue()

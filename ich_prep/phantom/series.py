@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ich_prep.labels import SUBTYPES
-from ich_prep.phantom_anatomy import (
+from ich_prep.phantom.anatomy import (
     AIR_HU,
     HIGHEST_MM,
     LOWEST_MM,
@@ -26,7 +26,7 @@ from ich_prep.phantom_anatomy import (
     draw_tissue,
     ramp,
 )
-from ich_prep.phantom_bleeds import Bleed, draw_bleeds, paint_bleeds
+from ich_prep.phantom.bleeds import Bleed, draw_bleeds, paint_bleeds
 
 BLOCK = 20
 

@@ -14,7 +14,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.filewriter import dcmwrite
 from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from ich_prep.phantom_series import Slice, in_field
+from ich_prep.phantom.series import Slice, in_field
 
 # An attribute's value as it stands in the file: a string as written, numbers, a list of either, or bytes of pixels.
 Attributes = dict[str, Any]

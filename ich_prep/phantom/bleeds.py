@@ -8,7 +8,7 @@ from math import cos, radians, sin
 
 import numpy as np
 
-from ich_prep.phantom_anatomy import Field, Plane, Tissue, blend, ellipsoid, ramp, sulci
+from ich_prep.phantom.anatomy import Field, Plane, Tissue, blend, ellipsoid, ramp, sulci
 
 # A slice is positive for a kind when at least this much of it was painted; less is not painted at all.
 MIN_AREA_MM2 = 50.0

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from ich_prep.labels import CLASSES
-from ich_prep.phantom_bleeds import Bleed
-from ich_prep.phantom_dicom import (
+from ich_prep.phantom.bleeds import Bleed
+from ich_prep.phantom.dicom import (
     CT_IMAGE,
     EXPLICIT_LE,
     IMPLICIT_LE,
@@ -22,7 +22,7 @@ from ich_prep.phantom_dicom import (
     token,
     uid,
 )
-from ich_prep.phantom_series import Place, Scan, Slice, draw_patient, draw_scan, draw_slices, every, place
+from ich_prep.phantom.series import Place, Scan, Slice, draw_patient, draw_scan, draw_slices, every, place
 
 # Patients of twenty series that are scanned twice: RSNA's follow-ups; CQ500's thin, contrast and bone series.
 SECOND_SERIES = {"rsna": 3, "cq500": 7, "folder": 3}

@@ -1,0 +1,66 @@
+"""Datasets that were written once and are kept: today's code, and other readers of Zarr, must read them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+
+from ich_prep import store
+from ich_prep.progress import Silence
+from ich_prep.store import open_dataset
+from ich_prep.summary import summary_of
+from ich_prep.verify import verify
+
+HERE = Path(__file__).parent
+EXPECTED: dict[str, dict[str, Any]] = json.loads((HERE / "expected.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_todays_code_reads_what_was_written(name: str) -> None:
+    dataset, expected = open_dataset(HERE / f"{name}.zarr"), EXPECTED[name]
+    assert list(dataset.shape) == expected["shape"]
+    assert dataset.dtype == (np.uint8 if name == "windows" else np.int16)
+    assert dataset.ich["digest"] == expected["digest"]
+    assert dataset.slices["status"].to_pylist() == expected["status"]
+    assert dataset.slices["any"].to_pylist() == expected["any"]
+    rows = [row for row, word in enumerate(expected["status"]) if word == store.OK]
+    assert 0 < len(rows) < len(dataset)
+    pixels = dataset.read(rows)
+    assert hashlib.sha256(pixels.tobytes()).hexdigest() == expected["pixels"]
+    for series in dataset.series.to_pylist():
+        assert len(dataset.volume(series["series_instance_uid"])) == series["n_ok"]
+    assert set(summary_of(dataset)["label_level"]) == {"slice", "none"}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_zarr_reads_the_same_pixels(name: str) -> None:
+    dataset = open_dataset(HERE / f"{name}.zarr")
+    images = zarr.open_group(HERE / f"{name}.zarr", mode="r")["images"]
+    assert isinstance(images, zarr.Array)
+    rows = [row for row, word in enumerate(EXPECTED[name]["status"]) if word == store.OK]
+    np.testing.assert_array_equal(images[:][rows], dataset.read(rows))
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_what_was_written_still_holds(name: str) -> None:
+    found = verify(HERE / f"{name}.zarr", progress=Silence())
+    assert found.problems == ()
+    assert found.slices == EXPECTED[name]["shape"][0]
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_every_column_of_the_contract_is_there(name: str) -> None:
+    dataset = open_dataset(HERE / f"{name}.zarr")
+    for table, schema in (
+        (store.SLICES, store.SLICE_SCHEMA),
+        (store.SERIES, store.SERIES_SCHEMA),
+        (store.SHARDS, store.SHARD_SCHEMA),
+        (store.QUARANTINE, store.QUARANTINE_SCHEMA),
+    ):
+        assert dataset.read_table(table).schema == schema

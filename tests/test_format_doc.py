@@ -1,0 +1,83 @@
+"""docs/format.md against the code: every file, column, type, key, and word of the contract, in the same order."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from ich_prep import store
+from ich_prep.errors import Reason
+from ich_prep.labels import CLASSES
+from ich_prep.store import Spec, open_dataset
+
+DOCUMENT = (Path(__file__).parents[1] / "docs" / "format.md").read_text(encoding="utf-8")
+
+
+def section(title: str) -> str:
+    """Return what stands below a heading, up to the next one."""
+    return DOCUMENT.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
+
+
+def table_of(text: str) -> list[list[str]]:
+    """Return the cells of the lines of a table, without its heading, backticks off."""
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| `")]
+    return [[cell.strip().strip("`") for cell in line] for line in lines]
+
+
+def named(text: str) -> list[str]:
+    """Return the words in backticks, the six labels written out."""
+    return re.findall(r"`([a-z_]+)`", text.replace("the six labels", ", ".join(f"`{name}`" for name in CLASSES)))
+
+
+def shown(kind: pa.DataType) -> str:
+    if pa.types.is_list(kind):
+        return f"list of {shown(kind.value_type)}"
+    return "float64" if pa.types.is_float64(kind) else str(kind)
+
+
+def test_the_page_is_about_this_format() -> None:
+    assert DOCUMENT.startswith(f"# The on-disk format `{store.FORMAT}`\n")
+
+
+def test_every_published_file_stands_in_the_tree() -> None:
+    tree = DOCUMENT.split("```")[1]
+    listed = set(re.findall(r"^  (\S+)", tree, re.MULTILINE))
+    assert listed == {store.ROOT, "images/c/<k>/0/0/0", f"{store.BUILD}/", *store.PUBLISHED}
+
+
+def test_every_column_of_the_slices_has_its_type() -> None:
+    columns = [line[:2] for line in table_of(section(f"`{store.SLICES}`"))]
+    assert columns == [[field.name, shown(field.type)] for field in store.SLICE_SCHEMA]
+
+
+@pytest.mark.parametrize(("name", "schema"), [(store.SERIES, store.SERIES_SCHEMA), (store.SHARDS, store.SHARD_SCHEMA)])
+def test_every_column_of_the_other_tables(name: str, schema: pa.Schema) -> None:
+    assert named(section(f"`{name}`")) == schema.names
+
+
+def test_every_column_and_reason_of_the_quarantine() -> None:
+    text = section(f"`{store.QUARANTINE}`")
+    columns, rest = text.split("| reason | what |", 1)
+    assert named(columns) == store.QUARANTINE_SCHEMA.names
+    assert [line[0] for line in table_of(rest)] == [str(reason) for reason in Reason]
+    spared = rest.split("count against `--max-quarantined`", 1)[1]
+    assert named(spared) == [str(reason) for reason in Reason if not reason.is_damage]
+
+
+def test_every_key_of_the_root(dataset_path: Path) -> None:
+    ich = open_dataset(dataset_path).ich
+    lines = re.findall(r"^\| (`.*?`) \| (.*) \|$", section("The root's attribute `ich`"), re.MULTILINE)
+    said = {name: what for names, what in lines for name in re.findall(r"`(\w+)`", names)}
+    assert said.keys() == ich.keys()
+    assert said["spec"].split(", ") == list(Spec.model_fields)
+    assert ich["spec"].keys() == Spec.model_fields.keys()
+    assert set(said["counts"].split(", ")) == ich["counts"].keys()
+
+
+def test_every_flag_and_repair_that_a_dataset_carries_is_explained(dataset_path: Path) -> None:
+    slices = open_dataset(dataset_path).slices
+    words = {word for name in ("flags", "repairs") for line in slices[name].to_pylist() for word in line}
+    assert words <= set(named(section(f"`{store.SLICES}`")))

@@ -1,0 +1,56 @@
+"""The rules of the house: who may import what, what a cold import loads, and that files speak of the project only."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LINT_IMPORTS = Path(sys.executable).with_name("lint-imports")
+
+# Places of the machine on which somebody happens to work.
+MACHINE_PATHS = re.compile(rb"(?<![\w.])/(?:work|root|home/\w+|Users/\w+|mnt|tmp/\w+)/\w")
+
+
+def loaded_by(module: str) -> set[str]:
+    """Return the top-level names of all modules that a fresh interpreter has after importing ``module``."""
+    script = f"import sys, {module}; print(*{{name.split('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    return set(done.stdout.split())
+
+
+def test_imports_follow_the_contracts() -> None:
+    done = subprocess.run([LINT_IMPORTS], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "spared"),
+    [
+        ("ich_prep", {"numpy", "pandas", "pyarrow", "pydantic", "pydicom", "dask", "zarr", "cv2"}),
+        ("ich_prep.cli", {"numpy", "pandas", "pyarrow", "pydicom", "dask", "distributed", "zarr", "cv2"}),
+        ("ich_prep.store", {"pydicom", "dask", "distributed", "cv2", "zarr", "torch"}),
+        ("ich_prep.build_dataset", {"dask", "distributed", "zarr", "torch", "matplotlib"}),
+        ("ich_train.cli", {"torch", "monai", "matplotlib", "sklearn"}),
+    ],
+)
+def test_a_cold_import_loads_no_more_than_it_needs(module: str, spared: set[str]) -> None:
+    assert not loaded_by(module) & spared
+
+
+def test_no_file_names_a_place_on_somebodys_machine() -> None:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
+    if listed.returncode != 0:
+        pytest.skip("this is no git checkout: the files of the project cannot be told from others")
+    found = {}
+    for name in listed.stdout.decode().split("\0"):
+        path = ROOT / name
+        if name and path.is_file() and b"\0" not in (data := path.read_bytes()):
+            places = MACHINE_PATHS.findall(data)
+            if places:
+                found[name] = places
+    assert not found
