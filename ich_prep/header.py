@@ -30,6 +30,7 @@ EXPLICIT_BE: Final = "1.2.840.10008.1.2.2"
 
 _PIXEL_DATA: Final = 0x7FE00010
 _UNDEFINED: Final = 0xFFFFFFFF
+_BLANKS: Final = " \0\t\n\v\f\r\x1c\x1d\x1e\x1f"
 
 # Tag -> (VR, name here). PS3.6 gives the VRs; US of PixelPaddingValue may also be written SS.
 _TAGS: Final[dict[int, tuple[bytes, str]]] = {
@@ -267,7 +268,7 @@ def _keep(elements: dict[str, str | int], wanted: tuple[bytes, str], vr: bytes, 
         return length in (0, 2)
     if b"\x1b" in value:
         return False  # an escape sequence of ISO 2022: the bytes look like ASCII and stand for another script
-    text = value.decode("ascii").strip(" \0")
+    text = value.decode("ascii").strip(_BLANKS)
     if text:
         elements[name] = text
     return True
@@ -307,8 +308,7 @@ def _read_with_pydicom(descriptor: int, data: bytes) -> _Found:
     except SliceError:
         raise
     except Exception as error:  # pydicom raises whatever its parts raise on damaged bytes
-        detail = f"pydicom: {type(error).__name__}: {error}"
-        raise SliceError(Reason.NOT_DICOM, detail[:200]) from None
+        raise SliceError(Reason.NOT_DICOM, f"pydicom: {type(error).__name__}: {error}"[:200]) from None
     if not syntax:
         raise SliceError(Reason.NOT_DICOM, "expected a TransferSyntaxUID in the file meta information, found none")
     # Explicit or implicit as the data set is, which need not be what its transfer syntax says.
@@ -334,7 +334,7 @@ def _keep_pydicom(elements: dict[str, str | int], vr: bytes, name: str, dataset:
             elements[name] = value & 0xFFFF
         return
     parts = list(value) if isinstance(value, MultiValue) else [value]
-    text = "\\".join(str(getattr(part, "original_string", part)) for part in parts).strip(" \0")
+    text = "\\".join(str(getattr(part, "original_string", part)) for part in parts).strip(_BLANKS)
     if text:
         elements[name] = text
 

@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 an error; 2 a command or recipe that cannot be meant; 130 
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -184,9 +185,10 @@ def _section(recipe: Path | None, section: str, model: type[Section], given: dic
 
 
 def _console() -> Console:
+    """Return standard error; of the processes that torchrun started, only the first one's speaks."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
 
 
 def _print_metrics(console: Console, metrics: dict[str, Any], run: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -127,10 +128,11 @@ class Reporter:
             self.say(f"Overfitting since epoch {since}: training accuracy rises while validation accuracy falls.")
 
 
-def tensorboard(out: Path, first_epoch: int) -> SummaryWriter | None:
-    """Return a writer of events below ``out``, from ``first_epoch`` on, or None where TensorBoard is not installed."""
+def tensorboard(out: Path, first_epoch: int) -> AbstractContextManager[SummaryWriter | None]:
+    """Return a context with a writer of events below ``out`` from ``first_epoch`` on; None without TensorBoard."""
     if importlib.util.find_spec("tensorboard") is None:
-        return None
+        return nullcontext()
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(out / "tensorboard"), purge_step=first_epoch)
+    writer: AbstractContextManager[SummaryWriter] = SummaryWriter(str(out / "tensorboard"), purge_step=first_epoch)
+    return writer

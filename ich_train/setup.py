@@ -104,7 +104,9 @@ class Training:
         self.history = [Epoch(**line) for line in state["history"]]
         self.step = state["step"]
         self.meter = Meter(**state["meter"])
-        self.meter.sums = self.meter.sums.to(self.label_weights.device)
+        # What all ranks had added up is in the hands of the first.
+        mine = self.meter.sums if self.loader.rank == 0 else torch.zeros_like(self.meter.sums)
+        self.meter.sums = mine.to(self.label_weights.device)
 
 
 def prepare(dataset: Dataset, settings: TrainConfig, ranks: Ranks) -> Training:
@@ -164,6 +166,8 @@ def prepare(dataset: Dataset, settings: TrainConfig, ranks: Ranks) -> Training:
     if settings.compile:
         network = torch.compile(network)
     precision = choose_precision(settings.precision, device)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # every batch has the same shape
     return Training(
         dataset=dataset,
         settings=settings,

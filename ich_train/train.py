@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,12 +66,13 @@ def train(
             _go_on(training, out, ranks, reporter)
         elif ranks.first:
             start(out, settings, evaluation)
-        board = tensorboard(out, len(training.history) + 1) if ranks.first else None
+        events = tensorboard(out, len(training.history) + 1) if ranks.first else nullcontext()
 
-        with reporter:
+        with reporter, events as board:
             while len(training.history) < settings.epochs:
                 ended = _train_epoch(training, ranks, stop, reporter)
                 if not ended:
+                    training.meter.sums = ranks.total(training.meter.sums)
                     _save(training, out / LAST, ranks, with_state=True)
                     return Result(out, tuple(training.history), finished=False)
                 line = _close_epoch(training, ranks)
@@ -88,8 +90,6 @@ def train(
                 if line.epoch < settings.epochs and stop.agreed():
                     return Result(out, tuple(training.history), finished=False)
 
-        if board is not None:
-            board.close()
         reporter.summary(training.history)
 
     result = Result(out, tuple(training.history), finished=True)
@@ -142,17 +142,18 @@ def _train_epoch(training: Training, ranks: Ranks, stop: Stop, reporter: Reporte
 
 def _close_epoch(training: Training, ranks: Ranks) -> Epoch:
     """Validate, add the epoch's line to the history and return it; the training then stands at the next one's start."""
-    meter = training.meter
+    meter, epoch = training.meter, len(training.history) + 1
     train_loss, train_accuracy = meter.means(ranks)
-    if not math.isfinite(train_loss):
-        raise TrainError(
-            f"Expected a training loss that is a number; found {train_loss} in epoch {len(training.history) + 1}. "
-            f"Start another run with a lower learning_rate than {training.settings.learning_rate:g}, or in float32."
-        )
     began = time.perf_counter()
     val_loss, val_accuracy = _validate(training, ranks)
+    if not math.isfinite(train_loss + val_loss):
+        raise TrainError(
+            f"Expected losses that are numbers; found {train_loss} in training and {val_loss} in validation in epoch "
+            f"{epoch}. Start another run with a lower learning_rate than {training.settings.learning_rate:g}, or in "
+            "float32."
+        )
     line = Epoch(
-        epoch=len(training.history) + 1,
+        epoch=epoch,
         seconds=meter.seconds + time.perf_counter() - began,
         train_loss=train_loss,
         train_accuracy=train_accuracy,

@@ -43,7 +43,7 @@ def test_help_names_every_command() -> None:
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["build", "--src", "nowhere", "--out", "x.zarr"], 1, "Expected a folder of DICOM files"),
+        (["build", "--src", "nowhere", "--out", "x.zarr", "--workers", "0"], 1, "Expected a folder of DICOM files"),
         (["build", "--src", ".", "--out", ".", "--workers", "0"], 2, "outside of the source tree"),
         (["build", "--src", ".", "--out", "x.zarr", "--codec", "gzip"], 2, "codec: "),
         (["build", "--src", ".", "--out", "x.zarr", "--windows", "brian"], 2, "Did you mean 'brain'?"),
@@ -97,12 +97,15 @@ def test_from_nothing_to_a_verified_dataset(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_ctrl_c_ends_with_one_message_and_the_build_goes_on(workers: int, tmp_path: Path) -> None:
-    src, out = tmp_path / "tree", tmp_path / "data.zarr"
-    assert prep("synth", "--out", src, "--series", 6, "--size", 32, "--workers", 0).returncode == 0
-    words = ["build", "--src", src, "--out", out, "--size", 32, "--slices-per-shard", 1, "--workers", workers]
+def test_ctrl_c_ends_with_one_message_and_the_build_goes_on(workers: int, phantom_tree: Path, tmp_path: Path) -> None:
+    out = tmp_path / "data.zarr"
+    words = ["build", "--src", phantom_tree, "--out", out, "--size", 32, "--slices-per-shard", 2, "--workers"]
     building = subprocess.Popen(
-        [PREP, *map(str, words)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        [PREP, *map(str, words), str(workers)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     while len(list((out / "build" / "shards").glob("*.json"))) < 3:
         assert building.poll() is None
@@ -110,10 +113,10 @@ def test_ctrl_c_ends_with_one_message_and_the_build_goes_on(workers: int, tmp_pa
     os.killpg(building.pid, signal.SIGINT)  # as a terminal does: to everybody
     stdout, stderr = building.communicate(timeout=60)
     assert building.returncode == 130, stderr
-    assert "Stopped. Run the same command again" in stderr
+    assert stderr.endswith("Stopped. Run the same command again: it goes on where it was.\n")
     assert "Traceback" not in stderr
     assert stdout == ""
-    resumed = prep(*words)
+    resumed = prep(*words, 0)
     assert resumed.returncode == 0, resumed.stderr
     assert "Writing slices: going on after" in resumed.stderr
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from distributed import LocalCluster
 
 from ich_prep.errors import BuildError, Reason, SliceError
 from ich_prep.execute import IN_FLIGHT_PER_WORKER, Pool, default_workers, run
@@ -58,6 +59,15 @@ def pool() -> Iterator[Pool]:
     with Pool(workers=2) as workers:
         workers.ready()
         yield workers
+
+
+@pytest.fixture(scope="module")
+def scheduler() -> Iterator[str]:
+    """The address of a cluster that somebody else has started."""
+    with LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=False, protocol="tcp://", dashboard_address="127.0.0.1:0"
+    ) as cluster:
+        yield cluster.scheduler_address
 
 
 def test_no_workers_run_in_this_process_in_order() -> None:
@@ -140,22 +150,19 @@ def test_workers_end_with_the_pool() -> None:
     assert not alive, gone
 
 
-def test_an_existing_scheduler_is_used_and_left_running(pool: Pool) -> None:
-    assert pool._client is not None
-    address = pool._client.scheduler.address
-    with Pool(workers=0, scheduler=address) as guest:
-        assert guest.ready() == 2
-        assert dict(guest.map(square, range(5))) == {number: number * number for number in range(5)}
-    assert dict(pool.map(square, range(5))) == {number: number * number for number in range(5)}
+def test_an_existing_scheduler_is_used_and_left_running(scheduler: str) -> None:
+    for _ in range(2):
+        with Pool(workers=0, scheduler=scheduler) as guest:
+            assert guest.ready() == 2
+            assert dict(guest.map(square, range(5))) == {number: number * number for number in range(5)}
 
 
-def test_two_builds_on_one_scheduler_do_not_take_each_others_results(pool: Pool) -> None:
-    assert pool._client is not None
-    with Pool(workers=0, scheduler=pool._client.scheduler.address) as guest:
-        one, other = pool.map(partial(shift, 100), range(20)), guest.map(partial(shift, 200), range(20))
+def test_two_builds_on_one_scheduler_do_not_take_each_others_results(scheduler: str) -> None:
+    with Pool(workers=0, scheduler=scheduler) as first, Pool(workers=0, scheduler=scheduler) as second:
+        one, other = first.map(partial(shift, 100), range(20)), second.map(partial(shift, 200), range(20))
         pairs = list(zip(one, other, strict=True))
-    assert dict(first for first, _ in pairs) == {number: number + 100 for number in range(20)}
-    assert dict(second for _, second in pairs) == {number: number + 200 for number in range(20)}
+    assert dict(done for done, _ in pairs) == {number: number + 100 for number in range(20)}
+    assert dict(done for _, done in pairs) == {number: number + 200 for number in range(20)}
 
 
 @pytest.mark.parametrize("address", [pytest.param("tcp://127.0.0.1:9", marks=pytest.mark.slow), "nowhere://there"])

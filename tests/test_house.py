@@ -36,6 +36,7 @@ def test_imports_follow_the_contracts() -> None:
         ("ich_prep.store", {"pydicom", "dask", "distributed", "cv2", "zarr", "torch"}),
         ("ich_prep.build_dataset", {"dask", "distributed", "zarr", "torch", "matplotlib"}),
         ("ich_train.cli", {"torch", "monai", "matplotlib", "sklearn"}),
+        ("ich_train.data", {"pydicom", "dask", "distributed", "cv2", "zarr", "monai", "matplotlib", "sklearn"}),
     ],
 )
 def test_a_cold_import_loads_no_more_than_it_needs(module: str, spared: set[str]) -> None:

@@ -96,10 +96,6 @@ NEGATIVE, SUBDURAL = (0, 0, 0, 0, 0, 0), (0, 0, 0, 0, 1, 1)
 SAMPLE = long_csv({"ID_z": [0.5] * 6, "ID_y": [0.5] * 6})
 
 
-def rsna_labels(root: Path, files: dict[str, str], *, allow_contradictions: bool = False) -> object:
-    return rsna.read_labels(tree(root, {SLICE: "", **files}), None, allow_contradictions=allow_contradictions)
-
-
 def test_the_long_csv_is_read_in_its_order_and_doubles_are_counted(tmp_path: Path) -> None:
     text = long_csv({"ID_b": SUBDURAL, "ID_a": NEGATIVE}) + long_csv({"ID_b": SUBDURAL}).split("\n", 1)[1]
     listing = tree(tmp_path, {SLICE: "", "stage_2_train.csv": text})
@@ -155,8 +151,9 @@ def test_a_uid_may_hold_underscores_and_class_names(tmp_path: Path) -> None:
     ],
 )
 def test_label_files_that_do_not_fit_rsna_are_refused(files: dict[str, str], message: str, tmp_path: Path) -> None:
+    listing = tree(tmp_path, {SLICE: "", **files})
     with pytest.raises(SourceError, match=message):
-        rsna_labels(tmp_path, files)
+        rsna.read_labels(listing, None, allow_contradictions=False)
 
 
 def test_a_label_file_that_is_given_is_the_one_that_is_read(tmp_path: Path) -> None:
@@ -279,7 +276,7 @@ def reads_csv(subjects: dict[str, dict[str, Sequence[object]]]) -> str:
     """Return reads.csv; a finding maps to the votes of the three readers, 0 where it is not named."""
     shorts = list(cq500.COLUMNS.values())
     header = ["name", "Category", *[f"{reader}:{short}" for reader in READERS for short in shorts]]
-    lines = [
+    lines: list[list[object]] = [
         [name, "B1", *[votes.get(short, (0, 0, 0))[reader] for reader in range(3) for short in shorts]]
         for name, votes in subjects.items()
     ]

@@ -95,7 +95,7 @@ def labelled(key: Key, values: dict[str, tuple[int, ...]], listed: Sequence[str]
 
 
 def names(plan: Plan) -> list[str]:
-    return plan.slices["sop_instance_uid"].to_pylist()
+    return list(plan.slices["sop_instance_uid"].to_pylist())
 
 
 def flags(plan: Plan) -> dict[str, list[str]]:

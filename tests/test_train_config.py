@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from ich_prep.errors import UsageError
+from ich_prep.options import BuildOptions
 from ich_prep.recipe import load_section
 from ich_train.config import EvalConfig, TrainConfig, recipe_text
 
@@ -76,13 +79,25 @@ def test_an_unknown_key_names_the_nearest(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("recipe", sorted(PIPELINES.glob("*.toml")), ids=lambda path: path.stem)
 def test_the_recipes_that_come_along_are_valid(recipe: Path) -> None:
+    load_section(recipe, "build", BuildOptions)
     load_section(recipe, "train", TrainConfig)
     load_section(recipe, "eval", EvalConfig)
 
 
-def test_the_documented_recipes_are_there() -> None:
-    found = {path.stem for path in PIPELINES.glob("*.toml")}
-    assert found >= {"lecture_baseline", "rsna_resnet50", "rsna_densenet121", "smoke"}
+def test_the_readme_tells_every_recipe_key_and_default() -> None:
     readme = (PIPELINES / "README.md").read_text(encoding="utf-8")
-    for name in (*found, *TrainConfig.model_fields, *EvalConfig.model_fields):
-        assert f"`{name}" in readme, f"pipelines/README.md does not speak of {name}"
+    recipes = {path.stem for path in PIPELINES.glob("*.toml")}
+    assert recipes >= {"lecture_baseline", "rsna_resnet50", "rsna_densenet121", "smoke"}
+    assert all(f"| `{name}` |" in readme for name in recipes)
+    told = tomllib.loads(readme.split("```toml")[1].split("```")[0])
+    assert told == {
+        "train": TrainConfig().model_dump(mode="json", exclude_none=True),
+        "eval": EvalConfig().model_dump(mode="json", exclude_none=True),
+    }
+    build_keys = re.findall(r"`([a-z_]+)`", readme.split("The keys of `[build]`")[1])
+    assert set(build_keys) == set(BuildOptions.model_fields)
+
+
+def test_two_knobs_have_no_default() -> None:
+    optional = [name for model in (TrainConfig, EvalConfig) for name, value in model() if value is None]
+    assert optional == ["weights", "limit"]

@@ -186,20 +186,43 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(dataset: Dataset,
     assert lessons(resumed.history) == lessons(whole.history)
 
 
+def torchrun(*options: object, port: int) -> subprocess.Popen[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    return subprocess.Popen([*launcher, *command(*options)], stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
+
+
 def test_two_processes_learn_what_one_learns_from_both_shares(path: Path, tmp_path: Path) -> None:
     one, _ = quiet_train(open_dataset(path), tmp_path / "one", settings(batch_size=16, data=path, **STILL))
     recipe = recipe_of(tmp_path, batch_size=8, data=path, **STILL)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
-    subprocess.run(
-        [*torchrun, *command("--recipe", recipe, "--out", tmp_path / "two")],
-        check=True,
-        env=ONE_THREAD,
-        capture_output=True,
-        timeout=240,
-    )
+    with torchrun("--recipe", recipe, "--out", tmp_path / "two", port=29517) as process:
+        _, told = process.communicate(timeout=240)
+    assert process.returncode == 0, told
+    assert told.count("epoch 2/2") == 1
     assert (tmp_path / "two" / "metrics.json").is_file()
     for alone, together in zip(lessons(one.history), lessons(read_history(tmp_path / "two")), strict=True):
         assert together == pytest.approx(alone, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_go_on(path: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, epochs=4, batch_size=4, data=path)
+    with torchrun("--recipe", recipe, "--out", tmp_path / "whole", port=29518) as process:
+        process.communicate(timeout=240)
+    with torchrun("--recipe", recipe, "--out", tmp_path / "stopped", port=29519) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("epoch 1/4"):
+                process.send_signal(signal.SIGINT)
+                break
+        assert "ich-train run --resume" in process.stderr.read()
+    assert 1 <= len(read_history(tmp_path / "stopped")) < 4
+    with torchrun("--resume", "--out", tmp_path / "stopped", port=29520) as process:
+        _, told = process.communicate(timeout=240)
+    assert process.returncode == 0, told
+    for whole, resumed in zip(
+        lessons(read_history(tmp_path / "whole")), lessons(read_history(tmp_path / "stopped")), strict=True
+    ):
+        assert resumed == pytest.approx(whole, rel=1e-9)
 
 
 def test_hu_windowed_on_the_device_teach_what_windows_teach(tree: Path, dataset: Dataset, tmp_path: Path) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
 
+from ich_prep.store import Spec
+
+SMALL = Spec(size=64, slices_per_shard=16)
 PREP = str(Path(sys.executable).with_name("ich-prep"))
 
 
@@ -30,3 +34,17 @@ def published(dataset: Path) -> Mapping[str, str]:
         for path in sorted(dataset.rglob("*"))
         if path.is_file() and path.relative_to(dataset).parts[0] != "build"
     }
+
+
+def wait_for(happened: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    """Return as soon as something happened in a running build."""
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert process.poll() is None, "the build ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def train_file(tree: Path) -> Path:
+    """Return the first training slice of a tree in the layout of RSNA."""
+    return sorted((tree / "stage_2_train").glob("*.dcm"))[0]

@@ -11,7 +11,9 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from commands import published
 
@@ -38,7 +40,7 @@ def killed_at(moment: int, src: Path, out: Path) -> Callable[[], object]:
     """Return a build that is killed at its ``moment``-th fsync."""
     left, real = moment, os.fsync
 
-    def fsync(descriptor: int) -> None:
+    def fsync(descriptor: Any) -> None:
         nonlocal left
         left -= 1
         if not left:
@@ -64,9 +66,9 @@ def main(src: Path, reference: Path, work: Path, step: int) -> None:
         if status == 0:
             break
         assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, f"moment {moment}: status {status}"
-        whole = in_child(lambda out=out: open_dataset(out)) == 0
+        whole = in_child(partial(open_dataset, out)) == 0
         assert not whole or published(out) == expected, f"moment {moment}: visible before it was whole"
-        assert in_child(lambda out=out: build(src, out, SPEC, workers=0)) == 0, f"moment {moment}: not resumed"
+        assert in_child(partial(build, src, out, SPEC, workers=0)) == 0, f"moment {moment}: not resumed"
         found = published(out)
         different = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
         assert not different, f"moment {moment}: {different}"

@@ -1,0 +1,24 @@
+"""Trees that the integration tests build from."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ich_prep.phantom import synthesize
+
+
+@pytest.fixture
+def tree(phantom_tree: Path, tmp_path: Path) -> Path:
+    """A copy of the phantom that a test may change."""
+    return Path(shutil.copytree(phantom_tree, tmp_path / "tree"))
+
+
+@pytest.fixture(scope="session")
+def damaged_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two series with every known defect."""
+    out = tmp_path_factory.mktemp("damaged") / "rsna"
+    synthesize(out, series=2, size=64, defects=True)
+    return out

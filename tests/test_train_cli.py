@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ich_prep.build_dataset import build
+from ich_prep.phantom import synthesize
+from ich_prep.store import Spec
+from ich_train.cli import main
+from ich_train.config import MODELS, TrainConfig
+from ich_train.runs import read_history, settings_of
+
+Call = Callable[..., int]
+
+
+@pytest.fixture
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
+    """A function: what stands after ``ich-train`` -> its exit code; in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["ich-train", *map(str, words)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        return int(exit_.value.code or 0)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("twelve")
+    synthesize(folder / "rsna", series=12, size=32, workers=0)
+    build(folder / "rsna", folder / "data.zarr", Spec(size=32, slices_per_shard=16, folds=3), workers=0)
+    return folder / "data.zarr"
+
+
+def test_run_eval_and_predict_in_the_folder_of_a_build(
+    call: Call, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data.zarr").symlink_to(path)
+    (tmp_path / "quick.toml").write_text("[train]\nepochs = 7\nseed = 5\n[eval]\nbootstrap = 20\n", encoding="utf-8")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert call("run", "--recipe", "quick.toml", "--epochs", 2, "--batch-size", 8, "--device", "cpu") == 0
+    run = tmp_path / "runs" / "quick"
+    settings, evaluation = settings_of(run)
+    assert (settings.epochs, settings.seed, settings.batch_size, evaluation.bootstrap) == (2, 5, 8, 20)
+    assert len(read_history(run)) == 2
+    told = capsys.readouterr().err
+    assert "epoch 2/2" in told
+    assert "ROC AUC" in told
+    assert "Report: runs/quick/report.html" in told
+    before = (run / "metrics.json").read_text(encoding="utf-8")
+
+    assert call("run", "--recipe", "quick.toml", "--epochs", 2, "--batch-size", 8, "--device", "cpu", "--resume") == 0
+    assert not (tmp_path / "runs" / "quick-2").exists()
+    assert (run / "metrics.json").read_text(encoding="utf-8") == before
+    capsys.readouterr()
+
+    assert call("eval", "runs/quick", "--subset", "val", "--limit", 30) == 0
+    assert "30 slices of val" in capsys.readouterr().err
+    assert (run / "metrics.json").read_text(encoding="utf-8") != before
+
+    assert call("predict", "runs/quick", "--out", "submission.csv") == 0
+    lines = (tmp_path / "submission.csv").read_text(encoding="utf-8").splitlines()
+    listed = (path.parent / "rsna" / "stage_2_sample_submission.csv").read_text(encoding="utf-8").splitlines()
+    assert [line.split(",")[0] for line in lines] == [line.split(",")[0] for line in listed]
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["run"], 1, "ich-prep build"),
+        (["run", "--recipe", "none.toml"], 2, "there is no such file"),
+        (["run", "--recipe", "wrong.toml"], 2, "Did you mean 'epochs'?"),
+        (["run", "--resume"], 2, "Name its folder with --out"),
+        (["run", "--resume", "--out", "nothing"], 2, "recipe.toml"),
+        (["run", "--epochs", "0"], 2, "--epochs"),
+        (["run", "--model", "resnet19"], 1, "ich-prep build"),
+        (["eval", "nothing"], 2, "Expected the folder of a run"),
+        (["predict", "nothing", "--out", "x.csv"], 2, "Expected the folder of a run"),
+        (["predict", "nothing"], 2, "--out"),
+    ],
+)
+def test_errors_are_one_message_and_an_exit_code(
+    call: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], code: int, message: str
+) -> None:
+    (tmp_path / "wrong.toml").write_text("[train]\nepoch = 3\n", encoding="utf-8")
+    assert call(*words) == code
+    told = capsys.readouterr().err
+    assert message in told
+    assert "Traceback" not in told
+    assert {path.name for path in tmp_path.iterdir()} == {"wrong.toml"}
+
+
+def test_help_comes_at_once_and_says_the_defaults() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    told = subprocess.run([sys.executable, "-m", "ich_train", "--help"], check=True, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+    for command in ("run", "eval", "predict"):
+        assert command in told.stdout
+    program = "import sys, ich_train.cli; assert not {'torch', 'pyarrow', 'numpy', 'monai'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_help_of_run_names_the_models_and_defaults(call: Call, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("run", "--help") == 0
+    told = " ".join(capsys.readouterr().out.split())
+    for word in (*MODELS, "timm:NAME", f"Default: {TrainConfig().epochs}."):
+        assert word in told
