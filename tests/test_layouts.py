@@ -280,7 +280,7 @@ def reads_csv(subjects: dict[str, dict[str, Sequence[object]]]) -> str:
         [name, "B1", *[votes.get(short, (0, 0, 0))[reader] for reader in range(3) for short in shorts]]
         for name, votes in subjects.items()
     ]
-    return "\n".join(",".join(map(str, line)) for line in [header, *lines]) + "\n"
+    return "\n".join(",".join(str(value) for value in line) for line in [header, *lines]) + "\n"
 
 
 def test_two_of_three_readers_make_a_label(tmp_path: Path) -> None:

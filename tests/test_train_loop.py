@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 from rich.console import Console
 
 from ich_prep.build_dataset import build
 from ich_prep.errors import TrainError, UsageError
+from ich_prep.labels import CLASSES
 from ich_prep.phantom import synthesize
-from ich_prep.store import Dataset, Spec, open_dataset
+from ich_prep.store import SLICES, Dataset, Spec, open_dataset, write_table
 from ich_train.checkpoint import load_model
 from ich_train.config import EvalConfig, TrainConfig
 from ich_train.runs import Epoch, read_history
@@ -245,6 +249,8 @@ def test_mixed_precision_learns(dataset: Dataset, tmp_path: Path, precision: str
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler, about torch itself
 def test_a_compiled_network_learns_the_same(dataset: Dataset, tmp_path: Path) -> None:
     plain, _ = quiet_train(dataset, tmp_path / "plain", settings(**STILL))
     compiled, _ = quiet_train(dataset, tmp_path / "compiled", settings(compile=True, **STILL))
@@ -299,3 +305,47 @@ def test_every_step_has_a_seed_of_its_own() -> None:
     ]
     seeds = {step_seed(seed, epoch=epoch, step=step, rank=rank) for seed, epoch, step, rank in places}
     assert len(seeds) == len(places)
+
+
+@pytest.fixture(scope="module")
+def sixty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sixty")
+    synthesize(folder / "rsna", series=60, size=128, workers=0)
+    build(folder / "rsna", folder / "data.zarr", Spec(size=128), workers=0)
+    return folder / "data.zarr"
+
+
+def held_out_aucs(path: Path, out: Path, seed: int) -> dict[str, float]:
+    """The area under the ROC curve of each label on held-out patients, after a run with nothing but defaults."""
+    result = train(
+        open_dataset(path), out, TrainConfig(seed=seed), EvalConfig(bootstrap=0), console=Console(stderr=True)
+    )
+    assert result.metrics is not None
+    return {name: entry["roc_auc"] for name, entry in result.metrics["by_slice"]["labels"].items()}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_baseline_learns_the_phantom_in_ten_epochs(sixty: Path, tmp_path: Path, seed: int) -> None:
+    aucs = held_out_aucs(sixty, tmp_path / "run", seed)
+    assert aucs["any"] >= 0.90
+    assert min(aucs.values()) >= 0.75, aucs
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_from_shuffled_labels_there_is_nothing_to_learn(sixty: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "data.zarr"
+    shutil.copytree(sixty, copy)
+    slices = open_dataset(sixty).slices
+    train_rows = np.flatnonzero(pc.equal(slices["subset"], "train").to_numpy())
+    source = np.arange(len(slices))
+    source[train_rows] = np.random.default_rng(0).permutation(train_rows)
+    for name in CLASSES:
+        slices = slices.set_column(slices.schema.get_field_index(name), name, slices[name].take(pa.array(source)))
+    write_table(copy / SLICES, slices)
+    aucs = held_out_aucs(copy, tmp_path / "run", seed=0)
+    assert 0.4 <= aucs["any"] <= 0.6
+    # A subtype has a dozen positives here: only their mean is that certain.
+    assert 0.4 <= np.mean(list(aucs.values())) <= 0.6

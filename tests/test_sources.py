@@ -1,0 +1,59 @@
+"""What is listed, in which order, and what is refused."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from ich_prep.errors import SourceError
+from ich_prep.sources import list_files
+
+
+def paths(root: Path) -> list[bytes]:
+    found: list[bytes] = list_files(root).files["path"].to_pylist()
+    return found
+
+
+def test_files_are_listed_in_the_order_of_their_bytes(tmp_path: Path) -> None:
+    for name in ("b/2", "a", "b/10", "B/1", "b-"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"12")
+    listing = list_files(tmp_path)
+    assert listing.files["path"].to_pylist() == [b"B/1", b"a", b"b-", b"b/10", b"b/2"]
+    assert listing.files["size"].to_pylist() == [2] * 5
+
+
+def test_tables_are_not_among_the_files(tmp_path: Path) -> None:
+    (tmp_path / "slice").write_bytes(b"1")
+    (tmp_path / "Labels.CSV").write_text("ID,Label\n")
+    listing = list_files(tmp_path)
+    assert listing.files["path"].to_pylist() == [b"slice"]
+    assert listing.tables == (Path("Labels.CSV"),)
+
+
+def test_names_may_hold_any_byte(tmp_path: Path) -> None:
+    names = [b"a\nb.dcm", b"\xff\xfe", "ü".encode()]
+    for name in names:
+        with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
+            file.write(b"1")
+    assert paths(tmp_path) == sorted(names)
+
+
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "1").write_bytes(b"1")
+    (tmp_path / "src" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "src")
+    (tmp_path / "src" / "broken").symlink_to(tmp_path / "nowhere")
+    assert paths(tmp_path / "src") == [b"broken", b"link/1"]
+
+
+@pytest.mark.parametrize("name", ["nothing", "a_file", "empty"])
+def test_what_holds_no_files_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "a_file").write_bytes(b"1")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceError, match=name):
+        list_files(tmp_path / name)
