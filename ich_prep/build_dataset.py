@@ -131,10 +131,11 @@ def _refuse_foreign(target: Path, source: Path) -> None:
             f"Expected --out outside of the source tree {source}, whose files it would join; found {target}. Give "
             "another folder."
         )
-    folder = target / store.BUILD
-    if not target.exists() or (folder / store.STATE).exists() or (folder / store.LOCK).exists():
+    if not target.exists() or (target.is_dir() and all(path.is_dir() for path in target.rglob("*"))):
         return
-    if target.is_dir() and all(path.is_dir() for path in target.rglob("*")):
+    begun = any((target / store.BUILD / name).exists() for name in (store.STATE, store.LOCK))
+    names = (store.ROOT, store.BUILD, store.IMAGES, store.LABELS)
+    if begun and all(path.name in names or path.name.startswith(".") for path in target.iterdir()):
         return
     if (target / store.ROOT).exists():
         store.open_dataset(target)  # raises for a store that is not ours

@@ -149,18 +149,24 @@ class Pool:
             self._close.callback(self._client.close)
             return
         environment = {**MALLOC_ENVIRONMENT, **ONE_THREAD}
-        with dask.config.set({"distributed.nanny.pre-spawn-environ": environment}):
-            cluster = self._close.enter_context(
-                LocalCluster(
-                    n_workers=self.workers,
-                    threads_per_worker=1,
-                    processes=True,
-                    host="127.0.0.1",
-                    dashboard_address="127.0.0.1:0",  # any free port: a second build on this machine finds one too
-                    silence_logs=logging.CRITICAL,
-                    preload=[__name__],
+        try:
+            with dask.config.set({"distributed.nanny.pre-spawn-environ": environment}):
+                cluster = self._close.enter_context(
+                    LocalCluster(
+                        n_workers=self.workers,
+                        threads_per_worker=1,
+                        processes=True,
+                        host="127.0.0.1",
+                        dashboard_address="127.0.0.1:0",  # any free port: a second build on this machine finds one too
+                        silence_logs=logging.CRITICAL,
+                        preload=[__name__],
+                    )
                 )
-            )
+        except RuntimeError as error:
+            raise BuildError(
+                f"Expected {self.workers} worker processes to start; they did not ({error}). In a script of your own, "
+                "call this below `if __name__ == '__main__':`, since each worker imports the script; or use workers=0."
+            ) from error
         self._client = Client(cluster, set_as_default=False)
         self._close.callback(self._client.close)
         self._client.run(_load, self.modules)

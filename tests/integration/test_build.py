@@ -223,13 +223,17 @@ def test_two_builds_of_one_dataset_at_a_time_are_refused(
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_folder_that_is_not_ours_is_not_touched(overwrite: bool, phantom_tree: Path, tmp_path: Path) -> None:
-    out = tmp_path / "photos"
+@pytest.mark.parametrize("names", [["summer.jpg"], ["build/summer.jpg"], ["build/lock", "build/state.json", "main.c"]])
+def test_a_folder_that_is_not_ours_is_not_touched(
+    names: list[str], overwrite: bool, phantom_tree: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "project"
     (out / "build").mkdir(parents=True)
-    (out / "build" / "summer.jpg").write_bytes(b"photo")
+    for name in names:
+        (out / name).write_text("mine")
     with pytest.raises(UsageError, match="Nothing in it was touched"):
         build(phantom_tree, out, SMALL, workers=0, overwrite=overwrite)
-    assert [path.name for path in out.rglob("*")] == ["build", "summer.jpg"]
+    assert {str(path.relative_to(out)) for path in out.rglob("*")} == {"build", *names}
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
