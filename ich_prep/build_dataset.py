@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ich_prep import ledger, store
@@ -28,8 +27,9 @@ from ich_prep.errors import BuildError, Reason, SourceError, UsageError
 from ich_prep.execute import Pool, default_workers
 from ich_prep.labels import Labels, complete_any
 from ich_prep.layouts import LAYOUTS, recognise
-from ich_prep.plan import PIXEL_COLUMNS, Plan, make_plan
+from ich_prep.plan import Plan, make_plan
 from ich_prep.progress import Progress, Silence
+from ich_prep.publish import gather, publish
 from ich_prep.scan import FILES_PER_BATCH, scan_batch
 from ich_prep.shard import write_shard
 from ich_prep.sources import Listing, list_files
@@ -106,8 +106,7 @@ def build(
                 with _timed(seconds, "scan"):
                     scanned = _scan(pool, target, source, listing, progress)
                 with _timed(seconds, "plan"):
-                    slices = scanned.filter(pc.is_null(scanned["reason"]))
-                    plan = make_plan(scanned, placement=found.place(slices), labels=known, spec=spec)
+                    plan = make_plan(scanned, placement=found.place(scanned), labels=known, spec=spec)
                     _check_labels(plan, known, folder, allow, progress)
                     _check_damage(plan.quarantine["reason"], len(listing.files), allow, folder)
                     state = _write_plan(folder, state, plan)
@@ -116,7 +115,9 @@ def build(
             with _timed(seconds, "shards"):
                 _write_shards(pool, target, source, state.plan, progress)
             with _timed(seconds, "publish"):
-                counts = _publish(target, state, len(listing.files), allow)
+                tables = gather(target, state)
+                _check_damage(tables.quarantine["reason"], len(listing.files), allow, folder / store.DONE)
+                counts = publish(target, spec=state.spec, tables=tables, found=len(listing.files))
             log("published", **counts)
     return Outcome(counts=counts, already_finished=False, seconds=seconds)
 
@@ -362,86 +363,3 @@ def _write_shards(pool: Pool, target: Path, source: Path, digest: str, progress:
     for _, (ok, set_aside) in pool.map(task, [number for number in range(len(sizes)) if number not in done]):
         progress.advance(ok + set_aside, set_aside)
     progress.end()
-
-
-# --- publishing ------------------------------------------------------------------------------------------------------
-
-
-def _publish(target: Path, state: State, found: int, allow: Allowances) -> dict[str, Any]:
-    """Gather the ledger into the tables and make the dataset visible; return its counts."""
-    folder = target / store.BUILD
-    plan = pq.read_table(folder / store.PLAN)
-    per_shard = state.spec.slices_per_shard
-    entries = [ledger.read(folder / store.DONE, number) for number in range(-(-len(plan) // per_shard))]
-    lines = [line for entry in entries for line in entry["rows"]]
-    status = pa.array([line["status"] for line in lines], pa.string())
-    lost = pc.not_equal(status, store.OK)
-
-    quarantine = pq.read_table(folder / store.PLANNED_QUARANTINE)
-    failed = plan.filter(lost)
-    columns = [
-        failed["path"],
-        pa.array(["shard"] * len(failed), pa.string()),
-        failed["row"],
-        status.filter(lost),
-        pa.array([line["detail"] for line in lines if line["status"] != store.OK], pa.string()),
-    ]
-    quarantine = pa.concat_tables([quarantine, pa.table(columns, schema=store.QUARANTINE_SCHEMA)])
-    _check_damage(quarantine["reason"], found, allow, folder / store.DONE)
-
-    slices = _with_results(plan.drop_columns(list(PIXEL_COLUMNS)), lines, status)
-    ok = pc.equal(status, store.OK).to_numpy(zero_copy_only=False).astype(np.int64)
-    series = pq.read_table(folder / store.PLANNED_SERIES)
-    n_ok = np.add.reduceat(ok, series["first_row"].to_numpy())
-    place = series.schema.get_field_index("n_ok")
-    series = series.set_column(place, series.schema.field(place), pa.array(n_ok, pa.int32()))
-    starts = np.arange(0, len(plan), per_shard)
-    shards = pa.table(
-        [
-            pa.array(np.arange(len(starts))),
-            pa.array(starts),
-            pa.array(np.diff(np.r_[starts, len(plan)]), pa.int32()),
-            pa.array(np.add.reduceat(ok, starts), pa.int32()),
-            pa.array([entry["bytes"] for entry in entries], pa.int64()),
-            pa.array([entry["fingerprint"] for entry in entries], pa.string()),
-        ],
-        schema=store.SHARD_SCHEMA,
-    )
-    (target / store.LABELS).mkdir(exist_ok=True)
-    for name in (*store.PUBLISHED, store.ROOT):
-        ledger.clear_leftovers(target / name)
-    for name, table in (
-        (store.SLICES, slices),
-        (store.SERIES, series),
-        (store.SHARDS, shards),
-        (store.QUARANTINE, quarantine),
-    ):
-        store.write_table(target / name, table)
-    for number in range(len(entries)):
-        ledger.sync_folder(store.shard_path(target, number).parents[2])
-    ledger.sync_folder(target / store.IMAGES / "c")
-    counts = {
-        "found": found,
-        "planned": len(plan),
-        "ok": int(ok.sum()),
-        "quarantined": len(quarantine),
-        "series": len(series),
-        "patients": len(pc.unique(slices["patient_id"])),
-        "shards": len(shards),
-        "bytes": sum(entry["bytes"] for entry in entries),
-    }
-    store.publish(target, spec=state.spec, slices=len(plan), counts=counts)
-    return counts
-
-
-def _with_results(slices: pa.Table, lines: list[dict[str, Any]], status: pa.Array) -> pa.Table:
-    """Return the slice table with what the shards found: status, flags, extremes, hash."""
-    flags = [
-        sorted({*planned, *line.get("flags", ())})
-        for planned, line in zip(slices["flags"].to_pylist(), lines, strict=True)
-    ]
-    results = {"status": status, "flags": pa.array(flags, pa.list_(pa.string()))}
-    for name in ("hu_min", "hu_max", "hu_mean", "content_hash"):
-        results[name] = pa.array([line.get(name) for line in lines], store.SLICE_SCHEMA.field(name).type)
-    columns = [results.get(field.name, slices[field.name]) for field in store.SLICE_SCHEMA]
-    return pa.table(columns, schema=store.SLICE_SCHEMA)

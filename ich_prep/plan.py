@@ -53,11 +53,11 @@ class Plan:
 def make_plan(scanned: pa.Table, *, placement: Placement, labels: Labels, spec: Spec) -> Plan:
     """Return the plan of the files in ``scanned`` (``scan.SCHEMA``, sorted by path).
 
-    ``placement`` says what the layout knows of those lines of ``scanned`` that have no reason.
+    ``placement`` says what the layout knows of each line of ``scanned``.
     """
+    placed = _with_placement(scanned, placement)
     is_slice = pc.is_null(scanned["reason"])
-    set_aside = scanned.filter(pc.invert(is_slice))
-    slices = _with_placement(scanned.filter(is_slice), placement)
+    set_aside, slices = placed.filter(pc.invert(is_slice)), placed.filter(is_slice)
 
     left_out = pc.is_valid(slices["left_out"])
     excluded, slices = slices.filter(left_out), slices.filter(pc.invert(left_out))

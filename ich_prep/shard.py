@@ -70,7 +70,8 @@ def write_shard(out: str, src: str, digest: str, number: int) -> tuple[int, int]
         size, fingerprint = writer.finish()
         os.fsync(file.fileno())
     partial.rename(path)
-    ledger.sync_folder(path.parent)
+    for folder in path.parents[:3]:
+        ledger.sync_folder(folder)
     ok = sum(line["status"] == store.OK for line in lines)
     entry = {"plan": digest, "bytes": size, "fingerprint": fingerprint, "rows": lines}
     ledger.record(root / store.BUILD / store.DONE, number, entry)

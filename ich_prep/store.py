@@ -16,10 +16,8 @@ docs/format.md is checked against this module. What a dataset is to a reader:
 
 from __future__ import annotations
 
-import hashlib
 import json
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,10 +29,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ich_prep.errors import CorruptionError, DatasetError
 from ich_prep.labels import CLASSES
-from ich_prep.ledger import sync_folder, write_whole
+from ich_prep.ledger import write_whole
 from ich_prep.reader import ShardReader
-from ich_prep.sharding import BLOSC_LEVEL
-from ich_prep.windows import AIR_HU, PRESETS, Window, parse_windows
+from ich_prep.windows import PRESETS, Window, parse_windows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -202,96 +199,7 @@ def write_table(path: Path, table: pa.Table) -> None:
     write_whole(path, sink.getvalue().to_pybytes())
 
 
-def publish(out: Path, *, spec: Spec, slices: int, counts: dict[str, Any]) -> None:
-    """Make a dataset whose shards and tables are on disk visible: write every ``zarr.json``, the root's last."""
-    documents = _metadata(spec, slices)
-    for folder in (BUILD, IMAGES, LABELS):
-        write_whole(out / folder / ROOT, documents[f"{folder}/{ROOT}"])
-        sync_folder(out / folder)
-    ich: dict[str, Any] = {
-        "format": FORMAT,
-        "spec": spec.model_dump(mode="json"),
-        "counts": counts,
-        "created_by": f"ich-prep {version('ich')}",
-        "versions": {name: version(name) for name in _VERSIONED},
-        "files": {name: _sha256((out / name).read_bytes()) for name in PUBLISHED},
-    }
-    ich["digest"] = digest_of(ich)
-    write_whole(out / ROOT, root_document(out, ich))
-    sync_folder(out)
-
-
 PUBLISHED = (f"{IMAGES}/{ROOT}", f"{LABELS}/{ROOT}", QUARANTINE, SERIES, SHARDS, SLICES)
-# Their releases can change the bytes of a dataset.
-_VERSIONED = ("numcodecs", "numpy", "opencv-python-headless", "pyarrow", "pydicom", "pylibjpeg-openjpeg", "zarr")
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def digest_of(ich: dict[str, Any]) -> str:
-    """Return the SHA-256 of all that the root says, which names the digest of every table, and so every shard."""
-    rest = {key: value for key, value in ich.items() if key != "digest"}
-    return _sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
-
-
-def root_document(out: Path, ich: dict[str, Any]) -> bytes:
-    """Return the bytes of the root's ``zarr.json``: a group with the attribute ``ich``.
-
-    It repeats the metadata of the images and the labels, as zarr-python's consolidated metadata does: xarray looks for
-    that first, and warns where it is not there.
-    """
-    document = {
-        "attributes": {"ich": ich},
-        "consolidated_metadata": {
-            "kind": "inline",
-            "metadata": {name: json.loads((out / name / ROOT).read_bytes()) for name in (IMAGES, LABELS)},
-            "must_understand": False,
-        },
-        "node_type": "group",
-        "zarr_format": 3,
-    }
-    return json.dumps(document, indent=2, sort_keys=True).encode()
-
-
-def _metadata(spec: Spec, slices: int) -> dict[str, bytes]:
-    """Return the ``zarr.json`` of the root and of each folder below it, as zarr-python writes them."""
-    import zarr
-    from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
-    from zarr.storage import MemoryStore
-
-    written: dict[str, Any] = {}
-    memory = MemoryStore(written)
-    root = zarr.create_group(memory, zarr_format=3)
-    for name in (BUILD, LABELS):
-        root.create_group(name)
-    compressors: list[Any] = [Crc32cCodec()]
-    if spec.codec != "none":
-        blosc = BloscCodec(
-            cname=spec.codec, clevel=BLOSC_LEVEL, shuffle="shuffle", blocksize=0, typesize=spec.dtype.itemsize
-        )
-        compressors.insert(0, blosc)
-    chunk = (1, spec.channels, spec.size, spec.size)
-    root.create_array(
-        IMAGES,
-        shape=(slices, *chunk[1:]),
-        dtype=spec.dtype,
-        chunks=chunk,
-        shards=(spec.slices_per_shard, *chunk[1:]),
-        filters=None,
-        serializer=BytesCodec(endian="little" if spec.dtype.itemsize > 1 else None),
-        compressors=compressors,
-        fill_value=0 if spec.store == "windows" else AIR_HU,
-        dimension_names=("slice", "channel", "y", "x"),
-        attributes={"channels": [window.name for window in spec.windows]}
-        if spec.store == "windows"
-        else {"channels": ["hu"], "units": "HU"},
-    )
-    return {
-        name: json.dumps(json.loads(value.to_bytes()), indent=2, sort_keys=True).encode()
-        for name, value in written.items()
-    }
 
 
 def open_dataset(path: str | Path) -> Dataset:

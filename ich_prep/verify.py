@@ -24,6 +24,7 @@ from ich_prep.decode import decode_with_pydicom
 from ich_prep.errors import CorruptionError, IchError, SliceError, UsageError
 from ich_prep.labels import CLASSES, SUBTYPES
 from ich_prep.layouts.rsna import SIGN_12BIT
+from ich_prep.publish import digest_of, root_document
 from ich_prep.resize import resize_hu
 from ich_prep.windows import AIR_HU, HIGHEST_HU, window_codes
 
@@ -91,7 +92,7 @@ def verify(
 
 def _check_digest(dataset: Dataset) -> Iterator[Problem]:
     """Yield whether what the root says of the dataset was changed."""
-    if store.digest_of(dataset.ich) != dataset.digest:
+    if digest_of(dataset.ich) != dataset.digest:
         yield Problem(
             str(dataset.path / store.ROOT), "its digest is not that of what it says: a part of it was changed"
         )
@@ -100,7 +101,7 @@ def _check_digest(dataset: Dataset) -> Iterator[Problem]:
 def _check_root(dataset: Dataset) -> Iterator[Problem]:
     """Yield whether the root's other bytes were changed: they are a function of what it and its members say."""
     path = dataset.path / store.ROOT
-    if store.root_document(dataset.path, dataset.ich) != path.read_bytes():
+    if root_document(dataset.path, dataset.ich) != path.read_bytes():
         yield Problem(str(path), "its bytes are not the ones that were written")
 
 

@@ -180,7 +180,9 @@ def prepare(dataset: Dataset, settings: TrainConfig, ranks: Ranks) -> Training:
         model=model,
         network=network,
         label_weights=label_weights(settings.loss).to(device),
-        optimizer=torch.optim.AdamW(parameter_groups(model, settings.weight_decay), lr=settings.learning_rate, fused=True),
+        optimizer=torch.optim.AdamW(
+            parameter_groups(model, settings.weight_decay), lr=settings.learning_rate, fused=True
+        ),
         precision=precision,
         # Gradients in float16 vanish unless the loss is scaled up; bfloat16 has the range of float32.
         scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),

@@ -67,10 +67,9 @@ def aside(path: str, reason: Reason, **values: Any) -> File:
 def planned(files: Sequence[File], *, labels: Labels | None = None, spec: Spec | None = None) -> Plan:
     """Return the plan of files in the order of their paths, as a listing gives them."""
     lines = sorted(files, key=lambda line: line["path"])
-    kept = [line for line in lines if "reason" not in line]
 
     def column(name: str, kind: pa.DataType) -> pa.Array:
-        return pa.array([line[name] for line in kept], kind)
+        return pa.array([line.get(name) for line in lines], kind)
 
     text = pa.string()
     placement = Placement(

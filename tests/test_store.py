@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from ich_prep import store
 from ich_prep.build_dataset import build
 from ich_prep.errors import CorruptionError, DatasetError
+from ich_prep.publish import digest_of
 from ich_prep.store import Dataset, Spec, open_dataset
 from ich_prep.windows import window_codes
 
@@ -66,7 +67,7 @@ def test_a_dataset_says_what_it_is(dataset: Dataset) -> None:
     assert dataset.slices["row"].to_pylist() == list(range(len(dataset)))
     assert [window.name for window in dataset.spec.windows] == ["brain", "subdural", "bone"]
     assert dataset.ich["format"] == "ich/1"
-    assert dataset.ich["digest"] == store.digest_of(dataset.ich)
+    assert dataset.ich["digest"] == digest_of(dataset.ich)
     assert "windows" in repr(dataset)
 
 

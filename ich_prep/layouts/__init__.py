@@ -27,7 +27,7 @@ class Layout(Protocol):
         """Return the labels found in the tree, or in the file ``given``; raises ``SourceError``."""
 
     def place(self, slices: pa.Table) -> Placement:
-        """Return what the layout says of each slice (a line of ``scan.SCHEMA``)."""
+        """Return what the layout says of each file (a line of ``scan.SCHEMA``, most of it null where no header was read)."""
 
 
 LAYOUTS: Mapping[str, Layout] = {"rsna": rsna, "cq500": cq500, "folder": folder}

@@ -86,8 +86,8 @@ def place(slices: pa.Table) -> Placement:
     count = len(slices)
     test = pc.match_substring_regex(slices["path"], _TEST).to_numpy(zero_copy_only=False)
     wrapped = (
-        (slices["bits_stored"].to_numpy() == 12)
-        & ~slices["signed"].to_numpy()
+        (slices["bits_stored"].fill_null(0).to_numpy() == 12)
+        & ~slices["signed"].fill_null(True).to_numpy()
         & (slices["rescale_intercept"].to_numpy() > -100)
     )
     return Placement(
