@@ -12,6 +12,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -32,8 +33,10 @@ from ich_prep.progress import Progress, Silence
 from ich_prep.publish import gather, publish
 from ich_prep.scan import FILES_PER_BATCH, scan_batch
 from ich_prep.shard import write_shard
-from ich_prep.sources import Listing, list_files
+from ich_prep.sources import Listing, list_files, require_folder
 from ich_prep.store import Spec, State
+
+KEEPERS = 4
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ def build(
     spec, allow, progress = spec or Spec(), allow or Allowances(), progress or Silence()
     count = default_workers() if workers is None else workers
     seconds: dict[str, float] = {}
+    require_folder(source)
     _refuse_foreign(target, source)
     with Pool(workers=count, scheduler=scheduler, modules=("ich_prep.scan", "ich_prep.shard")) as pool:
         with _timed(seconds, "list"):
@@ -354,12 +358,26 @@ def _write_plan(folder: Path, state: State, plan: Plan) -> State:
 
 
 def _write_shards(pool: Pool, target: Path, source: Path, digest: str, progress: Progress) -> None:
-    """Write every shard that has no entry in the ledger."""
+    """Write every shard that has no entry in the ledger.
+
+    A shard goes into the ledger when it is on disk. Waiting for that is left to threads here, while the workers go on.
+    """
     plan = pq.ParquetFile(target / store.BUILD / store.PLAN).metadata
     sizes = [plan.row_group(number).num_rows for number in range(plan.num_row_groups)]
     done = ledger.done(target / store.BUILD / store.DONE)
     progress.begin("Writing slices", plan.num_rows, "slices", sum(sizes[number] for number in done))
     task = partial(write_shard, str(target), str(source), digest)
-    for _, (ok, set_aside) in pool.map(task, [number for number in range(len(sizes)) if number not in done]):
-        progress.advance(ok + set_aside, set_aside)
+    with ThreadPoolExecutor(KEEPERS, thread_name_prefix="keep") as keepers:
+        kept = []
+        for number, entry in pool.map(task, [number for number in range(len(sizes)) if number not in done]):
+            kept.append(keepers.submit(_keep, target, number, entry))
+            progress.advance(len(entry["rows"]), sum(row["status"] != store.OK for row in entry["rows"]))
+        for keeping in kept:
+            keeping.result()
     progress.end()
+
+
+def _keep(target: Path, number: int, entry: dict[str, Any]) -> None:
+    """Wait until shard ``number`` is on disk, then say so in the ledger."""
+    ledger.sync_file(store.shard_path(target, number), folders=3)
+    ledger.record(target / store.BUILD / store.DONE, number, entry)

@@ -30,6 +30,17 @@ def clear_leftovers(path: Path) -> None:
         leftover.unlink()
 
 
+def sync_file(path: Path, *, folders: int) -> None:
+    """Wait until the file at ``path``, and its name in that many folders above it, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    for folder in path.parents[:folders]:
+        sync_folder(folder)
+
+
 def sync_folder(folder: Path) -> None:
     """Wait until the names in ``folder`` are on disk."""
     descriptor = os.open(folder, os.O_RDONLY)

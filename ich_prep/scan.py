@@ -17,7 +17,7 @@ from ich_prep.errors import Reason, SliceError
 from ich_prep.header import DEFLATED_LE, EXPLICIT_BE, Header, read_header
 from ich_prep.ledger import write_whole
 
-FILES_PER_BATCH = 1024
+FILES_PER_BATCH = 512
 LARGEST_SIDE = 4096
 CT_IMAGE_STORAGE = "1.2.840.10008.5.1.4.1.1.2"
 ENHANCED_CT = ("1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2")
@@ -58,7 +58,7 @@ SCHEMA = pa.schema(
 
 
 def scan_batch(out: str, src: str, batch: int) -> tuple[int, int]:
-    """Read the headers of files ``batch`` x 1024 and following; write ``build/scan/<batch>.parquet``.
+    """Read the headers of files ``batch`` x 512 and following; write ``build/scan/<batch>.parquet``.
 
     Returns how many slices and how many quarantined files there are among them.
     """

@@ -1,4 +1,4 @@
-"""Task 2: one whole shard: read, HU, resize, window, encode, one file; then the entry in the ledger."""
+"""Task 2: one whole shard: read, HU, resize, window, encode, one file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import xxhash
 
-from ich_prep import ledger, store
+from ich_prep import store
 from ich_prep.decode import Decoder, PixelSource
 from ich_prep.errors import SliceError
 from ich_prep.hounsfield import apply_rescale, apply_rescale_and_windows, apply_windows
@@ -42,10 +42,11 @@ class Audit:
     flags: list[str]
 
 
-def write_shard(out: str, src: str, digest: str, number: int) -> tuple[int, int]:
-    """Write shard ``number`` of the plan whose digest is ``digest``, then its ledger entry, each durable before the next.
+def write_shard(out: str, src: str, digest: str, number: int) -> dict[str, Any]:
+    """Write shard ``number`` of the plan whose digest is ``digest``, under its name when whole; return its ledger entry.
 
-    Returns how many of its slices are ok, and how many were set aside.
+    The entry has the plan's digest, the shard's ``bytes`` and ``fingerprint``, and for each of its rows the status with
+    what the audit found, or the reason's detail. It may go into the ledger once the shard is on disk.
     """
     root = Path(out)
     spec, plan = _opened(out, digest)
@@ -68,14 +69,8 @@ def write_shard(out: str, src: str, digest: str, number: int) -> tuple[int, int]
             writer.append(pixels.out)
             lines.append({"status": store.OK, **{name: getattr(audit, name) for name in Audit.__slots__}})
         size, fingerprint = writer.finish()
-        os.fsync(file.fileno())
     partial.rename(path)
-    for folder in path.parents[:3]:
-        ledger.sync_folder(folder)
-    ok = sum(line["status"] == store.OK for line in lines)
-    entry = {"plan": digest, "bytes": size, "fingerprint": fingerprint, "rows": lines}
-    ledger.record(root / store.BUILD / store.DONE, number, entry)
-    return ok, len(lines) - ok
+    return {"plan": digest, "bytes": size, "fingerprint": fingerprint, "rows": lines}
 
 
 @lru_cache(maxsize=1)

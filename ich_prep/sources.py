@@ -29,14 +29,19 @@ class Listing:
         return {folder.decode() for folder in found if _is_utf8(folder)}
 
 
+def require_folder(root: Path) -> None:
+    """Raise ``SourceError`` unless ``root`` is a folder."""
+    if not root.is_dir():
+        found = "a file" if root.exists() else "nothing"
+        raise SourceError(f"Expected a folder of DICOM files at {root}; found {found}. Give the folder with --src.")
+
+
 def list_files(root: Path) -> Listing:
     """Return every regular file below ``root``, links followed, in the order of the bytes of its path.
 
     Raises ``SourceError`` where ``root`` is no folder, cannot be read, or holds no file.
     """
-    if not root.is_dir():
-        found = "a file" if root.exists() else "nothing"
-        raise SourceError(f"Expected a folder of DICOM files at {root}; found {found}. Give the folder with --src.")
+    require_folder(root)
     paths: list[bytes] = []
     sizes: list[int] = []
     tables: list[Path] = []

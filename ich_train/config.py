@@ -42,9 +42,9 @@ class TrainConfig(BaseModel):
 
     # Augmentation of the training batches; 0 or false turns a part off.
     flip: bool = True  # left and right, of every second slice
-    rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 10.0
-    zoom: Share = 0.1
-    shift: Share = 0.05  # of the image's side
+    rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 20.0
+    zoom: Share = 0.2
+    shift: Share = 0.08  # of the image's side
     # These two are for long runs: in ten epochs on few patients they cost the thin bleeds more than they give.
     window_jitter: Share = 0.0  # of the window's width, for its center and its width
     noise: Share = 0.0  # standard deviation, in units of the 0..1 that a window maps to
