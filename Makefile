@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 DEMO ?= demo
 DEMO_SERIES ?= 60
 DEMO_SIZE ?= 128
+BENCH ?= bench-data
 
-.PHONY: help venv demo test test-slow lint format clean
+.PHONY: help venv demo test test-slow lint format bench clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -42,6 +43,13 @@ lint: venv ## ruff, mypy --strict, import-linter
 format: venv ## write the code in the house's form
 	$(BIN)/ruff check --quiet --fix .
 	$(BIN)/ruff format --quiet .
+
+bench: venv ## the benchmarks, then docs/benchmarks.md
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python -m benchmarks.build --data $(BENCH)
+	$(BIN)/python -m benchmarks.loader --data $(BENCH)
+	$(BIN)/python -m benchmarks.feeding --data $(BENCH)
+	$(BIN)/python -m benchmarks.document
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) $(DEMO) .ruff_cache .mypy_cache .hypothesis
