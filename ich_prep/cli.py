@@ -167,7 +167,7 @@ def info(
 def _console() -> Console:
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=160)
 
 
 def _show_summary(console: Console, summary: dict[str, Any]) -> None:
