@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -63,18 +62,14 @@ def scan_batch(out: str, src: str, batch: int) -> tuple[int, int]:
     Returns how many slices and how many quarantined files there are among them.
     """
     build = Path(out) / store.BUILD
-    paths = _files(str(build / store.FILES)).read_row_group(batch, columns=["path"])["path"].to_pylist()
+    listed = pq.ParquetFile(build / store.FILES)  # opened anew: a worker may outlive the build that wrote it
+    paths = listed.read_row_group(batch, columns=["path"])["path"].to_pylist()
     lines = [scan_file(src, path) for path in paths]
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(lines, SCHEMA), sink, write_statistics=False)
     write_whole(build / store.SCAN / f"{batch:05d}.parquet", sink.getvalue().to_pybytes())
     set_aside = sum(line.get("reason") is not None for line in lines)
     return len(lines) - set_aside, set_aside
-
-
-@lru_cache(maxsize=1)
-def _files(path: str) -> pq.ParquetFile:
-    return pq.ParquetFile(path)
 
 
 def scan_file(src: str, name: bytes) -> dict[str, Any]:

@@ -326,3 +326,13 @@ def test_a_batch_writes_one_line_a_file(
     first = written[0].read_bytes()
     scan_batch(str(out), str(src), 0)
     assert written[0].read_bytes() == first
+
+
+def test_a_process_that_scans_another_source_reads_its_own_listing(slice_bytes: SliceBytes, tmp_path: Path) -> None:
+    out = tmp_path / "data.zarr" / store.BUILD
+    (out / store.SCAN).mkdir(parents=True)
+    for name in (b"first", b"second"):
+        (tmp_path / name.decode()).write_bytes(slice_bytes())
+        pq.write_table(pa.table({"path": pa.array([name], pa.binary())}), out / store.FILES)
+        scan_batch(str(out.parent), str(tmp_path), 0)
+        assert pq.read_table(out / store.SCAN / "00000.parquet")["path"].to_pylist() == [name.decode()]
