@@ -112,10 +112,12 @@ class Pool:
                 try:
                     result = future.result()
                 except KilledWorker:
+                    # Dask blames every task that the worker held, those that only waited there too.
+                    held = ", ".join(map(str, sorted([key, *names.values()])))
                     raise BuildError(
-                        f"Task {key} of {_name(task)} ended its worker process four times; no result was expected to "
-                        "need that. The kernel's log says whether memory ran out: try fewer --workers. To see the "
-                        "failure itself, run the same command with --workers 0; what is done stays done."
+                        f"A worker process ended four times over one of these tasks of {_name(task)}: {held}. The "
+                        "kernel's log says whether memory ran out: try fewer --workers. To see the failure itself, run "
+                        "the same command with --workers 0; what is done stays done."
                     ) from None
                 future.release()
                 for following in islice(pending, 1):

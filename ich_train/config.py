@@ -31,10 +31,11 @@ class TrainConfig(BaseModel):
     # What learns.
     model: str = "baseline"  # one of MODELS, or timm:NAME
     weights: Path | None = None  # ImageNet weights to start from, or those of an earlier run
+    dropout: Share = 0.25  # of what goes into the fully connected layers of baseline
     loss: Literal["bce", "rsna"] = "bce"
     epochs: Annotated[int, Field(ge=1)] = 10
     batch_size: Annotated[int, Field(ge=1)] = 16  # of each rank; small, for few patients want many steps
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.5
     clip_norm: Annotated[float, Field(gt=0)] = 1.0

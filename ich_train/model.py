@@ -41,10 +41,11 @@ class Baseline(nn.Module):
     Takes (b, ``channels``, ``size``, ``size``) float32 and returns (b, ``classes``) logits. From 128 pixels on, the
     last pooling always leaves a grid of 8 x 8, so that the first fully connected layer has two million weights at
     128 pixels and at 512, where it would have 34 million otherwise. It is a maximum like the other three: a bleed of
-    a few pixels must not be averaged away.
+    a few pixels must not be averaged away. ``dropout`` is the share of what goes into either fully connected layer that
+    is left out in training.
     """
 
-    def __init__(self, *, channels: int, size: int, classes: int) -> None:
+    def __init__(self, *, channels: int, size: int, classes: int, dropout: float) -> None:
         super().__init__()
         grid = min(8, size // 16)
         self.conv1 = nn.Conv2d(channels, 16, kernel_size=3, padding=1)
@@ -53,6 +54,7 @@ class Baseline(nn.Module):
         self.conv4 = nn.Conv2d(64, 128, kernel_size=3, padding=1)
         self.pool = nn.MaxPool2d(2)
         self.last_pool = nn.AdaptiveMaxPool2d(grid)
+        self.dropout = nn.Dropout(dropout)
         self.fc1 = nn.Linear(128 * grid * grid, 256)
         self.fc2 = nn.Linear(256, classes)
         for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
@@ -66,26 +68,26 @@ class Baseline(nn.Module):
         x = torch.relu(self.pool(self.conv2(x)))
         x = torch.relu(self.pool(self.conv3(x)))
         x = torch.relu(self.last_pool(self.conv4(x)))
-        x = torch.relu(self.fc1(x.flatten(1)))
-        logits: torch.Tensor = self.fc2(x)
+        x = torch.relu(self.fc1(self.dropout(x.flatten(1))))
+        logits: torch.Tensor = self.fc2(self.dropout(x))
         return logits
 
 
 def build_model(
-    name: str, *, channels: int, size: int, classes: int = 6, weights: Path | None = None
+    name: str, *, channels: int, size: int, classes: int = 6, weights: Path | None = None, dropout: float = 0.0
 ) -> torch.nn.Module:
     """Return the network called ``name``: (b, ``channels``, ``size``, ``size``) float32 -> (b, ``classes``) logits.
 
-    ``baseline`` is `Baseline`; the ResNets, DenseNets and ``seresnext50`` come from MONAI, ``timm:NAME`` from timm;
-    both libraries are imported only when asked for. ``weights`` are loaded by `load_weights`. Without them the
-    parameters are drawn from torch's global generator. Raises `UsageError` on an unknown name, a library that is not
-    installed, images too small for the network, or weights that do not fit.
+    ``baseline`` is `Baseline`, the only one that has a ``dropout``. The ResNets, DenseNets and ``seresnext50`` come
+    from MONAI, ``timm:NAME`` from timm; both libraries are imported only when asked for. ``weights`` are loaded by
+    `load_weights`. Without them the parameters are drawn from torch's global generator. Raises `UsageError` on an
+    unknown name, a library that is not installed, images too small for the network, or weights that do not fit.
     """
     smallest = 16 if name == "baseline" else 32
     if size < smallest:
         raise UsageError(f"{name} needs images of at least {smallest} x {smallest} pixels, found {size} x {size}")
     if name == "baseline":
-        model: nn.Module = Baseline(channels=channels, size=size, classes=classes)
+        model: nn.Module = Baseline(channels=channels, size=size, classes=classes, dropout=dropout)
     elif name.startswith(TIMM):
         model = _timm_model(name.removeprefix(TIMM), channels, classes)
     elif name in MODELS:

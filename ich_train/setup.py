@@ -158,6 +158,7 @@ def prepare(dataset: Dataset, settings: TrainConfig, ranks: Ranks) -> Training:
         size=dataset.spec.size,
         classes=len(CLASSES),
         weights=settings.weights,
+        dropout=settings.dropout,
     )
     model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # its stub leaves that out
     network: Callable[[torch.Tensor], torch.Tensor] = model
