@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from ich_prep import ledger, store
 from ich_prep.plan import PIXEL_COLUMNS
-from ich_prep.sharding import BLOSC_LEVEL
+from ich_prep.sharding import BLOSC_LEVEL, block_bytes
 from ich_prep.windows import AIR_HU
 
 if TYPE_CHECKING:
@@ -180,7 +180,11 @@ def _metadata(spec: Spec, slices: int) -> dict[str, bytes]:
     compressors: list[Any] = [Crc32cCodec()]
     if spec.codec != "none":
         blosc = BloscCodec(
-            cname=spec.codec, clevel=BLOSC_LEVEL, shuffle="shuffle", blocksize=0, typesize=spec.dtype.itemsize
+            cname=spec.codec,
+            clevel=BLOSC_LEVEL,
+            shuffle="shuffle",
+            blocksize=block_bytes(spec.channels * spec.size**2 * spec.dtype.itemsize),
+            typesize=spec.dtype.itemsize,
         )
         compressors.insert(0, blosc)
     chunk = (1, spec.channels, spec.size, spec.size)

@@ -1,46 +1,51 @@
 """Rows in any order -> ranges of shards -> one read a range -> decoded straight into the caller's buffer.
 
-This is the hot path of training: nothing is allocated per slice, and the file system and the decoder run outside of
-Python's lock.
+This is the hot path of training. The file system and the decoder run outside of Python's lock, and a thread that waits
+for that lock loses more than a slice takes to decode: so chunks are read one by one and decoded many in one call.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 import threading
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numcodecs import blosc
 
 from ich_prep.errors import CorruptionError
-from ich_prep.sharding import MISSING, decode_chunk, index_bytes, parse_index
+from ich_prep.sharding import (
+    CRC_BYTES,
+    MISSING,
+    decode_chunk,
+    decode_together,
+    fits,
+    frame_room,
+    index_bytes,
+    parse_index,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-OPEN_SHARDS = 400
-LONGEST_READ = 4 << 20
+GROUP_BYTES = 16 << 20  # of pixels decoded at a time
+LEAST_SCRATCH = 4 << 20  # from here on NumPy asks the kernel for huge pages
+MOST_BUFFERS = 1024  # of one read: IOV_MAX
+MOST_OPEN = 16384
 
 
-class _Shard:
-    """An open shard and its index; closed when the last reader lets go of it."""
+class _File:
+    """An open shard; closed when the last reader lets go of it."""
 
-    __slots__ = ("descriptor", "lengths", "offsets")
+    __slots__ = ("descriptor",)
 
-    def __init__(self, path: Path, chunks: int) -> None:
+    def __init__(self, path: Path) -> None:
         self.descriptor = os.open(path, os.O_RDONLY)
-        size, tail = os.fstat(self.descriptor).st_size, index_bytes(chunks)
-        if size < tail:
-            raise CorruptionError(f"expected at least {tail} bytes, found {size}")
-        index = parse_index(os.pread(self.descriptor, tail, size - tail), chunks=chunks, body=size - tail)
-        there = index[:, 0] != MISSING
-        self.offsets: list[int] = np.where(there, index[:, 0], 0).tolist()
-        self.lengths: list[int] = np.where(there, index[:, 1], 0).tolist()
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
@@ -51,6 +56,8 @@ class ShardReader:
     """Reads slices of ``slice_bytes`` bytes each from the shards that ``path_of`` names. Safe to share between threads.
 
     ``slices`` are the rows there are, ``slices_per_shard`` the rows of a shard, ``codec`` a word of ``sharding.CODECS``.
+    The index of a shard is read once, when a row of it is first asked for. Files stay open, as many as half of the
+    process's limit (``ulimit -n``); beyond that the one opened first is closed.
     """
 
     def __init__(
@@ -59,7 +66,13 @@ class ShardReader:
         blosc.use_threads = False  # many threads decode at once, each a slice of its own
         self._path_of, self._codec = path_of, codec
         self._slices, self._slice_bytes, self._per_shard = slices, slice_bytes, slices_per_shard
-        self._shards: OrderedDict[int, _Shard] = OrderedDict()
+        shards = -(-slices // slices_per_shard)
+        # Where the chunk of each row begins and ends in its shard: equal for a hole.
+        self._begins = np.zeros(shards * slices_per_shard, np.int64)
+        self._ends = np.zeros(shards * slices_per_shard, np.int64)
+        self._indexed = np.zeros(shards, bool)
+        self._files: dict[int, _File] = {}
+        self._most_open = most_open()
         self._lock = threading.Lock()
         self._local = threading.local()
         self._threads: ThreadPoolExecutor | None = None
@@ -68,88 +81,137 @@ class ShardReader:
         raise TypeError("An open dataset cannot be pickled; pass its path and open it in the other process.")
 
     def read(self, rows: NDArray[np.int64], out: NDArray[np.uint8], *, threads: int = 1) -> list[int]:
-        """Decode ``rows``, int64 (n,), into ``out``, uint8 (n, slice_bytes); return the rows that are holes.
+        """Decode ``rows``, int64 (n,), into ``out``, uint8 (n, slice_bytes), C-contiguous.
 
-        Raises ``IndexError`` for a row that is not there, ``CorruptionError`` naming shard and row.
+        Returns which of the rows are holes; where there are any, nothing is decoded. Raises ``IndexError`` for a row
+        that is not there, ``CorruptionError`` naming shard and row.
         """
-        if len(rows) and (int(rows.min()) < 0 or int(rows.max()) >= self._slices):
+        if not len(rows):
+            return []
+        if int(rows.min()) < 0 or int(rows.max()) >= self._slices:
             raise IndexError(f"Expected rows within 0..{self._slices - 1}; got {int(rows.min())}..{int(rows.max())}.")
-        places = np.argsort(rows, kind="stable")
+        for number in np.unique(rows // self._per_shard).tolist():
+            if not self._indexed[number]:
+                self._read_index(number)
+        missing = self._begins[rows] == self._ends[rows]
+        if missing.any():
+            return np.unique(rows[missing]).tolist()  # type: ignore[no-any-return]
         if threads <= 1 or len(rows) < 2 * threads:
-            return self._read_sorted(rows, places, out)
+            self._read_groups(rows, out)
+            return []
         if self._threads is None:
             self._threads = ThreadPoolExecutor(threads, thread_name_prefix="read")
-        parts = np.array_split(places, threads)
-        tasks = [self._threads.submit(self._read_sorted, rows, part, out) for part in parts[1:]]
-        holes = self._read_sorted(rows, parts[0], out)
-        for task in tasks:
-            holes += task.result()
-        return holes
+        parts = zip(np.array_split(rows, threads), np.array_split(out, threads), strict=True)
+        for task in [self._threads.submit(self._read_groups, *part) for part in parts]:
+            task.result()
+        return []
 
-    def _read_sorted(self, rows: NDArray[np.int64], places: NDArray[np.intp], out: NDArray[np.uint8]) -> list[int]:
-        """Read ``rows[places]``, which ascend, each into the line of ``out`` at its place."""
-        holes: list[int] = []
-        ascending = rows[places]
-        numbers = (ascending // self._per_shard).tolist()
-        insides = (ascending % self._per_shard).tolist()
-        targets = places.tolist()
-        at, count = 0, len(targets)
-        while at < count:
-            number = numbers[at]
-            shard = self._open(number)
-            offsets, lengths = shard.offsets, shard.lengths
-            start = offsets[insides[at]]
-            end = start + lengths[insides[at]]
-            if end == start:
-                holes.append(int(ascending[at]))
-                at += 1
-                continue
-            # Neighbours in the shard are read together.
-            stop = at + 1
-            while stop < count and numbers[stop] == number and end - start < LONGEST_READ:
-                inside = insides[stop]
-                if offsets[inside] == end and lengths[inside]:
-                    end += lengths[inside]
-                elif inside != insides[stop - 1]:
-                    break
-                stop += 1
-            data = self._scratch(end - start)
-            if os.preadv(shard.descriptor, [data.data], start) != end - start:
-                raise self._corrupt(number, None, "it ends early")
-            for index in range(at, stop):
-                inside = insides[index]
-                begin = offsets[inside] - start
-                try:
-                    chunk = data[begin : begin + lengths[inside]]
-                    decode_chunk(chunk, codec=self._codec, out=out[targets[index]])
-                except CorruptionError as error:
-                    raise self._corrupt(number, number * self._per_shard + inside, str(error)) from None
-            at = stop
-        return holes
+    def _read_groups(self, rows: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
+        read = self._read_plain if self._codec == "none" else self._read_encoded
+        step = max(1, GROUP_BYTES // self._slice_bytes)
+        for at in range(0, len(rows), step):
+            read(rows[at : at + step], out[at : at + step])
 
-    def _open(self, number: int) -> _Shard:
-        with self._lock:
-            shard = self._shards.get(number)
-            if shard is not None:
-                self._shards.move_to_end(number)
-                return shard
+    def _read_encoded(self, rows: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
+        """Read the chunks of a group one behind the other, check each, then decode all in one call."""
+        chunks, order = np.unique(rows, return_inverse=True)
+        begins, ends = self._begins[chunks], self._ends[chunks]
+        # Room for what makes one frame of them, then the chunks.
+        places = np.cumsum(np.concatenate(([frame_room(len(rows), self._slice_bytes)], ends - begins)))
+        data = self._scratch(int(places[-1]))
+        at, place = begins.tolist(), places.tolist()
+        for number, first, stop in self._runs(chunks, begins, ends):
+            self._fill([data[place[first] : place[stop]]], number, at[first], place[stop] - place[first])
+        for index, row in enumerate(chunks.tolist()):
+            chunk = data[place[index] : place[index + 1]]
+            if not fits(chunk[:-CRC_BYTES], chunk[-CRC_BYTES:].data):
+                raise self._corrupt(row // self._per_shard, row, "its checksum does not fit")
+        if decode_together(data, places, order, out=out):
+            return
+        for line, index in zip(out, order.tolist(), strict=True):
+            try:
+                decode_chunk(data[place[index] : place[index + 1]], codec=self._codec, out=line)
+            except CorruptionError as error:
+                row = int(chunks[index])
+                raise self._corrupt(row // self._per_shard, row, str(error)) from None
+
+    def _read_plain(self, rows: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
+        """Read chunks that are not encoded straight to where they belong; behind each comes its checksum."""
+        chunks, firsts, order = np.unique(rows, return_index=True, return_inverse=True)
+        begins, ends = self._begins[chunks], self._ends[chunks]
+        odd = np.flatnonzero(ends - begins != self._slice_bytes + CRC_BYTES)
+        if len(odd):
+            row, found = int(chunks[odd[0]]), int((ends - begins)[odd[0]]) - CRC_BYTES
+            raise self._corrupt(row // self._per_shard, row, f"expected {self._slice_bytes} bytes, found {found}")
+        lines = [out[first] for first in firsts.tolist()]
+        checksums = [bytearray(CRC_BYTES) for _ in lines]
+        buffers = [buffer for pair in zip(lines, checksums, strict=True) for buffer in pair]
+        at = begins.tolist()
+        for number, first, stop in self._runs(chunks, begins, ends):
+            for head in range(first, stop, MOST_BUFFERS // 2):
+                count = min(MOST_BUFFERS // 2, stop - head)
+                length = count * (self._slice_bytes + CRC_BYTES)
+                self._fill(buffers[2 * head : 2 * (head + count)], number, at[head], length)
+        for line, checksum, row in zip(lines, checksums, chunks.tolist(), strict=True):
+            if not fits(line, checksum):
+                raise self._corrupt(row // self._per_shard, row, "its checksum does not fit")
+        again = np.setdiff1d(np.arange(len(rows)), firsts)
+        out[again] = out[firsts[order[again]]]
+
+    def _runs(
+        self, chunks: NDArray[np.int64], begins: NDArray[np.int64], ends: NDArray[np.int64]
+    ) -> Iterator[tuple[int, int, int]]:
+        """Yield shard, first and end of each run of ``chunks`` that lie one behind the other in a shard."""
+        numbers = chunks // self._per_shard
+        apart = np.flatnonzero((numbers[1:] != numbers[:-1]) | (begins[1:] != ends[:-1])) + 1
+        for first, stop in pairwise([0, *apart.tolist(), len(chunks)]):
+            yield int(numbers[first]), first, stop
+
+    def _fill(self, buffers: list[Any], number: int, start: int, count: int) -> None:
+        """Read the ``count`` bytes from ``start`` on of shard ``number`` into ``buffers``."""
         try:
-            shard = _Shard(self._path_of(number), self._per_shard)
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            found = os.preadv(self._open(number).descriptor, buffers, start)
+        except OSError as error:
+            raise self._corrupt(number, None, f"it cannot be read: {error.strerror}") from error
+        if found != count:
+            raise self._corrupt(number, None, "it ends early")
+
+    def _open(self, number: int) -> _File:
+        file = self._files.get(number)
+        if file is not None:
+            return file
+        try:
+            file = _File(self._path_of(number))
+        except (FileNotFoundError, NotADirectoryError):
             raise self._corrupt(number, None, "there is no such file") from None
+        with self._lock:
+            if len(self._files) >= self._most_open:
+                del self._files[next(iter(self._files))]
+            self._files[number] = file
+        return file
+
+    def _read_index(self, number: int) -> None:
+        tail = index_bytes(self._per_shard)
+        size = os.fstat(self._open(number).descriptor).st_size
+        if size < tail:
+            raise self._corrupt(number, None, f"expected at least {tail} bytes, found {size}")
+        data = bytearray(tail)
+        self._fill([data], number, size - tail, tail)
+        try:
+            index = parse_index(bytes(data), chunks=self._per_shard, body=size - tail)
         except CorruptionError as error:
             raise self._corrupt(number, None, str(error)) from None
-        with self._lock:
-            self._shards[number] = shard
-            if len(self._shards) > OPEN_SHARDS:
-                self._shards.popitem(last=False)
-        return shard
+        there = index[:, 0] != MISSING
+        lines = slice(number * self._per_shard, (number + 1) * self._per_shard)
+        self._begins[lines] = np.where(there, index[:, 0], 0)
+        self._ends[lines] = np.where(there, index[:, 0] + index[:, 1], 0)
+        self._indexed[number] = True
 
     def _scratch(self, size: int) -> NDArray[np.uint8]:
         """Return this thread's read buffer, ``size`` bytes of it."""
         buffer: NDArray[np.uint8] | None = getattr(self._local, "buffer", None)
         if buffer is None or len(buffer) < size:
-            buffer = self._local.buffer = np.empty(max(size, 1 << 20), np.uint8)
+            buffer = self._local.buffer = np.empty(max(size, LEAST_SCRATCH), np.uint8)
         return buffer[:size]
 
     def _corrupt(self, shard: int, row: int | None, what: str) -> CorruptionError:
@@ -158,3 +220,9 @@ class ShardReader:
             f"{where}: {what}. The dataset's bytes are not the ones that were written: run `ich-prep verify` to see all "
             "that is damaged, then restore it or build again."
         )
+
+
+def most_open() -> int:
+    """Return how many shards a reader may keep open: half of the files that the process may."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return MOST_OPEN if limit == resource.RLIM_INFINITY else max(1, min(MOST_OPEN, limit // 2))

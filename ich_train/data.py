@@ -196,13 +196,13 @@ class SliceLoader:
 
     def _make_slot(self, pinned: bool) -> _Slot:
         channels, height, width = self.dataset.shape[1:]
-        kind = torch.uint8 if self.dataset.dtype == np.uint8 else torch.int16
-        shape = (self.batch_size, channels * (2 * self._context + 1), height, width)
-        return _Slot(
-            torch.empty(shape, dtype=kind, pin_memory=pinned),
-            torch.empty((self.batch_size, len(CLASSES)), dtype=torch.int8, pin_memory=pinned),
-            torch.empty(self.batch_size, dtype=torch.int64),
+        # NumPy asks the kernel for huge pages where an array is large; torch does not.
+        images = torch.from_numpy(
+            np.empty((self.batch_size, channels * (2 * self._context + 1), height, width), self.dataset.dtype)
         )
+        labels = torch.empty((self.batch_size, len(CLASSES)), dtype=torch.int8)
+        rows = torch.empty(self.batch_size, dtype=torch.int64)
+        return _Slot(images.pin_memory(), labels.pin_memory(), rows) if pinned else _Slot(images, labels, rows)
 
     def _batches(self) -> list[NDArray[np.int64]]:
         """Return the positions, indices into ``rows``, of each batch of this epoch."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numcodecs import blosc
 from numpy.typing import NDArray
 
 from ich_prep import reader
@@ -17,17 +20,24 @@ from ich_prep.errors import CorruptionError
 from ich_prep.reader import ShardReader
 from ich_prep.sharding import CODECS, ShardWriter, index_bytes
 
-SLICES, PER_SHARD, SLICE_BYTES = 23, 5, 96
+SLICES, PER_SHARD = 23, 5
+SLICE_BYTES = 96
 HOLES = (3, 4, 11)
+SIZES = (96, 3 * 40 * 40)  # too small to compress; one that is
+
+
+def some_pixels(slice_bytes: int = SLICE_BYTES) -> NDArray[np.uint8]:
+    """Slices half of noise, so that no two are alike and their chunks differ in length."""
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 256, (SLICES, slice_bytes), np.uint8)
+    values[:, slice_bytes // 2 :] = 7
+    values[::3, 20:] = 0
+    return values
 
 
 @pytest.fixture(scope="module")
 def pixels() -> NDArray[np.uint8]:
-    """Slices of noise, so that no two are alike and their chunks differ in length."""
-    rng = np.random.default_rng(0)
-    values = rng.integers(0, 256, (SLICES, SLICE_BYTES), np.uint8)
-    values[::3, 20:] = 0
-    return values
+    return some_pixels()
 
 
 def write_shards(folder: Path, pixels: NDArray[np.uint8], codec: str) -> None:
@@ -42,23 +52,25 @@ def write_shards(folder: Path, pixels: NDArray[np.uint8], codec: str) -> None:
             writer.finish()
 
 
-def open_reader(folder: Path, codec: str = "lz4") -> ShardReader:
+def open_reader(folder: Path, codec: str = "lz4", slice_bytes: int = SLICE_BYTES) -> ShardReader:
     return ShardReader(
         lambda shard: folder / str(shard),
         slices=SLICES,
-        slice_bytes=SLICE_BYTES,
+        slice_bytes=slice_bytes,
         slices_per_shard=PER_SHARD,
         codec=codec,
     )
 
 
-@pytest.fixture(scope="module", params=CODECS)
-def opened(
-    request: pytest.FixtureRequest, pixels: NDArray[np.uint8], tmp_path_factory: pytest.TempPathFactory
-) -> ShardReader:
+Opened = tuple[ShardReader, NDArray[np.uint8]]
+
+
+@pytest.fixture(scope="module", params=[(codec, size) for codec in CODECS for size in SIZES], ids=str)
+def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Opened:
+    codec, size = request.param
     folder = tmp_path_factory.mktemp("shards")
-    write_shards(folder, pixels, request.param)
-    return open_reader(folder, request.param)
+    write_shards(folder, some_pixels(size), codec)
+    return open_reader(folder, codec, size), some_pixels(size)
 
 
 @pytest.fixture
@@ -70,25 +82,55 @@ def folder(tmp_path: Path, pixels: NDArray[np.uint8]) -> Path:
 ROWS = st.lists(st.integers(0, SLICES - 1), max_size=60)
 
 
+@pytest.mark.parametrize("group", [1, 20_000, 16 << 20])
 @given(rows=ROWS, threads=st.integers(1, 4))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_rows_in_any_order(rows: list[int], threads: int, opened: ShardReader, pixels: NDArray[np.uint8]) -> None:
-    out = np.full((len(rows), SLICE_BYTES), 255, np.uint8)
-    holes = opened.read(np.array(rows, np.int64), out, threads=threads)
-    assert sorted(holes) == sorted(row for row in rows if row in HOLES)
-    for line, row in zip(out, rows, strict=True):
-        # What is a hole leaves its line as it was: it is never zeros.
-        np.testing.assert_array_equal(line, 255 if row in HOLES else pixels[row])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_rows_in_any_order(rows: list[int], threads: int, group: int, opened: Opened) -> None:
+    shared, pixels = opened
+    out = np.full((len(rows), pixels.shape[1]), 255, np.uint8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reader, "GROUP_BYTES", group)
+        holes = shared.read(np.array(rows, np.int64), out, threads=threads)
+    assert holes == sorted(set(rows) & set(HOLES))
+    # Where there is a hole nothing is read: it is never zeros.
+    np.testing.assert_array_equal(out, np.full_like(out, 255) if holes else pixels[np.array(rows, np.int64)])
 
 
-def test_short_reads_of_one_shard_are_joined_up_to_a_limit(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, pixels: NDArray[np.uint8]
-) -> None:
-    monkeypatch.setattr(reader, "LONGEST_READ", 100)  # less than two chunks
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("size", SIZES)
+def test_neighbours_are_read_together(codec: str, size: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write_shards(tmp_path, some_pixels(size), codec)
+    shared = open_reader(tmp_path, codec, size)
     rows = np.array([0, 1, 2, 2, 1, 0, 5, 6, 7, 22], np.int64)
+    out = np.empty((len(rows), size), np.uint8)
+    shared.read(rows, out)  # the indices
+    counted, preadv = [], os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *asked: counted.append(asked) or preadv(*asked))
+    assert shared.read(rows, out) == []
+    np.testing.assert_array_equal(out, some_pixels(size)[rows])
+    assert len(counted) == 3
+
+
+@pytest.mark.parametrize("codec", ["lz4", "zstd"])
+def test_a_batch_is_decoded_in_one_call(codec: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    size = SIZES[1]
+    write_shards(tmp_path, some_pixels(size), codec)
+    counted, decompress = [], blosc.decompress
+    monkeypatch.setattr(blosc, "decompress", lambda *asked: counted.append(asked) or decompress(*asked))
+    rows = np.array([22, 0, 1, 16, 2, 2, 9], np.int64)
+    out = np.empty((len(rows), size), np.uint8)
+    assert open_reader(tmp_path, codec, size).read(rows, out) == []
+    np.testing.assert_array_equal(out, some_pixels(size)[rows])
+    assert len(counted) == 1
+
+
+def test_more_neighbours_than_one_read_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(reader, "MOST_BUFFERS", 4)
+    write_shards(tmp_path, some_pixels(), "none")
+    rows = np.array([9, 5, 6, 7, 8, 0], np.int64)
     out = np.empty((len(rows), SLICE_BYTES), np.uint8)
-    assert open_reader(folder).read(rows, out) == []
-    np.testing.assert_array_equal(out, pixels[rows])
+    assert open_reader(tmp_path, "none").read(rows, out) == []
+    np.testing.assert_array_equal(out, some_pixels()[rows])
 
 
 def test_many_threads_of_the_caller_share_one_reader(folder: Path, pixels: NDArray[np.uint8]) -> None:
@@ -108,7 +150,7 @@ def test_many_threads_of_the_caller_share_one_reader(folder: Path, pixels: NDArr
 def test_shards_are_closed_when_many_are_open(
     monkeypatch: pytest.MonkeyPatch, folder: Path, pixels: NDArray[np.uint8]
 ) -> None:
-    monkeypatch.setattr(reader, "OPEN_SHARDS", 2)
+    monkeypatch.setattr(reader, "MOST_OPEN", 2)
     small = open_reader(folder)
     before = len(list(Path("/proc/self/fd").iterdir()))
     rows = np.setdiff1d(np.arange(SLICES), HOLES)
@@ -120,22 +162,26 @@ def test_shards_are_closed_when_many_are_open(
 
 
 @pytest.mark.parametrize("rows", [[-1], [SLICES], [0, SLICES], [2**40]])
-def test_a_row_that_is_not_there_is_an_error(rows: list[int], opened: ShardReader) -> None:
+def test_a_row_that_is_not_there_is_an_error(rows: list[int], opened: Opened) -> None:
+    shared, pixels = opened
     with pytest.raises(IndexError, match=f"0..{SLICES - 1}"):
-        opened.read(np.array(rows, np.int64), np.empty((len(rows), SLICE_BYTES), np.uint8))
+        shared.read(np.array(rows, np.int64), np.empty((len(rows), pixels.shape[1]), np.uint8))
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_flipped_byte_names_shard_and_row(threads: int, folder: Path) -> None:
-    shard = folder / "1"
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("size", SIZES)
+def test_a_flipped_byte_names_shard_and_row(size: int, codec: str, threads: int, tmp_path: Path) -> None:
+    write_shards(tmp_path, some_pixels(size), codec)
+    shard = tmp_path / "1"
     data = bytearray(shard.read_bytes())
     index = np.frombuffer(bytes(data[-index_bytes(PER_SHARD) : -4]), "<u8").reshape(-1, 2)
     data[int(index[2].sum()) - 6] ^= 1  # in the chunk of row 7
     shard.write_bytes(data)
-    damaged = open_reader(folder)
+    damaged = open_reader(tmp_path, codec, size)
     with pytest.raises(CorruptionError, match=rf"Shard 1 \({shard}\), row 7: its checksum does not fit"):
-        damaged.read(np.array([12, 5, 6, 7, 8, 20, 21, 22]), np.empty((8, SLICE_BYTES), np.uint8), threads=threads)
-    assert damaged.read(np.array([5, 6, 8, 9]), np.empty((4, SLICE_BYTES), np.uint8)) == []
+        damaged.read(np.array([12, 5, 6, 7, 8, 20, 21, 22]), np.empty((8, size), np.uint8), threads=threads)
+    assert damaged.read(np.array([5, 6, 8, 9]), np.empty((4, size), np.uint8)) == []
 
 
 def lose_last_byte(shard: Path) -> None:
@@ -157,7 +203,7 @@ def flip_index(shard: Path) -> None:
         (lambda shard: shard.write_bytes(bytes(500)), "checksum of its index"),
         (lose_last_byte, "checksum of its index"),
         (flip_index, "checksum of its index"),
-        (lambda shard: (shard.unlink(), shard.mkdir()), "there is no such file"),
+        (lambda shard: (shard.unlink(), shard.mkdir()), "expected at least 84 bytes|it cannot be read: Is a directory"),
     ],
 )
 def test_a_shard_that_cannot_be_read_names_itself(spoil: object, said: str, folder: Path) -> None:
@@ -180,16 +226,35 @@ def test_a_shard_that_shrinks_while_it_is_open_is_an_error(folder: Path) -> None
         shared.read(np.array([14]), out)
 
 
-def test_a_shard_of_another_shape_is_an_error(folder: Path) -> None:
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("size", SIZES)
+def test_a_shard_of_another_shape_is_an_error(size: int, codec: str, folder: Path) -> None:
     with open(folder / "0", "wb", buffering=0) as file:
-        writer = ShardWriter(file, PER_SHARD, "lz4")
-        writer.append(np.ones(SLICE_BYTES // 2, np.uint8))
+        writer = ShardWriter(file, PER_SHARD, codec)
+        writer.append(np.ones(size, np.uint8))
+        writer.append(np.ones(size // 2, np.uint8))
         writer.finish()
-    out = np.full((1, SLICE_BYTES), 77, np.uint8)
-    with pytest.raises(CorruptionError, match="row 0: expected 96 bytes, found 48"):
-        open_reader(folder).read(np.array([0]), out)
+    out = np.full((2, size), 77, np.uint8)
+    with pytest.raises(CorruptionError, match=f"row 1: expected {size} bytes, found {size // 2}"):
+        open_reader(folder, codec, size).read(np.array([0, 1]), out)
 
 
-def test_an_open_reader_is_not_pickled(opened: ShardReader) -> None:
+@pytest.mark.parametrize("at", [2, 4, 8, 16, 20])
+def test_a_frame_that_was_never_written_here_is_an_error(at: int, tmp_path: Path) -> None:
+    """Its checksum fits, its header or one of its offsets does not."""
+    size = SIZES[1]
+    write_shards(tmp_path, some_pixels(size), "lz4")
+    data = bytearray((tmp_path / "0").read_bytes())
+    index = np.frombuffer(bytes(data[-index_bytes(PER_SHARD) : -4]), "<u8").reshape(-1, 2)
+    start, length = index[1].tolist()
+    data[start + at : start + at + 1] = bytes([data[start + at] ^ 0xFF])
+    checksum = google_crc32c.value(bytes(data[start : start + length - 4])).to_bytes(4, "little")
+    data[start + length - 4 : start + length] = checksum
+    (tmp_path / "0").write_bytes(data)
+    with pytest.raises(CorruptionError, match=r"row 1: "):
+        open_reader(tmp_path, "lz4", size).read(np.array([0, 1, 2]), np.empty((3, size), np.uint8))
+
+
+def test_an_open_reader_is_not_pickled(opened: Opened) -> None:
     with pytest.raises(TypeError, match="open it in the other process"):
-        pickle.dumps(opened)
+        pickle.dumps(opened[0])
