@@ -35,11 +35,7 @@ def simulate(loader: SliceLoader, *, rate: float, seconds: float) -> float:
     while time.perf_counter() - start < seconds:
         time.sleep(step)
         before = time.perf_counter()
-        try:
-            next(batches)
-        except StopIteration:
-            batches = iter(loader)
-            next(batches)
+        next(batches)
         waited += time.perf_counter() - before
     return waited / (time.perf_counter() - start)
 
@@ -62,7 +58,9 @@ def main(slices: int = 4096, data: Path = Path("bench-data"), rate: float = 2500
     dataset = open_dataset(folder / "lz4.zarr")
     shares = {}
     for gpus in (1, 2, 4, 8):
-        loader = SliceLoader(dataset, np.arange(len(dataset)), BATCH, drop_last=True)
+        # One epoch that lasts for all of it, as one of the RSNA set would.
+        rows = np.resize(np.arange(len(dataset)), int(gpus * rate * seconds) + 8 * BATCH)
+        loader = SliceLoader(dataset, rows, BATCH, drop_last=True)
         shares[gpus] = simulate(loader, rate=gpus * rate, seconds=seconds)
         typer.echo(f"{gpus} simulated GPU at {rate:,.0f} slices/s each: waits {shares[gpus]:.1%} of the time.")
     many = data / "many-shards.zarr"

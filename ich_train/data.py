@@ -1,6 +1,7 @@
 """Rows in an order -> coalesced reads -> batches in reused buffers, pinned where there is a GPU.
 
-Threads read ahead, a batch each; what a batch holds depends on the seed and the epoch alone, not on their number.
+Threads read ahead, each every n-th batch into a ring of its own; what a batch holds depends on the seed and the epoch
+alone, not on their number.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -89,17 +91,15 @@ class _Slot:
     copied: Any = None
 
 
-@dataclass
-class _Epoch:
-    """What the reading threads and the consumer of one epoch share, under one condition."""
+class _Ring:
+    """The buffers of one reading thread: free ones go to the thread, filled ones (or what went wrong) come back."""
 
-    batches: list[NDArray[np.int64]]
-    free: list[_Slot]
-    next_batch: int
-    ready: dict[int, tuple[_Slot, int]] = field(default_factory=dict)
-    failure: BaseException | None = None
-    stopped: bool = False
-    changed: threading.Condition = field(default_factory=threading.Condition)
+    def __init__(self, slots: list[_Slot]) -> None:
+        self.free: SimpleQueue[_Slot | None] = SimpleQueue()  # None: look at ``stopped``
+        self.filled: SimpleQueue[_Slot | BaseException] = SimpleQueue()
+        self.stopped = False
+        for slot in slots:
+            self.free.put(slot)
 
 
 class SliceLoader:
@@ -143,8 +143,9 @@ class SliceLoader:
         self._labels = read_labels(dataset)[self.rows]
         self._neighbours = neighbours(dataset, self.rows, context) if context else self.rows[:, np.newaxis]
         pinned = torch.cuda.is_available() if pin is None else pin
-        # One slot for the consumer, one for each thread at work, the rest are ready and waiting.
-        self._slots = [self._make_slot(pinned) for _ in range(1 + threads + prefetch)]
+        # In each ring one slot is the consumer's, one is being filled, the rest are ready and waiting.
+        depth = 2 + -(-prefetch // threads)
+        self._slots = [[self._make_slot(pinned) for _ in range(depth)] for _ in range(threads)]
 
     def __len__(self) -> int:
         share = len(self.rows) // self.world_size
@@ -172,21 +173,31 @@ class SliceLoader:
         self._epoch, self._batch = int(state["epoch"]), int(state["batch"])
 
     def __iter__(self) -> Iterator[Batch]:
-        epoch = _Epoch(batches=self._batches(), free=list(self._slots), next_batch=self._batch)
-        threads = [threading.Thread(target=self._read_ahead, args=(epoch,), daemon=True) for _ in range(self.threads)]
+        batches, first = self._batches(), self._batch
+        rings = [_Ring(slots) for slots in self._slots]
+        threads = [
+            threading.Thread(target=self._read_ahead, args=(ring, batches[first + index :: self.threads]), daemon=True)
+            for index, ring in enumerate(rings)
+        ]
         for thread in threads:
             thread.start()
         try:
-            for number in range(self._batch, len(epoch.batches)):
-                slot, size = self._take(epoch, number)
+            for number in range(first, len(batches)):
+                ring = rings[(number - first) % self.threads]
+                slot, size = self._take(ring), len(batches[number])
                 self._batch = number + 1
+                if self._batch == len(batches):
+                    self._epoch, self._batch = self._epoch + 1, 0
                 yield Batch(slot.images[:size], slot.labels[:size], slot.rows[:size])
-                self._give_back(epoch, slot)
-            self._epoch, self._batch = self._epoch + 1, 0
+                if slot.images.is_pinned():
+                    # A copy to the GPU may still be on its way: it is over once the stream has passed this point.
+                    slot.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                    slot.copied.record()
+                ring.free.put(slot)
         finally:
-            with epoch.changed:
-                epoch.stopped = True
-                epoch.changed.notify_all()
+            for ring in rings:
+                ring.stopped = True
+                ring.free.put(None)
             for thread in threads:
                 thread.join()
 
@@ -217,26 +228,17 @@ class SliceLoader:
         mine = rank_positions(positions, rank=self.rank, world_size=self.world_size)
         return [mine[at : at + self.batch_size] for at in range(0, len(self) * self.batch_size, self.batch_size)]
 
-    def _read_ahead(self, epoch: _Epoch) -> None:
-        """Read one batch after the other into free slots: the life of a reading thread."""
-        while True:
-            with epoch.changed:
-                epoch.changed.wait_for(lambda: epoch.free or epoch.stopped)
-                if epoch.stopped or epoch.next_batch >= len(epoch.batches):
+    def _read_ahead(self, ring: _Ring, batches: list[NDArray[np.int64]]) -> None:
+        """Read one of ``batches`` after the other into free slots: the life of a reading thread."""
+        try:
+            for positions in batches:
+                slot = ring.free.get()
+                if slot is None or ring.stopped:
                     return
-                # A batch takes its slot in the order of the batches, so the one that is waited for always has one.
-                number, slot = epoch.next_batch, epoch.free.pop()
-                epoch.next_batch += 1
-            try:
-                self._fill(slot, epoch.batches[number])
-            except BaseException as error:
-                with epoch.changed:
-                    epoch.failure = error
-                    epoch.changed.notify_all()
-                return
-            with epoch.changed:
-                epoch.ready[number] = (slot, len(epoch.batches[number]))
-                epoch.changed.notify_all()
+                self._fill(slot, positions)
+                ring.filled.put(slot)
+        except BaseException as error:
+            ring.filled.put(error)
 
     def _fill(self, slot: _Slot, positions: NDArray[np.int64]) -> None:
         if slot.copied is not None:
@@ -248,25 +250,13 @@ class SliceLoader:
         slot.labels[:size].numpy()[:] = self._labels[positions]
         slot.rows[:size].numpy()[:] = self.rows[positions]
 
-    def _take(self, epoch: _Epoch, number: int) -> tuple[_Slot, int]:
+    def _take(self, ring: _Ring) -> _Slot:
         start = time.perf_counter()
-        with epoch.changed:
-            epoch.changed.wait_for(lambda: number in epoch.ready or epoch.failure is not None)
-            if number not in epoch.ready:
-                assert epoch.failure is not None
-                raise epoch.failure
-            taken = epoch.ready.pop(number)
+        taken = ring.filled.get()
         self.wait_seconds += time.perf_counter() - start
+        if isinstance(taken, BaseException):
+            raise taken
         return taken
-
-    def _give_back(self, epoch: _Epoch, slot: _Slot) -> None:
-        if slot.images.is_pinned():
-            # A copy to the GPU may still be on its way: the slot is free once the stream has passed this point.
-            slot.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            slot.copied.record()
-        with epoch.changed:
-            epoch.free.append(slot)
-            epoch.changed.notify_all()
 
 
 class SliceDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor, int]]):
