@@ -1,13 +1,13 @@
 """Stored values -> HU -> window codes, by tables over all 65,536 words that a 16-bit pixel can hold.
 
 A table is exact by construction, for a fractional slope and for padding as for anything else, and one gather does the
-work of rescale, clip and window together.
+work of rescale, clip and window together: for up to four windows at a time, whose codes are the bytes of one entry.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -16,6 +16,10 @@ from ich_prep.windows import AIR_HU, HIGHEST_HU, Window, window_table
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+
+PACKED = 4  # windows of one gather
+STRIP = 1 << 16  # pixels gathered before they are told apart: they stay in the core's own cache
 
 
 @lru_cache(maxsize=64)
@@ -39,11 +43,42 @@ def rescale_table(
 
 
 @lru_cache(maxsize=64)
-def _codes_of_stored(
-    window: Window, signed: bool, slope: float, intercept: float, padding: tuple[int, int] | None
-) -> NDArray[np.uint8]:
-    hu = rescale_table(signed=signed, slope=slope, intercept=intercept, padding=padding)
-    return window_table(window)[hu.view(np.uint16)]
+def _packed_codes(windows: tuple[Window, ...], rescale: tuple[Any, ...] | None) -> NDArray[np.int32]:
+    """Return the codes of every word, a byte for each of up to four windows: int32 (65536,).
+
+    The words are stored values with a ``rescale`` of signed, slope, intercept and padding, and HU without one.
+    """
+    codes = np.zeros((65536, PACKED), np.uint8)
+    for index, window in enumerate(windows):
+        codes[:, index] = window_table(window)
+    if rescale is not None:
+        signed, slope, intercept, padding = rescale
+        hu = rescale_table(signed=signed, slope=slope, intercept=intercept, padding=padding)
+        codes = codes[hu.view(np.uint16)]
+    return codes.view(np.int32).reshape(65536)
+
+
+def _apply_packed(
+    words: NDArray[np.uint16], windows: tuple[Window, ...], rescale: tuple[Any, ...] | None, out: NDArray[np.uint8]
+) -> None:
+    rows, columns = words.shape
+    if out.shape != (len(windows), rows, columns) or out.dtype != np.uint8 or not out.flags.c_contiguous:
+        # OpenCV would write into a new array instead.
+        raise ValueError(
+            f"Expected out to be uint8 ({len(windows)}, {rows}, {columns}), C-contiguous; got {out.dtype} {out.shape}."
+        )
+    step = max(1, STRIP // columns)
+    codes = np.empty((step, columns), np.int32)
+    unused = np.empty((step, columns), np.uint8)
+    for first in range(0, len(windows), PACKED):
+        some = windows[first : first + PACKED]
+        table = _packed_codes(some, rescale)
+        for top in range(0, rows, step):
+            lines = slice(top, min(rows, top + step))
+            strip, spare = codes[: lines.stop - top], unused[: lines.stop - top]
+            cv2.LUT(words[lines], table, dst=strip)
+            planes = [out[first + index, lines] for index in range(len(some))]
+            cv2.split(strip.view(np.uint8).reshape(*strip.shape, PACKED), [*planes, *[spare] * (PACKED - len(some))])
 
 
 def apply_rescale(
@@ -71,12 +106,9 @@ def apply_rescale_and_windows(
     out: NDArray[np.uint8],
 ) -> None:
     """Write the codes of stored ``words`` (rows, columns) into ``out``, uint8 (windows, rows, columns), in one step."""
-    for plane, window in zip(out, windows, strict=True):
-        cv2.LUT(words, _codes_of_stored(window, signed, slope, intercept, padding), dst=plane)
+    _apply_packed(words, windows, (signed, slope, intercept, padding), out)
 
 
 def apply_windows(hu: NDArray[np.int16], *, windows: tuple[Window, ...], out: NDArray[np.uint8]) -> None:
     """Write the codes of ``hu`` (rows, columns) into ``out``, uint8 (windows, rows, columns)."""
-    words = hu.view(np.uint16)
-    for plane, window in zip(out, windows, strict=True):
-        cv2.LUT(words, window_table(window), dst=plane)
+    _apply_packed(hu.view(np.uint16), windows, None, out)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -119,15 +118,38 @@ def test_a_table_is_read_only() -> None:
         rescale_table(signed=True, slope=1.0, intercept=0.0)[0] = 1
 
 
-@pytest.mark.parametrize("shape", [(1, 7), (7, 1), (3, 5), (512, 512)])
-def test_results_are_written_into_the_callers_buffer(shape: tuple[int, int]) -> None:
+# The last one is wider than a strip, the one before has a strip that is not whole.
+SHAPES = [(1, 7), (7, 1), (3, 5), (512, 512), (300, 513), (2, 70_000)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_results_are_written_into_the_callers_buffer(shape: tuple[int, int], count: int) -> None:
     words = np.random.default_rng(0).integers(0, 4096, shape, np.uint16)
     hu = np.zeros(shape, np.int16)
-    apply_rescale(words, signed=False, slope=1.0, intercept=-1024.0, padding=None, out=hu)
+    rescale = {"signed": False, "slope": 1.0, "intercept": -1024.0, "padding": None}
+    apply_rescale(words, **rescale, out=hu)  # type: ignore[arg-type]
     np.testing.assert_array_equal(hu, words.astype(np.int16) - 1024)
-    codes = np.zeros((2, *shape), np.uint8)
-    windows = (PRESETS["brain"], PRESETS["bone"])
-    apply_windows(hu, windows=windows, out=codes)
-    np.testing.assert_array_equal(codes[1], window_codes(hu, PRESETS["bone"]))
-    with pytest.raises((ValueError, cv2.error)):
-        apply_windows(hu, windows=(*windows, PRESETS["stroke"]), out=codes)  # two planes for three windows
+    windows = tuple(Window(f"w{index}", center=30 + 10 * index, width=80 + 50 * index) for index in range(count))
+    of_hu, of_words = np.zeros((2, count, *shape), np.uint8)
+    apply_windows(hu, windows=windows, out=of_hu)
+    apply_rescale_and_windows(words, **rescale, windows=windows, out=of_words)  # type: ignore[arg-type]
+    for index, window in enumerate(windows):
+        np.testing.assert_array_equal(of_hu[index], window_codes(hu, window))
+    np.testing.assert_array_equal(of_words, of_hu)
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        np.zeros((2, 8, 8), np.uint8),  # two planes for three windows
+        np.zeros((3, 8, 9), np.uint8),
+        np.zeros((3, 8, 8), np.int16),
+        np.zeros((3, 8, 16), np.uint8)[:, :, ::2],
+    ],
+    ids=["planes", "columns", "dtype", "order"],
+)
+def test_a_buffer_that_does_not_fit_is_refused(out: NDArray[np.uint8]) -> None:
+    windows = tuple(PRESETS[name] for name in ("brain", "subdural", "bone"))
+    with pytest.raises(ValueError, match=r"Expected out to be uint8 \(3, 8, 8\)"):
+        apply_windows(np.zeros((8, 8), np.int16), windows=windows, out=out)
