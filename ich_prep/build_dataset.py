@@ -37,6 +37,8 @@ from ich_prep.sources import Listing, list_files, require_folder
 from ich_prep.store import Spec, State
 
 KEEPERS = 4
+# What tasks import, loaded while files are listed; pyarrow imports pandas when it first sees a Python list.
+TASK_MODULES = ("ich_prep.scan", "ich_prep.shard", "pandas")
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def build(
     seconds: dict[str, float] = {}
     require_folder(source)
     _refuse_foreign(target, source)
-    with Pool(workers=count, scheduler=scheduler, modules=("ich_prep.scan", "ich_prep.shard")) as pool:
+    with Pool(workers=count, scheduler=scheduler, modules=TASK_MODULES) as pool:
         with _timed(seconds, "list"):
             listing = list_files(source)
             found, spec = _resolve_layout(spec, listing, progress)
@@ -203,7 +205,7 @@ def _spec_differences(there: Spec, here: Spec) -> list[str]:
 
 
 def _listing_difference(folder: Path, listing: Listing) -> str:
-    table = pq.read_table(folder / store.FILES)
+    table = store.read_parquet(folder / store.FILES)
     before = dict(zip(table["path"].to_pylist(), table["size"].to_pylist(), strict=True))
     now = dict(zip(listing.files["path"].to_pylist(), listing.files["size"].to_pylist(), strict=True))
     added, removed = sorted(now.keys() - before.keys()), sorted(before.keys() - now.keys())
@@ -296,7 +298,7 @@ def _scan(pool: Pool, target: Path, source: Path, listing: Listing, progress: Pr
     for _, (slices, set_aside) in pool.map(task, [batch for batch in batches if batch not in done]):
         progress.advance(slices + set_aside, set_aside)
     progress.end()
-    return pa.concat_tables([pq.read_table(folder / f"{batch:05d}.parquet") for batch in batches])
+    return pa.concat_tables([store.read_parquet(folder / f"{batch:05d}.parquet") for batch in batches])
 
 
 def _check_labels(plan: Plan, labels: Labels, folder: Path, allow: Allowances, progress: Progress) -> None:

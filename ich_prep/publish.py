@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ich_prep import ledger, store
 from ich_prep.plan import PIXEL_COLUMNS
@@ -42,7 +41,7 @@ class Tables:
 def gather(target: Path, state: State) -> Tables:
     """Return the tables of the build at ``target``, of which every shard has its entry in the ledger."""
     folder = target / store.BUILD
-    plan = pq.read_table(folder / store.PLAN)
+    plan = store.read_parquet(folder / store.PLAN)
     per_shard = state.spec.slices_per_shard
     starts = np.arange(0, len(plan), per_shard)
     entries = [ledger.read(folder / store.DONE, number) for number in range(len(starts))]
@@ -58,7 +57,7 @@ def gather(target: Path, state: State) -> Tables:
         status.filter(pa.array(~ok)),
         pa.array([line["detail"] for line in lines if line["status"] != store.OK], pa.string()),
     ]
-    series = pq.read_table(folder / store.PLANNED_SERIES)
+    series = store.read_parquet(folder / store.PLANNED_SERIES)
     place = series.schema.get_field_index("n_ok")
     counted = np.add.reduceat(ok.astype(np.int64), series["first_row"].to_numpy())
     shards = [
@@ -74,7 +73,7 @@ def gather(target: Path, state: State) -> Tables:
         series=series.set_column(place, series.schema.field(place), pa.array(counted, pa.int32())),
         shards=pa.table(shards, schema=store.SHARD_SCHEMA),
         quarantine=pa.concat_tables(
-            [pq.read_table(folder / store.PLANNED_QUARANTINE), pa.table(lost, schema=store.QUARANTINE_SCHEMA)]
+            [store.read_parquet(folder / store.PLANNED_QUARANTINE), pa.table(lost, schema=store.QUARANTINE_SCHEMA)]
         ),
     )
 

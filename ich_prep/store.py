@@ -192,6 +192,12 @@ def shard_path(out: Path, shard: int) -> Path:
     return out / IMAGES / "c" / str(shard) / "0" / "0" / "0"
 
 
+def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Return a Parquet file's table, its pages checked; unlike ``pq.read_table`` it does not import pandas."""
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        return file.read(columns)
+
+
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a published table: equal tables give equal bytes."""
     sink = pa.BufferOutputStream()
@@ -281,7 +287,7 @@ class Dataset:
     def read_table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """Return a published table, or only some of its columns; raises ``CorruptionError`` where it cannot be read."""
         try:
-            return pq.read_table(self.path / name, columns=columns, page_checksum_verification=True)
+            return read_parquet(self.path / name, columns)
         except (OSError, pa.ArrowException) as error:
             raise CorruptionError(
                 f"{self.path / name} cannot be read: {error}. Run `ich-prep verify {self.path}`, then build again."

@@ -17,7 +17,6 @@ import google_crc32c
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ich_prep import ledger, sharding, store
 from ich_prep.decode import decode_with_pydicom
@@ -264,7 +263,7 @@ def _compare(dataset: Dataset, src: Path, rows: NDArray[np.int64], progress: Pro
             f"Expected the plan of the build at {path}, which names the source file of each row; it is gone. Verify "
             "without --src, or build again."
         )
-    plan = pq.read_table(path).take(pa.array(rows)).to_pylist()
+    plan = store.read_parquet(path).take(pa.array(rows)).to_pylist()
     stored = np.empty((1, *dataset.shape[1:]), dataset.dtype)
     progress.begin("Comparing with the sources", len(rows), "slices", 0)
     for line in plan:
