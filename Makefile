@@ -6,8 +6,10 @@ DEMO ?= demo
 DEMO_SERIES ?= 60
 DEMO_SIZE ?= 128
 BENCH ?= bench-data
+BENCH_VENV ?= .venv-bench
+BENCH_BIN := $(BENCH_VENV)/bin
 
-.PHONY: help venv demo test test-slow lint format bench clean
+.PHONY: help venv demo test test-slow lint format bench-setup bench bench-full clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -44,12 +46,26 @@ format: venv ## write the code in the house's form
 	$(BIN)/ruff check --quiet --fix .
 	$(BIN)/ruff format --quiet .
 
-bench: venv ## the benchmarks, then docs/benchmarks.md
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
-	$(BIN)/python -m benchmarks.build --data $(BENCH)
-	$(BIN)/python -m benchmarks.loader --data $(BENCH)
-	$(BIN)/python -m benchmarks.feeding --data $(BENCH)
-	$(BIN)/python -m benchmarks.document
+bench-setup: $(BENCH_VENV)/.installed ## install the peers of the benchmarks into a venv of their own
+
+$(BENCH_VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH_BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,bench]'
+	touch $@
+
+bench: bench-setup ## the main benchmarks in a quarter of an hour, then docs/benchmarks.md
+	$(BENCH_BIN)/python -m benchmarks.build --data $(BENCH) --question windows-512
+	$(BENCH_BIN)/python -m benchmarks.loader --data $(BENCH) --question 256
+	$(BENCH_BIN)/python -m benchmarks.feeding --data $(BENCH)
+	$(BENCH_BIN)/python -m benchmarks.codecs --data $(BENCH)
+	$(BENCH_BIN)/python -m benchmarks.document
+
+bench-full: bench-setup ## every question of every benchmark, then docs/benchmarks.md
+	$(BENCH_BIN)/python -m benchmarks.build --data $(BENCH)
+	$(BENCH_BIN)/python -m benchmarks.loader --data $(BENCH)
+	$(BENCH_BIN)/python -m benchmarks.feeding --data $(BENCH)
+	$(BENCH_BIN)/python -m benchmarks.codecs --data $(BENCH)
+	$(BENCH_BIN)/python -m benchmarks.document
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) $(DEMO) .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(BENCH_VENV) $(DEMO) .ruff_cache .mypy_cache .hypothesis

@@ -1,6 +1,6 @@
 """How fast does a build go, against the limit of the machine and against what people write by hand?
 
-    python -m benchmarks.build [--slices 4096] [--repeats 5] [--data bench-data]
+    python -m benchmarks.build [--slices 8192] [--repeats 5] [--data bench-data]
 
 Warm files, two processes each, glibc's malloc thresholds raised for all. The limit is two bare processes that only read,
 window, compress and write the same files. Starting processes counts for nobody.
@@ -23,17 +23,28 @@ QUESTIONS = {
     "windows-256": ("three windows, 256 x 256 from 512 x 512", 256, "windows"),
     "hu-512": ("HU, 512 x 512", 512, "hu"),
 }
-OURS, DECODE, LIMIT, PNG = (
-    "ich-prep build",
-    "its decode stage alone",
-    "two bare processes",
-    "pool of pydicom + NumPy + PNG",
+OURS, DECODE, LIMIT = "ich-prep build", "its decode stage alone", "two bare processes"
+PEERS = {
+    "pool of pydicom + NumPy + PNG": "png pool",
+    "pool of SimpleITK + .npy": "simpleitk",
+    "pool of MONAI transforms + .npy": "monai",
+    "dask.array + zarr-python": "dask and zarr",
+}
+PACKAGES = (
+    "pydicom",
+    "numpy",
+    "opencv-python-headless",
+    "numcodecs",
+    "dask",
+    "pyarrow",
+    "zarr",
+    "SimpleITK",
+    "monai",
 )
-PACKAGES = ("pydicom", "numpy", "opencv-python-headless", "numcodecs", "dask", "pyarrow")
 
 
 def main(
-    slices: int = 4096,
+    slices: int = 8192,
     repeats: int = 5,
     data: Path = Path("bench-data"),
     question: Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(QUESTIONS)}.")] = None,
@@ -43,10 +54,10 @@ def main(
         title, size, store = QUESTIONS[name]
         warm(sorted(tree.glob("stage_2_*/*.dcm")))
         contend = partial(_contend, tree, data / "out", size, store)
-        contenders = {OURS: partial(contend, "ours"), LIMIT: partial(contend, "limit")}
+        contenders = {OURS: "ours", LIMIT: "limit", f"{LIMIT}, synced": "limit on disk"}
         if store == "windows":
-            contenders[PNG] = partial(contend, "png pool")
-        found = interleave(contenders, repeats)
+            contenders |= PEERS
+        found = interleave({label: partial(contend, contender) for label, contender in contenders.items()}, repeats)
         report(
             f"Build: {title}, {found[OURS][0]['slices']:,} slices, 2 processes",
             _rates(found),

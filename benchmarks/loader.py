@@ -17,14 +17,24 @@ import numpy as np
 import typer
 
 from benchmarks.files import cohort
-from benchmarks.loader_contenders import CONTENDERS, LMDB, MEMMAP, PNG
+from benchmarks.loader_contenders import CONTENDERS, HDF5, LMDB, MEMMAP, PNG, WEB
 from benchmarks.measure import Rate, in_process, interleave, report, versions
 from ich_prep import Spec, build
 from ich_prep.store import Dataset, open_dataset
 
 QUESTIONS = {"256": ("3 x 256 x 256 uint8", 256, "windows"), "hu-512": ("1 x 512 x 512 HU", 512, "hu")}
 OURS, LIMIT = "SliceLoader, lz4", "memmap gather"
-PACKAGES = ("numpy", "torch", "tensorstore", "zarr", "lmdb", "numcodecs", "opencv-python-headless")
+PACKAGES = (
+    "numpy",
+    "torch",
+    "tensorstore",
+    "zarr",
+    "lmdb",
+    "numcodecs",
+    "opencv-python-headless",
+    "h5py",
+    "webdataset",
+)
 
 
 def prepare(folder: Path, tree: Path, size: int, store: str) -> None:
@@ -45,6 +55,8 @@ def prepare(folder: Path, tree: Path, size: int, store: str) -> None:
             cv2.imwrite(str(folder / PNG / f"{row}.png"), _as_png(rows[row]))
     rows.flush()
     _write_lmdb(folder / LMDB, rows)
+    _write_hdf5(folder / HDF5, rows)
+    _write_tars(folder / WEB, rows)
     (folder / "ready").touch()
 
 
@@ -62,9 +74,34 @@ def _write_lmdb(path: Path, rows: np.ndarray) -> None:
             transaction.put(index.to_bytes(8, "big"), row.tobytes())
 
 
+def _write_hdf5(path: Path, rows: np.ndarray) -> None:
+    import h5py
+
+    with h5py.File(path, "w") as file:
+        file.create_dataset("images", data=rows, chunks=(1, *rows.shape[1:]), compression="lzf", shuffle=True)
+
+
+def _write_tars(folder: Path, rows: np.ndarray) -> None:
+    import webdataset
+
+    folder.mkdir()
+    for at in range(0, len(rows), 256):
+        with webdataset.TarWriter(str(folder / f"{at // 256:05d}.tar")) as tar:
+            for index in range(at, min(len(rows), at + 256)):
+                tar.write({"__key__": f"{index:07d}", "raw": rows[index].tobytes()})
+
+
 def _bytes_of(folder: Path, dataset: Dataset) -> dict[str, float]:
     """Return the bytes on disk of each form, per slice."""
-    places = {"lz4": "lz4.zarr/images", "none": "none.zarr/images", "memmap": MEMMAP, "LMDB": LMDB, "PNG": PNG}
+    places = {
+        "lz4": "lz4.zarr/images",
+        "none": "none.zarr/images",
+        "memmap": MEMMAP,
+        "LMDB": LMDB,
+        "PNG": PNG,
+        "HDF5": HDF5,
+        "Web": WEB,
+    }
     found = {}
     for name, place in places.items():
         path = folder / place

@@ -29,7 +29,7 @@ from ich_train.data import SliceLoader
 
 BATCH = 64
 CORES = 2
-MEMMAP, LMDB, PNG = "rows.npy", "rows.lmdb", "png"
+MEMMAP, LMDB, PNG, HDF5, WEB = "rows.npy", "rows.lmdb", "png", "rows.h5", "web"
 
 
 def batches_of(count: int, seed: int = 0) -> Iterator[np.ndarray]:
@@ -135,6 +135,53 @@ class LmdbRows(Dataset[torch.Tensor]):
         return torch.from_numpy(value.reshape(self.shape).copy())
 
 
+class Hdf5Rows(Dataset[torch.Tensor]):
+    """Rows of an HDF5 array, a chunk a row, compressed as h5py does it fastest (lzf with shuffle)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / HDF5
+        self.count = len(self.rows)
+        del self.rows
+
+    @cached_property
+    def rows(self) -> Any:
+        import h5py
+
+        return h5py.File(self.path)["images"]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.from_numpy(self.rows[index])
+
+
+def web_dataset(folder: Path) -> tuple[Iterator[Any], Callable[[np.ndarray], np.ndarray]]:
+    """WebDataset over tar files of .npy, in a DataLoader with two workers; it shuffles a buffer of 1,000, no more."""
+    import webdataset
+
+    shards = sorted(map(str, (folder / WEB).glob("*.tar")))
+    kind, shape = webdataset_form(folder)
+
+    def decode(sample: dict[str, Any]) -> torch.Tensor:
+        return torch.from_numpy(np.frombuffer(bytearray(sample["raw"]), kind).reshape(shape))
+
+    dataset = webdataset.WebDataset(shards, shardshuffle=len(shards), nodesplitter=None, empty_check=False)
+    batches = DataLoader(dataset.shuffle(1000).map(decode), BATCH, num_workers=CORES, drop_last=True)
+
+    def first(wanted: np.ndarray) -> np.ndarray:
+        plain = webdataset.WebDataset(shards, shardshuffle=False, nodesplitter=None).map(decode)
+        return torch.stack(list(itertools.islice(plain, len(wanted)))).numpy()
+
+    return (batch for _ in itertools.count() for batch in batches), first
+
+
+def webdataset_form(folder: Path) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    """Return dtype and shape of the slices in the tar files, which hold bytes alone."""
+    rows = np.load(folder / MEMMAP, mmap_mode="r")
+    return rows.dtype, rows.shape[1:]
+
+
 class PngRows(Dataset[torch.Tensor]):
     """One PNG a slice: three channels of 8 bits, or one of 16."""
 
@@ -172,6 +219,8 @@ CONTENDERS: dict[str, Callable[[Path], tuple[Iterator[Any], Callable[[np.ndarray
     "DataLoader over a memmap": lambda folder: data_loader(MemmapRows(folder)),
     "DataLoader over LMDB": lambda folder: data_loader(LmdbRows(folder)),
     "DataLoader over PNG": lambda folder: data_loader(PngRows(folder)),
+    "DataLoader over HDF5": lambda folder: data_loader(Hdf5Rows(folder)),
+    "WebDataset": web_dataset,
 }
 
 

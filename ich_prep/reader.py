@@ -169,8 +169,9 @@ class ShardReader:
 
     def _fill(self, buffers: list[Any], number: int, start: int, count: int) -> None:
         """Read the ``count`` bytes from ``start`` on of shard ``number`` into ``buffers``."""
+        file = self._open(number)  # held until it is read: another thread may close it meanwhile
         try:
-            found = os.preadv(self._open(number).descriptor, buffers, start)
+            found = os.preadv(file.descriptor, buffers, start)
         except OSError as error:
             raise self._corrupt(number, None, f"it cannot be read: {error.strerror}") from error
         if found != count:
@@ -187,12 +188,12 @@ class ShardReader:
         with self._lock:
             if len(self._files) >= self._most_open:
                 del self._files[next(iter(self._files))]
-            self._files[number] = file
-        return file
+            return self._files.setdefault(number, file)
 
     def _read_index(self, number: int) -> None:
         tail = index_bytes(self._per_shard)
-        size = os.fstat(self._open(number).descriptor).st_size
+        file = self._open(number)
+        size = os.fstat(file.descriptor).st_size
         if size < tail:
             raise self._corrupt(number, None, f"expected at least {tail} bytes, found {size}")
         data = bytearray(tail)

@@ -133,8 +133,12 @@ def test_more_neighbours_than_one_read_takes(monkeypatch: pytest.MonkeyPatch, tm
     np.testing.assert_array_equal(out, some_pixels()[rows])
 
 
-def test_many_threads_of_the_caller_share_one_reader(folder: Path, pixels: NDArray[np.uint8]) -> None:
-    shared = open_reader(folder)
+@pytest.mark.parametrize("most_open", [1, 100])
+def test_many_threads_of_the_caller_share_one_reader(
+    most_open: int, folder: Path, pixels: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "MOST_OPEN", most_open)
+    monkeypatch.setattr(reader, "LEAST_SCRATCH", 1)
     there = np.setdiff1d(np.arange(SLICES), HOLES)
 
     def read(seed: int) -> bool:
@@ -144,7 +148,9 @@ def test_many_threads_of_the_caller_share_one_reader(folder: Path, pixels: NDArr
         return bool((out == pixels[rows]).all())
 
     with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(read, range(200)))
+        for _ in range(20):
+            shared = open_reader(folder)  # each time all open its shards at once
+            assert all(pool.map(read, range(20)))
 
 
 def test_shards_are_closed_when_many_are_open(

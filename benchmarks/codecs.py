@@ -1,0 +1,113 @@
+"""What does each codec cost and save? Size, and one core's speed, on phantom slices and on real CT.
+
+    python -m benchmarks.codecs [--data bench-data] [--real FOLDER]
+
+``--real`` is any folder of CT files (default: head_ct beside the repository's shared data, left out with a remark where
+there is none).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import typer
+from numcodecs import blosc
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.files import cohort
+from benchmarks.measure import RESULTS, machine, versions
+from ich_prep import Spec, build
+from ich_prep.build_dataset import Allowances
+from ich_prep.sharding import BLOSC_LEVEL, block_bytes
+from ich_prep.store import open_dataset
+
+REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "head_ct"
+SLICES = 64
+FORMS = {"3 windows, 512": ("windows", 512), "3 windows, 256": ("windows", 256), "HU, 512": ("hu", 512)}
+# Name, level, and what is done to the bytes of an item before: whole bytes or bits of equal weight stand together.
+CODECS = [
+    ("lz4", BLOSC_LEVEL, blosc.SHUFFLE),
+    ("lz4", BLOSC_LEVEL, blosc.BITSHUFFLE),
+    ("lz4", 1, blosc.SHUFFLE),
+    ("lz4", 9, blosc.SHUFFLE),
+    ("zstd", 1, blosc.SHUFFLE),
+    ("zstd", BLOSC_LEVEL, blosc.SHUFFLE),
+    ("zstd", BLOSC_LEVEL, blosc.BITSHUFFLE),
+]
+SHUFFLES = {blosc.SHUFFLE: "byte shuffle", blosc.BITSHUFFLE: "bit shuffle"}
+
+
+def slices_of(tree: Path, out: Path, store: str, size: int, layout: str) -> np.ndarray:
+    """Return up to ``SLICES`` slices, spread over the tree, as a dataset of that form holds them."""
+    if not (out / "zarr.json").exists():
+        shutil.rmtree(out, ignore_errors=True)
+        spec = Spec(layout=layout, size=size, store=store, codec="none")  # type: ignore[arg-type]
+        build(tree, out, spec, allow=Allowances(unlabelled=True, max_quarantined=1.0))
+    dataset = open_dataset(out)
+    ok = np.flatnonzero(dataset.slices["status"].to_numpy() == "ok")
+    return dataset.read(ok[:: max(1, len(ok) // SLICES)][:SLICES])
+
+
+def measure(slices: np.ndarray, repeats: int) -> list[dict[str, Any]]:
+    """Return for each codec the share of the bytes that is left, and the median microseconds a slice of either way."""
+    blosc.use_threads = False
+    out, blocks = np.empty_like(slices[0]), block_bytes(slices[0].nbytes)
+    lines = []
+    for name, level, shuffle in CODECS:
+        encoded = [blosc.compress(one, name.encode(), level, shuffle, blocks) for one in slices]
+        encode, decode = [], []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            for one in slices:
+                blosc.compress(one, name.encode(), level, shuffle, blocks)
+            middle = time.perf_counter()
+            for frame in encoded:
+                blosc.decompress(frame, out)
+            encode.append((middle - start) / len(slices) * 1e6)
+            decode.append((time.perf_counter() - middle) / len(slices) * 1e6)
+        size = sum(map(len, encoded)) / slices.nbytes
+        label = f"{name} {level}, {SHUFFLES[shuffle]}"
+        lines.append(
+            {"codec": label, "size": size, "encode": statistics.median(encode), "decode": statistics.median(decode)}
+        )
+    return lines
+
+
+def main(data: Path = Path("bench-data"), real: Path = REAL, repeats: int = 5) -> None:
+    sources = {"phantom": (cohort(data, slices=1), "rsna")}
+    if real.is_dir():
+        sources["real CT"] = (real, "folder")
+    else:
+        typer.echo(f"No real CT at {real}: only the phantom is measured.")
+    sections = {}
+    for source, (tree, layout) in sources.items():
+        for form, (store, size) in FORMS.items():
+            slices = slices_of(
+                tree, data / f"codecs-{source.replace(' ', '-')}-{store}-{size}.zarr", store, size, layout
+            )
+            title = f"{source}, {form}: {len(slices)} slices of {slices[0].nbytes // 1000:,} KB"
+            sections[title] = measure(slices, repeats)
+            table = Table("", "of the bytes", "encode us", "decode us", title=title, title_justify="left")
+            for line in sections[title]:
+                figures = f"{line['size']:.3f}", f"{line['encode']:,.0f}", f"{line['decode']:,.0f}"
+                table.add_row(line["codec"], *figures)
+            Console(width=140, highlight=False).print(table)
+    RESULTS.mkdir(exist_ok=True)
+    document = {
+        "title": "Codecs, one core",
+        "machine": machine(),
+        "codecs": sections,
+        "versions": versions(("numcodecs", "numpy")),
+    }
+    (RESULTS / "codecs.json").write_text(json.dumps(document, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
