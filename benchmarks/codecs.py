@@ -25,7 +25,7 @@ from benchmarks.files import cohort
 from benchmarks.measure import RESULTS, machine, versions
 from ich_prep import Spec, build
 from ich_prep.build_dataset import Allowances
-from ich_prep.sharding import BLOSC_LEVEL, block_bytes
+from ich_prep.sharding import BLOSC_LEVELS, block_bytes
 from ich_prep.store import open_dataset
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "head_ct"
@@ -33,13 +33,13 @@ SLICES = 64
 FORMS = {"3 windows, 512": ("windows", 512), "3 windows, 256": ("windows", 256), "HU, 512": ("hu", 512)}
 # Name, level, and what is done to the bytes of an item before: whole bytes or bits of equal weight stand together.
 CODECS = [
-    ("lz4", BLOSC_LEVEL, blosc.SHUFFLE),
-    ("lz4", BLOSC_LEVEL, blosc.BITSHUFFLE),
+    ("lz4", BLOSC_LEVELS["lz4"], blosc.SHUFFLE),
+    ("lz4", BLOSC_LEVELS["lz4"], blosc.BITSHUFFLE),
     ("lz4", 1, blosc.SHUFFLE),
     ("lz4", 9, blosc.SHUFFLE),
-    ("zstd", 1, blosc.SHUFFLE),
-    ("zstd", BLOSC_LEVEL, blosc.SHUFFLE),
-    ("zstd", BLOSC_LEVEL, blosc.BITSHUFFLE),
+    ("zstd", BLOSC_LEVELS["zstd"], blosc.SHUFFLE),
+    ("zstd", BLOSC_LEVELS["zstd"], blosc.BITSHUFFLE),
+    ("zstd", 5, blosc.SHUFFLE),
 ]
 SHUFFLES = {blosc.SHUFFLE: "byte shuffle", blosc.BITSHUFFLE: "bit shuffle"}
 

@@ -30,7 +30,9 @@ The files are a phantom cohort in RSNA's form (`ich-prep synth`), read warm. Eve
 threads. Starting processes counts for nobody. The limit of a build is two bare processes that read, rescale, window,
 compress and write the same files with everything known beforehand; they do not hash or audit anything, or publish. Nor do
 they wait for the disk, as a build does, whose bytes must outlive a power cut: the line `synced` is the limit with that
-wait. Slower contenders read 512 of the files. The limit of a loader is a gather of uncompressed pixels from a memory map into reused buffers.
+wait. Slower contenders read 512 of the files.
+
+The limit of a loader is a gather of uncompressed pixels from a memory map into reused buffers.
 """
 
 

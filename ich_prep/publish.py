@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from ich_prep import ledger, store
 from ich_prep.plan import PIXEL_COLUMNS
-from ich_prep.sharding import BLOSC_LEVEL, block_bytes
+from ich_prep.sharding import BLOSC_LEVELS, block_bytes
 from ich_prep.windows import AIR_HU
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def _metadata(spec: Spec, slices: int) -> dict[str, bytes]:
     if spec.codec != "none":
         blosc = BloscCodec(
             cname=spec.codec,
-            clevel=BLOSC_LEVEL,
+            clevel=BLOSC_LEVELS[spec.codec],
             shuffle="shuffle",
             blocksize=block_bytes(spec.channels * spec.size**2 * spec.dtype.itemsize),
             typesize=spec.dtype.itemsize,
