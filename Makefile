@@ -9,7 +9,7 @@ BENCH ?= bench-data
 BENCH_VENV ?= .venv-bench
 BENCH_BIN := $(BENCH_VENV)/bin
 
-.PHONY: help venv demo test test-slow lint format bench-setup bench bench-full clean
+.PHONY: help venv demo test test-slow lint format bench-setup bench bench-full profile clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -66,6 +66,9 @@ bench-full: bench-setup ## every question of every benchmark, then docs/benchmar
 	$(BENCH_BIN)/python -m benchmarks.feeding --data $(BENCH)
 	$(BENCH_BIN)/python -m benchmarks.codecs --data $(BENCH)
 	$(BENCH_BIN)/python -m benchmarks.document
+
+profile: bench-setup ## flame graphs of a build and of the loader in benchmarks/profiles
+	$(BENCH_BIN)/python -m benchmarks.profile --data $(BENCH)
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) $(BENCH_VENV) $(DEMO) .ruff_cache .mypy_cache .hypothesis

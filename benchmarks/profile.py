@@ -1,0 +1,51 @@
+"""Flame graphs of a build, worker processes included, and of the loader, by py-spy.
+
+    python -m benchmarks.profile [--data bench-data]
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import typer
+
+from benchmarks.files import cohort
+from benchmarks.loader import prepare
+from ich_prep.execute import MALLOC_ENVIRONMENT, ONE_THREAD
+
+PROFILES = Path(__file__).parent / "profiles"
+
+
+def record(name: str, module: str, *arguments: object) -> None:
+    """Run ``python -m module arguments`` under py-spy, its children and what runs in native code included."""
+    target = PROFILES / f"{name}.svg"
+    spy = Path(sys.executable).with_name("py-spy")
+    command = [spy, "record", "--output", target, "--rate", 200, "--subprocesses", "--native", "--"]
+    subprocess.run(
+        [str(part) for part in (*command, sys.executable, "-m", module, *arguments)],
+        env={**os.environ, **ONE_THREAD, **MALLOC_ENVIRONMENT},
+        cwd=Path(__file__).parent.parent,
+        check=True,
+    )
+    typer.echo(f"Flame graph: {target}")
+
+
+def main(slices: int = 4096, data: Path = Path("bench-data")) -> None:
+    PROFILES.mkdir(exist_ok=True)
+    data = data.absolute()
+    tree = cohort(data, slices=slices)
+    out = data / "profiled.zarr"
+    shutil.rmtree(out, ignore_errors=True)
+    record("build", "ich_prep.cli", "build", "--src", tree, "--out", out, "--workers", 2)
+    shutil.rmtree(out, ignore_errors=True)
+    folder = data / "loader-256"
+    prepare(folder, tree, 256, "windows")
+    record("loader", "benchmarks.loader_contenders", "SliceLoader, lz4", folder, 5)
+
+
+if __name__ == "__main__":
+    typer.run(main)
