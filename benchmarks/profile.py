@@ -1,6 +1,8 @@
 """Flame graphs of a build, worker processes included, and of the loader, by py-spy.
 
     python -m benchmarks.profile [--data bench-data]
+
+They lie in ``benchmarks/profiles``.
 """
 
 from __future__ import annotations
