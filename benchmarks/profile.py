@@ -26,7 +26,7 @@ def record(name: str, module: str, *arguments: object) -> None:
     """Run ``python -m module arguments`` under py-spy, its children and what runs in native code included."""
     target = PROFILES / f"{name}.svg"
     spy = Path(sys.executable).with_name("py-spy")
-    command = [spy, "record", "--output", target, "--rate", 200, "--subprocesses", "--native", "--"]
+    command = [spy, "record", "--output", target, "--rate", 50, "--subprocesses", "--native", "--"]
     subprocess.run(
         [str(part) for part in (*command, sys.executable, "-m", module, *arguments)],
         env={**os.environ, **ONE_THREAD, **MALLOC_ENVIRONMENT},
