@@ -53,16 +53,13 @@ $(BENCH_VENV)/.installed: pyproject.toml constraints.txt
 	$(BENCH_BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,bench]'
 	touch $@
 
-bench: bench-setup ## the main benchmarks in a quarter of an hour, then docs/benchmarks.md
-	$(BENCH_BIN)/python -m benchmarks.build --data $(BENCH) --question windows-512
-	$(BENCH_BIN)/python -m benchmarks.loader --data $(BENCH) --question 256
-	$(BENCH_BIN)/python -m benchmarks.feeding --data $(BENCH)
-	$(BENCH_BIN)/python -m benchmarks.codecs --data $(BENCH)
-	$(BENCH_BIN)/python -m benchmarks.document
-
-bench-full: bench-setup ## every question of every benchmark, then docs/benchmarks.md
-	$(BENCH_BIN)/python -m benchmarks.build --data $(BENCH)
-	$(BENCH_BIN)/python -m benchmarks.loader --data $(BENCH)
+bench: ## the main benchmarks in a quarter of an hour, then docs/benchmarks.md
+bench-full: ## every question of every benchmark, then docs/benchmarks.md
+bench: BUILD_ONLY := --question windows-512
+bench: LOADER_ONLY := --question 256
+bench bench-full: bench-setup
+	$(BENCH_BIN)/python -m benchmarks.build --data $(BENCH) $(BUILD_ONLY)
+	$(BENCH_BIN)/python -m benchmarks.loader --data $(BENCH) $(LOADER_ONLY)
 	$(BENCH_BIN)/python -m benchmarks.feeding --data $(BENCH)
 	$(BENCH_BIN)/python -m benchmarks.codecs --data $(BENCH)
 	$(BENCH_BIN)/python -m benchmarks.document

@@ -25,6 +25,7 @@ from ich_prep import Spec, build
 from ich_prep.decode import Decoder, PixelSource
 from ich_prep.header import read_header
 from ich_prep.hounsfield import apply_rescale, apply_rescale_and_windows, apply_windows
+from ich_prep.ledger import sync_file
 from ich_prep.resize import resize_hu
 from ich_prep.sharding import ShardWriter
 
@@ -103,9 +104,7 @@ def limit_on_disk(tree: Path, out: Path, spec: Spec) -> dict[str, Any]:
     result = limit(tree, out, spec)
     before = time.perf_counter()
     for path in out.iterdir():
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        sync_file(path, folders=0)
     return {**result, "seconds": result["seconds"] + time.perf_counter() - before}
 
 
@@ -124,9 +123,6 @@ def _slice_by_slice(work: Callable[[Path, Path, Spec], Path], tree: Path, out: P
 def _each(
     work: Callable[[Path, Path, Spec], Path], paths: list[Path], out: Path, spec: Spec, barrier: Barrier, queue: Any
 ) -> None:
-    import torch
-
-    torch.set_num_threads(1)
     cv2.setNumThreads(1)
     work(paths[0], out, spec)  # what it imports, before the clock starts
     barrier.wait()
@@ -203,8 +199,10 @@ def _with_monai(path: Path, out: Path, spec: Spec) -> Path:
 
 @cache
 def _monai_transforms(spec: Spec) -> tuple[Any, list[Any], Any]:
+    import torch
     from monai.transforms import LoadImage, Resize, ScaleIntensityRange
 
+    torch.set_num_threads(1)
     windows = [
         ScaleIntensityRange(
             a_min=window.center - window.width / 2,

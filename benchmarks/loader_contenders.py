@@ -94,23 +94,50 @@ def zarr_python(folder: Path) -> tuple[Iterator[Any], Callable[[np.ndarray], np.
     return (array.oindex[np.sort(wanted)] for wanted in batches_of(array.shape[0])), lambda wanted: array.oindex[wanted]
 
 
-class MemmapRows(Dataset[torch.Tensor]):
-    """Rows of a memory map."""
+class ArrayRows(Dataset[torch.Tensor]):
+    """Rows of an array in a file, which each worker process opens for itself."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / MEMMAP
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self.count = len(self.rows)
         del self.rows
+
+    @cached_property
+    def rows(self) -> Any:
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return self.count
+
+
+class MemmapRows(ArrayRows):
+    """Rows of a memory map."""
 
     @cached_property
     def rows(self) -> np.ndarray:
         return np.load(self.path, mmap_mode="r")
 
-    def __len__(self) -> int:
-        return self.count
-
     def __getitem__(self, index: int) -> torch.Tensor:
         return torch.from_numpy(np.array(self.rows[index]))
+
+
+class Hdf5Rows(ArrayRows):
+    """Rows of an HDF5 array, a chunk a row, compressed as h5py does it fastest (lzf with shuffle)."""
+
+    @cached_property
+    def rows(self) -> Any:
+        import h5py
+
+        return h5py.File(self.path)["images"]
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.from_numpy(self.rows[index])
+
+
+def form_of(folder: Path) -> tuple[int, tuple[int, ...], np.dtype[Any]]:
+    """Return how many slices there are, their shape and dtype: for forms that hold bytes alone."""
+    rows = np.load(folder / MEMMAP, mmap_mode="r")
+    return len(rows), rows.shape[1:], rows.dtype
 
 
 class LmdbRows(Dataset[torch.Tensor]):
@@ -118,8 +145,7 @@ class LmdbRows(Dataset[torch.Tensor]):
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / LMDB
-        rows = np.load(folder / MEMMAP, mmap_mode="r")
-        self.count, self.shape, self.dtype = len(rows), rows.shape[1:], rows.dtype
+        self.count, self.shape, self.dtype = form_of(folder)
 
     @cached_property
     def transaction(self) -> Any:
@@ -135,33 +161,12 @@ class LmdbRows(Dataset[torch.Tensor]):
         return torch.from_numpy(value.reshape(self.shape).copy())
 
 
-class Hdf5Rows(Dataset[torch.Tensor]):
-    """Rows of an HDF5 array, a chunk a row, compressed as h5py does it fastest (lzf with shuffle)."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / HDF5
-        self.count = len(self.rows)
-        del self.rows
-
-    @cached_property
-    def rows(self) -> Any:
-        import h5py
-
-        return h5py.File(self.path)["images"]
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return torch.from_numpy(self.rows[index])
-
-
 def web_dataset(folder: Path) -> tuple[Iterator[Any], Callable[[np.ndarray], np.ndarray]]:
-    """WebDataset over tar files of .npy, in a DataLoader with two workers; it shuffles a buffer of 1,000, no more."""
+    """WebDataset over tar files of plain bytes, in a DataLoader with two workers; it shuffles a buffer of 1,000, no more."""
     import webdataset
 
     shards = sorted(map(str, (folder / WEB).glob("*.tar")))
-    kind, shape = webdataset_form(folder)
+    _, shape, kind = form_of(folder)
 
     def decode(sample: dict[str, Any]) -> torch.Tensor:
         return torch.from_numpy(np.frombuffer(bytearray(sample["raw"]), kind).reshape(shape))
@@ -174,12 +179,6 @@ def web_dataset(folder: Path) -> tuple[Iterator[Any], Callable[[np.ndarray], np.
         return torch.stack(list(itertools.islice(plain, len(wanted)))).numpy()
 
     return (batch for _ in itertools.count() for batch in batches), first
-
-
-def webdataset_form(folder: Path) -> tuple[np.dtype[Any], tuple[int, ...]]:
-    """Return dtype and shape of the slices in the tar files, which hold bytes alone."""
-    rows = np.load(folder / MEMMAP, mmap_mode="r")
-    return rows.dtype, rows.shape[1:]
 
 
 class PngRows(Dataset[torch.Tensor]):
@@ -216,10 +215,10 @@ CONTENDERS: dict[str, Callable[[Path], tuple[Iterator[Any], Callable[[np.ndarray
     "memmap gather": memmap_gather,
     "tensorstore": tensorstore,
     "zarr-python": zarr_python,
-    "DataLoader over a memmap": lambda folder: data_loader(MemmapRows(folder)),
+    "DataLoader over a memmap": lambda folder: data_loader(MemmapRows(folder / MEMMAP)),
     "DataLoader over LMDB": lambda folder: data_loader(LmdbRows(folder)),
     "DataLoader over PNG": lambda folder: data_loader(PngRows(folder)),
-    "DataLoader over HDF5": lambda folder: data_loader(Hdf5Rows(folder)),
+    "DataLoader over HDF5": lambda folder: data_loader(Hdf5Rows(folder / HDF5)),
     "WebDataset": web_dataset,
 }
 

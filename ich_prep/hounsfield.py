@@ -7,7 +7,7 @@ work of rescale, clip and window together: for up to four windows at a time, who
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 PACKED = 4  # windows of one gather
+_Rescale = tuple[bool, float, float, tuple[int, int] | None]  # signed, slope, intercept, padding
 STRIP = 1 << 16  # pixels gathered before they are told apart: they stay in the core's own cache
 
 
@@ -43,7 +44,7 @@ def rescale_table(
 
 
 @lru_cache(maxsize=64)
-def _packed_codes(windows: tuple[Window, ...], rescale: tuple[Any, ...] | None) -> NDArray[np.int32]:
+def _packed_codes(windows: tuple[Window, ...], rescale: _Rescale | None) -> NDArray[np.int32]:
     """Return the codes of every word, a byte for each of up to four windows: int32 (65536,).
 
     The words are stored values with a ``rescale`` of signed, slope, intercept and padding, and HU without one.
@@ -59,7 +60,7 @@ def _packed_codes(windows: tuple[Window, ...], rescale: tuple[Any, ...] | None) 
 
 
 def _apply_packed(
-    words: NDArray[np.uint16], windows: tuple[Window, ...], rescale: tuple[Any, ...] | None, out: NDArray[np.uint8]
+    words: NDArray[np.uint16], windows: tuple[Window, ...], rescale: _Rescale | None, out: NDArray[np.uint8]
 ) -> None:
     rows, columns = words.shape
     if out.shape != (len(windows), rows, columns) or out.dtype != np.uint8 or not out.flags.c_contiguous:
