@@ -136,7 +136,10 @@ class ShardReader:
                 raise self._corrupt(row // self._per_shard, row, str(error)) from None
 
     def _read_plain(self, rows: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
-        """Read chunks that are not encoded straight to where they belong; behind each comes its checksum."""
+        """Read chunks that are not encoded straight to where they belong; behind each comes its checksum.
+
+        Each is checked as soon as it is read, while it lies in the core's cache.
+        """
         chunks, firsts, order = np.unique(rows, return_index=True, return_inverse=True)
         begins, ends = self._begins[chunks], self._ends[chunks]
         odd = np.flatnonzero(ends - begins != self._slice_bytes + CRC_BYTES)
@@ -152,11 +155,12 @@ class ShardReader:
                 count = min(MOST_BUFFERS // 2, stop - head)
                 length = count * (self._slice_bytes + CRC_BYTES)
                 self._fill(buffers[2 * head : 2 * (head + count)], number, at[head], length)
-        for line, checksum, row in zip(lines, checksums, chunks.tolist(), strict=True):
-            if not fits(line, checksum):
-                raise self._corrupt(row // self._per_shard, row, "its checksum does not fit")
-        again = np.setdiff1d(np.arange(len(rows)), firsts)
-        out[again] = out[firsts[order[again]]]
+                for index in range(head, head + count):
+                    if not fits(lines[index], checksums[index]):
+                        raise self._corrupt(number, int(chunks[index]), "its checksum does not fit")
+        if len(chunks) < len(rows):
+            again = np.setdiff1d(np.arange(len(rows)), firsts)
+            out[again] = out[firsts[order[again]]]
 
     def _runs(
         self, chunks: NDArray[np.int64], begins: NDArray[np.int64], ends: NDArray[np.int64]
