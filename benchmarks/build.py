@@ -1,45 +1,58 @@
 """How fast does a build go, against the limit of the machine and against what people write by hand?
 
-    python -m benchmarks.build [--slices 8192] [--repeats 5] [--data bench-data]
+    python -m benchmarks.build [--question windows-512] [--slices 8192] [--repeats 5] [--data bench-data]
 
-Warm files, two processes each, glibc's malloc thresholds raised for all. The limit is two bare processes that only read,
-window, compress and write the same files. Starting processes counts for nobody.
+Two processes each; starting them counts for nobody. The limit is two bare processes that only read, window, compress and
+write the same files. Question ``syntaxes`` asks for each transfer syntax how fast its slices are decoded and written.
 """
 
 from __future__ import annotations
 
+import shutil
 import statistics
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from benchmarks.files import cohort
-from benchmarks.measure import Rate, in_process, interleave, report, versions, warm
+from benchmarks.files import REAL, SYNTAXES, cohort, in_syntax, real_cohort
+from benchmarks.forms import evict, warm
+from benchmarks.measure import Found, Run, Section, compete, contest, in_process, publish, ratios, versions
+
+
+@dataclass(frozen=True)
+class Question:
+    """A dataset to build: its form, from real files or the phantom, read from the disk or from the page cache."""
+
+    title: str
+    size: int
+    store: str
+    real: bool = False
+    cold: bool = False
+
 
 QUESTIONS = {
-    "windows-512": ("three windows, 512 x 512", 512, "windows"),
-    "windows-256": ("three windows, 256 x 256 from 512 x 512", 256, "windows"),
-    "hu-512": ("HU, 512 x 512", 512, "hu"),
+    "windows-512": Question("three windows, 512 x 512", 512, "windows"),
+    "windows-256": Question("three windows, 256 x 256 from 512 x 512", 256, "windows"),
+    "hu-512": Question("HU, 512 x 512", 512, "hu"),
+    "real-windows-512": Question("real CT, three windows, 512 x 512", 512, "windows", real=True),
+    "cold-windows-512": Question("cold files, three windows, 512 x 512", 512, "windows", cold=True),
 }
+SYNTAX_QUESTION, SYNTAX_SLICES = "syntaxes", 512
+REAL_SLICES = COLD_SLICES = 2000
 OURS, DECODE, LIMIT = "ich-prep build", "its decode stage alone", "two bare processes"
 PEERS = {
     "pool of pydicom + NumPy + PNG": "png pool",
     "pool of SimpleITK + .npy": "simpleitk",
     "pool of MONAI transforms + .npy": "monai",
     "dask.array + zarr-python": "dask and zarr",
+    "dcm2niix": "dcm2niix",
 }
 PACKAGES = (
-    "pydicom",
-    "numpy",
-    "opencv-python-headless",
-    "numcodecs",
-    "dask",
-    "pyarrow",
-    "zarr",
-    "SimpleITK",
-    "monai",
+    *("pydicom", "numpy", "opencv-python-headless", "numcodecs", "dask", "pyarrow", "zarr"),
+    *("SimpleITK", "simpleitk", "monai", "pylibjpeg", "pylibjpeg-openjpeg", "pylibjpeg-rle", "imagecodecs"),
 )
 
 
@@ -47,45 +60,91 @@ def main(
     slices: int = 8192,
     repeats: int = 5,
     data: Path = Path("bench-data"),
-    question: Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(QUESTIONS)}.")] = None,
+    question: Annotated[
+        list[str] | None, typer.Option(help=f"Any of {', '.join([*QUESTIONS, SYNTAX_QUESTION])}.")
+    ] = None,
 ) -> None:
-    tree = cohort(data, slices=slices)
-    for name in question or list(QUESTIONS):
-        title, size, store = QUESTIONS[name]
-        warm(sorted(tree.glob("stage_2_*/*.dcm")))
-        contend = partial(_contend, tree, data / "out", size, store)
-        contenders = {OURS: "ours", LIMIT: "limit", f"{LIMIT}, synced": "limit on disk"}
-        if store == "windows":
-            contenders |= PEERS
-        found = interleave({label: partial(contend, contender) for label, contender in contenders.items()}, repeats)
-        report(
-            f"Build: {title}, {found[OURS][0]['slices']:,} slices, 2 processes",
-            _rates(found),
-            against=LIMIT,
-            ours=OURS,
-            name=f"build-{name}",
-            extra={"versions": versions(PACKAGES), "stages": _stages(found[OURS])},
-        )
+    data = data.absolute()
+    for name in question or [*QUESTIONS, SYNTAX_QUESTION]:
+        if name == SYNTAX_QUESTION:
+            ask_syntaxes(data, repeats)
+        else:
+            ask(name, QUESTIONS[name], data, slices, repeats)
 
 
-def _contend(tree: Path, out: Path, size: int, store: str, name: str) -> dict[str, Any]:
-    return in_process("benchmarks.build_contenders", name, str(tree), str(out), str(size), store)
+def ask(name: str, question: Question, data: Path, slices: int, repeats: int) -> None:
+    tree = real_cohort(data, slices=REAL_SLICES) if question.real else cohort(data, slices=slices)
+    if question.cold:
+        tree = cohort(data, slices=COLD_SLICES)
+    if tree is None:
+        typer.echo(f"Left out: {question.title}: no files at {REAL}.")
+        return
+    files = sorted(tree.rglob("*.dcm"))
+    warm(files)
+    layout = "folder" if question.real else "rsna"
+
+    def run(contender: str, raised: bool) -> Run:
+        if question.cold:
+            evict(files)
+        return contend(contender, tree, data / "out", question.size, question.store, layout, raised=raised)
+
+    names = {OURS: "ours", LIMIT: "limit", f"{LIMIT}, synced": "limit on disk"} | PEERS
+    left_out = []
+    if shutil.which("dcm2niix") is None:
+        left_out = ["Left out: dcm2niix, which is not installed here."]
+        del names["dcm2niix"]
+    found = compete({label: partial(run, contender) for label, contender in names.items()}, repeats)
+    mine = found[OURS].runs
+    decoding = [{**one, "rate": one["slices"] / one["stages"]["shards"], "bytes": 0} for one in mine]
+    found = {OURS: found[OURS], DECODE: Found(decoding), **found}
+    kilobytes = {"KB/slice": lambda one: f"{one.runs[0]['bytes'] / one.runs[0]['slices'] / 1e3:,.0f}"}
+    title = f"Build: {question.title}, {mine[0]['slices']:,} slices, 2 processes"
+    section = contest(title, found, limit=LIMIT, ours=OURS, more=kilobytes)
+    stages = {stage: statistics.median(one["stages"][stage] for one in mine) for stage in mine[0]["stages"]}
+    told = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in stages.items())
+    left_out += [f"Left out: {label}, which failed." for label in names if label not in found]
+    section.notes = [
+        f"Seconds of each stage of ours: {told} (listing and starting are left out of the rate).",
+        *left_out,
+    ]
+    raw = {label: vars(one) for label, one in found.items()}
+    publish(f"build-{name}", [section], releases=versions(*PACKAGES), ratios=ratios(found, ours=OURS), raw=raw)
 
 
-def _rates(found: dict[str, list[dict[str, Any]]]) -> list[Rate]:
-    rates = []
-    for name, runs in found.items():
-        size = runs[0]["bytes"] / runs[0]["slices"]
-        rates.append(Rate(name, tuple(run["slices"] / run["seconds"] for run in runs), size))
-        if name == OURS:
-            rates.append(Rate(DECODE, tuple(run["slices"] / run["stages"]["shards"] for run in runs)))
-    return rates
+def ask_syntaxes(data: Path, repeats: int) -> None:
+    """Ours and the PNG pool on the same slices in each transfer syntax; both decode with the same plugins."""
+    lines, shares, raw = [], {}, {}
+    header = ["", "KB/file", "decode stage, slices/s", "spread", "PNG pool, slices/s", "spread", "decode stage is"]
+    for name in SYNTAXES:
+        tree = in_syntax(data, name, slices=SYNTAX_SLICES)
+        files = sorted(tree.iterdir())
+        warm(files)
+
+        def run(contender: str, tree: Path, raised: bool) -> Run:
+            result = contend(contender, tree, data / "out", 512, "windows", "folder", raised=raised)
+            if contender == "ours":
+                result["rate"] = result["slices"] / result["stages"]["shards"]
+            return result
+
+        names = {OURS: "ours", "PNG": "png pool"}
+        found = compete({label: partial(run, contender, tree) for label, contender in names.items()}, repeats)
+        ours, png = found[OURS], found["PNG"]
+        shares[name] = ours.median() / png.median()
+        raw[name] = {label: vars(one) for label, one in found.items()}
+        size = sum(path.stat().st_size for path in files) / len(files) / 1e3
+        lines.append([name, f"{size:,.0f}", f"{ours.median():,.0f}", ours.spread, f"{png.median():,.0f}", png.spread])
+        lines[-1].append(f"{shares[name]:.2f} x")
+    title = f"Build: by transfer syntax, three windows, 512 x 512, {SYNTAX_SLICES} slices, 2 processes"
+    section = Section(title, header, lines)
+    publish("build-syntaxes", [section], releases=versions(*PACKAGES), ratios=shares, raw=raw)
 
 
-def _stages(runs: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the median seconds of each stage, and of what is left out of the rate: listing and starting."""
-    names = {**runs[0]["stages"], **runs[0]["started"]}
-    return {name: statistics.median({**run["stages"], **run["started"]}[name] for run in runs) for name in names}
+def contend(
+    name: str, tree: Path, out: Path, size: int, store: str, layout: str, *, workers: int = 2, raised: bool = True
+) -> dict[str, Any]:
+    """Run one contender in a process of its own."""
+    words = (name, str(tree), str(out), str(size), store, layout, str(workers))
+    return in_process("benchmarks.build_contenders", *words, raised=raised)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """One contender of the build benchmark in a process of its own: prints its slices/s as JSON.
 
-    python -m benchmarks.build_contenders NAME TREE OUT SIZE STORE
+    python -m benchmarks.build_contenders NAME TREE OUT SIZE STORE LAYOUT WORKERS
 
-Every contender uses two processes and starts its clock once they are up.
+Every contender uses two processes (ours: WORKERS) and starts its clock once they are up.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import resource
 import shutil
+import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -22,37 +25,44 @@ import cv2
 import numpy as np
 
 from ich_prep import Spec, build
+from ich_prep.build_dataset import Allowances
 from ich_prep.decode import Decoder, PixelSource
 from ich_prep.header import read_header
 from ich_prep.hounsfield import apply_rescale, apply_rescale_and_windows, apply_windows
 from ich_prep.ledger import sync_file
 from ich_prep.resize import resize_hu
 from ich_prep.sharding import ShardWriter
+from ich_prep.windows import AIR_HU, HIGHEST_HU
 
 if TYPE_CHECKING:
     from multiprocessing.synchronize import Barrier
 
 PROCESSES = 2
-SOME = 512
+SOME = 384
 
 
-def ours(tree: Path, out: Path, spec: Spec) -> dict[str, Any]:
-    """The whole build, scan to publish; the decode stage alone beside it."""
-    outcome = build(tree, out, spec, workers=PROCESSES)
-    slices = outcome.counts["planned"]
-    stages = {name: outcome.seconds[name] for name in ("scan", "plan", "shards", "publish")}
+def ours(tree: Path, out: Path, spec: Spec, workers: int) -> dict[str, Any]:
+    """The whole build, scan to publish; each stage, and the CPU time of driver and workers, beside it."""
+    outcome = build(tree, out, spec, workers=workers, allow=Allowances(unlabelled=True, max_quarantined=1.0))
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    driver, children = (one.ru_utime + one.ru_stime for one in used)
     return {
-        "slices": slices,
-        "seconds": sum(stages.values()),
+        "slices": outcome.counts["planned"],
+        "seconds": sum(outcome.seconds[name] for name in ("scan", "plan", "shards", "publish")),
         "bytes": outcome.counts["bytes"],
-        "stages": stages,
-        "started": {name: outcome.seconds[name] for name in ("list", "start workers")},
+        "stages": outcome.seconds,
+        "cpu": {"driver": driver, "workers": children},
     }
+
+
+def files_below(tree: Path) -> list[Path]:
+    """Return the slices of a tree; where they are real files, those that have pixels of the size of a slice."""
+    return sorted(tree.glob("stage_2_*/*.dcm")) or sorted(tree.glob("*.dcm"))
 
 
 def limit(tree: Path, out: Path, spec: Spec) -> dict[str, Any]:
     """Two processes that only read, rescale, window, compress and write, with everything known beforehand."""
-    paths = sorted(tree.glob("stage_2_*/*.dcm"))
+    paths = files_below(tree)
     step = spec.slices_per_shard
     shards = [paths[at : at + step] for at in range(0, len(paths), step)]
     out.mkdir()
@@ -110,7 +120,7 @@ def limit_on_disk(tree: Path, out: Path, spec: Spec) -> dict[str, Any]:
 
 def _some(tree: Path) -> list[Path]:
     """Return the files that the slower contenders read: their rate does not depend on how many there are."""
-    return sorted(tree.glob("stage_2_*/*.dcm"))[:SOME]
+    return files_below(tree)[:SOME]
 
 
 def _slice_by_slice(work: Callable[[Path, Path, Spec], Path], tree: Path, out: Path, spec: Spec) -> dict[str, Any]:
@@ -142,7 +152,9 @@ def _read_hu(path: Path, spec: Spec) -> np.ndarray:
     return hu
 
 
-def _windowed(hu: np.ndarray, spec: Spec) -> np.ndarray:
+def _pixels(hu: np.ndarray, spec: Spec) -> np.ndarray:
+    if spec.store == "hu":
+        return np.clip(np.round(hu), AIR_HU, HIGHEST_HU).astype(np.int16)[np.newaxis]
     lows = [window.center - window.width / 2 for window in spec.windows]
     planes = [
         np.round(np.clip((hu - low) / window.width, 0, 1) * 255).astype(np.uint8)
@@ -152,9 +164,10 @@ def _windowed(hu: np.ndarray, spec: Spec) -> np.ndarray:
 
 
 def _with_png(path: Path, out: Path, spec: Spec) -> Path:
-    """What most people write: pydicom, NumPy windows, one PNG a slice."""
+    """What most people write: pydicom, NumPy windows, one PNG a slice (of 16 bits for HU)."""
     target = out / f"{path.stem}.png"
-    cv2.imwrite(str(target), np.ascontiguousarray(_windowed(_read_hu(path, spec), spec).transpose(1, 2, 0)))
+    image = np.ascontiguousarray(_pixels(_read_hu(path, spec), spec).transpose(1, 2, 0))
+    cv2.imwrite(str(target), image if image.dtype == np.uint8 else (image.astype(np.int32) + 32768).astype(np.uint16))
     return target
 
 
@@ -175,13 +188,19 @@ def _with_simpleitk(path: Path, out: Path, spec: Spec) -> Path:
             spacing,
             image.GetDirection(),
         )
+    if spec.store == "hu":
+        clipped = sitk.Clamp(image, sitk.sitkInt16, AIR_HU, HIGHEST_HU)
+        return _saved(out / f"{path.stem}.npy", sitk.GetArrayViewFromImage(clipped)[np.newaxis])
     planes = []
     for window in spec.windows:
         low = window.center - window.width / 2
         scaled = sitk.IntensityWindowing(image, low, low + window.width, 0.0, 255.0)
         planes.append(sitk.GetArrayViewFromImage(sitk.Cast(sitk.Round(scaled), sitk.sitkUInt8)).copy())
-    target = out / f"{path.stem}.npy"
-    np.save(target, np.stack(planes))
+    return _saved(out / f"{path.stem}.npy", np.stack(planes))
+
+
+def _saved(target: Path, pixels: np.ndarray) -> Path:
+    np.save(target, pixels)
     return target
 
 
@@ -192,9 +211,7 @@ def _with_monai(path: Path, out: Path, spec: Spec) -> Path:
     codes = np.concatenate([window(image) for window in windows])
     if codes.shape[1:] != (spec.size, spec.size):
         codes = np.asarray(resize(codes))
-    target = out / f"{path.stem}.npy"
-    np.save(target, np.round(codes).astype(np.uint8))
-    return target
+    return _saved(out / f"{path.stem}.npy", np.round(codes).astype(spec.dtype))
 
 
 @cache
@@ -203,15 +220,12 @@ def _monai_transforms(spec: Spec) -> tuple[Any, list[Any], Any]:
     from monai.transforms import LoadImage, Resize, ScaleIntensityRange
 
     torch.set_num_threads(1)
+    ranges = [(one.center - one.width / 2, one.center + one.width / 2, 0, 255) for one in spec.windows]
+    if spec.store == "hu":
+        ranges = [(AIR_HU, HIGHEST_HU, AIR_HU, HIGHEST_HU)]
     windows = [
-        ScaleIntensityRange(
-            a_min=window.center - window.width / 2,
-            a_max=window.center + window.width / 2,
-            b_min=0,
-            b_max=255,
-            clip=True,
-        )
-        for window in spec.windows
+        ScaleIntensityRange(a_min=low, a_max=high, b_min=least, b_max=most, clip=True)
+        for low, high, least, most in ranges
     ]
     load = LoadImage(reader="PydicomReader", image_only=True, ensure_channel_first=True)
     return load, windows, Resize((spec.size, spec.size), mode="area")
@@ -231,12 +245,12 @@ def dask_and_zarr(tree: Path, out: Path, spec: Spec) -> dict[str, Any]:
         Client(cluster),
     ):
         start = time.perf_counter()
-        blocks = [da.from_delayed(delayed(_block)(path, spec), (1, *shape), np.uint8) for path in paths]
+        blocks = [da.from_delayed(delayed(_block)(path, spec), (1, *shape), spec.dtype) for path in paths]
         array = da.concatenate(blocks).rechunk((spec.slices_per_shard, *shape))
         target = zarr.create_array(
             out,
             shape=array.shape,
-            dtype=np.uint8,
+            dtype=spec.dtype,
             chunks=(1, *shape),
             shards=(spec.slices_per_shard, *shape),
             compressors=zarr.codecs.BloscCodec(cname="lz4", clevel=5, shuffle="shuffle"),
@@ -248,7 +262,39 @@ def dask_and_zarr(tree: Path, out: Path, spec: Spec) -> dict[str, Any]:
 
 
 def _block(path: Path, spec: Spec) -> np.ndarray:
-    return _windowed(_read_hu(path, spec), spec)[np.newaxis]
+    return _pixels(_read_hu(path, spec), spec)[np.newaxis]
+
+
+def dcm2niix(tree: Path, out: Path, spec: Spec) -> dict[str, Any]:
+    """dcm2niix as a decoder: NIfTI, uncompressed, no windows; each process has every second of some whole series."""
+    inputs = out.with_name("dcm2niix-in")
+    shutil.rmtree(inputs, ignore_errors=True)
+    series = defaultdict(list)
+    for path in files_below(tree):
+        series[read_header(path).series_instance_uid].append(path)
+    slices = 0
+    for number, paths in enumerate(series.values()):
+        if slices < SOME:
+            slices += len(paths)
+            (inputs / str(number % PROCESSES)).mkdir(parents=True, exist_ok=True)
+            for path in paths:
+                (inputs / str(number % PROCESSES) / path.name).symlink_to(path.absolute())
+    for part in range(PROCESSES):
+        (out / str(part)).mkdir(parents=True)
+    start = time.perf_counter()
+    processes = [
+        subprocess.Popen(
+            ["dcm2niix", "-z", "n", "-b", "n", "-o", str(out / str(part)), str(inputs / str(part))],
+            stdout=subprocess.DEVNULL,
+        )
+        for part in range(PROCESSES)
+    ]
+    for process in processes:
+        process.wait()
+    seconds = time.perf_counter() - start
+    shutil.rmtree(inputs)
+    written = sum(path.stat().st_size for path in out.rglob("*.nii"))
+    return {"slices": slices, "seconds": seconds, "bytes": written}
 
 
 def _race(work: Any, parts: list[list[Any]], out: Path, spec: Spec) -> dict[str, Any]:
@@ -270,24 +316,28 @@ def _race(work: Any, parts: list[list[Any]], out: Path, spec: Spec) -> dict[str,
 
 
 CONTENDERS = {
-    "ours": ours,
     "limit": limit,
     "limit on disk": limit_on_disk,
     "png pool": partial(_slice_by_slice, _with_png),
     "simpleitk": partial(_slice_by_slice, _with_simpleitk),
     "monai": partial(_slice_by_slice, _with_monai),
     "dask and zarr": dask_and_zarr,
+    "dcm2niix": dcm2niix,
 }
 
 
 def main() -> None:
-    name, tree, out, size, store = sys.argv[1:]
+    name, tree, out, size, store, layout, workers = sys.argv[1:]
     target = Path(out)
     shutil.rmtree(target, ignore_errors=True)
     os.sync()
-    result = CONTENDERS[name](Path(tree), target, Spec(layout="rsna", size=int(size), store=store))  # type: ignore[arg-type]
+    spec = Spec(layout=layout, size=int(size), store=store)  # type: ignore[arg-type]
+    if name == "ours":
+        result = ours(Path(tree), target, spec, int(workers))
+    else:
+        result = CONTENDERS[name](Path(tree), target, spec)
     shutil.rmtree(target, ignore_errors=True)
-    print(json.dumps(result))
+    print(json.dumps({**result, "rate": result["slices"] / result["seconds"]}))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ there is none).
 
 from __future__ import annotations
 
-import json
 import shutil
 import statistics
 import time
@@ -18,17 +17,14 @@ from typing import Any
 import numpy as np
 import typer
 from numcodecs import blosc
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.files import cohort
-from benchmarks.measure import RESULTS, machine, versions
+from benchmarks.files import REAL, cohort
+from benchmarks.measure import Section, publish, versions
 from ich_prep import Spec, build
 from ich_prep.build_dataset import Allowances
 from ich_prep.sharding import BLOSC_LEVELS, block_bytes
 from ich_prep.store import open_dataset
 
-REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "head_ct"
 SLICES = 64
 FORMS = {"3 windows, 512": ("windows", 512), "3 windows, 256": ("windows", 256), "HU, 512": ("hu", 512)}
 # Name, level, and what is done to the bytes of an item before: whole bytes or bits of equal weight stand together.
@@ -86,27 +82,20 @@ def main(data: Path = Path("bench-data"), real: Path = REAL, repeats: int = 5) -
         sources["real CT"] = (real, "folder")
     else:
         typer.echo(f"No real CT at {real}: only the phantom is measured.")
-    sections = {}
+    sections, shares, raw = [], {}, {}
     for source, (tree, layout) in sources.items():
         for form, (store, size) in FORMS.items():
-            slices = slices_of(
-                tree, data / f"codecs-{source.replace(' ', '-')}-{store}-{size}.zarr", store, size, layout
-            )
-            title = f"{source}, {form}: {len(slices)} slices of {slices[0].nbytes // 1000:,} KB"
-            sections[title] = measure(slices, repeats)
-            table = Table("", "of the bytes", "encode us", "decode us", title=title, title_justify="left")
-            for line in sections[title]:
-                figures = f"{line['size']:.3f}", f"{line['encode']:,.0f}", f"{line['decode']:,.0f}"
-                table.add_row(line["codec"], *figures)
-            Console(width=140, highlight=False).print(table)
-    RESULTS.mkdir(exist_ok=True)
-    document = {
-        "title": "Codecs, one core",
-        "machine": machine(),
-        "codecs": sections,
-        "versions": versions(("numcodecs", "numpy")),
-    }
-    (RESULTS / "codecs.json").write_text(json.dumps(document, indent=2) + "\n")
+            out = data / f"codecs-{source.replace(' ', '-')}-{store}-{size}.zarr"
+            slices = slices_of(tree, out, store, size, layout)
+            title = f"Codecs, one core: {source}, {form}, {len(slices)} slices of {slices[0].nbytes // 1000:,} KB"
+            raw[title] = measure(slices, repeats)
+            lines = [
+                [line["codec"], f"{line['size']:.3f}", f"{line['encode']:,.0f}", f"{line['decode']:,.0f}"]
+                for line in raw[title]
+            ]
+            sections.append(Section(title, ["", "of the bytes", "encode, us", "decode, us"], lines))
+            shares |= {f"{title}: {line['codec']}": line["decode"] / raw[title][0]["decode"] for line in raw[title][1:]}
+    publish("codecs", sections, releases=versions("numcodecs", "numpy"), ratios=shares, raw=raw)
 
 
 if __name__ == "__main__":

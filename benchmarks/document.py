@@ -6,12 +6,11 @@ python -m benchmarks.document
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import RESULTS
+from benchmarks.measure import RESULTS, ROOT
 
-DOC = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+DOC = ROOT / "docs" / "benchmarks.md"
 
 INTRODUCTION = """# Benchmarks
 
@@ -20,77 +19,50 @@ interleaved repeats, with the spread beside it. Ratios are what counts: they are
 illustrations of the machine that is named.
 
 ```
+make bench-setup               # the peers, in two venvs of their own
 make bench                     # the main questions; then this page
 make bench-full                # all of them
 python -m benchmarks.build     # one of them; --help shows the options
+python -m benchmarks.agree     # do the last two runs agree?
 ```
 
-The files are a phantom cohort in RSNA's form (`ich-prep synth`), read warm. Everybody has glibc's
-`MALLOC_MMAP_THRESHOLD_` and `MALLOC_TRIM_THRESHOLD_` raised, one thread a process for library code, and two processes or
-threads. Starting processes counts for nobody. The limit of a build is two bare processes that read, rescale, window,
-compress and write the same files with everything known beforehand; they do not hash or audit anything, or publish. Nor do
-they wait for the disk, as a build does, whose bytes must outlive a power cut: the line `synced` is the limit with that
-wait. Slower contenders read 512 of the files.
-
-The limit of a loader is a gather of uncompressed pixels from a memory map into reused buffers.
+* *Files.* A phantom cohort in RSNA's form (`ich-prep synth`) and, where it is said, copies of real CT slices under other
+  identifiers. They lie in the page cache, but for the questions that say *cold*: for these they are dropped from it before
+  each run. Contenders that are slow read 384 of them.
+* *Malloc.* The first round runs every contender as it comes and with glibc's `MALLOC_MMAP_THRESHOLD_` and
+  `MALLOC_TRIM_THRESHOLD_` raised; the others stay with what was better. Both are shown.
+* *Processes.* Two each, one thread a process for library code. Starting them counts for nobody.
+* *The limit of a build* is two bare processes that read, rescale, window, compress and write the same files with everything
+  known beforehand; they do not hash or audit anything, or publish. Nor do they wait for the disk, as a build does, whose
+  bytes must outlive a power cut: the line `synced` is the limit with that wait.
+* *The limit of a loader* is a gather of uncompressed pixels from a memory map into reused buffers by two threads.
+* *Loaders* all give the same pixels, which is checked. WebDataset shuffles a buffer of 1,000 slices; all others visit
+  slices in an order random over the whole. zarr-python and zarrs read slice by slice from two threads, which is their
+  faster way. *Memory* is what the process and its children hold of their own and in shared memory, without the page cache.
 """
 
-
-def _rates(result: dict[str, Any]) -> list[str]:
-    medians = {rate["name"]: rate["median"] for rate in result["rates"]}
-    limit, ours = medians[result["against"]], medians[result["ours"]]
-    lines = [
-        f"| | slices/s | spread | of {result['against']} | {result['ours']} is | KB/slice | |",
-        "|---|---:|---:|---:|---:|---:|---|",
-    ]
-    for rate in result["rates"]:
-        size = "" if rate["bytes_per_slice"] is None else f"{rate['bytes_per_slice'] / 1e3:,.0f}"
-        spread = f"{min(rate['rates']):,.0f} to {max(rate['rates']):,.0f}"
-        lines.append(
-            f"| {rate['name']} | {rate['median']:,.0f} | {spread} | {rate['median'] / limit:.2f} "
-            f"| {ours / rate['median']:.2f} x | {size} | {rate['note']} |"
-        )
-    if "stages" in result:
-        stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in result["stages"].items())
-        lines += ["", f"Seconds of each stage of ours: {stages} (the last two are left out of the rate)."]
-    return lines
+ORDER = ("build", "loader", "feeding", "scaling", "codecs")
 
 
-def _feeding(result: dict[str, Any]) -> list[str]:
-    lines = ["| simulated GPUs | slices/s they eat | waiting for data |", "|---:|---:|---:|"]
-    for gpus, share in result["wait_share"].items():
-        lines.append(f"| {gpus} | {int(gpus) * result['rate']:,.0f} | {share:.1%} |")
-    first = f"First batch {result['first_batch_seconds']:.2f} s after opening a dataset of {result['shards']:,} shards."
-    return [*lines, "", first]
-
-
-def _codecs(result: dict[str, Any]) -> list[str]:
-    lines = []
-    for title, codecs in result["codecs"].items():
-        lines += [f"{title}:", "", "| | of the bytes | encode, us | decode, us |", "|---|---:|---:|---:|"]
-        for line in codecs:
-            lines.append(f"| {line['codec']} | {line['size']:.3f} | {line['encode']:,.0f} | {line['decode']:,.0f} |")
-        lines.append("")
-    return lines[:-1]
-
-
-def _body(result: dict[str, Any]) -> list[str]:
-    if "rates" in result:
-        return _rates(result)
-    return _codecs(result) if "codecs" in result else _feeding(result)
+def section_text(section: dict[str, Any]) -> str:
+    """Return the Markdown of one table and its notes."""
+    header = section["header"]
+    lines = [f"## {section['title']}", "", f"| {' | '.join(header)} |", "|---|" + "---:|" * (len(header) - 1)]
+    lines += [f"| {' | '.join(line)} |" for line in section["lines"]]
+    for note in section["notes"]:
+        lines += ["", note]
+    return "\n".join([*lines, ""])
 
 
 def main() -> None:
-    sections = [INTRODUCTION]
-    for path in sorted(RESULTS.glob("*.json")):
+    parts = [INTRODUCTION]
+    paths = sorted(RESULTS.glob("*.json"), key=lambda path: ORDER.index(path.stem.split("-")[0]))
+    for path in paths:
         result = json.loads(path.read_text())
-        machine = result["machine"]
-        names = ", ".join(f"{name} {version}" for name, version in result.get("versions", {}).items())
-        taken = f"{machine['cpu']}, {machine['cores']} cores, Python {machine['python']}" + (
-            f"; {names}." if names else "."
-        )
-        sections.append("\n".join([f"## {result['title']}", "", *_body(result), "", taken, ""]))
-    DOC.write_text("\n".join(sections))
+        parts += map(section_text, result["sections"])
+        releases = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+        parts.append(f"{result['machine']}{'; ' + releases if releases else ''}.\n")
+    DOC.write_text("\n".join(parts))
 
 
 if __name__ == "__main__":

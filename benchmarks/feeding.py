@@ -1,4 +1,4 @@
-"""Does the loader keep a GPU busy? A simulated one takes a batch every so often, as published rates say.
+"""Does the loader keep a GPU busy? A simulated one takes a batch every so often, as published rates say; a real one trains.
 
     python -m benchmarks.feeding [--data bench-data] [--rate 2500]
 
@@ -7,23 +7,32 @@ Also: how long after opening a dataset of 3,000 shards does the first batch come
 
 from __future__ import annotations
 
-import json
 import shutil
+import statistics
 import time
 from pathlib import Path
 
 import numpy as np
+import torch
 import typer
 
 from benchmarks.files import cohort
-from benchmarks.loader import prepare
-from benchmarks.loader_contenders import BATCH
-from benchmarks.measure import RESULTS, machine
+from benchmarks.forms import LZ4, prepare
+from benchmarks.measure import Section, publish, versions
+from benchmarks.racing import BATCH
 from ich_prep import Spec, build
-from ich_prep.store import open_dataset
+from ich_prep.store import Dataset, open_dataset
 from ich_train.data import SliceLoader
+from ich_train.model import build_model
 
 MANY_SHARDS = 3000
+GPUS = (1, 2, 4, 8)
+
+
+def endless(dataset: Dataset, count: int) -> SliceLoader:
+    """Return a loader over one epoch of ``count`` slices: one that lasts, as one of the RSNA set would."""
+    rows = np.resize(np.arange(len(dataset)), count + 8 * BATCH)
+    return SliceLoader(dataset, rows, BATCH, drop_last=True)
 
 
 def simulate(loader: SliceLoader, *, rate: float, seconds: float) -> float:
@@ -40,6 +49,34 @@ def simulate(loader: SliceLoader, *, rate: float, seconds: float) -> float:
     return waited / (time.perf_counter() - start)
 
 
+def train(loader: SliceLoader, device: torch.device, *, name: str, seconds: float) -> tuple[float, float]:
+    """Return slices/s of a network that trains on ``device`` in bfloat16, and the share of the time it waits for data."""
+    _, channels, size, _ = loader.dataset.shape
+    model = build_model(name, channels=channels, size=size).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    batches = iter(loader)
+    taken, start, waited = 0, 0.0, 0.0
+    for number in range(1_000_000):
+        if number == 10:  # by then kernels are chosen and memory is reserved
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            taken, start, waited = 0, time.perf_counter(), loader.wait_seconds
+        if start and time.perf_counter() - start > seconds:
+            break
+        batch = next(batches)
+        images = batch.images.to(device, non_blocking=True).float().div_(255)
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = model(images.contiguous(memory_format=torch.channels_last)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        taken += len(batch.rows)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    passed = time.perf_counter() - start
+    return taken / passed, (loader.wait_seconds - waited) / passed
+
+
 def first_batch(path: Path) -> float:
     """Return the seconds from opening the dataset at ``path`` to its first shuffled batch."""
     start = time.perf_counter()
@@ -51,36 +88,52 @@ def first_batch(path: Path) -> float:
     return seconds
 
 
-def main(slices: int = 4096, data: Path = Path("bench-data"), rate: float = 2500.0, seconds: float = 10.0) -> None:
+def main(
+    slices: int = 4096, data: Path = Path("bench-data"), rate: float = 2500.0, seconds: float = 5.0, repeats: int = 3
+) -> None:
+    data = data.absolute()
     tree = cohort(data, slices=slices)
     folder = data / "loader-256"
-    prepare(folder, tree, 256, "windows")
-    dataset = open_dataset(folder / "lz4.zarr")
-    shares = {}
-    for gpus in (1, 2, 4, 8):
-        # One epoch that lasts for all of it, as one of the RSNA set would.
-        rows = np.resize(np.arange(len(dataset)), int(gpus * rate * seconds) + 8 * BATCH)
-        loader = SliceLoader(dataset, rows, BATCH, drop_last=True)
-        shares[gpus] = simulate(loader, rate=gpus * rate, seconds=seconds)
-        typer.echo(f"{gpus} simulated GPU at {rate:,.0f} slices/s each: waits {shares[gpus]:.1%} of the time.")
+    prepare(folder, tree, size=256, store="windows")
+    dataset = open_dataset(folder / LZ4)
+    shares: dict[int, list[float]] = {gpus: [] for gpus in GPUS}
+    for _ in range(repeats):
+        for gpus, found in shares.items():
+            loader = endless(dataset, int(gpus * rate * seconds))
+            found.append(simulate(loader, rate=gpus * rate, seconds=seconds))
+    lines = [
+        [str(gpus), f"{gpus * rate:,.0f}", f"{statistics.median(found):.1%}", f"{min(found):.1%} to {max(found):.1%}"]
+        for gpus, found in shares.items()
+    ]
     many = data / "many-shards.zarr"
     if not (many / "zarr.json").exists():
         shutil.rmtree(many, ignore_errors=True)
         build(tree, many, Spec(layout="rsna", size=64, slices_per_shard=1))
-    opened = sorted(first_batch(many) for _ in range(5))[2]
+    opened = statistics.median(first_batch(many) for _ in range(5))
     shards = open_dataset(many).ich["counts"]["shards"]
-    assert shards >= MANY_SHARDS
-    typer.echo(f"First batch {opened:.2f} s after opening a dataset of {shards:,} shards.")
-    RESULTS.mkdir(exist_ok=True)
-    document = {
-        "title": "Feeding a simulated GPU",
-        "machine": machine(),
-        "rate": rate,
-        "wait_share": shares,
-        "first_batch_seconds": opened,
-        "shards": shards,
-    }
-    (RESULTS / "feeding.json").write_text(json.dumps(document, indent=2) + "\n")
+    if shards < MANY_SHARDS:
+        raise SystemExit(f"Expected at least {MANY_SHARDS:,} shards; found {shards:,}. Give more --slices.")
+    header = ["simulated GPUs", "slices/s they eat", "waiting for data", "spread"]
+    simulated = Section("Feeding simulated GPUs, two cores, 3 x 256 x 256", header, lines)
+    simulated.notes = [f"First batch {opened:.2f} s after opening a dataset of {shards:,} shards."]
+    sections = [simulated]
+    if torch.cuda.is_available():
+        sections.append(real_gpu(dataset, seconds))
+    else:
+        simulated.notes.append("No GPU was found: nothing was trained on one.")
+    raw = {"wait_share": shares, "first_batch": opened}
+    publish("feeding", sections, releases=versions("torch", "numpy", "numcodecs"), raw=raw)
+
+
+def real_gpu(dataset: Dataset, seconds: float) -> Section:
+    """Return how fast networks train on the first GPU, and how much of the time they wait."""
+    lines = []
+    for name in ("baseline", "resnet18", "resnet50"):
+        loader = endless(dataset, 1_000_000)
+        rate, share = train(loader, torch.device("cuda"), name=name, seconds=seconds)
+        lines.append([name, f"{rate:,.0f}", f"{share:.1%}"])
+    title = f"Feeding {torch.cuda.get_device_name()}: training in bfloat16, batches of {BATCH}"
+    return Section(title, ["network", "slices/s", "waiting for data"], lines)
 
 
 if __name__ == "__main__":

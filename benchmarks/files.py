@@ -1,14 +1,22 @@
-"""The files that the benchmarks read: a phantom cohort, and as many copies of it under other names as are asked for."""
+"""The files that the benchmarks read: a phantom cohort or real CT, copied under other identifiers until there are enough."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
 import shutil
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+import pydicom
+from pydicom.encaps import encapsulate
+from pydicom.uid import UID
+
+from ich_prep.errors import IchError
 from ich_prep.execute import default_workers
-from ich_prep.header import SKIM_BYTES, read_header
+from ich_prep.header import read_header
 from ich_prep.phantom import synthesize
 
 BASE_SERIES = 36
@@ -34,29 +42,110 @@ def cohort(folder: Path, *, slices: int, size: int = 512) -> Path:
         shutil.rmtree(tree, ignore_errors=True)
         for copy in range(copies):
             for source in sources:
-                _copy(source, tree, copy)
+                _copy(source, tree / source.parent.name / f"{_renamed(source.stem, copy)}.dcm", copy)
         for name in (SAMPLE, TRAIN):
             _copy_labels(base / name, tree / name, copies)
     return tree
+
+
+REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "head_ct"
+
+
+def real_cohort(folder: Path, *, slices: int) -> Path | None:
+    """Return a folder of at least ``slices`` copies of the real slices of 512 x 512 in ``REAL``, or None without these."""
+    if not REAL.is_dir():
+        return None
+    sources = [path for path in sorted(REAL.rglob("*")) if path.is_file() and _is_slice(path)]
+    copies = -(-slices // len(sources))
+    tree = folder / f"real-x{copies}"
+    whole = folder / f".{tree.name}.whole"
+    if not whole.exists():
+        shutil.rmtree(tree, ignore_errors=True)
+        tree.mkdir(parents=True)
+        for copy in range(copies):
+            for number, source in enumerate(sources):
+                _copy(source, tree / f"{copy:04d}-{number:04d}.dcm", copy)
+        whole.touch()
+    return tree
+
+
+SYNTAXES = {
+    "implicit little endian": "1.2.840.10008.1.2",
+    "explicit little endian": "1.2.840.10008.1.2.1",
+    "explicit big endian": "1.2.840.10008.1.2.2",
+    "deflated": "1.2.840.10008.1.2.1.99",
+    "RLE": "1.2.840.10008.1.2.5",
+    "JPEG 2000 lossless": "1.2.840.10008.1.2.4.90",
+    "JPEG lossless": "1.2.840.10008.1.2.4.70",
+    "JPEG-LS lossless": "1.2.840.10008.1.2.4.80",
+}
+
+
+def in_syntax(folder: Path, name: str, *, slices: int) -> Path:
+    """Return a folder of phantom slices of 512 x 512 in the transfer syntax that ``SYNTAXES`` calls ``name``."""
+    sources = sorted(cohort(folder, slices=1).glob("stage_2_*/*.dcm"))[:slices]
+    tree = folder / f"syntax-{SYNTAXES[name]}"
+    if len(list(tree.glob("*.dcm"))) != len(sources):
+        shutil.rmtree(tree, ignore_errors=True)
+        tree.mkdir(parents=True)
+        with ProcessPoolExecutor(default_workers()) as pool:
+            list(pool.map(partial(_encode, SYNTAXES[name], tree), sources, chunksize=16))
+    return tree
+
+
+def _encode(syntax: str, tree: Path, source: Path) -> None:
+    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+    pydicom.config.settings.writing_validation_mode = pydicom.config.IGNORE
+    dataset = pydicom.dcmread(source)
+    words = dataset.pixel_array
+    if syntax in (SYNTAXES["RLE"], SYNTAXES["JPEG 2000 lossless"]):
+        dataset.compress(UID(syntax), encoding_plugin="pylibjpeg", generate_instance_uid=False)
+    elif syntax in (SYNTAXES["JPEG lossless"], SYNTAXES["JPEG-LS lossless"]):
+        import imagecodecs
+
+        unsigned = words.view(np.uint16)
+        if syntax == SYNTAXES["JPEG lossless"]:
+            frame = imagecodecs.jpeg8_encode(unsigned, lossless=True, predictor=1, bitspersample=16)
+        else:
+            frame = imagecodecs.jpegls_encode(unsigned)
+        dataset.PixelData = encapsulate([frame])
+        dataset["PixelData"].is_undefined_length = True
+        dataset["PixelData"].VR = "OB"
+    elif syntax == SYNTAXES["explicit big endian"]:
+        dataset.PixelData = words.byteswap().tobytes()
+        dataset["PixelData"].VR = "OW"
+    dataset.file_meta.TransferSyntaxUID = UID(syntax)
+    encoding = {"implicit_vr": UID(syntax).is_implicit_VR, "little_endian": UID(syntax).is_little_endian}
+    pydicom.dcmwrite(tree / source.name, dataset, force_encoding=True, **encoding)
+
+
+def _is_slice(path: Path) -> bool:
+    try:
+        header = read_header(path)
+    except IchError:
+        return False
+    return header.rows == header.columns == 512 and header.position is not None and "LOCALIZER" not in header.image_type
 
 
 def _renamed(name: str, copy: int) -> str:
     """Return another identifier of the same length and form for the ``copy``-th copy."""
     if copy == 0:
         return name
-    return "ID_" + hashlib.sha256(f"{copy} {name}".encode()).hexdigest()[: len(name) - 3]
+    digest = hashlib.sha256(f"{copy} {name}".encode()).hexdigest()
+    if name.startswith("ID_"):
+        return "ID_" + digest[: len(name) - 3]
+    stem, last = name.rsplit(".", 1)  # the last part of a UID, without a zero in front
+    return f"{stem}.{''.join(str(1 + int(digit, 16) % 9) for digit in digest[: len(last)])}"
 
 
-def _copy(source: Path, tree: Path, copy: int) -> None:
+def _copy(source: Path, target: Path, copy: int) -> None:
     header, data = read_header(source), source.read_bytes()
-    head = data[:SKIM_BYTES]
+    head = data[: header.pixel_offset]
     for name in (header.sop_instance_uid, header.series_instance_uid, header.study_instance_uid, header.patient_id):
-        assert name is not None
-        head = head.replace(name.encode(), _renamed(name, copy).encode())
-    assert header.sop_instance_uid is not None
-    target = tree / source.parent.name / f"{_renamed(header.sop_instance_uid, copy)}.dcm"
+        if name and (name.startswith("ID_") or "." in name):
+            head = head.replace(name.encode(), _renamed(name, copy).encode())
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(head + data[SKIM_BYTES:])
+    target.write_bytes(head + data[len(head) :])
 
 
 def _copy_labels(source: Path, target: Path, copies: int) -> None:

@@ -1,153 +1,114 @@
 """How fast do batches come from the shards, against a gather of uncompressed pixels and against other loaders?
 
-    python -m benchmarks.loader [--slices 4096] [--repeats 5] [--data bench-data]
+    python -m benchmarks.loader [--question 256] [--without NAME] [--slices 4096] [--repeats 5] [--data bench-data]
 
-Random order, batches of 64, two cores, warm files, glibc's malloc thresholds raised for all.
+Random order, batches of 64, two cores. Warm: the files lie in the page cache, and the clock runs from the second batch.
+Cold (``--question 256-cold``): they were dropped from it, and the clock runs from the opening until 1,024 different
+slices have come. All contenders must give the same pixels.
 """
 
 from __future__ import annotations
 
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import cv2
-import numpy as np
 import typer
+from rich.progress import track
 
+from benchmarks import loader_contenders, pinned_contenders
 from benchmarks.files import cohort
-from benchmarks.loader_contenders import CONTENDERS, HDF5, LMDB, MEMMAP, PNG, WEB
-from benchmarks.measure import Rate, in_process, interleave, report, versions
-from ich_prep import Spec, build
-from ich_prep.store import Dataset, open_dataset
+from benchmarks.forms import PINNED_PYTHON, bytes_of, evict, files_of, prepare, warm
+from benchmarks.measure import Run, compete, contest, in_process, publish, ratios, versions
+from ich_prep.store import open_dataset
 
-QUESTIONS = {"256": ("3 x 256 x 256 uint8", 256, "windows"), "hu-512": ("1 x 512 x 512 HU", 512, "hu")}
+# Title, size, kind of store, share of the slices, cold.
+QUESTIONS = {
+    "256": ("3 x 256 x 256 uint8", 256, "windows", 1.0, False),
+    "hu-512": ("1 x 512 x 512 HU", 512, "hu", 0.5, False),
+    "256-cold": ("3 x 256 x 256 uint8, cold files", 256, "windows", 1.0, True),
+}
 OURS, LIMIT = "SliceLoader, lz4", "memmap gather"
+COLD_SLICES = 1024
+# What takes its pixels from memory, or decodes the source again, says nothing about a cold disk.
+NOT_COLD = {"MONAI CacheDataset", "zarr-python", "zarr-python with zarrs"}
 PACKAGES = (
-    "numpy",
-    "torch",
-    "tensorstore",
-    "zarr",
-    "lmdb",
-    "numcodecs",
-    "opencv-python-headless",
-    "h5py",
-    "webdataset",
+    *("numpy", "torch", "numcodecs", "opencv-python-headless", "pydicom", "tensorstore", "zarr", "zarrs", "lmdb"),
+    *("h5py", "monai", "datasets", "webdataset"),
 )
+PINNED_PACKAGES = ("ffcv", "mosaicml-streaming", "litdata")
 
 
-def prepare(folder: Path, tree: Path, size: int, store: str) -> None:
-    """Write the same pixels in every form that a contender reads."""
-    if (folder / "ready").exists():
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for codec in ("lz4", "none"):
-        build(tree, folder / f"{codec}.zarr", Spec(layout="rsna", size=size, store=store, codec=codec))  # type: ignore[arg-type]
-    dataset = open_dataset(folder / "lz4.zarr")
-    rows = np.lib.format.open_memmap(folder / MEMMAP, "w+", dataset.dtype, dataset.shape)
-    (folder / PNG).mkdir()
-    for at in range(0, len(dataset), 256):
-        wanted = np.arange(at, min(at + 256, len(dataset)))
-        rows[wanted] = dataset.read(wanted)
-        for row in wanted.tolist():
-            cv2.imwrite(str(folder / PNG / f"{row}.png"), _as_png(rows[row]))
-    rows.flush()
-    _write_lmdb(folder / LMDB, rows)
-    _write_hdf5(folder / HDF5, rows)
-    _write_tars(folder / WEB, rows)
-    (folder / "ready").touch()
-
-
-def _as_png(pixels: np.ndarray) -> np.ndarray:
-    if pixels.dtype == np.int16:
-        return (pixels[0].astype(np.int32) + 32768).astype(np.uint16)
-    return np.ascontiguousarray(pixels.transpose(1, 2, 0))
-
-
-def _write_lmdb(path: Path, rows: np.ndarray) -> None:
-    import lmdb
-
-    with lmdb.open(str(path), map_size=rows.nbytes * 2) as environment, environment.begin(write=True) as transaction:
-        for index, row in enumerate(rows):
-            transaction.put(index.to_bytes(8, "big"), row.tobytes())
-
-
-def _write_hdf5(path: Path, rows: np.ndarray) -> None:
-    import h5py
-
-    with h5py.File(path, "w") as file:
-        file.create_dataset("images", data=rows, chunks=(1, *rows.shape[1:]), compression="lzf", shuffle=True)
-
-
-def _write_tars(folder: Path, rows: np.ndarray) -> None:
-    import webdataset
-
-    folder.mkdir()
-    for at in range(0, len(rows), 256):
-        with webdataset.TarWriter(str(folder / f"{at // 256:05d}.tar")) as tar:
-            for index in range(at, min(len(rows), at + 256)):
-                tar.write({"__key__": f"{index:07d}", "raw": rows[index].tobytes()})
-
-
-def _bytes_of(folder: Path, dataset: Dataset) -> dict[str, float]:
-    """Return the bytes on disk of each form, per slice."""
-    places = {
-        "lz4": "lz4.zarr/images",
-        "none": "none.zarr/images",
-        "memmap": MEMMAP,
-        "LMDB": LMDB,
-        "PNG": PNG,
-        "HDF5": HDF5,
-        "Web": WEB,
-    }
-    found = {}
-    for name, place in places.items():
-        path = folder / place
-        files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-        found[name] = sum(file.stat().st_blocks * 512 for file in files) / len(dataset)
-    return found
+def contend(
+    module: str, folder: Path, name: str, form: str, seconds: float, cold: bool, checksums: set[int], raised: bool
+) -> Run:
+    """Run one contender; ``checksums`` gathers what the pixels of all add up to."""
+    python: Any = {"python": PINNED_PYTHON} if module == pinned_contenders.__name__ else {}
+    if cold:
+        evict(files_of(folder, form))
+    slices = str(COLD_SLICES if cold else 0)
+    run = in_process(module, "race", str(folder), name, str(seconds), slices, raised=raised, seconds=120, **python)
+    checksums.add(run["checksum"])
+    if len(checksums) != 1:
+        raise RuntimeError(f"{name} gives other pixels than those before it.")
+    return run
 
 
 def main(
     slices: int = 4096,
     repeats: int = 5,
-    seconds: float = 3.0,
+    seconds: float = 1.5,
     data: Path = Path("bench-data"),
     question: Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(QUESTIONS)}.")] = None,
+    without: Annotated[list[str] | None, typer.Option(help="Leave a contender out.")] = None,
 ) -> None:
-    tree = cohort(data, slices=slices)
+    data = data.absolute()
     for name in question or list(QUESTIONS):
-        title, size, store = QUESTIONS[name]
-        folder = data / f"loader-{name}"
-        prepare(folder, tree, size, store)
-        dataset = open_dataset(folder / "lz4.zarr")
-        sizes = _bytes_of(folder, dataset)
-        contenders = {peer: partial(_contend, folder, seconds, peer) for peer in CONTENDERS}
-        for contend in contenders.values():
-            contend()  # once uncounted: the files of each lie in the page cache
-        found = interleave(contenders, repeats)
-        checksums = {run["checksum"] for runs in found.values() for run in runs}
-        if len(checksums) != 1:
-            raise SystemExit(f"The contenders do not give the same pixels: {checksums}.")
-        rates = []
-        for peer, runs in found.items():
-            form = next((form for form in sizes if form in peer), "lz4")
-            first = sorted(run["first_batch"] for run in runs)[len(runs) // 2]
-            rates.append(Rate(peer, tuple(run["rate"] for run in runs), sizes[form], f"first batch {first:.2f} s"))
-        report(
-            f"Loader: {title}, {len(dataset):,} slices, batches of 64, two cores",
-            rates,
-            against=LIMIT,
+        title, size, store, share, cold = QUESTIONS[name]
+        folder = data / f"loader-{name.removesuffix('-cold')}"
+        left_out = prepare(folder, cohort(data, slices=int(slices * share)), size=size, store=store)
+        count = len(open_dataset(folder / "lz4.zarr"))
+        sizes, contenders, checksums = {}, {}, set()
+        for module in (loader_contenders, pinned_contenders):
+            for label, (form, _) in module.CONTENDERS.items():
+                if form in left_out or label in (without or ()) or (cold and label in NOT_COLD):
+                    continue
+                sizes[label] = bytes_of(files_of(folder, form)) / count
+                run = partial(contend, module.__name__, folder, label, form, seconds, cold, checksums)
+                contenders[label] = run
+        if not cold:
+            for form in track(sorted({form for form, _ in all_contenders() if form not in left_out}), "Warming files"):
+                warm(files_of(folder, form))
+        found = compete(contenders, repeats)
+        section = contest(
+            f"Loader: {title}, {count:,} slices, batches of 64, two cores",
+            found,
+            limit=LIMIT,
             ours=OURS,
-            name=f"loader-{name}",
-            extra={"versions": versions(PACKAGES)},
+            more={
+                "KB/slice": lambda one: "",
+                "first batch, s": lambda one: f"{one.median('first_batch'):.2f}",
+                "memory, MB": lambda one: f"{one.median('memory') / 1e6:,.0f}",
+            },
+        )
+        at = section.header.index("KB/slice")
+        for line in section.lines:
+            line[at] = f"{sizes[line[0]] / 1e3:,.0f}"
+        section.notes = [f"Left out: {form}: {why}." for form, why in left_out.items()]
+        section.notes += [f"Left out: {label}, which failed." for label in contenders if label not in found]
+        publish(
+            f"loader-{name}",
+            [section],
+            releases={**versions(*PACKAGES), **versions(*PINNED_PACKAGES, python=PINNED_PYTHON)},
+            ratios=ratios(found, ours=OURS),
+            raw={label: vars(one) for label, one in found.items()},
         )
 
 
-def _contend(folder: Path, seconds: float, name: str) -> dict[str, Any]:
-    return in_process("benchmarks.loader_contenders", name, str(folder), str(seconds))
+def all_contenders() -> list[tuple[str, str]]:
+    """Return the form and the name of every contender."""
+    both = {**loader_contenders.CONTENDERS, **pinned_contenders.CONTENDERS}
+    return [(form, name) for name, (form, _) in both.items()]
 
 
 if __name__ == "__main__":

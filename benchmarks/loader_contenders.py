@@ -1,22 +1,18 @@
-"""One contender of the loader benchmark in a process of its own: prints its slices/s as JSON.
+"""One loader of the benchmark in a process of its own: see ``racing.race`` for what it prints.
 
-    python -m benchmarks.loader_contenders NAME FOLDER SECONDS
+    python -m benchmarks.loader_contenders race FOLDER NAME SECONDS SLICES
 
-``FOLDER`` is what ``loader.prepare`` made. Every contender visits rows in a random order in batches of 64 on two cores,
-and starts its clock when it gives its second batch. The checksum of rows 0..63 shows that all give the same pixels.
+``FOLDER`` is what ``forms.prepare`` made. Every contender visits rows in a random order in batches of 64 on two cores.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
 import sys
-import time
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,36 +20,26 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.forms import ARROW, DICOM, HDF5, LMDB, LZ4, NONE, PNG, ROWS, TAR
+from benchmarks.racing import BATCH, CORES, Opened, race, random_batches
 from ich_prep.store import open_dataset
+from ich_prep.windows import AIR_HU, HIGHEST_HU
 from ich_train.data import SliceLoader
 
-BATCH = 64
-CORES = 2
-MEMMAP, LMDB, PNG, HDF5, WEB = "rows.npy", "rows.lmdb", "png", "rows.h5", "web"
 
-
-def batches_of(count: int, seed: int = 0) -> Iterator[np.ndarray]:
-    """Yield random batches of rows for ever: each epoch a permutation."""
-    rng = np.random.default_rng(seed)
-    while True:
-        order = rng.permutation(count)
-        for at in range(0, count - BATCH + 1, BATCH):
-            yield order[at : at + BATCH]
-
-
-def ours(folder: Path, store: str) -> tuple[Iterator[Any], Callable[[np.ndarray], np.ndarray]]:
+def ours(path: Path) -> Opened:
     """SliceLoader, two threads."""
-    dataset = open_dataset(folder / store)
+    dataset = open_dataset(path)
     loader = SliceLoader(dataset, np.arange(len(dataset)), BATCH, threads=CORES, drop_last=True)
-    return (batch.images for _ in itertools.count() for batch in loader), dataset.read
+    return (batch.images for batch in for_ever(loader)), dataset.read
 
 
-def memmap_gather(folder: Path) -> tuple[Iterator[Any], Callable[[np.ndarray], np.ndarray]]:
+def memmap_gather(path: Path) -> Opened:
     """The limit: two threads that copy uncompressed rows of a memory map into reused buffers."""
-    rows = np.load(folder / MEMMAP, mmap_mode="r")
+    rows = np.load(path, mmap_mode="r")
 
     def gather() -> Iterator[np.ndarray]:
-        wanted = batches_of(len(rows))
+        wanted = random_batches(len(rows))
         buffers = [np.empty((BATCH, *rows.shape[1:]), rows.dtype) for _ in range(CORES + 1)]
         with ThreadPoolExecutor(CORES) as pool:
 
@@ -68,16 +54,16 @@ def memmap_gather(folder: Path) -> tuple[Iterator[Any], Callable[[np.ndarray], n
     return gather(), lambda wanted: rows[wanted]
 
 
-def tensorstore(folder: Path) -> tuple[Iterator[Any], Callable[[np.ndarray], np.ndarray]]:
+def tensorstore(path: Path) -> Opened:
     """Tensorstore over the same shards, two batches ahead."""
     import tensorstore as ts
 
     context = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "data_copy_concurrency": {"limit": CORES}})
-    place = {"driver": "file", "path": str(folder / "lz4.zarr" / "images")}
+    place = {"driver": "file", "path": str(path / "images")}
     array = ts.open({"driver": "zarr3", "kvstore": place}, context=context, read=True).result()
 
     def read() -> Iterator[np.ndarray]:
-        wanted = batches_of(array.shape[0])
+        wanted = random_batches(array.shape[0])
         pending = [array[next(wanted)].read() for _ in range(CORES)]
         while True:
             yield pending.pop(0).result()
@@ -86,12 +72,33 @@ def tensorstore(folder: Path) -> tuple[Iterator[Any], Callable[[np.ndarray], np.
     return read(), lambda wanted: array[wanted].read().result()
 
 
-def zarr_python(folder: Path) -> tuple[Iterator[Any], Callable[[np.ndarray], np.ndarray]]:
-    """zarr-python's orthogonal indexing over the same shards."""
+def zarr_python(path: Path) -> Opened:
+    """zarr-python over the same shards: two threads, each a batch, a slice at a time, which is faster than ``oindex``."""
     import zarr
 
-    array = zarr.open_array(folder / "lz4.zarr" / "images", mode="r")
-    return (array.oindex[np.sort(wanted)] for wanted in batches_of(array.shape[0])), lambda wanted: array.oindex[wanted]
+    array = zarr.open_array(path / "images", mode="r")
+
+    def read(wanted: np.ndarray) -> np.ndarray:
+        return np.stack([array[row] for row in wanted.tolist()])
+
+    def batches() -> Iterator[np.ndarray]:
+        wanted = random_batches(array.shape[0])
+        with ThreadPoolExecutor(CORES) as pool:
+            pending = [pool.submit(read, next(wanted)) for _ in range(CORES)]
+            while True:
+                yield pending.pop(0).result()
+                pending.append(pool.submit(read, next(wanted)))
+
+    return batches(), read
+
+
+def with_zarrs(path: Path) -> Opened:
+    """The same with the codecs of zarrs."""
+    import zarr
+    import zarrs  # noqa: F401
+
+    zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline", "threading.max_workers": CORES})
+    return zarr_python(path)
 
 
 class ArrayRows(Dataset[torch.Tensor]):
@@ -136,16 +143,16 @@ class Hdf5Rows(ArrayRows):
 
 def form_of(folder: Path) -> tuple[int, tuple[int, ...], np.dtype[Any]]:
     """Return how many slices there are, their shape and dtype: for forms that hold bytes alone."""
-    rows = np.load(folder / MEMMAP, mmap_mode="r")
+    rows = np.load(folder / ROWS, mmap_mode="r")
     return len(rows), rows.shape[1:], rows.dtype
 
 
 class LmdbRows(Dataset[torch.Tensor]):
     """Uncompressed rows as values of an LMDB."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / LMDB
-        self.count, self.shape, self.dtype = form_of(folder)
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.count, self.shape, self.dtype = form_of(path.parent)
 
     @cached_property
     def transaction(self) -> Any:
@@ -161,12 +168,12 @@ class LmdbRows(Dataset[torch.Tensor]):
         return torch.from_numpy(value.reshape(self.shape).copy())
 
 
-def web_dataset(folder: Path) -> tuple[Iterator[Any], Callable[[np.ndarray], np.ndarray]]:
+def web_dataset(path: Path) -> Opened:
     """WebDataset over tar files of plain bytes, in a DataLoader with two workers; it shuffles a buffer of 1,000, no more."""
     import webdataset
 
-    shards = sorted(map(str, (folder / WEB).glob("*.tar")))
-    _, shape, kind = form_of(folder)
+    shards = sorted(map(str, path.glob("*.tar")))
+    _, shape, kind = form_of(path.parent)
 
     def decode(sample: dict[str, Any]) -> torch.Tensor:
         return torch.from_numpy(np.frombuffer(bytearray(sample["raw"]), kind).reshape(shape))
@@ -178,14 +185,14 @@ def web_dataset(folder: Path) -> tuple[Iterator[Any], Callable[[np.ndarray], np.
         plain = webdataset.WebDataset(shards, shardshuffle=False, nodesplitter=None).map(decode)
         return torch.stack(list(itertools.islice(plain, len(wanted)))).numpy()
 
-    return (batch for _ in itertools.count() for batch in batches), first
+    return for_ever(batches), first
 
 
 class PngRows(Dataset[torch.Tensor]):
     """One PNG a slice: three channels of 8 bits, or one of 16."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder / PNG
+    def __init__(self, path: Path) -> None:
+        self.folder = path
         self.count = len(list(self.folder.iterdir()))
 
     def __len__(self) -> int:
@@ -201,47 +208,114 @@ class PngRows(Dataset[torch.Tensor]):
         return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
 
-def data_loader(rows: Dataset[torch.Tensor]) -> tuple[Iterator[Any], Callable[[np.ndarray], np.ndarray]]:
+def data_loader(rows: Dataset[torch.Tensor]) -> Opened:
     """A DataLoader with two worker processes, shuffling."""
     loader = DataLoader(rows, BATCH, shuffle=True, num_workers=CORES, drop_last=True, persistent_workers=True)
-    return (batch for _ in itertools.count() for batch in loader), lambda wanted: torch.stack(
-        [rows[int(row)] for row in wanted]
-    ).numpy()
+    return for_ever(loader), lambda wanted: torch.stack([rows[int(row)] for row in wanted]).numpy()
 
 
-CONTENDERS: dict[str, Callable[[Path], tuple[Iterator[Any], Callable[[np.ndarray], np.ndarray]]]] = {
-    "SliceLoader, lz4": lambda folder: ours(folder, "lz4.zarr"),
-    "SliceLoader, none": lambda folder: ours(folder, "none.zarr"),
-    "memmap gather": memmap_gather,
-    "tensorstore": tensorstore,
-    "zarr-python": zarr_python,
-    "DataLoader over a memmap": lambda folder: data_loader(MemmapRows(folder / MEMMAP)),
-    "DataLoader over LMDB": lambda folder: data_loader(LmdbRows(folder)),
-    "DataLoader over PNG": lambda folder: data_loader(PngRows(folder)),
-    "DataLoader over HDF5": lambda folder: data_loader(Hdf5Rows(folder / HDF5)),
-    "WebDataset": web_dataset,
+class DicomRows(Dataset[torch.Tensor]):
+    """The DICOM files themselves, decoded, windowed and resized by pydicom, NumPy and OpenCV each time."""
+
+    def __init__(self, path: Path) -> None:
+        self.files = json.loads(path.read_text())
+        spec = open_dataset(path.with_name(LZ4)).spec
+        self.size = spec.size
+        self.windows = [(window.center, window.width) for window in spec.windows] if spec.store == "windows" else []
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        import cv2
+        import pydicom
+
+        cv2.setNumThreads(1)
+        pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+        dataset = pydicom.dcmread(self.files[index])
+        slope, intercept = float(dataset.RescaleSlope), float(dataset.RescaleIntercept)
+        hu = np.clip(np.rint(dataset.pixel_array * slope + intercept), AIR_HU, HIGHEST_HU).astype(np.int16)
+        if hu.shape != (self.size, self.size):
+            hu = cv2.resize(hu, (self.size, self.size), interpolation=cv2.INTER_AREA)
+        if not self.windows:
+            return torch.from_numpy(hu[np.newaxis])
+        planes = [np.rint(np.clip((hu - (c - w / 2)) / w, 0, 1) * 255) for c, w in self.windows]
+        return torch.from_numpy(np.stack(planes).astype(np.uint8))
+
+
+class ArrowRows(Dataset[torch.Tensor]):
+    """Hugging Face's dataset over Arrow files that are memory-mapped, formatted as NumPy arrays."""
+
+    def __init__(self, path: Path) -> None:
+        import datasets
+
+        parts = [datasets.load_from_disk(str(part)) for part in sorted(path.iterdir())]
+        self.rows = datasets.concatenate_datasets(parts).with_format("numpy", dtype=form_of(path.parent)[2])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.from_numpy(self.rows[index]["image"])
+
+    def __getitems__(self, indices: list[int]) -> torch.Tensor:
+        return torch.from_numpy(self.rows[indices]["image"])
+
+
+def arrow(path: Path) -> Opened:
+    """Hugging Face's dataset in a DataLoader with two workers, which asks for a batch at once."""
+    rows = ArrowRows(path)
+    loader = DataLoader(
+        rows,
+        BATCH,
+        shuffle=True,
+        num_workers=CORES,
+        drop_last=True,
+        persistent_workers=True,
+        collate_fn=lambda batch: batch,
+    )
+    return for_ever(loader), lambda wanted: rows.__getitems__(wanted.tolist()).numpy()
+
+
+def cache_dataset(path: Path) -> Opened:
+    """MONAI's CacheDataset, all rows held in memory, in a DataLoader with two workers."""
+    from monai.data import CacheDataset
+    from monai.transforms import Lambda
+
+    rows = MemmapRows(path)
+    cached = CacheDataset(range(len(rows)), transform=Lambda(rows.__getitem__), num_workers=CORES, progress=False)
+    return data_loader(cached)
+
+
+def for_ever(loader: Any) -> Iterator[Any]:
+    """Yield epoch after epoch."""
+    while True:
+        yield from loader
+
+
+CONTENDERS: dict[str, tuple[str, Callable[[Path], Opened]]] = {
+    "SliceLoader, lz4": (LZ4, ours),
+    "SliceLoader, none": (NONE, ours),
+    "memmap gather": (ROWS, memmap_gather),
+    "tensorstore": (LZ4, tensorstore),
+    "zarr-python": (LZ4, zarr_python),
+    "zarr-python with zarrs": (LZ4, with_zarrs),
+    "DataLoader over a memmap": (ROWS, lambda path: data_loader(MemmapRows(path))),
+    "DataLoader over LMDB": (LMDB, lambda path: data_loader(LmdbRows(path))),
+    "DataLoader over HDF5": (HDF5, lambda path: data_loader(Hdf5Rows(path))),
+    "DataLoader over PNG": (PNG, lambda path: data_loader(PngRows(path))),
+    "DataLoader over DICOM": (DICOM, lambda path: data_loader(DicomRows(path))),
+    "MONAI CacheDataset": (ROWS, cache_dataset),
+    "Hugging Face datasets": (ARROW, arrow),
+    "WebDataset": (TAR, web_dataset),
 }
 
 
 def main() -> None:
-    name, folder, seconds = sys.argv[1:]
+    _, folder, name, seconds, slices = sys.argv[1:]
     torch.set_num_threads(1)
-    begin = time.perf_counter()
-    batches, read = CONTENDERS[name](Path(folder))
-    checksum = zlib.crc32(np.ascontiguousarray(read(np.arange(BATCH))).tobytes())
-    next(batches)
-    first = time.perf_counter() - begin
-    next(batches)
-    count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < float(seconds):
-        count += len(next(batches))
-    result = {
-        "rate": count / (time.perf_counter() - start),
-        "first_batch": first,
-        "checksum": checksum,
-    }
-    print(json.dumps(result), flush=True)
-    os._exit(0)  # worker processes and threads of any contender end with it
+    form, open_ = CONTENDERS[name]
+    race(partial(open_, Path(folder) / form), seconds=float(seconds), slices=int(slices))
 
 
 if __name__ == "__main__":

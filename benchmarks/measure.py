@@ -1,4 +1,4 @@
-"""Interleaved repeats, medians and spread, the machine, and results as JSON."""
+"""Interleaved repeats at both settings of malloc, medians and spread, and results as tables and JSON."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,109 +18,167 @@ from rich.table import Table
 
 from ich_prep.execute import MALLOC_ENVIRONMENT, ONE_THREAD
 
+ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
+BEFORE = RESULTS / "before"
+
+Run = dict[str, Any]  # what a contender prints: its "rate" in slices/s, and more
 
 
-@dataclass(frozen=True)
-class Rate:
-    """What one contender reached: slices/s in each repeat, and bytes per slice on disk where it wrote or read any."""
+@dataclass
+class Found:
+    """What one contender reached: its runs at the better setting of malloc, and one run at the other."""
 
-    name: str
-    rates: tuple[float, ...]
-    bytes_per_slice: float | None = None
-    note: str = ""
+    runs: list[Run] = field(default_factory=list)
+    raised: bool = False
+    other: Run | None = None
 
-    @property
-    def median(self) -> float:
-        return statistics.median(self.rates)
+    def median(self, key: str = "rate") -> float:
+        return statistics.median(run[key] for run in self.runs)
 
     @property
     def spread(self) -> str:
-        return f"{min(self.rates):,.0f}-{max(self.rates):,.0f}"
+        rates = [run["rate"] for run in self.runs]
+        return f"{min(rates):,.0f} to {max(rates):,.0f}"
+
+    @property
+    def malloc(self) -> str:
+        """Say which setting was better, and the rate at the other."""
+        if self.other is None:
+            return ""
+        here, there = ("raised", "as it comes") if self.raised else ("as it comes", "raised")
+        return f"{here}; {there} {self.other['rate']:,.0f}"
 
 
-def interleave(contenders: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[Any]]:
-    """Return what each contender returned in each of ``repeats`` rounds, A B C A B C, so that drift hits all alike."""
-    found: dict[str, list[Any]] = {name: [] for name in contenders}
-    for _ in range(repeats):
+def compete(
+    contenders: Mapping[str, Callable[[bool], Run]], repeats: int, *, both_settings: bool = True
+) -> dict[str, Found]:
+    """Run each contender in each of ``repeats`` rounds, A B C A B C, so that drift hits all alike.
+
+    A contender is called with whether glibc's malloc thresholds are to be raised. The first round tries both settings;
+    the others stay with the better one. Without ``both_settings`` all have them raised. One that fails is told and left
+    out.
+    """
+    found = {name: Found() for name in contenders}
+    for number in range(repeats):
         for name, run in contenders.items():
-            found[name].append(run())
+            if name not in found:
+                continue
+            mine = found[name]
+            try:
+                if number or not both_settings:
+                    mine.raised = mine.raised or not both_settings
+                    mine.runs.append(run(mine.raised))
+                    continue
+                plain, raised = run(False), run(True)
+            except RuntimeError as error:
+                Console(stderr=True).print(f"Left out: {name}: {error}", markup=False)
+                del found[name]
+                continue
+            mine.raised = raised["rate"] > plain["rate"]
+            mine.runs, mine.other = ([raised], plain) if mine.raised else ([plain], raised)
     return found
 
 
-def in_process(module: str, *arguments: str, malloc: bool = True, python: str = sys.executable) -> dict[str, Any]:
+def in_process(
+    module: str, *arguments: str, raised: bool = True, python: Path | str = sys.executable, seconds: float = 600
+) -> Run:
     """Run ``python -m module arguments`` and return the JSON in the last line that it prints.
 
-    With ``malloc`` glibc keeps freed memory (see docs/benchmarks.md); libraries use one thread a process.
+    ``raised``: glibc keeps freed memory (see docs/benchmarks.md). Libraries use one thread a process. Raises
+    ``RuntimeError`` with what it said where it fails or takes longer than ``seconds``.
     """
-    environment = {**os.environ, **ONE_THREAD, **(MALLOC_ENVIRONMENT if malloc else {})}
-    done = subprocess.run(
-        [python, "-m", module, *arguments],
-        env=environment,
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment = {**os.environ, **ONE_THREAD, **(MALLOC_ENVIRONMENT if raised else {})}
+    command = [str(python), "-m", module, *arguments]
+    try:
+        done = subprocess.run(
+            command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=seconds
+        )
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{module} {' '.join(arguments)} took more than {seconds:,.0f} s") from None
     if done.returncode:
-        raise RuntimeError(f"{module} {' '.join(arguments)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        raise RuntimeError(f"{module} {' '.join(arguments)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    result: Run = json.loads(done.stdout.strip().splitlines()[-1])
     return result
 
 
-def warm(paths: Sequence[Path]) -> None:
-    """Read files once, so that they lie in the page cache."""
-    for path in paths:
-        path.read_bytes()
-
-
-def machine() -> dict[str, Any]:
+def machine() -> str:
     """Return what the figures were taken on."""
     model = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),
     )
-    return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
+    return f"{model}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}"
 
 
-def versions(names: Sequence[str]) -> dict[str, str]:
-    """Return the releases of the named distributions that are installed."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def report(title: str, rates: Sequence[Rate], *, against: str, ours: str, name: str, extra: dict[str, Any]) -> None:
-    """Print a table of ``rates`` with ratios, and write it to ``results/<name>.json``.
-
-    ``against`` names the limit: each rate is shown as a share of it. ``ours`` is compared with each rate.
-    """
-    by_name = {rate.name: rate for rate in rates}
-    table = Table(
-        "", "slices/s", "spread", f"of {against}", f"{ours} is", "KB/slice", "", title=title, title_justify="left"
+def versions(*names: str, python: Path | str = sys.executable) -> dict[str, str]:
+    """Return the releases of the named distributions that ``python`` has installed."""
+    script = (
+        "import json, sys; from importlib.metadata import distributions as all\n"
+        "print(json.dumps({one.name: one.version for one in all() if one.name in sys.argv[1:]}))"
     )
-    for rate in rates:
-        table.add_row(
-            rate.name,
-            f"{rate.median:,.0f}",
-            rate.spread,
-            f"{rate.median / by_name[against].median:.2f}",
-            f"{by_name[ours].median / rate.median:.2f} x",
-            "" if rate.bytes_per_slice is None else f"{rate.bytes_per_slice / 1e3:,.0f}",
-            rate.note,
-        )
-    Console(width=140, highlight=False).print(table)
-    RESULTS.mkdir(exist_ok=True)
+    done = subprocess.run([str(python), "-c", script, *names], capture_output=True, text=True, check=True)
+    found: dict[str, str] = json.loads(done.stdout)
+    return {name: found[name] for name in names if name in found}
+
+
+@dataclass
+class Section:
+    """A table and what stands below it: the form in which results are printed and written."""
+
+    title: str
+    header: list[str]
+    lines: list[list[str]]
+    notes: list[str] = field(default_factory=list)
+
+
+def contest(
+    title: str, found: Mapping[str, Found], *, limit: str, ours: str, more: Mapping[str, Callable[[Found], str]]
+) -> Section:
+    """Return the table of a contest: each rate as a share of the ``limit``'s, and how many times as fast ``ours`` is."""
+    header = ["", "slices/s", "spread", "malloc thresholds", f"of {limit}", f"{ours} is", *more]
+    lines = []
+    for name, one in found.items():
+        share, times = one.median() / found[limit].median(), found[ours].median() / one.median()
+        lines.append([name, f"{one.median():,.0f}", one.spread, one.malloc, f"{share:.2f}", f"{times:.2f} x"])
+        lines[-1] += [show(one) for show in more.values()]
+    return Section(title, header, lines)
+
+
+def ratios(found: Mapping[str, Found], *, ours: str) -> dict[str, float]:
+    """Return how many times as fast ``ours`` is as each of the others."""
+    return {name: found[ours].median() / one.median() for name, one in found.items() if name != ours}
+
+
+def publish(
+    name: str,
+    sections: Sequence[Section],
+    *,
+    releases: Mapping[str, str] | None = None,
+    ratios: Mapping[str, float] | None = None,
+    raw: Any = None,
+) -> None:
+    """Print ``sections`` and write them to ``results/<name>.json``; what was there moves to ``results/before``.
+
+    ``ratios`` are what a second run must find again (see ``benchmarks.agree``), ``raw`` what the sections were made of.
+    """
+    for section in sections:
+        table = Table(*section.header, title=section.title, title_justify="left")
+        for line in section.lines:
+            table.add_row(*line)
+        console = Console(width=200, highlight=False)
+        console.print(table)
+        for note in section.notes:
+            console.print(note)
     document = {
-        "title": title,
+        "sections": [vars(section) for section in sections],
         "machine": machine(),
-        "against": against,
-        "ours": ours,
-        "rates": [{**asdict(rate), "median": rate.median} for rate in rates],
-        **extra,
+        "versions": releases or {},
+        "ratios": ratios or {},
+        "raw": raw,
     }
-    (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n")
+    BEFORE.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    if path.exists():
+        path.replace(BEFORE / path.name)
+    path.write_text(json.dumps(document, indent=2) + "\n")

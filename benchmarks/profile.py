@@ -16,7 +16,7 @@ from pathlib import Path
 import typer
 
 from benchmarks.files import cohort
-from benchmarks.loader import prepare
+from benchmarks.forms import prepare
 from ich_prep.execute import MALLOC_ENVIRONMENT, ONE_THREAD
 
 PROFILES = Path(__file__).parent / "profiles"
@@ -45,8 +45,8 @@ def main(slices: int = 4096, data: Path = Path("bench-data")) -> None:
     record("build", "ich_prep.cli", "build", "--src", tree, "--out", out, "--workers", 2)
     shutil.rmtree(out, ignore_errors=True)
     folder = data / "loader-256"
-    prepare(folder, tree, 256, "windows")
-    record("loader", "benchmarks.loader_contenders", "SliceLoader, lz4", folder, 5)
+    prepare(folder, tree, size=256, store="windows")
+    record("loader", "benchmarks.loader_contenders", "race", folder, "SliceLoader, lz4", 5, 0)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,34 @@
+"""Do the ratios of the last two runs agree?
+
+    python -m benchmarks.agree [--within 0.1]
+
+Compares what the last run of each benchmark wrote with what the one before it wrote; ends with 1 where a ratio moved by
+more than that.
+"""
+
+from __future__ import annotations
+
+import json
+
+import typer
+
+from benchmarks.measure import BEFORE, RESULTS
+
+
+def main(within: float = 0.1) -> None:
+    moved = 0
+    for path in sorted(BEFORE.glob("*.json")):
+        now, before = (json.loads(place.read_text())["ratios"] for place in (RESULTS / path.name, path))
+        both = sorted(set(now) & set(before), key=lambda name: -abs(now[name] / before[name] - 1))
+        for name in both:
+            change = now[name] / before[name] - 1
+            if abs(change) > within:
+                moved += 1
+                typer.echo(f"{path.stem}, {name}: {before[name]:.2f}, then {now[name]:.2f} ({change:+.0%})")
+        held = sum(abs(now[name] / before[name] - 1) <= within for name in both)
+        typer.echo(f"{path.stem}: {held} of {len(both)} ratios agree within {within:.0%}.")
+    raise typer.Exit(1 if moved else 0)
+
+
+if __name__ == "__main__":
+    typer.run(main)

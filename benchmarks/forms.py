@@ -1,0 +1,179 @@
+"""The same pixels in every form that a loader reads: shards, rows of an array, LMDB, PNG, HDF5, tar files, and others."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.measure import in_process
+from benchmarks.pinned_contenders import FORMS as PINNED_FORMS
+from benchmarks.pinned_contenders import PIXELS
+from ich_prep import Spec, build
+from ich_prep.store import open_dataset
+
+LZ4, NONE, ROWS, DICOM = "lz4.zarr", "none.zarr", PIXELS, "dicom.json"
+LMDB, PNG, HDF5, TAR, ARROW = "rows.lmdb", "png", "rows.h5", "tar", "arrow"
+# The venv of those that need other releases than ours, beside the one that runs this: see `make bench-setup`.
+PINNED_PYTHON = Path(f"{sys.prefix}-pinned") / "bin" / "python"
+STEP = 256
+
+
+def prepare(folder: Path, tree: Path, *, size: int, store: str) -> dict[str, str]:
+    """Write into ``folder`` what is not there yet; return the forms that could not be written, and why."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (LZ4, NONE):
+        spec = Spec(layout="rsna", size=size, store=store, codec=name.removesuffix(".zarr"))  # type: ignore[arg-type]
+        _once(folder, name, partial(_write_dataset, tree, spec))
+    _once(folder, ROWS, _write_rows)
+    rows = np.load(folder / ROWS, mmap_mode="r")
+    writers: dict[str, Callable[[Path], None]] = {
+        DICOM: partial(_write_places, tree),
+        LMDB: partial(_write_lmdb, rows),
+        PNG: partial(_write_png, rows),
+        HDF5: partial(_write_hdf5, rows),
+        TAR: partial(_write_tar, rows),
+        ARROW: partial(_write_arrow, rows),
+    }
+    for name, write in writers.items():
+        _once(folder, name, write)
+    return _write_pinned(folder)
+
+
+def files_of(folder: Path, form: str) -> list[Path]:
+    """Return the files that a form consists of: those with pixels, where there are others too."""
+    if form == DICOM:
+        return [Path(path) for path in json.loads((folder / form).read_text())]
+    place = folder / form / "images" if form in (LZ4, NONE) else folder / form
+    return [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
+
+
+def bytes_of(files: Sequence[Path]) -> int:
+    """Return the bytes that files take on disk; those of one map that is never filled do not count."""
+    return sum(min(path.stat().st_size, path.stat().st_blocks * 512) for path in files)
+
+
+def _once(folder: Path, name: str, write: Callable[[Path], None]) -> None:
+    """Let ``write`` make ``folder/name`` unless it is there and whole."""
+    whole = folder / f".{name}.whole"
+    if whole.exists():
+        return
+    path = folder / name
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    write(path)
+    whole.touch()
+
+
+def _write_dataset(tree: Path, spec: Spec, path: Path) -> None:
+    build(tree, path, spec)
+
+
+def _write_rows(path: Path) -> None:
+    dataset = open_dataset(path.with_name(LZ4))
+    rows = np.lib.format.open_memmap(path, "w+", dataset.dtype, dataset.shape)
+    for at in range(0, len(dataset), STEP):
+        rows[at : at + STEP] = dataset.read(np.arange(at, min(at + STEP, len(dataset))))
+    rows.flush()
+
+
+def _write_places(tree: Path, path: Path) -> None:
+    names = open_dataset(path.with_name(LZ4)).slices["sop_instance_uid"].to_pylist()
+    found = {file.stem: str(file.absolute()) for file in tree.glob("stage_2_*/*.dcm")}
+    path.write_text(json.dumps([found[name] for name in names]))
+
+
+def _write_lmdb(rows: NDArray[Any], path: Path) -> None:
+    import lmdb
+
+    with lmdb.open(str(path), map_size=rows.nbytes * 2) as environment, environment.begin(write=True) as transaction:
+        for index, row in enumerate(rows):
+            transaction.put(index.to_bytes(8, "big"), row.tobytes())
+
+
+def _write_png(rows: NDArray[Any], path: Path) -> None:
+    path.mkdir()
+    for index, row in enumerate(rows):
+        if rows.dtype == np.int16:
+            image = (row[0].astype(np.int32) + 32768).astype(np.uint16)
+        else:
+            image = np.ascontiguousarray(row.transpose(1, 2, 0))
+        cv2.imwrite(str(path / f"{index}.png"), image)
+
+
+def _write_hdf5(rows: NDArray[Any], path: Path) -> None:
+    import h5py
+
+    with h5py.File(path, "w") as file:
+        file.create_dataset("images", data=rows, chunks=(1, *rows.shape[1:]), compression="lzf", shuffle=True)
+
+
+def _write_tar(rows: NDArray[Any], path: Path) -> None:
+    import webdataset
+
+    path.mkdir()
+    for at in range(0, len(rows), STEP):
+        with webdataset.TarWriter(str(path / f"{at // STEP:05d}.tar")) as tar:
+            for index in range(at, min(len(rows), at + STEP)):
+                tar.write({"__key__": f"{index:07d}", "raw": rows[index].tobytes()})
+
+
+def _write_arrow(rows: NDArray[Any], path: Path) -> None:
+    """Write what Hugging Face's ``Dataset.save_to_disk`` would: a column of fixed shape."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    features = datasets.Features({"image": datasets.Array3D(shape=rows.shape[1:], dtype=str(rows.dtype))})
+    parts = []
+    for at in range(0, len(rows), STEP):
+        part = datasets.Dataset.from_dict({"image": list(rows[at : at + STEP])}, features=features)
+        part.save_to_disk(path / f"{at // STEP:05d}")
+        parts.append(part)
+
+
+def _write_pinned(folder: Path) -> dict[str, str]:
+    left_out = {}
+    for name in PINNED_FORMS:
+        try:
+            if not PINNED_PYTHON.exists():
+                raise RuntimeError(f"no {PINNED_PYTHON.parents[1].name}: run `make bench-setup`")
+            _once(
+                folder,
+                name,
+                lambda path: (
+                    in_process("benchmarks.pinned_contenders", "write", str(path), python=PINNED_PYTHON) and None
+                ),
+            )
+        except RuntimeError as error:
+            left_out[name] = str(error).strip().splitlines()[-1]
+    return left_out
+
+
+def evict(files: Sequence[Path]) -> None:
+    """Drop files from the page cache, once what was written has reached the disk."""
+    os.sync()
+    for path in files:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+def warm(files: Sequence[Path]) -> None:
+    """Read files once, so that they lie in the page cache."""
+    buffer = bytearray(1 << 22)
+    for path in files:
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass

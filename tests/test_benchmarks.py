@@ -1,0 +1,154 @@
+"""The benchmarks' own arithmetic: who is better, what a table says, what a model foretells, whether two runs agree."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import agree, document, files, measure, racing, scaling
+from benchmarks.measure import Found, compete, contest, in_process, publish, ratios
+from ich_prep.header import read_header
+from ich_prep.phantom import synthesize
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "results"
+    for module in (measure, agree):
+        monkeypatch.setattr(module, "RESULTS", folder)
+        monkeypatch.setattr(module, "BEFORE", folder / "before")
+    monkeypatch.setattr(document, "RESULTS", folder)
+    return folder
+
+
+def test_each_contender_stays_with_its_better_setting() -> None:
+    asked: list[tuple[str, bool]] = []
+
+    def contender(name: str, plain: float, raised: float) -> Any:
+        def run(with_raised: bool) -> dict[str, float]:
+            asked.append((name, with_raised))
+            return {"rate": raised if with_raised else plain}
+
+        return run
+
+    found = compete({"a": contender("a", 1, 2), "b": contender("b", 5, 3)}, 3)
+    assert asked == [("a", False), ("a", True), ("b", False), ("b", True)] + [("a", True), ("b", False)] * 2
+    assert (found["a"].median(), found["a"].malloc) == (2, "raised; as it comes 1")
+    assert (found["b"].median(), found["b"].malloc) == (5, "as it comes; raised 3")
+    assert len(found["a"].runs) == len(found["b"].runs) == 3
+
+
+def test_a_contender_that_fails_is_left_out_and_the_others_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    def fails(raised: bool) -> dict[str, float]:
+        raise RuntimeError("no such library")
+
+    found = compete({"a": fails, "b": lambda raised: {"rate": 1.0}}, 2)
+    assert {name: len(one.runs) for name, one in found.items()} == {"b": 2}
+    assert "Left out: a: no such library" in capsys.readouterr().err
+
+
+def test_a_table_shows_shares_of_the_limit_and_how_many_times_as_fast() -> None:
+    found = {"ours": Found([{"rate": 90.0}, {"rate": 100.0}, {"rate": 130.0}]), "limit": Found([{"rate": 200.0}])}
+    found["peer"] = Found([{"rate": 25.0}])
+    lines = contest("x", found, limit="limit", ours="ours", more={}).lines
+    assert [line[0] for line in lines] == ["ours", "limit", "peer"]
+    assert [line[-2:] for line in lines] == [["0.50", "1.00 x"], ["1.00", "0.50 x"], ["0.12", "4.00 x"]]
+    assert lines[0][1:3] == ["100", "90 to 130"]
+    assert ratios(found, ours="ours") == {"limit": 0.5, "peer": 4.0}
+
+
+def test_results_are_kept_beside_those_before_and_become_the_page(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = measure.Section("Build: a title", ["", "slices/s"], [["ours", "1,234"]], ["a note"])
+    publish("build-x", [section], ratios={"peer": 4.0})
+    publish("build-x", [section], ratios={"peer": 4.3})
+    assert json.loads((results / "before" / "build-x.json").read_text())["ratios"] == {"peer": 4.0}
+    assert "1,234" in capsys.readouterr().out
+    page = tmp_path / "benchmarks.md"
+    monkeypatch.setattr(document, "DOC", page)
+    document.main()
+    assert "## Build: a title\n\n|  | slices/s |\n|---|---:|\n| ours | 1,234 |\n\na note\n" in page.read_text()
+
+
+@pytest.mark.parametrize(("now", "code"), [(4.3, 0), (4.5, 1), (3.5, 1)])
+def test_two_runs_agree_or_not(now: float, code: int, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for peer in (4.0, now):
+        publish("build-x", [], ratios={"peer": peer, "other": 2.0})
+    with pytest.raises(agree.typer.Exit) as ended:
+        agree.main(within=0.1)
+    assert ended.value.exit_code == code
+    assert f"{2 - code} of 2 ratios agree" in capsys.readouterr().out
+
+
+def run_of(slices: int, *, fixed: float, serial: float, driver: float, worker: float, workers: int) -> dict[str, Any]:
+    """A build that behaves as the model says, on two cores."""
+    together = max((worker + driver) / 2, worker / workers, driver) * slices
+    stages = {"list": fixed + serial * slices, "plan": 0.0, "publish": 0.0, "scan": 0.0, "shards": together}
+    cpu = {"driver": 3 + (serial + driver) * slices, "workers": 2 + worker * slices}
+    return {"slices": slices, "stages": stages, "cpu": cpu}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_model_foretells_a_build_that_behaves_like_it(workers: int) -> None:
+    truth = {"fixed": 1.5, "serial": 1e-4, "driver": 2e-4, "worker": 1.2e-3}
+    model = scaling.fit(run_of(1_000, **truth, workers=2), run_of(4_000, **truth, workers=2))
+    for name, value in truth.items():
+        assert getattr(model, name) == pytest.approx(value, rel=1e-6)
+    seen = scaling.total(run_of(9_000, **truth, workers=workers))
+    assert model.seconds(9_000, workers=workers, cores=2) == pytest.approx(seen, rel=1e-6)
+    # No number of cores outruns the driver.
+    assert model.seconds(10_000, workers=999, cores=999) == pytest.approx(1.5 + 10_000 * (1e-4 + 2e-4))
+
+
+@pytest.mark.parametrize("name", ["ID_0123456789", "1.2.840.113619.2.5.1762583153.9"])
+def test_a_copy_has_another_identifier_of_the_same_form(name: str) -> None:
+    names = {files._renamed(name, copy) for copy in range(5)}
+    assert name in names
+    assert {len(one) for one in names} == {len(name)}
+    assert all(one.startswith("ID_") or all(part.isdigit() for part in one.split(".")) for one in names)
+
+
+def test_copies_of_a_slice_are_other_files_with_its_pixels(tmp_path: Path) -> None:
+    synthesize(tmp_path / "rsna", series=1, size=32, workers=0)
+    source = next((tmp_path / "rsna").rglob("*.dcm"))
+    files._copy(source, tmp_path / "copy.dcm", 1)
+    before, after = read_header(source), read_header(tmp_path / "copy.dcm")
+    assert before.sop_instance_uid != after.sop_instance_uid
+    assert before.series_instance_uid != after.series_instance_uid
+    assert (tmp_path / "copy.dcm").read_bytes()[after.pixel_offset :] == source.read_bytes()[before.pixel_offset :]
+
+
+def test_a_race_tells_rate_first_batch_memory_and_checksum(tmp_path: Path) -> None:
+    script = tmp_path / "contender.py"
+    script.write_text(
+        "import numpy as np\n"
+        "from benchmarks.racing import random_batches, race\n"
+        "rows = np.arange(256, dtype=np.uint8)\n"
+        "race(lambda: ((rows[one] for one in random_batches(256)), lambda wanted: rows[wanted]), seconds=0.1, slices=0)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(measure.ROOT)}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, check=True, timeout=60)
+    run = json.loads(done.stdout)
+    assert run["rate"] > 1000
+    assert 0 <= run["first_batch"] < 1
+    assert 1e6 < run["memory"] < 1e9
+    assert run["checksum"] == 0x100ECE8C
+
+
+def test_held_memory_counts_what_a_process_has_of_its_own() -> None:
+    before = racing.held(os.getpid())
+    block = np.ones(64 << 20, np.uint8)
+    assert racing.held(os.getpid()) - before == pytest.approx(block.nbytes, rel=0.2)
+
+
+def test_a_contender_that_fails_is_told_with_its_last_words() -> None:
+    with pytest.raises(RuntimeError, match="No module named"):
+        in_process("benchmarks.no_such_thing")
