@@ -41,7 +41,7 @@ QUESTIONS = {
     "cold-windows-512": Question("cold files, three windows, 512 x 512", 512, "windows", cold=True),
 }
 SYNTAX_QUESTION, SYNTAX_SLICES = "syntaxes", 512
-REAL_SLICES = COLD_SLICES = 2000
+FEWER_SLICES = 2000  # of real and of cold files
 OURS, DECODE, LIMIT = "ich-prep build", "its decode stage alone", "two bare processes"
 PEERS = {
     "pool of pydicom + NumPy + PNG": "png pool",
@@ -73,14 +73,16 @@ def main(
 
 
 def ask(name: str, question: Question, data: Path, slices: int, repeats: int) -> None:
-    tree = real_cohort(data, slices=REAL_SLICES) if question.real else cohort(data, slices=slices)
-    if question.cold:
-        tree = cohort(data, slices=COLD_SLICES)
+    if question.real:
+        tree = real_cohort(data, slices=FEWER_SLICES)
+    else:
+        tree = cohort(data, slices=FEWER_SLICES if question.cold else slices)
     if tree is None:
         typer.echo(f"Left out: {question.title}: no files at {REAL}.")
         return
     files = sorted(tree.rglob("*.dcm"))
-    warm(files)
+    if not question.cold:
+        warm(files)
     layout = "folder" if question.real else "rsna"
 
     def run(contender: str, raised: bool) -> Run:
@@ -97,7 +99,7 @@ def ask(name: str, question: Question, data: Path, slices: int, repeats: int) ->
     mine = found[OURS].runs
     decoding = [{**one, "rate": one["slices"] / one["stages"]["shards"], "bytes": 0} for one in mine]
     found = {OURS: found[OURS], DECODE: Found(decoding), **found}
-    kilobytes = {"KB/slice": lambda one: f"{one.runs[0]['bytes'] / one.runs[0]['slices'] / 1e3:,.0f}"}
+    kilobytes = {"KB/slice": lambda one: f"{one.runs[0]['bytes'] / one.runs[0]['slices'] / 1e3:,.0f}".lstrip("0")}
     title = f"Build: {question.title}, {mine[0]['slices']:,} slices, 2 processes"
     section = contest(title, found, limit=LIMIT, ours=OURS, more=kilobytes)
     stages = {stage: statistics.median(one["stages"][stage] for one in mine) for stage in mine[0]["stages"]}

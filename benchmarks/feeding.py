@@ -93,7 +93,7 @@ def main(
 ) -> None:
     data = data.absolute()
     tree = cohort(data, slices=slices)
-    folder = data / "loader-256"
+    folder = data / "loader-windows-256"
     prepare(folder, tree, size=256, store="windows")
     dataset = open_dataset(folder / LZ4)
     shares: dict[int, list[float]] = {gpus: [] for gpus in GPUS}

@@ -3,55 +3,59 @@
     python -m benchmarks.loader [--question 256] [--without NAME] [--slices 4096] [--repeats 5] [--data bench-data]
 
 Random order, batches of 64, two cores. Warm: the files lie in the page cache, and the clock runs from the second batch.
-Cold (``--question 256-cold``): they were dropped from it, and the clock runs from the opening until 1,024 different
+Cold (``--question 256-cold``): they were dropped from it, and the clock runs from the first batch until 2,048 different
 slices have come. All contenders must give the same pixels.
 """
 
 from __future__ import annotations
 
+import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.progress import track
 
 from benchmarks import loader_contenders, pinned_contenders
 from benchmarks.files import cohort
-from benchmarks.forms import PINNED_PYTHON, bytes_of, evict, files_of, prepare, warm
+from benchmarks.forms import LZ4, PINNED_PYTHON, bytes_of, evict, files_of, prepare, warm
 from benchmarks.measure import Run, compete, contest, in_process, publish, ratios, versions
 from ich_prep.store import open_dataset
 
-# Title, size, kind of store, share of the slices, cold.
+
+@dataclass(frozen=True)
+class Question:
+    """What the loaders load: the form of the pixels, from how many of the slices, from the disk or the page cache."""
+
+    title: str
+    size: int
+    store: str
+    share: float = 1.0
+    cold: bool = False
+
+
 QUESTIONS = {
-    "256": ("3 x 256 x 256 uint8", 256, "windows", 1.0, False),
-    "hu-512": ("1 x 512 x 512 HU", 512, "hu", 0.5, False),
-    "256-cold": ("3 x 256 x 256 uint8, cold files", 256, "windows", 1.0, True),
+    "256": Question("3 x 256 x 256 uint8", 256, "windows"),
+    "hu-512": Question("1 x 512 x 512 HU", 512, "hu", share=0.5),  # all forms of them must fit into memory
+    "256-cold": Question("3 x 256 x 256 uint8, cold files", 256, "windows", cold=True),
 }
 OURS, LIMIT = "SliceLoader, lz4", "memmap gather"
-COLD_SLICES = 1024
-# What takes its pixels from memory, or decodes the source again, says nothing about a cold disk.
-NOT_COLD = {"MONAI CacheDataset", "zarr-python", "zarr-python with zarrs"}
+COLD_SLICES = 2048
+# It takes its pixels from memory: a cold disk is nothing to it.
+NOT_COLD = {"MONAI CacheDataset"}
 PACKAGES = (
     *("numpy", "torch", "numcodecs", "opencv-python-headless", "pydicom", "tensorstore", "zarr", "zarrs", "lmdb"),
     *("h5py", "monai", "datasets", "webdataset"),
 )
 PINNED_PACKAGES = ("ffcv", "mosaicml-streaming", "litdata")
-
-
-def contend(
-    module: str, folder: Path, name: str, form: str, seconds: float, cold: bool, checksums: set[int], raised: bool
-) -> Run:
-    """Run one contender; ``checksums`` gathers what the pixels of all add up to."""
-    python: Any = {"python": PINNED_PYTHON} if module == pinned_contenders.__name__ else {}
-    if cold:
-        evict(files_of(folder, form))
-    slices = str(COLD_SLICES if cold else 0)
-    run = in_process(module, "race", str(folder), name, str(seconds), slices, raised=raised, seconds=120, **python)
-    checksums.add(run["checksum"])
-    if len(checksums) != 1:
-        raise RuntimeError(f"{name} gives other pixels than those before it.")
-    return run
+# The form that each contender reads, and the module that runs it.
+CONTENDERS = {
+    name: (form, module.__name__)
+    for module in (loader_contenders, pinned_contenders)
+    for name, (form, _) in module.CONTENDERS.items()
+}
 
 
 def main(
@@ -62,53 +66,60 @@ def main(
     question: Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(QUESTIONS)}.")] = None,
     without: Annotated[list[str] | None, typer.Option(help="Leave a contender out.")] = None,
 ) -> None:
-    data = data.absolute()
     for name in question or list(QUESTIONS):
-        title, size, store, share, cold = QUESTIONS[name]
-        folder = data / f"loader-{name.removesuffix('-cold')}"
-        left_out = prepare(folder, cohort(data, slices=int(slices * share)), size=size, store=store)
-        count = len(open_dataset(folder / "lz4.zarr"))
-        sizes, contenders, checksums = {}, {}, set()
-        for module in (loader_contenders, pinned_contenders):
-            for label, (form, _) in module.CONTENDERS.items():
-                if form in left_out or label in (without or ()) or (cold and label in NOT_COLD):
-                    continue
-                sizes[label] = bytes_of(files_of(folder, form)) / count
-                run = partial(contend, module.__name__, folder, label, form, seconds, cold, checksums)
-                contenders[label] = run
-        if not cold:
-            for form in track(sorted({form for form, _ in all_contenders() if form not in left_out}), "Warming files"):
-                warm(files_of(folder, form))
-        found = compete(contenders, repeats)
-        section = contest(
-            f"Loader: {title}, {count:,} slices, batches of 64, two cores",
-            found,
-            limit=LIMIT,
-            ours=OURS,
-            more={
-                "KB/slice": lambda one: "",
-                "first batch, s": lambda one: f"{one.median('first_batch'):.2f}",
-                "memory, MB": lambda one: f"{one.median('memory') / 1e6:,.0f}",
-            },
-        )
-        at = section.header.index("KB/slice")
-        for line in section.lines:
-            line[at] = f"{sizes[line[0]] / 1e3:,.0f}"
-        section.notes = [f"Left out: {form}: {why}." for form, why in left_out.items()]
-        section.notes += [f"Left out: {label}, which failed." for label in contenders if label not in found]
-        publish(
-            f"loader-{name}",
-            [section],
-            releases={**versions(*PACKAGES), **versions(*PINNED_PACKAGES, python=PINNED_PYTHON)},
-            ratios=ratios(found, ours=OURS),
-            raw={label: vars(one) for label, one in found.items()},
-        )
+        ask(name, QUESTIONS[name], data.absolute(), slices, repeats, seconds, set(without or ()))
 
 
-def all_contenders() -> list[tuple[str, str]]:
-    """Return the form and the name of every contender."""
-    both = {**loader_contenders.CONTENDERS, **pinned_contenders.CONTENDERS}
-    return [(form, name) for name, (form, _) in both.items()]
+def ask(
+    name: str, question: Question, data: Path, slices: int, repeats: int, seconds: float, without: set[str]
+) -> None:
+    folder = data / f"loader-{question.store}-{question.size}"
+    tree = cohort(data, slices=int(slices * question.share))
+    lacking = prepare(folder, tree, size=question.size, store=question.store)
+    if question.cold:
+        without |= NOT_COLD
+    taking_part = {
+        label: place for label, place in CONTENDERS.items() if place[0] not in lacking and label not in without
+    }
+    files = {form: files_of(folder, form) for form, _ in taking_part.values()}
+    if not question.cold:
+        for form in track(files, "Warming files"):
+            warm(files[form])
+    checksums: list[int] = []
+
+    def run(label: str, raised: bool) -> Run:
+        form, module = taking_part[label]
+        if question.cold:
+            evict(files[form])
+        python = PINNED_PYTHON if module == pinned_contenders.__name__ else sys.executable
+        words = ("race", str(folder), label, str(seconds), str(COLD_SLICES if question.cold else 0))
+        result = in_process(module, *words, raised=raised, python=python, seconds=120)
+        checksums.append(result["checksum"])
+        if checksums[-1] != checksums[0]:
+            raise RuntimeError("it does not give the pixels that the others give")
+        return {**result, "form": form}
+
+    found = compete({label: partial(run, label) for label in taking_part}, repeats)
+    count = len(open_dataset(folder / LZ4))
+    sizes = {form: bytes_of(paths) / count for form, paths in files.items()}
+    section = contest(
+        f"Loader: {question.title}, {count:,} slices, batches of 64, two cores",
+        found,
+        limit=LIMIT,
+        ours=OURS,
+        more={
+            "KB/slice": lambda one: f"{sizes[one.runs[0]['form']] / 1e3:,.0f}",
+            "first batch, s": lambda one: f"{one.median('first_batch'):.2f}",
+            "memory, MB": lambda one: f"{one.median('memory') / 1e6:,.0f}",
+        },
+    )
+    section.notes = [f"Left out: {form}: {why}." for form, why in lacking.items()]
+    section.notes += [f"Left out: {label}, which failed." for label in taking_part if label not in found]
+    releases = versions(*PACKAGES)
+    if PINNED_PYTHON.exists():
+        releases |= versions(*PINNED_PACKAGES, python=PINNED_PYTHON)
+    raw = {label: vars(one) for label, one in found.items()}
+    publish(f"loader-{name}", [section], releases=releases, ratios=ratios(found, ours=OURS), raw=raw)
 
 
 if __name__ == "__main__":

@@ -36,25 +36,21 @@ def random_batches(count: int, seed: int = 0) -> Iterator[np.ndarray]:
 def race(open_: Callable[[], Opened], *, seconds: float, slices: int) -> None:
     """Print as JSON how fast batches came, and end this process with all that belongs to it.
 
-    ``rate`` is in slices/s: for ``seconds`` from the second batch on, or, where ``slices`` is not 0, from the opening
+    ``rate`` is in slices/s: for ``seconds`` from the second batch on, or, where ``slices`` is not 0, from the first batch
     until that many have come. ``first_batch`` counts from the opening, in seconds. ``memory`` is what this process and
     its children hold then, in bytes: memory of their own and shared, without the page cache. ``checksum`` is that of
     rows 0..63: all contenders must give the same pixels.
     """
     begin = time.perf_counter()
     batches, read = open_()
-    count = len(next(batches))
+    next(batches)
     first = time.perf_counter() - begin
-    if slices:
-        while count < slices:
-            count += len(next(batches))
-        rate = count / (time.perf_counter() - begin)
-    else:
+    if not slices:
         next(batches)
-        count, start = 0, time.perf_counter()
-        while time.perf_counter() - start < seconds:
-            count += len(next(batches))
-        rate = count / (time.perf_counter() - start)
+    count, start = 0, time.perf_counter()
+    while count < slices if slices else time.perf_counter() - start < seconds:
+        count += len(next(batches))
+    rate = count / (time.perf_counter() - start)
     result = {
         "rate": rate,
         "first_batch": first,
