@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from multiprocessing.synchronize import Barrier
 
 PROCESSES = 2
-SOME = 384
+SOME = 256
 
 
 def ours(tree: Path, out: Path, spec: Spec, workers: int) -> dict[str, Any]:

@@ -28,7 +28,7 @@ python -m benchmarks.agree     # do the last two runs agree?
 
 * *Files.* A phantom cohort in RSNA's form (`ich-prep synth`) and, where it is said, copies of real CT slices under other
   identifiers. They lie in the page cache, but for the questions that say *cold*: for these they are dropped from it before
-  each run. Contenders that are slow read 384 of them.
+  each run. Contenders that are slow read 256 of them.
 * *Malloc.* The first round runs every contender as it comes and with glibc's `MALLOC_MMAP_THRESHOLD_` and
   `MALLOC_TRIM_THRESHOLD_` raised; the others stay with what was better. Both are shown.
 * *Processes.* Two each, one thread a process for library code. Starting them counts for nobody.
