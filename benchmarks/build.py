@@ -19,7 +19,7 @@ import typer
 
 from benchmarks.files import REAL, SYNTAXES, cohort, in_syntax, real_cohort
 from benchmarks.forms import evict, warm
-from benchmarks.measure import Found, Run, Section, compete, contest, in_process, publish, ratios, versions
+from benchmarks.measure import Found, Run, Section, compete, contest, in_process, publish, ratio, ratios, versions
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def ask_syntaxes(data: Path, repeats: int) -> None:
         names = {OURS: "ours", "PNG": "png pool"}
         found = compete({label: partial(run, contender, tree) for label, contender in names.items()}, repeats)
         ours, png = found[OURS], found["PNG"]
-        shares[name] = ours.median() / png.median()
+        shares[name] = ratio(ours, png)
         raw[name] = {label: vars(one) for label, one in found.items()}
         size = sum(path.stat().st_size for path in files) / len(files) / 1e3
         lines.append([name, f"{size:,.0f}", f"{ours.median():,.0f}", ours.spread, f"{png.median():,.0f}", png.spread])

@@ -14,9 +14,9 @@ DOC = ROOT / "docs" / "benchmarks.md"
 
 INTRODUCTION = """# Benchmarks
 
-Written by `python -m benchmarks.document` from the results of the commands below; each figure is the median of
-interleaved repeats, with the spread beside it. Ratios are what counts: they are taken in one run on one machine. Rates are
-illustrations of the machine that is named.
+Written by `python -m benchmarks.document` from the results of the commands below. Contenders take turns, and each figure
+is the median over the rounds, with the spread beside it. Ratios are what counts: each is taken within a round, side by
+side on one machine, and the median of these is shown. Rates are illustrations of the machine that is named.
 
 ```
 make bench-setup               # the peers, in two venvs of their own

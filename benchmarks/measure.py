@@ -139,15 +139,20 @@ def contest(
     header = ["", "slices/s", "spread", "malloc thresholds", f"of {limit}", f"{ours} is", *more]
     lines = []
     for name, one in found.items():
-        share, times = one.median() / found[limit].median(), found[ours].median() / one.median()
+        share, times = ratio(one, found[limit]), ratio(found[ours], one)
         lines.append([name, f"{one.median():,.0f}", one.spread, one.malloc, f"{share:.2f}", f"{times:.2f} x"])
         lines[-1] += [show(one) for show in more.values()]
     return Section(title, header, lines)
 
 
+def ratio(one: Found, other: Found) -> float:
+    """Return how many times as fast ``one`` is as the ``other``: the median over the rounds, which drift leaves alone."""
+    return statistics.median(mine["rate"] / its["rate"] for mine, its in zip(one.runs, other.runs, strict=True))
+
+
 def ratios(found: Mapping[str, Found], *, ours: str) -> dict[str, float]:
     """Return how many times as fast ``ours`` is as each of the others."""
-    return {name: found[ours].median() / one.median() for name, one in found.items() if name != ours}
+    return {name: ratio(found[ours], one) for name, one in found.items() if name != ours}
 
 
 def publish(

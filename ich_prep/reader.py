@@ -90,8 +90,9 @@ class ShardReader:
             return []
         if int(rows.min()) < 0 or int(rows.max()) >= self._slices:
             raise IndexError(f"Expected rows within 0..{self._slices - 1}; got {int(rows.min())}..{int(rows.max())}.")
-        for number in np.unique(rows // self._per_shard).tolist():
-            if not self._indexed[number]:
+        numbers = rows // self._per_shard
+        if not self._indexed[numbers].all():
+            for number in np.unique(numbers[~self._indexed[numbers]]).tolist():
                 self._read_index(number)
         missing = self._begins[rows] == self._ends[rows]
         if missing.any():
@@ -114,7 +115,7 @@ class ShardReader:
 
     def _read_encoded(self, rows: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
         """Read the chunks of a group one behind the other, check each, then decode all in one call."""
-        chunks, order = np.unique(rows, return_inverse=True)
+        chunks, order = _distinct(rows)
         begins, ends = self._begins[chunks], self._ends[chunks]
         # Room for what makes one frame of them, then the chunks.
         places = np.cumsum(np.concatenate(([frame_room(len(rows), self._slice_bytes)], ends - begins)))
@@ -140,7 +141,9 @@ class ShardReader:
 
         Each is checked as soon as it is read, while it lies in the core's cache.
         """
-        chunks, firsts, order = np.unique(rows, return_index=True, return_inverse=True)
+        chunks, order = _distinct(rows)
+        firsts = np.empty(len(chunks), np.intp)
+        firsts[order[::-1]] = np.arange(len(rows))[::-1]
         begins, ends = self._begins[chunks], self._ends[chunks]
         odd = np.flatnonzero(ends - begins != self._slice_bytes + CRC_BYTES)
         if len(odd):
@@ -225,6 +228,17 @@ class ShardReader:
             f"{where}: {what}. The dataset's bytes are not the ones that were written: run `ich-prep verify` to see all "
             "that is damaged, then restore it or build again."
         )
+
+
+def _distinct(rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.intp]]:
+    """Return the different ``rows`` ascending, and where among them each of ``rows`` is.
+
+    As ``np.unique`` does, which lets go of Python's lock to sort some dozens of numbers.
+    """
+    listed = rows.tolist()
+    chunks = sorted(set(listed))
+    places = {row: place for place, row in enumerate(chunks)}
+    return np.array(chunks, np.int64), np.array([places[row] for row in listed], np.intp)
 
 
 def most_open() -> int:

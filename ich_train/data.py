@@ -83,11 +83,17 @@ def neighbours(dataset: Dataset, rows: NDArray[np.int64], context: int) -> NDArr
 
 @dataclass
 class _Slot:
-    """One buffer of the ring, and what tells that a GPU has finished reading it."""
+    """One buffer of the ring, and what tells that a GPU has finished reading it.
 
-    images: torch.Tensor
-    labels: torch.Tensor
-    rows: torch.Tensor
+    Its memory is a batch of tensors and, for the threads, the same as arrays: torch lets go of Python's lock at each
+    call, and getting it back costs more than the call.
+    """
+
+    batch: Batch
+    images: NDArray[Any]
+    labels: NDArray[np.int8]
+    rows: NDArray[np.int64]
+    pinned: bool
     copied: Any = None
 
 
@@ -188,8 +194,8 @@ class SliceLoader:
                 self._batch = number + 1
                 if self._batch == len(batches):
                     self._epoch, self._batch = self._epoch + 1, 0
-                yield Batch(slot.images[:size], slot.labels[:size], slot.rows[:size])
-                if slot.images.is_pinned():
+                yield slot.batch if size == self.batch_size else Batch(*(tensor[:size] for tensor in slot.batch))
+                if slot.pinned:
                     # A copy to the GPU may still be on its way: it is over once the stream has passed this point.
                     slot.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
                     slot.copied.record()
@@ -213,7 +219,9 @@ class SliceLoader:
         )
         labels = torch.empty((self.batch_size, len(CLASSES)), dtype=torch.int8)
         rows = torch.empty(self.batch_size, dtype=torch.int64)
-        return _Slot(images.pin_memory(), labels.pin_memory(), rows) if pinned else _Slot(images, labels, rows)
+        if pinned:
+            images, labels = images.pin_memory(), labels.pin_memory()
+        return _Slot(Batch(images, labels, rows), images.numpy(), labels.numpy(), rows.numpy(), pinned)
 
     def _batches(self) -> list[NDArray[np.int64]]:
         """Return the positions, indices into ``rows``, of each batch of this epoch."""
@@ -245,10 +253,9 @@ class SliceLoader:
             slot.copied.synchronize()
         size = len(positions)
         wanted = self._neighbours[positions].reshape(-1)
-        images = slot.images[:size].numpy().reshape(len(wanted), *self.dataset.shape[1:])
-        self.dataset.read(wanted, out=images)
-        slot.labels[:size].numpy()[:] = self._labels[positions]
-        slot.rows[:size].numpy()[:] = self.rows[positions]
+        self.dataset.read(wanted, out=slot.images[:size].reshape(len(wanted), *self.dataset.shape[1:]))
+        slot.labels[:size] = self._labels[positions]
+        slot.rows[:size] = self.rows[positions]
 
     def _take(self, ring: _Ring) -> _Slot:
         start = time.perf_counter()

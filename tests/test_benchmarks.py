@@ -55,12 +55,12 @@ def test_a_contender_that_fails_is_left_out_and_the_others_go_on(capsys: pytest.
 
 
 def test_a_table_shows_shares_of_the_limit_and_how_many_times_as_fast() -> None:
-    found = {"ours": Found([{"rate": 90.0}, {"rate": 100.0}, {"rate": 130.0}]), "limit": Found([{"rate": 200.0}])}
-    found["peer"] = Found([{"rate": 25.0}])
+    rates = {"ours": (100.0, 50.0, 130.0), "limit": (200.0, 100.0, 200.0), "peer": (25.0, 12.5, 20.0)}
+    found = {name: Found([{"rate": rate} for rate in some]) for name, some in rates.items()}
     lines = contest("x", found, limit="limit", ours="ours", more={}).lines
     assert [line[0] for line in lines] == ["ours", "limit", "peer"]
     assert [line[-2:] for line in lines] == [["0.50", "1.00 x"], ["1.00", "0.50 x"], ["0.12", "4.00 x"]]
-    assert lines[0][1:3] == ["100", "90 to 130"]
+    assert lines[0][1:3] == ["100", "50 to 130"]
     assert ratios(found, ours="ours") == {"limit": 0.5, "peer": 4.0}
 
 
