@@ -31,10 +31,14 @@ python -m benchmarks.agree     # do the last two runs agree?
   each run. Contenders that are slow read 256 of them.
 * *Malloc.* The first round runs every contender as it comes and with glibc's `MALLOC_MMAP_THRESHOLD_` and
   `MALLOC_TRIM_THRESHOLD_` raised; the others stay with what was better. Both are shown.
+* *Peers.* FFCV is built when it is installed, which needs a C++ compiler, pkg-config, and the headers of OpenCV and
+  libturbojpeg; dcm2niix is a program of its own. Where one of them is not there, it is left out, and that is said.
+  dcm2niix also writes volumes straightened from a tilt and made even in spacing, which nobody else does.
 * *Processes.* Two each, one thread a process for library code. Starting them counts for nobody.
 * *The limit of a build* is two bare processes that read, rescale, window, compress and write the same files with everything
   known beforehand; they do not hash or audit anything, or publish. Nor do they wait for the disk, as a build does, whose
-  bytes must outlive a power cut: the line `synced` is the limit with that wait.
+  bytes must outlive a power cut: the line `synced` is the limit with that wait. Where files are cold, it has read their
+  headers, but not their pixels, before its clock starts.
 * *The limit of a loader* is a gather of uncompressed pixels from a memory map into reused buffers by two threads.
 * *Loaders* all give the same pixels, which is checked. WebDataset shuffles a buffer of 1,000 slices; all others visit
   slices in an order random over the whole. zarr-python and zarrs read slice by slice from two threads, which is their
