@@ -100,6 +100,8 @@ def test_from_nothing_to_a_verified_dataset(tmp_path: Path) -> None:
 def test_ctrl_c_ends_with_one_message_and_the_build_goes_on(workers: int, phantom_tree: Path, tmp_path: Path) -> None:
     out = tmp_path / "data.zarr"
     words = ["build", "--src", phantom_tree, "--out", out, "--size", 32, "--slices-per-shard", 2, "--workers"]
+    # A process started in the background ignores Ctrl-C, and its children with it: not this one.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     building = subprocess.Popen(
         [PREP, *map(str, words), str(workers)],
         stderr=subprocess.PIPE,
@@ -107,6 +109,7 @@ def test_ctrl_c_ends_with_one_message_and_the_build_goes_on(workers: int, phanto
         text=True,
         start_new_session=True,
     )
+    signal.signal(signal.SIGINT, before)
     while len(list((out / "build" / "shards").glob("*.json"))) < 3:
         assert building.poll() is None
         time.sleep(0.002)
