@@ -17,8 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.files import REAL, SYNTAXES, cohort, in_syntax, real_cohort
-from benchmarks.forms import evict, warm
+from benchmarks.files import REAL, SYNTAXES, cohort, evict, in_syntax, real_cohort, warm
 from benchmarks.measure import Found, Run, Section, compete, contest, in_process, publish, ratio, ratios, versions
 
 

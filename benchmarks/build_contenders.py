@@ -56,7 +56,7 @@ def ours(tree: Path, out: Path, spec: Spec, workers: int) -> dict[str, Any]:
 
 
 def files_below(tree: Path) -> list[Path]:
-    """Return the slices of a tree; where they are real files, those that have pixels of the size of a slice."""
+    """Return the slices of an RSNA tree, or of one plain folder."""
     return sorted(tree.glob("stage_2_*/*.dcm")) or sorted(tree.glob("*.dcm"))
 
 

@@ -7,6 +7,7 @@ Also: how long after opening a dataset of 3,000 shards does the first batch come
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import statistics
 import time
@@ -52,11 +53,11 @@ def simulate(loader: SliceLoader, *, rate: float, seconds: float) -> float:
 def train(loader: SliceLoader, device: torch.device, *, name: str, seconds: float) -> tuple[float, float]:
     """Return slices/s of a network that trains on ``device`` in bfloat16, and the share of the time it waits for data."""
     _, channels, size, _ = loader.dataset.shape
-    model = build_model(name, channels=channels, size=size).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = build_model(name, channels=channels, size=size).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     batches = iter(loader)
     taken, start, waited = 0, 0.0, 0.0
-    for number in range(1_000_000):
+    for number in itertools.count():
         if number == 10:  # by then kernels are chosen and memory is reserved
             if device.type == "cuda":
                 torch.cuda.synchronize(device)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import os
 import shutil
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -57,16 +59,13 @@ def real_cohort(folder: Path, *, slices: int) -> Path | None:
         return None
     sources = [path for path in sorted(REAL.rglob("*")) if path.is_file() and _is_slice(path)]
     copies = -(-slices // len(sources))
-    tree = folder / f"real-x{copies}"
-    whole = folder / f".{tree.name}.whole"
-    if not whole.exists():
-        shutil.rmtree(tree, ignore_errors=True)
-        tree.mkdir(parents=True)
+
+    def write(tree: Path) -> None:
         for copy in range(copies):
             for number, source in enumerate(sources):
                 _copy(source, tree / f"{copy:04d}-{number:04d}.dcm", copy)
-        whole.touch()
-    return tree
+
+    return once(folder, f"real-x{copies}", write)
 
 
 SYNTAXES = {
@@ -84,13 +83,13 @@ SYNTAXES = {
 def in_syntax(folder: Path, name: str, *, slices: int) -> Path:
     """Return a folder of phantom slices of 512 x 512 in the transfer syntax that ``SYNTAXES`` calls ``name``."""
     sources = sorted(cohort(folder, slices=1).glob("stage_2_*/*.dcm"))[:slices]
-    tree = folder / f"syntax-{SYNTAXES[name]}"
-    if len(list(tree.glob("*.dcm"))) != len(sources):
-        shutil.rmtree(tree, ignore_errors=True)
+
+    def write(tree: Path) -> None:
         tree.mkdir(parents=True)
         with ProcessPoolExecutor(default_workers()) as pool:
             list(pool.map(partial(_encode, SYNTAXES[name], tree), sources, chunksize=16))
-    return tree
+
+    return once(folder, f"syntax-{SYNTAXES[name]}-{slices}", write)
 
 
 def _encode(syntax: str, tree: Path, source: Path) -> None:
@@ -158,3 +157,35 @@ def _copy_labels(source: Path, target: Path, copies: int) -> None:
             for name, label in lines:
                 uid, kind = name.rsplit("_", 1)
                 writer.writerow((f"{_renamed(uid, copy)}_{kind}", label))
+
+
+def once(folder: Path, name: str, write: Callable[[Path], None]) -> Path:
+    """Let ``write`` make ``folder/name`` unless it is there and whole; return its path."""
+    path, whole = folder / name, folder / f".{name}.whole"
+    if not whole.exists():
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)
+        write(path)
+        whole.touch()
+    return path
+
+
+def evict(files: Sequence[Path]) -> None:
+    """Drop files from the page cache, once what was written has reached the disk."""
+    os.sync()
+    for path in files:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+def warm(files: Sequence[Path]) -> None:
+    """Read files once, so that they lie in the page cache."""
+    buffer = bytearray(1 << 22)
+    for path in files:
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,6 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.files import once
 from benchmarks.measure import in_process
 from benchmarks.pinned_contenders import FORMS as PINNED_FORMS
 from benchmarks.pinned_contenders import PIXELS
@@ -33,8 +32,8 @@ def prepare(folder: Path, tree: Path, *, size: int, store: str) -> dict[str, str
     folder.mkdir(parents=True, exist_ok=True)
     for name in (LZ4, NONE):
         spec = Spec(layout="rsna", size=size, store=store, codec=name.removesuffix(".zarr"))  # type: ignore[arg-type]
-        _once(folder, name, partial(_write_dataset, tree, spec))
-    _once(folder, ROWS, _write_rows)
+        once(folder, name, partial(_write_dataset, tree, spec))
+    once(folder, ROWS, _write_rows)
     rows = np.load(folder / ROWS, mmap_mode="r")
     writers: dict[str, Callable[[Path], None]] = {
         DICOM: partial(_write_places, tree),
@@ -45,7 +44,7 @@ def prepare(folder: Path, tree: Path, *, size: int, store: str) -> dict[str, str
         ARROW: partial(_write_arrow, rows),
     }
     for name, write in writers.items():
-        _once(folder, name, write)
+        once(folder, name, write)
     return _write_pinned(folder)
 
 
@@ -60,19 +59,6 @@ def files_of(folder: Path, form: str) -> list[Path]:
 def bytes_of(files: Sequence[Path]) -> int:
     """Return the bytes that files take on disk; those of one map that is never filled do not count."""
     return sum(min(path.stat().st_size, path.stat().st_blocks * 512) for path in files)
-
-
-def _once(folder: Path, name: str, write: Callable[[Path], None]) -> None:
-    """Let ``write`` make ``folder/name`` unless it is there and whole."""
-    whole = folder / f".{name}.whole"
-    if whole.exists():
-        return
-    path = folder / name
-    if path.is_dir():
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)
-    write(path)
-    whole.touch()
 
 
 def _write_dataset(tree: Path, spec: Spec, path: Path) -> None:
@@ -134,46 +120,22 @@ def _write_arrow(rows: NDArray[Any], path: Path) -> None:
 
     datasets.disable_progress_bars()
     features = datasets.Features({"image": datasets.Array3D(shape=rows.shape[1:], dtype=str(rows.dtype))})
-    parts = []
     for at in range(0, len(rows), STEP):
         part = datasets.Dataset.from_dict({"image": list(rows[at : at + STEP])}, features=features)
         part.save_to_disk(path / f"{at // STEP:05d}")
-        parts.append(part)
 
 
 def _write_pinned(folder: Path) -> dict[str, str]:
+    if not PINNED_PYTHON.exists():
+        return dict.fromkeys(PINNED_FORMS, f"no {PINNED_PYTHON.parents[1].name}: run `make bench-setup`")
     left_out = {}
     for name in PINNED_FORMS:
         try:
-            if not PINNED_PYTHON.exists():
-                raise RuntimeError(f"no {PINNED_PYTHON.parents[1].name}: run `make bench-setup`")
-            _once(
-                folder,
-                name,
-                lambda path: (
-                    in_process("benchmarks.pinned_contenders", "write", str(path), python=PINNED_PYTHON) and None
-                ),
-            )
+            once(folder, name, _write_elsewhere)
         except RuntimeError as error:
             left_out[name] = str(error).strip().splitlines()[-1]
     return left_out
 
 
-def evict(files: Sequence[Path]) -> None:
-    """Drop files from the page cache, once what was written has reached the disk."""
-    os.sync()
-    for path in files:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
-
-
-def warm(files: Sequence[Path]) -> None:
-    """Read files once, so that they lie in the page cache."""
-    buffer = bytearray(1 << 22)
-    for path in files:
-        with open(path, "rb", buffering=0) as file:
-            while file.readinto(buffer):
-                pass
+def _write_elsewhere(path: Path) -> None:
+    in_process("benchmarks.pinned_contenders", "write", str(path), python=PINNED_PYTHON)

@@ -19,8 +19,8 @@ import typer
 from rich.progress import track
 
 from benchmarks import loader_contenders, pinned_contenders
-from benchmarks.files import cohort
-from benchmarks.forms import LZ4, PINNED_PYTHON, bytes_of, evict, files_of, prepare, warm
+from benchmarks.files import cohort, evict, warm
+from benchmarks.forms import LZ4, PINNED_PYTHON, bytes_of, files_of, prepare
 from benchmarks.measure import Run, compete, contest, in_process, publish, ratios, versions
 from ich_prep.store import open_dataset
 

@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.forms import ARROW, DICOM, HDF5, LMDB, LZ4, NONE, PNG, ROWS, TAR
-from benchmarks.racing import BATCH, CORES, Opened, race, random_batches
+from benchmarks.racing import BATCH, CORES, Opened, for_ever, race, random_batches
 from ich_prep.store import open_dataset
 from ich_prep.windows import AIR_HU, HIGHEST_HU
 from ich_train.data import SliceLoader
@@ -208,9 +208,10 @@ class PngRows(Dataset[torch.Tensor]):
         return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
 
-def data_loader(rows: Dataset[torch.Tensor]) -> Opened:
+def data_loader(rows: Dataset[torch.Tensor], collate_fn: Callable[[Any], Any] | None = None) -> Opened:
     """A DataLoader with two worker processes, shuffling."""
-    loader = DataLoader(rows, BATCH, shuffle=True, num_workers=CORES, drop_last=True, persistent_workers=True)
+    settings = {"num_workers": CORES, "drop_last": True, "persistent_workers": True, "collate_fn": collate_fn}
+    loader = DataLoader(rows, BATCH, shuffle=True, **settings)
     return for_ever(loader), lambda wanted: torch.stack([rows[int(row)] for row in wanted]).numpy()
 
 
@@ -264,17 +265,7 @@ class ArrowRows(Dataset[torch.Tensor]):
 
 def arrow(path: Path) -> Opened:
     """Hugging Face's dataset in a DataLoader with two workers, which asks for a batch at once."""
-    rows = ArrowRows(path)
-    loader = DataLoader(
-        rows,
-        BATCH,
-        shuffle=True,
-        num_workers=CORES,
-        drop_last=True,
-        persistent_workers=True,
-        collate_fn=lambda batch: batch,
-    )
-    return for_ever(loader), lambda wanted: rows.__getitems__(wanted.tolist()).numpy()
+    return data_loader(ArrowRows(path), collate_fn=lambda batch: batch)
 
 
 def cache_dataset(path: Path) -> Opened:
@@ -285,12 +276,6 @@ def cache_dataset(path: Path) -> Opened:
     rows = MemmapRows(path)
     cached = CacheDataset(range(len(rows)), transform=Lambda(rows.__getitem__), num_workers=CORES, progress=False)
     return data_loader(cached)
-
-
-def for_ever(loader: Any) -> Iterator[Any]:
-    """Yield epoch after epoch."""
-    while True:
-        yield from loader
 
 
 CONTENDERS: dict[str, tuple[str, Callable[[Path], Opened]]] = {

@@ -59,24 +59,19 @@ def compete(
     the others stay with the better one. Without ``both_settings`` all have them raised. One that fails is told and left
     out.
     """
-    found = {name: Found() for name in contenders}
+    found = {name: Found(raised=not both_settings) for name in contenders}
     for number in range(repeats):
-        for name, run in contenders.items():
-            if name not in found:
-                continue
-            mine = found[name]
+        for name, one in list(found.items()):
             try:
-                if number or not both_settings:
-                    mine.raised = mine.raised or not both_settings
-                    mine.runs.append(run(mine.raised))
-                    continue
-                plain, raised = run(False), run(True)
+                if number == 0 and both_settings:
+                    plain, raised = contenders[name](False), contenders[name](True)
+                    one.raised = raised["rate"] > plain["rate"]
+                    one.runs, one.other = ([raised], plain) if one.raised else ([plain], raised)
+                else:
+                    one.runs.append(contenders[name](one.raised))
             except RuntimeError as error:
                 Console(stderr=True).print(f"Left out: {name}: {error}", markup=False)
                 del found[name]
-                continue
-            mine.raised = raised["rate"] > plain["rate"]
-            mine.runs, mine.other = ([raised], plain) if mine.raised else ([plain], raised)
     return found
 
 

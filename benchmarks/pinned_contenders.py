@@ -12,14 +12,14 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.racing import BATCH, CORES, Opened, race
+from benchmarks.racing import BATCH, CORES, Opened, for_ever, race
 
 PIXELS = "rows.npy"
 FFCV, MOSAIC, LITDATA = "rows.beton", "mosaic", "litdata"
@@ -64,7 +64,7 @@ def open_ffcv(path: Path) -> Opened:
         first = next(iter(loader(OrderOption.SEQUENTIAL, False)))[0].numpy()
         return first[wanted]
 
-    return (images for images, _ in _for_ever(loader(OrderOption.RANDOM, True))), read
+    return (images for images, _ in for_ever(loader(OrderOption.RANDOM, True))), read
 
 
 def write_mosaic(path: Path) -> None:
@@ -87,7 +87,7 @@ def open_mosaic(path: Path) -> Opened:
     loader = torch.utils.data.DataLoader(
         dataset, BATCH, num_workers=CORES, drop_last=True, persistent_workers=True, collate_fn=_stack
     )
-    return _for_ever(loader), lambda wanted: np.stack([dataset[int(row)]["image"] for row in wanted])
+    return for_ever(loader), lambda wanted: np.stack([dataset[int(row)]["image"] for row in wanted])
 
 
 def _stack(samples: list[dict[str, np.ndarray]]) -> Any:
@@ -124,17 +124,12 @@ def open_litdata(path: Path) -> Opened:
         plain = litdata.StreamingDataset(str(path), shuffle=False)
         return np.stack([plain[int(row)]["image"] for row in wanted])
 
-    return (batch["image"] for batch in _for_ever(loader)), read
+    return (batch["image"] for batch in for_ever(loader)), read
 
 
 def _one_by_one(open_: Callable[[Path], Opened], path: Path) -> Opened:
     os.environ["LITDATA_BATCH_DECODE"] = "0"
     return open_(path)
-
-
-def _for_ever(loader: Any) -> Iterator[Any]:
-    while True:
-        yield from loader
 
 
 FORMS: dict[str, Callable[[Path], None]] = {FFCV: write_ffcv, MOSAIC: write_mosaic, LITDATA: write_litdata}

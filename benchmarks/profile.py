@@ -17,6 +17,7 @@ import typer
 
 from benchmarks.files import cohort
 from benchmarks.forms import prepare
+from benchmarks.measure import ROOT
 from ich_prep.execute import MALLOC_ENVIRONMENT, ONE_THREAD
 
 PROFILES = Path(__file__).parent / "profiles"
@@ -30,7 +31,7 @@ def record(name: str, module: str, *arguments: object) -> None:
     subprocess.run(
         [str(part) for part in (*command, sys.executable, "-m", module, *arguments)],
         env={**os.environ, **ONE_THREAD, **MALLOC_ENVIRONMENT},
-        cwd=Path(__file__).parent.parent,
+        cwd=ROOT,
         check=True,
     )
     typer.echo(f"Flame graph: {target}")

@@ -33,6 +33,12 @@ def random_batches(count: int, seed: int = 0) -> Iterator[np.ndarray]:
             yield order[at : at + BATCH]
 
 
+def for_ever(loader: Any) -> Iterator[Any]:
+    """Yield epoch after epoch."""
+    while True:
+        yield from loader
+
+
 def race(open_: Callable[[], Opened], *, seconds: float, slices: int) -> None:
     """Print as JSON how fast batches came, and end this process with all that belongs to it.
 

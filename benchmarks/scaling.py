@@ -16,8 +16,7 @@ from pathlib import Path
 import typer
 
 from benchmarks.build import PACKAGES, contend
-from benchmarks.files import cohort
-from benchmarks.forms import warm
+from benchmarks.files import cohort, warm
 from benchmarks.measure import Found, Run, Section, compete, publish, versions
 
 RSNA_SLICES = 874_035
@@ -71,8 +70,8 @@ def middle(found: Found) -> Run:
 def main(most: int = 100_000, repeats: int = 5, data: Path = Path("bench-data")) -> None:
     data = data.absolute()
     cost, costs = by_number(data, [step for step in STEPS if step <= most], repeats)
-    model, raw = by_workers(data, repeats)
-    publish("scaling", [cost, *model], releases=versions(*PACKAGES), ratios=costs, raw=raw)
+    model_sections, raw = by_workers(data, repeats)
+    publish("scaling", [cost, *model_sections], releases=versions(*PACKAGES), ratios=costs, raw=raw)
 
 
 def by_number(data: Path, steps: list[int], repeats: int) -> tuple[Section, dict[str, float]]:
@@ -121,16 +120,8 @@ def by_workers(data: Path, repeats: int) -> tuple[list[Section], dict[str, objec
         one = middle(found[label])
         foretold = model.seconds(one["slices"], workers=workers, cores=2)
         seen = "fitted to" if label in ("few, 2", "fitted, 2") else f"{foretold / total(one) - 1:+.0%}"
-        lines.append(
-            [
-                f"{one['slices']:,}",
-                str(workers),
-                f"{found[label].median():,.0f}",
-                f"{total(one):.2f}",
-                f"{foretold:.2f}",
-            ]
-        )
-        lines[-1].append(seen)
+        rate = f"{found[label].median():,.0f}"
+        lines.append([f"{one['slices']:,}", str(workers), rate, f"{total(one):.2f}", f"{foretold:.2f}", seen])
     header = ["slices", "workers", "slices/s", "seconds", "by the model", "model is off by"]
     checked = Section("Scaling: workers, three windows, 512 x 512, listing included", header, lines)
     checked.notes = [
