@@ -31,7 +31,9 @@ from ich_prep.header import read_header
 from ich_prep.hounsfield import apply_rescale, apply_rescale_and_windows, apply_windows
 from ich_prep.ledger import sync_file
 from ich_prep.resize import resize_hu
+from ich_prep.shard import FILES_AHEAD
 from ich_prep.sharding import ShardWriter
+from ich_prep.sources import read_ahead
 from ich_prep.windows import AIR_HU, HIGHEST_HU
 
 if TYPE_CHECKING:
@@ -80,7 +82,7 @@ def _write_shards(shards: list[list[Path]], out: Path, spec: Spec, barrier: Barr
     for number, shard in enumerate(known):
         with open(out / f"{os.getpid()}-{number}", "wb", buffering=0) as file:
             writer = ShardWriter(file, spec.slices_per_shard, spec.codec)
-            for source, rescale in shard:
+            for source, rescale in read_ahead(shard, lambda known: known[0].path, files=FILES_AHEAD):
                 words = decoder.read(source)
                 if words.shape == hu.shape and spec.store == "windows":
                     apply_rescale_and_windows(words, **rescale, windows=spec.windows, out=pixels)

@@ -20,6 +20,7 @@ from ich_prep.hounsfield import apply_rescale, apply_rescale_and_windows, apply_
 from ich_prep.layouts.rsna import SIGN_12BIT
 from ich_prep.resize import resize_hu
 from ich_prep.sharding import ShardWriter
+from ich_prep.sources import read_ahead
 from ich_prep.windows import HIGHEST_HU
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from ich_prep.store import Spec
 
+FILES_AHEAD = 8
 NOISE_ROWS = 16
 NOISE_SHARE = 0.125
 
@@ -59,7 +61,7 @@ def write_shard(out: str, src: str, digest: str, number: int) -> dict[str, Any]:
     with open(partial, "wb", buffering=0) as file:
         writer = ShardWriter(file, spec.slices_per_shard, spec.codec)
         pixels = _Pixels(spec)
-        for row in rows:
+        for row in read_ahead(rows, lambda row: os.path.join(src, row["path"]), files=FILES_AHEAD):
             try:
                 audit = pixels.make(row, decoder.read(_pixel_source(src, row)))
             except SliceError as error:
@@ -107,15 +109,20 @@ class _Pixels:
         if SIGN_12BIT in row["repairs"]:
             words = undo_sign_12bit(words)
             intercept = -1000.0
-        words, flags = fit_to_bits(words, bits_stored=row["bits_stored"], signed=row["signed"])
+        signed = row["signed"]
+        flags: list[str] = []
+        span = extremes(words, signed=signed)
+        fitted = fit_to_bits(words, span, bits_stored=row["bits_stored"], signed=signed)
+        if fitted is not words:
+            words, span, flags = fitted, extremes(fitted, signed=signed), ["unused_bits"]
         low = row["padding_low"]
         rescale = {
-            "signed": row["signed"],
+            "signed": signed,
             "slope": row["rescale_slope"],
             "intercept": intercept,
             "padding": None if low is None else (low, row["padding_high"]),
         }
-        audit = audit_of(words, row, intercept=intercept, content_hash=content_hash, flags=flags)
+        audit = audit_of(words, span, row, intercept=intercept, content_hash=content_hash, flags=flags)
         native = words.shape == self.out.shape[1:]
         if native and spec.store == "windows":
             apply_rescale_and_windows(words, **rescale, windows=spec.windows, out=self.out)
@@ -137,33 +144,44 @@ def undo_sign_12bit(words: NDArray[np.uint16]) -> NDArray[np.uint16]:
     return (words + np.uint16(1000)) % np.uint16(4096)
 
 
-def fit_to_bits(words: NDArray[np.uint16], *, bits_stored: int, signed: bool) -> tuple[NDArray[np.uint16], list[str]]:
-    """Return ``words`` with what lies above BitsStored taken off, and the flag ``unused_bits`` where there was any.
+def extremes(words: NDArray[np.uint16], *, signed: bool) -> tuple[int, int]:
+    """Return the least and the greatest of the stored values that ``words`` (rows, columns) stand for."""
+    least, most, _, _ = cv2.minMaxLoc(words.view(np.int16) if signed else words)
+    return int(least), int(most)
+
+
+def fit_to_bits(
+    words: NDArray[np.uint16], span: tuple[int, int], *, bits_stored: int, signed: bool
+) -> NDArray[np.uint16]:
+    """Return ``words``, whose ``extremes`` are ``span``, with what lies above BitsStored taken off where there is any.
 
     PS3.5 8.1.1: bits that are not stored are no part of the value. Signed values are extended to 16 bits.
     """
-    if bits_stored == 16:
-        return words, []
     low, high = (-(1 << bits_stored - 1), (1 << bits_stored - 1) - 1) if signed else (0, (1 << bits_stored) - 1)
-    least, most, _, _ = cv2.minMaxLoc(words.view(np.int16) if signed else words)
-    if low <= least and most <= high:
-        return words, []
+    if low <= span[0] and span[1] <= high:
+        return words
     shift = 16 - bits_stored
     if signed:
-        return ((words << shift).view(np.int16) >> shift).view(np.uint16), ["unused_bits"]
-    return words & np.uint16(high), ["unused_bits"]
+        return ((words << shift).view(np.int16) >> shift).view(np.uint16)
+    return words & np.uint16(high)
 
 
 def audit_of(
-    words: NDArray[np.uint16], row: dict[str, Any], *, intercept: float, content_hash: str, flags: list[str]
+    words: NDArray[np.uint16],
+    span: tuple[int, int],
+    row: dict[str, Any],
+    *,
+    intercept: float,
+    content_hash: str,
+    flags: list[str],
 ) -> Audit:
-    """Return the audit of stored ``words`` (rows, columns); all pixels count, padding too.
+    """Return the audit of stored ``words`` (rows, columns), whose ``extremes`` are ``span``; padding counts too.
 
     Flags: ``constant`` (one value everywhere), ``noise`` (a stretch of rows in which neighbours differ by an eighth of
     all that can be stored, on average), ``clipped_high`` (a value above 3071 HU).
     """
     stored = words.view(np.int16) if row["signed"] else words
-    least, most, _, _ = cv2.minMaxLoc(stored)
+    least, most = span
     slope = row["rescale_slope"]
     flags = list(flags)
     if least == most:

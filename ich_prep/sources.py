@@ -1,15 +1,21 @@
-"""Where the bytes lie: the files below a folder, listed in one order on every machine."""
+"""Where the bytes lie: the files below a folder, listed in one order on every machine, and asked for before their turn."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from ich_prep.errors import SourceError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,30 @@ def list_files(root: Path) -> Listing:
     order = np.array(sorted(range(len(paths)), key=paths.__getitem__), np.int64)
     files = pa.table({"path": pa.array(paths, pa.binary()), "size": pa.array(sizes, pa.int64())}).take(pa.array(order))
     return Listing(root, files, tuple(sorted(tables)))
+
+
+def read_ahead(items: Sequence[T], path_of: Callable[[T], str | bytes], *, files: int, length: int = 0) -> Iterator[T]:
+    """Yield ``items``; the kernel fetches the files of the next ``files`` of them meanwhile, ``path_of`` says which.
+
+    Only the first ``length`` bytes of each, or all of it where that is 0. A file that cannot be opened is left to
+    whoever reads it.
+    """
+    coming = iter(items)
+    for item in islice(coming, files):
+        _ask_for(path_of(item), length)
+    for item in items:
+        for following in islice(coming, 1):
+            _ask_for(path_of(following), length)
+        yield item
+
+
+def _ask_for(path: str | bytes, length: int) -> None:
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, length, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(descriptor)
 
 
 def _is_utf8(name: bytes) -> bool:

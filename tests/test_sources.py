@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ich_prep.errors import SourceError
-from ich_prep.sources import list_files
+from ich_prep.sources import list_files, read_ahead
 
 
 def paths(root: Path) -> list[bytes]:
@@ -57,3 +61,62 @@ def test_what_holds_no_files_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(SourceError, match=name):
         list_files(tmp_path / name)
+
+
+# --- files are asked for before their turn ---------------------------------------------------------------------------
+
+FILE_PAGES = 64
+
+
+def pages_in_memory(path: Path) -> int:
+    """Return how many of the first ``FILE_PAGES`` pages of a file lie in the page cache: mincore(2)."""
+    present = (ctypes.c_ubyte * FILE_PAGES)()
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        pages = np.frombuffer(mapped, np.uint8)
+        length = ctypes.c_size_t(FILE_PAGES * mmap.PAGESIZE)
+        failed = ctypes.CDLL(None, use_errno=True).mincore(ctypes.c_void_p(pages.ctypes.data), length, present)
+        del pages
+    assert not failed, os.strerror(ctypes.get_errno())
+    return sum(page & 1 for page in present)
+
+
+def soon(path: Path, pages: int) -> bool:
+    deadline = time.monotonic() + 5
+    while pages_in_memory(path) < pages and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return pages_in_memory(path) >= pages
+
+
+@pytest.fixture
+def cold_files(tmp_path: Path) -> list[Path]:
+    """Six files of which nothing lies in the page cache."""
+    files = [tmp_path / str(number) for number in range(6)]
+    for path in files:
+        path.write_bytes(os.urandom(FILE_PAGES * mmap.PAGESIZE))
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if any(pages_in_memory(path) for path in files):
+        pytest.skip(f"SKIPPED: the file system of {tmp_path} keeps all files in memory")
+    return files
+
+
+def test_the_files_that_follow_are_fetched_and_no_more(cold_files: list[Path]) -> None:
+    read = read_ahead(cold_files, str, files=2)
+    assert next(read) == cold_files[0]
+    assert all(soon(path, FILE_PAGES) for path in cold_files[:3])
+    assert [pages_in_memory(path) for path in cold_files[3:]] == [0, 0, 0]
+    assert next(read) == cold_files[1]
+    assert soon(cold_files[3], FILE_PAGES)
+    assert list(read) == cold_files[2:]
+
+
+def test_only_the_bytes_asked_for_are_fetched(cold_files: list[Path]) -> None:
+    assert list(read_ahead(cold_files, str, files=2, length=2 * mmap.PAGESIZE)) == cold_files
+    assert all(soon(path, 2) for path in cold_files)
+    assert max(map(pages_in_memory, cold_files)) < FILE_PAGES
+
+
+def test_a_file_that_cannot_be_opened_is_left_to_its_reader(tmp_path: Path) -> None:
+    assert list(read_ahead(["gone", "folder"], lambda name: str(tmp_path / name), files=4)) == ["gone", "folder"]
+    assert list(read_ahead([], str, files=4)) == []

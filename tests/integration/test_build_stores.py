@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -73,6 +74,21 @@ def test_equal_pixels_under_two_patients_have_equal_hashes(damaged_tree: Path, t
     twice = groups.filter(pc.greater(groups["row_count"], 1))
     assert twice["row_count"].to_pylist() == [2]
     assert twice["patient_id_count_distinct"].to_pylist() == [2]
+
+
+def test_bits_that_are_not_stored_change_nothing_but_a_flag(slice_bytes: Callable[..., bytes], tmp_path: Path) -> None:
+    values = np.linspace(0, 4095, 64 * 64).astype(np.uint16).reshape(64, 64)
+    (tmp_path / "src").mkdir()
+    for name, words in {"2.25.11": values, "2.25.12": values | np.uint16(0x7000)}.items():
+        data = slice_bytes(words, BitsStored=12, HighBit=11, SOPInstanceUID=name, SeriesInstanceUID=name)
+        (tmp_path / "src" / name).write_bytes(data)
+    spec = SMALL.model_copy(update={"layout": "folder"})
+    build(tmp_path / "src", tmp_path / "data.zarr", spec, workers=0, allow=Allowances(unlabelled=True))
+    dataset = open_dataset(tmp_path / "data.zarr")
+    lines = dataset.slices.to_pylist()
+    assert [line["flags"] for line in lines] == [[], ["unused_bits"]]
+    assert [(line["hu_min"], line["hu_max"]) for line in lines] == [(-1024.0, 3071.0)] * 2
+    np.testing.assert_array_equal(*dataset.read([0, 1]))
 
 
 # --- real files ------------------------------------------------------------------------------------------------------
