@@ -2,18 +2,20 @@
 
 This is the hot path of training. The file system and the decoder run outside of Python's lock, and a thread that waits
 for that lock loses more than a slice takes to decode: so chunks are read one by one and decoded many in one call.
+What does not lie in memory is asked for all at once, and read when the rest has been: a disk is fast with many requests.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numcodecs import blosc
@@ -50,6 +52,17 @@ class _File:
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
+
+
+class _Run(NamedTuple):
+    """Chunks ``first`` to ``stop`` of a group, which lie one behind the other: ``length`` bytes from ``start`` on."""
+
+    shard: int
+    first: int
+    stop: int
+    start: int
+    length: int
+    buffers: list[Any]
 
 
 class ShardReader:
@@ -121,8 +134,12 @@ class ShardReader:
         places = np.cumsum(np.concatenate(([frame_room(len(rows), self._slice_bytes)], ends - begins)))
         data = self._scratch(int(places[-1]))
         at, place = begins.tolist(), places.tolist()
-        for number, first, stop in self._runs(chunks, begins, ends):
-            self._fill([data[place[first] : place[stop]]], number, at[first], place[stop] - place[first])
+        runs = (
+            _Run(shard, first, stop, at[first], place[stop] - place[first], [data[place[first] : place[stop]]])
+            for shard, first, stop in self._neighbours(chunks, begins, ends)
+        )
+        for _ in self._filled(runs):
+            pass
         for index, row in enumerate(chunks.tolist()):
             chunk = data[place[index] : place[index + 1]]
             if not fits(chunk[:-CRC_BYTES], chunk[-CRC_BYTES:].data):
@@ -153,26 +170,55 @@ class ShardReader:
         checksums = [bytearray(CRC_BYTES) for _ in lines]
         buffers = [buffer for pair in zip(lines, checksums, strict=True) for buffer in pair]
         at = begins.tolist()
-        for number, first, stop in self._runs(chunks, begins, ends):
-            for head in range(first, stop, MOST_BUFFERS // 2):
-                count = min(MOST_BUFFERS // 2, stop - head)
-                length = count * (self._slice_bytes + CRC_BYTES)
-                self._fill(buffers[2 * head : 2 * (head + count)], number, at[head], length)
-                for index in range(head, head + count):
-                    if not fits(lines[index], checksums[index]):
-                        raise self._corrupt(number, int(chunks[index]), "its checksum does not fit")
+        runs = (
+            _Run(
+                shard, head, end, at[head], (end - head) * (self._slice_bytes + CRC_BYTES), buffers[2 * head : 2 * end]
+            )
+            for shard, first, stop in self._neighbours(chunks, begins, ends)
+            for head in range(first, stop, MOST_BUFFERS // 2)
+            for end in [min(head + MOST_BUFFERS // 2, stop)]
+        )
+        for run in self._filled(runs):
+            for index in range(run.first, run.stop):
+                if not fits(lines[index], checksums[index]):
+                    raise self._corrupt(run.shard, int(chunks[index]), "its checksum does not fit")
         if len(chunks) < len(rows):
             again = np.setdiff1d(np.arange(len(rows)), firsts)
             out[again] = out[firsts[order[again]]]
 
-    def _runs(
+    def _neighbours(
         self, chunks: NDArray[np.int64], begins: NDArray[np.int64], ends: NDArray[np.int64]
     ) -> Iterator[tuple[int, int, int]]:
-        """Yield shard, first and end of each run of ``chunks`` that lie one behind the other in a shard."""
+        """Yield shard, first and end of each stretch of ``chunks`` that lie one behind the other in a shard."""
         numbers = chunks // self._per_shard
         apart = np.flatnonzero((numbers[1:] != numbers[:-1]) | (begins[1:] != ends[:-1])) + 1
         for first, stop in pairwise([0, *apart.tolist(), len(chunks)]):
             yield int(numbers[first]), first, stop
+
+    def _filled(self, runs: Iterable[_Run]) -> Iterator[_Run]:
+        """Read each run into its buffers, then yield it: those that lie in memory first, while the disk fetches the rest."""
+        late = []
+        for run in runs:
+            if self._fill_from_memory(run):
+                yield run
+            else:
+                late.append(run)
+        for run in late:
+            self._fill(run.buffers, run.shard, run.start, run.length)
+            yield run
+
+    def _fill_from_memory(self, run: _Run) -> bool:
+        """Read ``run`` and return True; or return False, having asked for its bytes, where that would take a wait.
+
+        So it is, too, on file systems that cannot tell.
+        """
+        file = self._open(run.shard)
+        with contextlib.suppress(OSError):
+            if os.preadv(file.descriptor, run.buffers, run.start, os.RWF_NOWAIT) == run.length:
+                return True
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(file.descriptor, run.start, run.length, os.POSIX_FADV_WILLNEED)
+        return False
 
     def _fill(self, buffers: list[Any], number: int, start: int, count: int) -> None:
         """Read the ``count`` bytes from ``start`` on of shard ``number`` into ``buffers``."""

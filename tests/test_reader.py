@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numcodecs import blosc
 from numpy.typing import NDArray
+from page_cache import evict
 
 from ich_prep import reader
 from ich_prep.errors import CorruptionError
@@ -122,6 +124,46 @@ def test_a_batch_is_decoded_in_one_call(codec: str, monkeypatch: pytest.MonkeyPa
     assert open_reader(tmp_path, codec, size).read(rows, out) == []
     np.testing.assert_array_equal(out, some_pixels(size)[rows])
     assert len(counted) == 1
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("why", [errno.EAGAIN, errno.EOPNOTSUPP], ids=["cold", "file system cannot tell"])
+def test_what_may_not_lie_in_memory_is_asked_for_before_any_of_it_is_waited_for(
+    why: int, codec: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    size = SIZES[1]
+    write_shards(tmp_path, some_pixels(size), codec)
+    shared, rows = open_reader(tmp_path, codec, size), np.array([22, 0, 2, 17, 9, 12, 0], np.int64)
+    out = np.empty((len(rows), size), np.uint8)
+    shared.read(rows, out)  # the indices
+    preadv, fadvise = os.preadv, os.posix_fadvise
+    asked, waited = [], []
+
+    def read(descriptor: int, buffers: list[bytearray], start: int, flags: int = 0) -> int:
+        if flags:
+            raise OSError(why, os.strerror(why))
+        waited.append((descriptor, start, len(asked)))
+        return preadv(descriptor, buffers, start)
+
+    def ask(descriptor: int, start: int, length: int, advice: int) -> None:
+        asked.append((descriptor, start))
+        fadvise(descriptor, start, length, advice)
+
+    monkeypatch.setattr(os, "preadv", read)
+    monkeypatch.setattr(os, "posix_fadvise", ask)
+    assert shared.read(rows, out) == []
+    np.testing.assert_array_equal(out, some_pixels(size)[rows])
+    assert waited == [(*place, 6) for place in asked]
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_cold_shards(codec: str, tmp_path: Path) -> None:
+    write_shards(tmp_path, some_pixels(SIZES[1]), codec)
+    evict(*tmp_path.iterdir())
+    rows = np.setdiff1d(np.arange(SLICES), HOLES)
+    out = np.empty((len(rows), SIZES[1]), np.uint8)
+    assert open_reader(tmp_path, codec, SIZES[1]).read(rows, out, threads=2) == []
+    np.testing.assert_array_equal(out, some_pixels(SIZES[1])[rows])
 
 
 def test_more_neighbours_than_one_read_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
+from page_cache import evict, pages_in_memory
 
 from ich_prep.errors import SourceError
 from ich_prep.sources import list_files, read_ahead
@@ -68,18 +67,6 @@ def test_what_holds_no_files_is_refused(tmp_path: Path, name: str) -> None:
 FILE_PAGES = 64
 
 
-def pages_in_memory(path: Path) -> int:
-    """Return how many of the first ``FILE_PAGES`` pages of a file lie in the page cache: mincore(2)."""
-    present = (ctypes.c_ubyte * FILE_PAGES)()
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
-        pages = np.frombuffer(mapped, np.uint8)
-        length = ctypes.c_size_t(FILE_PAGES * mmap.PAGESIZE)
-        failed = ctypes.CDLL(None, use_errno=True).mincore(ctypes.c_void_p(pages.ctypes.data), length, present)
-        del pages
-    assert not failed, os.strerror(ctypes.get_errno())
-    return sum(page & 1 for page in present)
-
-
 def soon(path: Path, pages: int) -> bool:
     deadline = time.monotonic() + 5
     while pages_in_memory(path) < pages and time.monotonic() < deadline:
@@ -93,11 +80,7 @@ def cold_files(tmp_path: Path) -> list[Path]:
     files = [tmp_path / str(number) for number in range(6)]
     for path in files:
         path.write_bytes(os.urandom(FILE_PAGES * mmap.PAGESIZE))
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    if any(pages_in_memory(path) for path in files):
-        pytest.skip(f"SKIPPED: the file system of {tmp_path} keeps all files in memory")
+    evict(*files)
     return files
 
 
