@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numcodecs import blosc
@@ -54,15 +54,9 @@ class _File:
             os.close(self.descriptor)
 
 
-class _Run(NamedTuple):
-    """Chunks ``first`` to ``stop`` of a group, which lie one behind the other: ``length`` bytes from ``start`` on."""
-
-    shard: int
-    first: int
-    stop: int
-    start: int
-    length: int
-    buffers: list[Any]
+# Shard; the first of some chunks that lie one behind the other in it, and the one after their last; where their bytes
+# begin, how many there are, and where they go.
+_Run = tuple[int, int, int, int, int, list[Any]]
 
 
 class ShardReader:
@@ -135,7 +129,7 @@ class ShardReader:
         data = self._scratch(int(places[-1]))
         at, place = begins.tolist(), places.tolist()
         runs = (
-            _Run(shard, first, stop, at[first], place[stop] - place[first], [data[place[first] : place[stop]]])
+            (shard, first, stop, at[first], place[stop] - place[first], [data[place[first] : place[stop]]])
             for shard, first, stop in self._neighbours(chunks, begins, ends)
         )
         for _ in self._filled(runs):
@@ -171,17 +165,15 @@ class ShardReader:
         buffers = [buffer for pair in zip(lines, checksums, strict=True) for buffer in pair]
         at = begins.tolist()
         runs = (
-            _Run(
-                shard, head, end, at[head], (end - head) * (self._slice_bytes + CRC_BYTES), buffers[2 * head : 2 * end]
-            )
+            (shard, head, end, at[head], (end - head) * (self._slice_bytes + CRC_BYTES), buffers[2 * head : 2 * end])
             for shard, first, stop in self._neighbours(chunks, begins, ends)
             for head in range(first, stop, MOST_BUFFERS // 2)
             for end in [min(head + MOST_BUFFERS // 2, stop)]
         )
-        for run in self._filled(runs):
-            for index in range(run.first, run.stop):
+        for shard, first, stop, *_ in self._filled(runs):
+            for index in range(first, stop):
                 if not fits(lines[index], checksums[index]):
-                    raise self._corrupt(run.shard, int(chunks[index]), "its checksum does not fit")
+                    raise self._corrupt(shard, int(chunks[index]), "its checksum does not fit")
         if len(chunks) < len(rows):
             again = np.setdiff1d(np.arange(len(rows)), firsts)
             out[again] = out[firsts[order[again]]]
@@ -196,29 +188,28 @@ class ShardReader:
             yield int(numbers[first]), first, stop
 
     def _filled(self, runs: Iterable[_Run]) -> Iterator[_Run]:
-        """Read each run into its buffers, then yield it: those that lie in memory first, while the disk fetches the rest."""
+        """Read each run into its buffers, then yield it: those that lie in memory first, while the disk fetches the rest.
+
+        A file system that cannot tell what lies in memory is asked to fetch all of them.
+        """
         late = []
         for run in runs:
-            if self._fill_from_memory(run):
+            shard, _, _, start, length, buffers = run
+            file = self._open(shard)
+            try:
+                found = os.preadv(file.descriptor, buffers, start, os.RWF_NOWAIT)
+            except OSError:
+                found = 0
+            if found == length:
                 yield run
             else:
                 late.append(run)
+                with contextlib.suppress(OSError):
+                    os.posix_fadvise(file.descriptor, start, length, os.POSIX_FADV_WILLNEED)
         for run in late:
-            self._fill(run.buffers, run.shard, run.start, run.length)
+            shard, _, _, start, length, buffers = run
+            self._fill(buffers, shard, start, length)
             yield run
-
-    def _fill_from_memory(self, run: _Run) -> bool:
-        """Read ``run`` and return True; or return False, having asked for its bytes, where that would take a wait.
-
-        So it is, too, on file systems that cannot tell.
-        """
-        file = self._open(run.shard)
-        with contextlib.suppress(OSError):
-            if os.preadv(file.descriptor, run.buffers, run.start, os.RWF_NOWAIT) == run.length:
-                return True
-        with contextlib.suppress(OSError):
-            os.posix_fadvise(file.descriptor, run.start, run.length, os.POSIX_FADV_WILLNEED)
-        return False
 
     def _fill(self, buffers: list[Any], number: int, start: int, count: int) -> None:
         """Read the ``count`` bytes from ``start`` on of shard ``number`` into ``buffers``."""
