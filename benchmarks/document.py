@@ -37,8 +37,8 @@ python -m benchmarks.agree     # do the last two runs agree?
 * *Processes.* Two each, one thread a process for library code. Starting them counts for nobody.
 * *The limit of a build* is two bare processes that read, rescale, window, compress and write the same files with everything
   known beforehand; they do not hash or audit anything, or publish. Nor do they wait for the disk, as a build does, whose
-  bytes must outlive a power cut: the line `synced` is the limit with that wait. Where files are cold, it has read their
-  headers, but not their pixels, before its clock starts.
+  bytes must outlive a power cut: the line `synced` is the limit with that wait. As a build, it asks the kernel for files
+  before their turn. Where files are cold, it has read their headers, but not their pixels, before its clock starts.
 * *The limit of a loader* is a gather of uncompressed pixels from a memory map into reused buffers by two threads.
 * *Loaders* all give the same pixels, which is checked. WebDataset shuffles a buffer of 1,000 slices; all others visit
   slices in an order random over the whole. zarr-python and zarrs read slice by slice from two threads, which is their
