@@ -129,6 +129,8 @@ def ask_syntaxes(data: Path, repeats: int) -> None:
 
         names = {OURS: "ours", "PNG": "png pool"}
         found = compete({label: partial(run, contender, tree) for label, contender in names.items()}, repeats)
+        if len(found) < len(names):
+            continue  # what failed has been told
         ours, png = found[OURS], found["PNG"]
         shares[name] = ratio(ours, png)
         raw[name] = {label: vars(one) for label, one in found.items()}

@@ -19,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
+from threading import BrokenBarrierError
 from typing import TYPE_CHECKING, Any
 
 import cv2
@@ -26,7 +27,7 @@ import numpy as np
 
 from ich_prep import Spec, build
 from ich_prep.build_dataset import Allowances
-from ich_prep.decode import Decoder, PixelSource
+from ich_prep.decode import JPEG_PLUGIN, PLUGINS, Decoder, PixelSource
 from ich_prep.header import read_header
 from ich_prep.hounsfield import apply_rescale, apply_rescale_and_windows, apply_windows
 from ich_prep.ledger import sync_file
@@ -147,11 +148,22 @@ def _read_hu(path: Path, spec: Spec) -> np.ndarray:
     import pydicom
 
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+    _lend_decoders()
     dataset = pydicom.dcmread(path)
     hu = dataset.pixel_array * float(dataset.RescaleSlope) + float(dataset.RescaleIntercept)
     if hu.shape != (spec.size, spec.size):
         hu = cv2.resize(hu, (spec.size, spec.size), interpolation=cv2.INTER_AREA)
     return hu
+
+
+@cache
+def _lend_decoders() -> None:
+    """Have pydicom decode JPEG by the plugin that a build uses: it has none of its own."""
+    from pydicom.pixels.decoders.base import get_decoder
+
+    for syntax, plugin in PLUGINS.items():
+        if plugin == JPEG_PLUGIN:
+            get_decoder(syntax).add_plugin(plugin, ("ich_prep.jpeg_plugin", "decode_frame"))
 
 
 def _pixels(hu: np.ndarray, spec: Spec) -> np.ndarray:
@@ -299,16 +311,28 @@ def dcm2niix(tree: Path, out: Path, spec: Spec) -> dict[str, Any]:
     return {"slices": slices, "seconds": seconds, "bytes": written}
 
 
+def _take_part(work: Any, part: list[Any], out: Path, spec: Spec, barrier: Barrier, queue: Any) -> None:
+    """Run ``work``; where it fails, nobody waits for it."""
+    try:
+        work(part, out, spec, barrier, queue)
+    except BaseException:
+        barrier.abort()
+        raise
+
+
 def _race(work: Any, parts: list[list[Any]], out: Path, spec: Spec) -> dict[str, Any]:
     """Run ``work`` on each part in a process of its own; the clock runs from the moment when all are ready."""
     context = multiprocessing.get_context("spawn")
     barrier, queue = context.Barrier(len(parts) + 1), context.Queue()
-    processes = [context.Process(target=work, args=(part, out, spec, barrier, queue)) for part in parts]
+    processes = [context.Process(target=_take_part, args=(work, part, out, spec, barrier, queue)) for part in parts]
     for process in processes:
         process.start()
-    barrier.wait()
-    start = time.perf_counter()
-    barrier.wait()
+    try:
+        barrier.wait()
+        start = time.perf_counter()
+        barrier.wait()
+    except BrokenBarrierError:
+        raise RuntimeError("a process of this contender failed: what it said stands above") from None
     seconds = time.perf_counter() - start
     written = sum(queue.get() for _ in processes)
     for process in processes:

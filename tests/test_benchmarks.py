@@ -152,3 +152,22 @@ def test_held_memory_counts_what_a_process_has_of_its_own() -> None:
 def test_a_contender_that_fails_is_told_with_its_last_words() -> None:
     with pytest.raises(RuntimeError, match="No module named"):
         in_process("benchmarks.no_such_thing")
+
+
+@pytest.mark.parametrize("syntax", files.SYNTAXES.values(), ids=list(files.SYNTAXES))
+def test_the_png_pool_reads_slices_of_every_syntax(syntax: str, tmp_path: Path) -> None:
+    synthesize(tmp_path / "rsna", series=1, size=32, workers=0)
+    (tmp_path / "slices").mkdir()
+    for source in sorted((tmp_path / "rsna").rglob("*.dcm"))[:3]:
+        files._encode(syntax, tmp_path / "slices", source)
+    words = (str(tmp_path / "slices"), str(tmp_path / "out"), "32", "windows", "folder", "2")
+    assert in_process("benchmarks.build_contenders", "png pool", *words)["slices"] == 3
+
+
+def test_nobody_waits_for_a_process_that_failed(tmp_path: Path) -> None:
+    (tmp_path / "slices").mkdir()
+    for name in ("a.dcm", "b.dcm"):
+        (tmp_path / "slices" / name).write_bytes(b"no slice")
+    words = (str(tmp_path / "slices"), str(tmp_path / "out"), "32", "windows", "folder", "2")
+    with pytest.raises(RuntimeError, match="InvalidDicomError"):
+        in_process("benchmarks.build_contenders", "png pool", *words, seconds=60)
