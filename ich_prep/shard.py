@@ -61,9 +61,11 @@ def write_shard(out: str, src: str, digest: str, number: int) -> dict[str, Any]:
     with open(partial, "wb", buffering=0) as file:
         writer = ShardWriter(file, spec.slices_per_shard, spec.codec)
         pixels = _Pixels(spec)
-        for row in read_ahead(rows, lambda row: os.path.join(src, row["path"]), files=FILES_AHEAD):
+        sources = [_pixel_source(src, row) for row in rows]
+        ahead = read_ahead(sources, lambda source: source.path, files=FILES_AHEAD)
+        for row, source in zip(rows, ahead, strict=True):
             try:
-                audit = pixels.make(row, decoder.read(_pixel_source(src, row)))
+                audit = pixels.make(row, decoder.read(source))
             except SliceError as error:
                 writer.skip()
                 lines.append({"status": error.reason, "detail": error.detail})
