@@ -40,9 +40,11 @@ python -m benchmarks.agree     # do the last two runs agree?
   bytes must outlive a power cut: the line `synced` is the limit with that wait. As a build, it asks the kernel for files
   before their turn. Where files are cold, it has read their headers, but not their pixels, before its clock starts.
 * *The limit of a loader* is a gather of uncompressed pixels from a memory map into reused buffers by two threads.
-* *Loaders* all give the same pixels, which is checked. WebDataset shuffles a buffer of 1,000 slices; all others visit
-  slices in an order random over the whole. zarr-python and zarrs read slice by slice from two threads, which is their
-  faster way. *Memory* is what the process and its children hold of their own and in shared memory, without the page cache.
+* *Loaders* all give the same pixels, which is checked. Before the clock of a warm one starts, it has run for as long as it
+  will be timed: to touch buffers and maps for the first time can cost more than to fill them. WebDataset shuffles a buffer
+  of 1,000 slices; all others visit slices in an order random over the whole. zarr-python and zarrs read slice by slice from
+  two threads, which is their faster way. *Memory* is what the process and its children hold of their own and in shared
+  memory, without the page cache.
 """
 
 ORDER = ("build", "loader", "feeding", "scaling", "codecs")

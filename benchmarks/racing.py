@@ -42,7 +42,7 @@ def for_ever(loader: Any) -> Iterator[Any]:
 def race(open_: Callable[[], Opened], *, seconds: float, slices: int) -> None:
     """Print as JSON how fast batches came, and end this process with all that belongs to it.
 
-    ``rate`` is in slices/s: for ``seconds`` from the second batch on, or, where ``slices`` is not 0, from the first batch
+    ``rate`` is in slices/s: for ``seconds``, after as long a warm-up, or, where ``slices`` is not 0, from the first batch
     until that many have come. ``first_batch`` counts from the opening, in seconds. ``memory`` is what this process and
     its children hold then, in bytes: memory of their own and shared, without the page cache. ``checksum`` is that of
     rows 0..63: all contenders must give the same pixels.
@@ -51,7 +51,7 @@ def race(open_: Callable[[], Opened], *, seconds: float, slices: int) -> None:
     batches, read = open_()
     next(batches)
     first = time.perf_counter() - begin
-    if not slices:
+    while not slices and time.perf_counter() - begin < first + seconds:
         next(batches)
     count, start = 0, time.perf_counter()
     while count < slices if slices else time.perf_counter() - start < seconds:
