@@ -65,9 +65,9 @@ bench: WITHOUT := --without zarr-python --without "zarr-python with zarrs" --wit
 	--without "DataLoader over HDF5" --without "DataLoader over DICOM" --without "MONAI CacheDataset" \
 	--without "MosaicML Streaming" --without LitData
 bench: bench-setup ## the main questions in a quarter of an hour, then docs/benchmarks.md
-	$(BENCH_BIN)/python -m benchmarks.build --data $(BENCH) --question windows-512 --slices 4096
-	$(BENCH_BIN)/python -m benchmarks.loader --data $(BENCH) --question 256 --seconds 1 $(WITHOUT)
-	$(BENCH_BIN)/python -m benchmarks.feeding --data $(BENCH) --repeats 1
+	$(BENCH_BIN)/python -m benchmarks.build --data $(BENCH) --question windows-512 --slices 3072
+	$(BENCH_BIN)/python -m benchmarks.loader --data $(BENCH) --question 256 --slices 3072 --seconds 1 $(WITHOUT)
+	$(BENCH_BIN)/python -m benchmarks.feeding --data $(BENCH) --slices 3072 --repeats 1
 	$(BENCH_BIN)/python -m benchmarks.document
 
 bench-full: bench-setup ## every question of every benchmark, then docs/benchmarks.md

@@ -18,7 +18,19 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.files import REAL, SYNTAXES, cohort, evict, in_syntax, real_cohort, warm
-from benchmarks.measure import Found, Run, Section, compete, contest, in_process, publish, ratio, ratios, versions
+from benchmarks.measure import (
+    Found,
+    Run,
+    Section,
+    compete,
+    contest,
+    in_process,
+    publish,
+    ratio,
+    ratios,
+    undisturbed,
+    versions,
+)
 
 
 @dataclass(frozen=True)
@@ -146,9 +158,9 @@ def ask_syntaxes(data: Path, repeats: int) -> None:
 def contend(
     name: str, tree: Path, out: Path, size: int, store: str, layout: str, *, workers: int = 2, raised: bool = True
 ) -> dict[str, Any]:
-    """Run one contender in a process of its own."""
+    """Run one contender in a process of its own, on cores that are the machine's own."""
     words = (name, str(tree), str(out), str(size), store, layout, str(workers))
-    return in_process("benchmarks.build_contenders", *words, raised=raised)
+    return undisturbed(partial(in_process, "benchmarks.build_contenders", *words, raised=raised))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,9 @@ python -m benchmarks.agree     # do the last two runs agree?
   each run. Contenders that are slow read 256 of them.
 * *Malloc.* The first round runs every contender as it comes and with glibc's `MALLOC_MMAP_THRESHOLD_` and
   `MALLOC_TRIM_THRESHOLD_` raised; the others stay with what was better. Both are shown.
+* *Stolen time.* A hypervisor may give a machine's cores to others for a while; Linux counts that (`steal`). A build of which
+  more than 3% was stolen runs once more, and the better served run counts. A warm loader is timed in quarters of a second,
+  of which those count that were stolen from least.
 * *Peers.* FFCV is built when it is installed, which needs a C++ compiler, pkg-config, and the headers of OpenCV and
   libturbojpeg; dcm2niix is a program of its own. Where one of them is not there, it is left out, and that is said.
   dcm2niix also writes volumes straightened from a tilt and made even in spacing, which nobody else does.

@@ -2,8 +2,8 @@
 
     python -m benchmarks.loader [--question 256] [--without NAME] [--slices 4096] [--repeats 5] [--data bench-data]
 
-Random order, batches of 64, two cores. Warm: the files lie in the page cache, and the clock runs for ``--seconds`` after as
-long a warm-up: buffers and maps touched for the first time can cost more than filling them.
+Random order, batches of 64, two cores. Warm: the files lie in the page cache, and the clock runs for ``--seconds`` (see
+``racing.steady_rate``) after as long a warm-up: buffers and maps touched for the first time can cost more than filling them.
 Cold (``--question 256-cold``): they were dropped from it, and the clock runs from the first batch until 2,048 different
 slices have come. All contenders must give the same pixels.
 """

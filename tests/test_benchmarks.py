@@ -6,7 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -147,6 +150,52 @@ def test_a_race_tells_rate_first_batch_memory_and_checksum_and_leaves_its_warm_u
     assert 0 <= run["first_batch"] < 1
     assert 1e6 < run["memory"] < 1e9
     assert run["checksum"] == 0x100ECE8C
+
+
+@pytest.mark.parametrize(("quiet_windows", "expected"), [(2, 6400), (0, 640)])
+def test_windows_of_which_much_was_stolen_count_only_where_there_are_no_others(
+    monkeypatch: pytest.MonkeyPatch, quiet_windows: int, expected: float
+) -> None:
+    """Batches take ten times as long in a window of which the hypervisor takes half; every second one is such a window."""
+    clock, number = 0.0, 0
+
+    def stolen_since(_: object) -> float:
+        nonlocal number
+        number += 1
+        return 0.5 if is_disturbed(number - 1) else 0.0
+
+    def is_disturbed(window: int) -> bool:
+        return window % 2 == 0 or window // 2 >= quiet_windows
+
+    def batches() -> Iterator[np.ndarray]:
+        nonlocal clock
+        while True:
+            clock += 0.1 if is_disturbed(number) else 0.01
+            yield np.zeros(64)
+
+    monkeypatch.setattr(racing, "time", SimpleNamespace(perf_counter=lambda: clock))
+    monkeypatch.setattr(racing, "stolen_since", stolen_since)
+    assert racing.steady_rate(batches(), 2 * racing.WINDOW) == pytest.approx(expected, rel=0.05)
+
+
+def test_a_run_of_which_much_was_stolen_is_run_once_more_and_the_better_served_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def told(shares: list[float]) -> list[float]:
+        left, runs = iter(shares), iter([{"rate": 1.0}, {"rate": 2.0}, {"rate": 3.0}])
+        monkeypatch.setattr(measure, "stolen_since", lambda _: next(left))
+        return [measure.undisturbed(lambda: next(runs))["rate"], next(runs)["rate"]]
+
+    assert told([0.01]) == [1.0, 2.0]
+    assert told([0.2, 0.1]) == [2.0, 3.0]
+    assert told([0.2, 0.3]) == [1.0, 3.0]
+
+
+def test_stolen_time_is_a_share_of_the_time_of_all_cores() -> None:
+    before = racing.core_time()
+    time.sleep(0.05)
+    assert racing.core_time()[1] > before[1] > before[0] >= 0
+    assert 0 <= racing.stolen_since(before) <= 1
 
 
 def test_held_memory_counts_what_a_process_has_of_its_own() -> None:
