@@ -62,8 +62,8 @@ $(BENCH_VENV)/.installed: pyproject.toml constraints.txt
 
 # Slow ones, and those that another one of their kind outruns.
 bench: WITHOUT := --without zarr-python --without "zarr-python with zarrs" --without "DataLoader over LMDB" \
-	--without "DataLoader over HDF5" --without "DataLoader over DICOM" --without "MONAI CacheDataset" \
-	--without "MosaicML Streaming" --without LitData
+	--without "DataLoader over HDF5" --without "DataLoader over DICOM" --without "Hugging Face datasets" \
+	--without "MONAI CacheDataset" --without "MosaicML Streaming" --without LitData
 bench: bench-setup ## the main questions in a quarter of an hour, then docs/benchmarks.md
 	$(BENCH_BIN)/python -m benchmarks.build --data $(BENCH) --question windows-512 --slices 3072
 	$(BENCH_BIN)/python -m benchmarks.loader --data $(BENCH) --question 256 --slices 3072 --seconds 1 $(WITHOUT)
