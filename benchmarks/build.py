@@ -158,7 +158,7 @@ def ask_syntaxes(data: Path, repeats: int) -> None:
 def contend(
     name: str, tree: Path, out: Path, size: int, store: str, layout: str, *, workers: int = 2, raised: bool = True
 ) -> dict[str, Any]:
-    """Run one contender in a process of its own, on cores that are the machine's own."""
+    """Run one contender in a process of its own, and once more where much of the cores was stolen meanwhile."""
     words = (name, str(tree), str(out), str(size), store, layout, str(workers))
     return undisturbed(partial(in_process, "benchmarks.build_contenders", *words, raised=raised))
 

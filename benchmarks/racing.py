@@ -90,7 +90,7 @@ def steady_rate(batches: Iterator[Any], seconds: float) -> float:
             count += len(next(batches))
         windows.append((stolen_since(before), time.perf_counter() - start, count))
     spent, count = 0.0, 0
-    for _, more, slices in sorted(windows):
+    for _, more, slices in sorted(windows, key=lambda window: window[0]):
         if spent < seconds:
             spent, count = spent + more, count + slices
     return count / spent
