@@ -74,6 +74,7 @@ bench-full: bench-setup ## every question of every benchmark, then docs/benchmar
 	$(BENCH_BIN)/python -m benchmarks.build --data $(BENCH)
 	$(BENCH_BIN)/python -m benchmarks.loader --data $(BENCH)
 	$(BENCH_BIN)/python -m benchmarks.feeding --data $(BENCH)
+	$(BENCH_BIN)/python -m benchmarks.training --data $(BENCH)
 	$(BENCH_BIN)/python -m benchmarks.scaling --data $(BENCH)
 	$(BENCH_BIN)/python -m benchmarks.codecs --data $(BENCH)
 	$(BENCH_BIN)/python -m benchmarks.document

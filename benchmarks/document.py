@@ -50,7 +50,7 @@ python -m benchmarks.agree     # do the last two runs agree?
   memory, without the page cache.
 """
 
-ORDER = ("build", "loader", "feeding", "scaling", "codecs")
+ORDER = ("build", "loader", "feeding", "training", "scaling", "codecs")
 
 
 def section_text(section: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Does the loader keep a GPU busy? A simulated one takes a batch every so often, as published rates say; a real one trains.
+"""Does the loader keep GPUs busy? Simulated ones take a batch every so often, as published rates say.
 
     python -m benchmarks.feeding [--data bench-data] [--rate 2500]
 
@@ -7,14 +7,12 @@ Also: how long after opening a dataset of 3,000 shards does the first batch come
 
 from __future__ import annotations
 
-import itertools
 import shutil
 import statistics
 import time
 from pathlib import Path
 
 import numpy as np
-import torch
 import typer
 
 from benchmarks.files import cohort
@@ -24,7 +22,6 @@ from benchmarks.racing import BATCH
 from ich_prep import Spec, build
 from ich_prep.store import Dataset, open_dataset
 from ich_train.data import SliceLoader
-from ich_train.model import build_model
 
 MANY_SHARDS = 3000
 GPUS = (1, 2, 4, 8)
@@ -48,34 +45,6 @@ def simulate(loader: SliceLoader, *, rate: float, seconds: float) -> float:
         next(batches)
         waited += time.perf_counter() - before
     return waited / (time.perf_counter() - start)
-
-
-def train(loader: SliceLoader, device: torch.device, *, name: str, seconds: float) -> tuple[float, float]:
-    """Return slices/s of a network that trains on ``device`` in bfloat16, and the share of the time it waits for data."""
-    _, channels, size, _ = loader.dataset.shape
-    model = build_model(name, channels=channels, size=size).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    batches = iter(loader)
-    taken, start, waited = 0, 0.0, 0.0
-    for number in itertools.count():
-        if number == 10:  # by then kernels are chosen and memory is reserved
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            taken, start, waited = 0, time.perf_counter(), loader.wait_seconds
-        if start and time.perf_counter() - start > seconds:
-            break
-        batch = next(batches)
-        images = batch.images.to(device, non_blocking=True).float().div_(255)
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = model(images.contiguous(memory_format=torch.channels_last)).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        taken += len(batch.rows)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    passed = time.perf_counter() - start
-    return taken / passed, (loader.wait_seconds - waited) / passed
 
 
 def first_batch(path: Path) -> float:
@@ -117,24 +86,8 @@ def main(
     header = ["simulated GPUs", "slices/s they eat", "waiting for data", "spread"]
     simulated = Section("Feeding simulated GPUs, two cores, 3 x 256 x 256", header, lines)
     simulated.notes = [f"First batch {opened:.2f} s after opening a dataset of {shards:,} shards."]
-    sections = [simulated]
-    if torch.cuda.is_available():
-        sections.append(real_gpu(dataset, seconds))
-    else:
-        simulated.notes.append("No GPU was found: nothing was trained on one.")
     raw = {"wait_share": shares, "first_batch": opened}
-    publish("feeding", sections, releases=versions("torch", "numpy", "numcodecs"), raw=raw)
-
-
-def real_gpu(dataset: Dataset, seconds: float) -> Section:
-    """Return how fast networks train on the first GPU, and how much of the time they wait."""
-    lines = []
-    for name in ("baseline", "resnet18", "resnet50"):
-        loader = endless(dataset, 1_000_000)
-        rate, share = train(loader, torch.device("cuda"), name=name, seconds=seconds)
-        lines.append([name, f"{rate:,.0f}", f"{share:.1%}"])
-    title = f"Feeding {torch.cuda.get_device_name()}: training in bfloat16, batches of {BATCH}"
-    return Section(title, ["network", "slices/s", "waiting for data"], lines)
+    publish("feeding", [simulated], releases=versions("torch", "numpy", "numcodecs"), raw=raw)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from benchmarks.measure import in_process
 from benchmarks.pinned_contenders import FORMS as PINNED_FORMS
 from benchmarks.pinned_contenders import PIXELS
 from ich_prep import Spec, build
+from ich_prep.execute import default_workers
 from ich_prep.store import open_dataset
 
 LZ4, NONE, ROWS, DICOM = "lz4.zarr", "none.zarr", PIXELS, "dicom.json"
@@ -27,12 +29,18 @@ PINNED_PYTHON = Path(f"{sys.prefix}-pinned") / "bin" / "python"
 STEP = 256
 
 
-def prepare(folder: Path, tree: Path, *, size: int, store: str) -> dict[str, str]:
-    """Write into ``folder`` what is not there yet; return the forms that could not be written, and why."""
+def prepare(folder: Path, tree: Path, *, size: int, store: str, only: Collection[str] = ()) -> dict[str, str]:
+    """Write into ``folder`` what is not there yet; return the forms that could not be written, and why.
+
+    ``only`` names forms, LZ4 and what can be made of it; without it, all are written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name in (LZ4, NONE):
-        spec = Spec(layout="rsna", size=size, store=store, codec=name.removesuffix(".zarr"))  # type: ignore[arg-type]
-        once(folder, name, partial(_write_dataset, tree, spec))
+        if name in only or not only:
+            spec = Spec(layout="rsna", size=size, store=store, codec=name.removesuffix(".zarr"))  # type: ignore[arg-type]
+            once(folder, name, partial(_write_dataset, tree, spec))
+    if only == {LZ4}:
+        return {}
     once(folder, ROWS, _write_rows)
     rows = np.load(folder / ROWS, mmap_mode="r")
     writers: dict[str, Callable[[Path], None]] = {
@@ -44,8 +52,9 @@ def prepare(folder: Path, tree: Path, *, size: int, store: str) -> dict[str, str
         ARROW: partial(_write_arrow, rows),
     }
     for name, write in writers.items():
-        once(folder, name, write)
-    return _write_pinned(folder)
+        if name in only or not only:
+            once(folder, name, write)
+    return {} if only else _write_pinned(folder)
 
 
 def files_of(folder: Path, form: str) -> list[Path]:
@@ -89,12 +98,17 @@ def _write_lmdb(rows: NDArray[Any], path: Path) -> None:
 
 def _write_png(rows: NDArray[Any], path: Path) -> None:
     path.mkdir()
-    for index, row in enumerate(rows):
+
+    def write(index: int) -> None:
+        row = rows[index]
         if rows.dtype == np.int16:
             image = (row[0].astype(np.int32) + 32768).astype(np.uint16)
         else:
             image = np.ascontiguousarray(row.transpose(1, 2, 0))
         cv2.imwrite(str(path / f"{index}.png"), image)
+
+    with ThreadPoolExecutor(default_workers()) as pool:
+        list(pool.map(write, range(len(rows))))
 
 
 def _write_hdf5(rows: NDArray[Any], path: Path) -> None:

@@ -28,6 +28,8 @@ class Preprocess(nn.Module):
     tables: torch.Tensor  # (windows, 65536) uint8, by int16 HU seen as uint16; of an HU store
     centers: torch.Tensor  # (windows,) float32, in HU
     widths: torch.Tensor
+    code_center: torch.Tensor  # (1,) float32, of the window that 8-bit codes are
+    code_width: torch.Tensor
 
     def __init__(self, *, store: str, windows: Sequence[Window], channels_last: bool = False) -> None:
         super().__init__()
@@ -39,6 +41,8 @@ class Preprocess(nn.Module):
         self.register_buffer("tables", torch.from_numpy(tables.astype(np.uint8)), persistent=False)
         self.register_buffer("centers", torch.tensor([window.center for window in windows]), persistent=False)
         self.register_buffer("widths", torch.tensor([window.width for window in windows]), persistent=False)
+        self.register_buffer("code_center", torch.tensor([127.5]), persistent=False)
+        self.register_buffer("code_width", torch.tensor([255.0]), persistent=False)
 
     def codes(self, images: torch.Tensor) -> torch.Tensor:
         """Return the 8-bit window codes of ``images``, (b, c', h, w) uint8.
@@ -58,7 +62,7 @@ class Preprocess(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return (b, c', h, w) float32, the codes of ``images`` brought to mean 0 and standard deviation 1."""
-        return self.normalised(self.codes(images).float().div_(255))
+        return self.normalised(self.codes(images) / 255)
 
     def jittered(self, images: torch.Tensor, shift: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
         """Return the windows of ``images`` as values of 0..1, not rounded, each image through windows of its own.
@@ -67,15 +71,12 @@ class Preprocess(nn.Module):
         (b, c', h, w) float32. HU beyond the dataset's window come into view only where HU are stored: a store of
         windows has clipped them, and stays clipped.
         """
-        shift, gain = shift.view(-1, 1, 1, 1), gain.view(-1, 1, 1, 1)
-        if self.store == "windows":
-            values = images.float().div_(255)
-        else:
-            b, c, h, w = images.shape
-            per_window = (1, 1, -1, 1, 1)
-            relative = (images.float().unsqueeze(2) - self.centers.view(per_window)) / self.widths.view(per_window)
-            values = relative.view(b, c * len(self.centers), h, w).add_(0.5)
-        return values.sub_(0.5 + shift).mul_(gain).add_(0.5).clamp_(0, 1)
+        b = len(images)
+        centers, widths = (self.centers, self.widths) if self.store == "hu" else (self.code_center, self.code_width)
+        # ((x - center) / width - shift) * gain + 0.5, in one pass over the pixels.
+        scale = (gain.unsqueeze(1) / widths).view(b, 1, -1, 1, 1)
+        offset = (0.5 - gain.unsqueeze(1) * (centers / widths + shift.unsqueeze(1))).view(b, 1, -1, 1, 1)
+        return torch.addcmul(offset, images.float().unsqueeze(2), scale).flatten(1, 2).clamp_(0, 1)
 
     def normalised(self, values: torch.Tensor) -> torch.Tensor:
         """Return window values of 0..1 brought to mean 0 and standard deviation 1, in place, in the memory format."""
@@ -108,7 +109,7 @@ class Augment:
             gain = torch.exp(between(-1, 1) * math.log1p(amounts.window_jitter))
             values = self.preprocess.jittered(images, shift, gain)
         else:
-            values = self.preprocess.codes(images).float().div_(255)
+            values = self.preprocess.codes(images) / 255
         if amounts.flip or amounts.rotation_degrees or amounts.zoom or amounts.shift:
             mirror = between(0, 1).lt(0.5).float() * -2 + 1 if amounts.flip else torch.ones(b, device=device)
             angle = between(-1, 1) * math.radians(amounts.rotation_degrees)
@@ -116,7 +117,7 @@ class Augment:
             move_x, move_y = between(-2, 2) * amounts.shift, between(-2, 2) * amounts.shift
             values = _warped(values, mirror=mirror, angle=angle, scale=scale, move_x=move_x, move_y=move_y)
         if amounts.noise:
-            values += torch.randn(values.shape, generator=generator, device=device) * amounts.noise
+            values.add_(torch.randn(values.shape, generator=generator, device=device), alpha=amounts.noise)
         return self.preprocess.normalised(values)
 
 

@@ -54,11 +54,12 @@ class TrainConfig(BaseModel):
     device: str = "auto"  # auto: the GPU where there is one
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on a CPU, else mixed
     compile: bool = False  # torch.compile
+    cuda_graph: bool = True  # on a GPU: the step is recorded once and played back
     threads: Annotated[int, Field(ge=1)] = 2  # that read data
 
 
 # These may differ between a run and its resumption: they say where it runs, not what it learns.
-FREE_ON_RESUME = frozenset({"data", "device", "threads"})
+FREE_ON_RESUME = frozenset({"data", "device", "threads", "cuda_graph"})
 
 
 class EvalConfig(BaseModel):

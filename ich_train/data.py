@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from ich_train.order import epoch_positions, rank_positions
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+AHEAD = 2  # computations in the queue of a GPU while the host prepares the next
 
 
 class Batch(NamedTuple):
@@ -197,7 +200,7 @@ class SliceLoader:
                 yield slot.batch if size == self.batch_size else Batch(*(tensor[:size] for tensor in slot.batch))
                 if slot.pinned:
                     # A copy to the GPU may still be on its way: it is over once the stream has passed this point.
-                    slot.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                    slot.copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
                     slot.copied.record()
                 ring.free.put(slot)
         finally:
@@ -264,6 +267,36 @@ class SliceLoader:
         if isinstance(taken, BaseException):
             raise taken
         return taken
+
+
+def on_device(loader: SliceLoader, device: torch.device) -> Iterator[Batch]:
+    """Yield the batches of ``loader`` with images and labels on ``device``.
+
+    On a GPU a batch travels in a stream of its own, while the one before it is computed. The host goes no further than
+    ``AHEAD`` computations ahead: otherwise it would use up what the loader has ready, wait for buffers that the GPU
+    still has to read, and count that as waiting for data. The loader uses a buffer again only after the computing
+    stream, which waits for the copy, has come so far.
+    """
+    if device.type != "cuda":
+        for batch in loader:
+            yield Batch(batch.images.to(device), batch.labels.to(device), batch.rows)
+        return
+    copies, computing = torch.cuda.Stream(device), torch.cuda.current_stream(device)  # type: ignore[no-untyped-call]
+    queued: deque[torch.cuda.Event] = deque()
+    for batch in loader:
+        with torch.cuda.stream(copies):
+            images = batch.images.to(device, non_blocking=True)
+            labels = batch.labels.to(device, non_blocking=True)
+        computing.wait_stream(copies)
+        for tensor in (images, labels):
+            tensor.record_stream(computing)  # their memory is theirs until the computation is done with it
+        yield Batch(images, labels, batch.rows)
+        queued.append(torch.cuda.Event(blocking=True))  # type: ignore[no-untyped-call]
+        queued[-1].record(computing)
+        if len(queued) > AHEAD:
+            queued.popleft().synchronize()
+    for computed in queued:
+        computed.synchronize()
 
 
 class SliceDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor, int]]):

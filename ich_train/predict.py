@@ -19,7 +19,7 @@ from ich_prep.labels import CLASSES
 from ich_prep.windows import Window
 from ich_train.augment import Preprocess
 from ich_train.checkpoint import load_model
-from ich_train.data import SliceLoader
+from ich_train.data import SliceLoader, on_device
 from ich_train.runs import BEST
 from ich_train.split import label_matrix, split_rows
 
@@ -81,14 +81,13 @@ def predict_rows(
     loader = SliceLoader(
         dataset, rows[order], batch_size=batch_size, order="sequential", threads=threads, context=context
     )
-    probabilities = np.empty((len(rows), len(CLASSES)), np.float32)
-    done = 0
     with torch.inference_mode():
-        for batch in loader:
-            logits = model(preprocess(batch.images.to(device, non_blocking=True)))
-            places = order[done : done + len(batch.rows)]
-            probabilities[places] = torch.sigmoid(logits.float()).cpu().numpy()
-            done += len(batch.rows)
+        found = [
+            torch.sigmoid(model(preprocess(batch.images)).float()) for batch in on_device(loader, torch.device(device))
+        ]
+    probabilities = np.empty((len(rows), len(CLASSES)), np.float32)
+    if found:
+        probabilities[order] = torch.cat(found).cpu().numpy()
     return probabilities
 
 

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Self
@@ -112,6 +112,13 @@ def join_ranks(device: str) -> Iterator[Ranks]:
         yield Ranks(rank=distributed.get_rank(), world_size=world_size, device=chosen)
     finally:
         distributed.destroy_process_group()
+
+
+def own_stream(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which a GPU computes in a stream of its own: the default one cannot be recorded."""
+    if device.type != "cuda":
+        return nullcontext()
+    return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
 
 
 def choose_device(device: str, *, index: int = 0) -> torch.device:

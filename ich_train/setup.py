@@ -20,6 +20,7 @@ from ich_train.model import build_model
 from ich_train.progress import Meter
 from ich_train.runs import Epoch
 from ich_train.split import balanced_weights, label_matrix, split_rows
+from ich_train.step import Step
 
 if TYPE_CHECKING:
     from ich_prep.store import Dataset
@@ -48,8 +49,13 @@ class Training:
     precision: torch.dtype  # float32, or that of the mixed part
     scaler: torch.amp.GradScaler
     meter: Meter
+    recorded: bool  # whether a step is played back as a CUDA graph
     history: list[Epoch] = field(default_factory=list)
     step: int = 0
+    learn: Step = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.learn = Step(self)
 
     def mixed(self) -> torch.autocast:
         """Return the context in which convolutions compute in ``precision``."""
@@ -141,6 +147,7 @@ def prepare(dataset: Dataset, settings: TrainConfig, ranks: Ranks) -> Training:
         rank=ranks.rank,
         world_size=ranks.world_size,
         drop_last=True,  # a batch normalisation cannot do with a last batch of one slice
+        pin=device.type == "cuda",
     )
     val_loader = SliceLoader(
         dataset,
@@ -149,6 +156,7 @@ def prepare(dataset: Dataset, settings: TrainConfig, ranks: Ranks) -> Training:
         order="sequential",
         threads=settings.threads,
         context=settings.context,
+        pin=device.type == "cuda",
     )
     preprocess = Preprocess(store=dataset.spec.store, windows=windows, channels_last=True).to(device)
     torch.manual_seed(settings.seed)
@@ -165,7 +173,7 @@ def prepare(dataset: Dataset, settings: TrainConfig, ranks: Ranks) -> Training:
     if ranks.world_size > 1:
         network = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     if settings.compile:
-        network = torch.compile(network)
+        network = torch.compile(network, dynamic=False)  # every batch has the same shape
     precision = choose_precision(settings.precision, device)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # every batch has the same shape
@@ -188,6 +196,7 @@ def prepare(dataset: Dataset, settings: TrainConfig, ranks: Ranks) -> Training:
         # Gradients in float16 vanish unless the loss is scaled up; bfloat16 has the range of float32.
         scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
         meter=Meter.new(device),
+        recorded=settings.cuda_graph and device.type == "cuda" and ranks.world_size == 1 and precision != torch.float16,
     )
 
 

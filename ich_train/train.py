@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from ich_prep.errors import TrainError
 from ich_train.checkpoint import has_checkpoint, load_parameters, load_state, save_checkpoint
-from ich_train.data import Batch, SliceLoader
+from ich_train.data import on_device
 from ich_train.loss import loss_sums
 from ich_train.progress import Meter, Reporter, tensorboard
-from ich_train.ranks import Ranks, Stop, join_ranks
+from ich_train.ranks import Ranks, Stop, join_ranks, own_stream
 from ich_train.runs import BEST, LAST, METRICS, Epoch, check_same, start, write_history
 from ich_train.setup import Training, prepare
 
@@ -57,9 +55,10 @@ def train(
 
     Writes the folder ``out``, from rank 0 only where torchrun started several processes. ``resume`` goes on with the
     run in ``out``. SIGINT and SIGTERM end the step at hand, write ``last/`` and return. Raises `UsageError` for
-    settings that cannot be meant, `TrainError` where the loss is no longer a number or a checkpoint is damaged.
+    settings that cannot be meant, `TrainError` where the loss is no longer a number, a checkpoint is damaged, or a step
+    cannot be recorded as a CUDA graph.
     """
-    with join_ranks(settings.device) as ranks, Stop(ranks) as stop:
+    with join_ranks(settings.device) as ranks, own_stream(ranks.device), Stop(ranks) as stop:
         training = prepare(dataset, settings, ranks)
         reporter = Reporter(console, epochs=settings.epochs, silent=not ranks.first)
         if resume:
@@ -103,41 +102,36 @@ def train(
 
 def _train_epoch(training: Training, ranks: Ranks, stop: Stop, reporter: Reporter) -> bool:
     """Take the steps that the epoch at hand still has; return False where the run was told to stop before its end."""
-    settings, loader, meter, optimizer = training.settings, training.loader, training.meter, training.optimizer
-    epoch, steps, device = len(training.history) + 1, len(loader), ranks.device
+    settings, loader, meter = training.settings, training.loader, training.meter
+    epoch, steps = len(training.history) + 1, len(loader)
     training.model.train()
     began, wait_began = time.perf_counter() - meter.seconds, loader.wait_seconds - meter.wait_s
-    for batch in on_device(loader, device):
-        rate = learning_rate(
-            (epoch - 1) * steps + training.step,
-            peak=settings.learning_rate,
-            warmup_steps=round(settings.warmup_epochs * steps),
-            all_steps=settings.epochs * steps,
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+    for batch in on_device(loader, ranks.device):
+        rate = _rate(training, training.step)
         seed = step_seed(settings.seed, epoch=epoch, step=training.step, rank=ranks.rank)
-        torch.manual_seed(seed)  # of the dropout, in networks that have one
-        images = training.augment(batch.images, training.generator.manual_seed(seed))
-        with training.mixed():
-            logits = training.network(images)
-        sums = loss_sums(logits, batch.labels, training.label_weights)
-        optimizer.zero_grad()
-        training.scaler.scale(sums.loss / sums.weight).backward()  # type: ignore[no-untyped-call]
-        training.scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(training.model.parameters(), settings.clip_norm)
-        training.scaler.step(optimizer)
-        training.scaler.update()
+        sums = training.learn(batch.images, batch.labels, rate=rate, seed=seed)
 
         training.step += 1
-        meter.sums += torch.stack(sums).detach()
+        meter.sums += sums
         meter.slices += len(batch.rows) * ranks.world_size
         meter.seconds = time.perf_counter() - began
         meter.wait_s = loader.wait_seconds - wait_began
         reporter.step(epoch, training.step, steps, meter)
         if training.step < steps and stop.agreed_at(training.step):
             return False
+    meter.seconds = time.perf_counter() - began  # a GPU may have had some steps in its queue
     return True
+
+
+def _rate(training: Training, step: int) -> float:
+    """Return the learning rate of ``step`` of the epoch at hand."""
+    settings, steps = training.settings, len(training.loader)
+    return learning_rate(
+        len(training.history) * steps + step,
+        peak=settings.learning_rate,
+        warmup_steps=round(settings.warmup_epochs * steps),
+        all_steps=settings.epochs * steps,
+    )
 
 
 def _close_epoch(training: Training, ranks: Ranks) -> Epoch:
@@ -159,7 +153,7 @@ def _close_epoch(training: Training, ranks: Ranks) -> Epoch:
         train_accuracy=train_accuracy,
         val_loss=val_loss,
         val_accuracy=val_accuracy,
-        learning_rate=training.optimizer.param_groups[0]["lr"],
+        learning_rate=_rate(training, len(training.loader) - 1),
         slices_per_s=meter.slices / meter.seconds,
         wait_share=min(meter.wait_s / meter.seconds, 1.0),
     )
@@ -197,25 +191,6 @@ def _go_on(training: Training, out: Path, ranks: Ranks, reporter: Reporter) -> N
         load_parameters(out / LAST, training.model)
         training.resume(load_state(out / LAST))
     reporter.say(f"Going on with {out} in epoch {len(training.history) + 1}, after {training.step} steps of it.")
-
-
-def on_device(loader: SliceLoader, device: torch.device) -> Iterator[Batch]:
-    """Yield the batches of ``loader`` with images and labels on ``device``.
-
-    On a GPU a batch travels in a stream of its own, while the one before it is computed. The loader uses a buffer again
-    only after the computing stream, which waits for the copy, has come so far.
-    """
-    copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-    for batch in loader:
-        with torch.cuda.stream(copies):  # None: no stream
-            images = batch.images.to(device, non_blocking=True)
-            labels = batch.labels.to(device, non_blocking=True)
-        if copies is not None:
-            computing = torch.cuda.current_stream(device)
-            computing.wait_stream(copies)
-            for tensor in (images, labels):
-                tensor.record_stream(computing)  # their memory is theirs until the computation is done with it
-        yield Batch(images, labels, batch.rows)
 
 
 def learning_rate(step: int, *, peak: float, warmup_steps: int, all_steps: int) -> float:

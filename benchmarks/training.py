@@ -1,0 +1,211 @@
+"""Does training keep a GPU as busy as batches that lie on it already? What do other settings and other loaders leave of it?
+
+    python -m benchmarks.training [--question resnet50-256] [--seconds 3] [--repeats 5] [--data bench-data]
+
+Needs a GPU. All contenders take the very steps of ``ich-train run`` (augmentation, network, loss, gradients, update) in one
+process on two cores, which also read the data.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.progress import track
+from torch.utils.data import DataLoader
+
+from benchmarks.files import cohort
+from benchmarks.forms import LZ4, PNG, ROWS, prepare
+from benchmarks.loader_contenders import MemmapRows, PngRows
+from benchmarks.measure import Found, Run, Section, compete, publish, ratio, ratios, versions
+from benchmarks.racing import BATCH, CORES
+from ich_prep.labels import CLASSES
+from ich_prep.store import open_dataset
+from ich_train.config import TrainConfig
+from ich_train.data import Batch, SliceLoader, on_device
+from ich_train.ranks import Ranks, join_ranks, own_stream
+from ich_train.setup import Training
+from ich_train.setup import prepare as prepare_training
+
+WARM_STEPS = 20
+RESIDENT = 8  # batches
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is trained on what: also from other loaders' batches where these hold all of it, and also compiled or not."""
+
+    title: str
+    size: int
+    store: str
+    settings: dict[str, Any]
+    peers: bool = True
+    compiled: bool = True
+
+
+QUESTIONS = {
+    "baseline-256": Question("baseline, 3 x 256 x 256 uint8", 256, "windows", {"model": "baseline"}, compiled=False),
+    "resnet50-256": Question("ResNet-50, 3 x 256 x 256 uint8", 256, "windows", {"model": "resnet50"}),
+    "resnet50-hu-512": Question(
+        "ResNet-50, HU of 512 x 512, three neighbours in three windows",
+        512,
+        "hu",
+        {"model": "resnet50", "context": 1, "windows": ("brain", "subdural", "bone"), "window_jitter": 0.1},
+        peers=False,
+    ),
+}
+LIMIT, OURS = "batches that lie on the GPU", "ich-train"
+COMPILED, COMPILED_LIMIT = "ich-train, compile = true", "batches that lie on the GPU, compile = true"
+
+
+class Resident:
+    """The same few batches on the GPU, again and again."""
+
+    wait_seconds = 0.0
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return itertools.cycle(self.batches)
+
+
+class Fed:
+    """The batches of a DataLoader with two worker processes, pinned. It knows no labels: they are all 0."""
+
+    def __init__(self, rows: Any) -> None:
+        self.loader = DataLoader(
+            rows, BATCH, shuffle=True, num_workers=CORES, drop_last=True, persistent_workers=True, pin_memory=True
+        )
+        self.labels = torch.zeros((BATCH, len(CLASSES)), dtype=torch.int8)
+        self.wait_seconds = 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        rows = torch.zeros(BATCH, dtype=torch.int64)
+        while True:
+            before = time.perf_counter()
+            for images in self.loader:
+                self.wait_seconds += time.perf_counter() - before
+                yield Batch(images, self.labels, rows)
+                before = time.perf_counter()
+
+
+def pace(training: Training, source: Any, seconds: float) -> Run:
+    """Return slices/s of a training that takes the batches of ``source``, and the share of the time it waits for them."""
+    device = training.label_weights.device
+    training.model.train()
+    taken, start, waited = 0, 0.0, 0.0
+    for number, batch in enumerate(on_device(source, device)):
+        if number == WARM_STEPS:
+            torch.cuda.synchronize(device)
+            taken, start, waited = 0, time.perf_counter(), source.wait_seconds
+        if number > WARM_STEPS and time.perf_counter() - start > seconds:
+            break
+        training.learn(batch.images, batch.labels, rate=1e-4, seed=number)
+        taken += len(batch.rows)
+    torch.cuda.synchronize(device)
+    passed = time.perf_counter() - start
+    return {"rate": taken / passed, "waiting": (source.wait_seconds - waited) / passed}
+
+
+def contenders(question: Question, folder: Path, seconds: float, ranks: Ranks) -> dict[str, Callable[[bool], Run]]:
+    """Return who takes part, each of them compiled, recorded and ready."""
+    dataset = open_dataset(folder / LZ4)
+
+    def training(**changed: Any) -> Training:
+        settings = TrainConfig.model_validate({"batch_size": BATCH, "threads": CORES} | question.settings | changed)
+        return prepare_training(dataset, settings, ranks)
+
+    usual, launched = training(), training(cuda_graph=False)
+    rows = np.resize(usual.loader.rows, 1_000_000)  # an epoch that does not end while it is timed
+    loader = SliceLoader(dataset, rows, BATCH, threads=CORES, context=usual.settings.context, drop_last=True)
+    resident = Resident(
+        [
+            Batch(batch.images.to(ranks.device), batch.labels.to(ranks.device), batch.rows.clone())
+            for batch in itertools.islice(loader, RESIDENT)
+        ]
+    )
+    pairs: dict[str, tuple[Training, Any]] = {
+        LIMIT: (usual, resident),
+        OURS: (usual, loader),
+        "ich-train, cuda_graph = false": (launched, loader),
+    }
+    if question.compiled:
+        compiled = training(compile=True)
+        pairs |= {COMPILED_LIMIT: (compiled, resident), COMPILED: (compiled, loader)}
+    if question.peers:
+        pairs["DataLoader over a memmap"] = (usual, Fed(MemmapRows(folder / ROWS)))
+        pairs["DataLoader over PNG"] = (usual, Fed(PngRows(folder / PNG)))
+    for one in {id(one): one for one, _ in pairs.values()}.values():
+        pace(one, resident, 0.0)
+    return {name: partial(_in_turn, one, source, seconds) for name, (one, source) in pairs.items()}
+
+
+def _in_turn(training: Training, source: Any, seconds: float, raised: bool) -> Run:
+    if isinstance(source, SliceLoader):
+        source.set_epoch(0)
+    return pace(training, source, seconds)
+
+
+def stay_on(cores: set[int]) -> None:
+    """Keep all threads of this process, and what they start, on ``cores``."""
+    for thread in Path("/proc/self/task").iterdir():
+        os.sched_setaffinity(int(thread.name), cores)
+
+
+def table(question: Question, found: dict[str, Found]) -> Section:
+    lines = []
+    for name, one in found.items():
+        limit = found[COMPILED_LIMIT if name in (COMPILED, COMPILED_LIMIT) else LIMIT]
+        waiting = statistics.median(run["waiting"] for run in one.runs)
+        shares = f"{ratio(one, limit):.2f}", f"{ratio(one, found[OURS]):.2f} x"
+        lines.append([name, f"{one.median():,.0f}", one.spread, *shares, f"{waiting:.1%}"])
+    header = ["", "slices/s", "spread", "of batches on the GPU", f"of {OURS}", "waiting for data"]
+    return Section(f"Training on {torch.cuda.get_device_name()}, two cores: {question.title}", header, lines)
+
+
+def main(
+    question: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(QUESTIONS)}. Default: all.")] = None,
+    slices: int = 4096,
+    repeats: int = 5,
+    seconds: float = 3.0,
+    data: Path = Path("bench-data"),
+) -> None:
+    if not torch.cuda.is_available():
+        print("No GPU was found: nothing was trained, and the results of the last GPU stay.")
+        return
+    data = data.absolute()
+    tree = cohort(data, slices=slices)
+    everywhere = os.sched_getaffinity(0)
+    for name in track(question or list(QUESTIONS), "training", transient=True):
+        asked = QUESTIONS[name]
+        folder = data / f"loader-{asked.store}-{asked.size}"
+        prepare(folder, tree, size=asked.size, store=asked.store, only={LZ4, ROWS, PNG} if asked.peers else {LZ4})
+        with join_ranks("cuda") as ranks, own_stream(ranks.device):
+            ready = contenders(asked, folder, seconds, ranks)
+            stay_on(set(sorted(everywhere)[:CORES]))
+            found = compete(ready, repeats, both_settings=False)
+            stay_on(everywhere)
+        publish(
+            f"training-{name}",
+            [table(asked, found)],
+            releases=versions("torch", "numpy", "numcodecs", "monai"),
+            ratios=ratios(found, ours=OURS),
+            raw={label: one.runs for label, one in found.items()},
+        )
+        del ready, found
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    typer.run(main)
