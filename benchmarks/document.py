@@ -21,7 +21,7 @@ side on one machine, and the median of these is shown. Rates are illustrations o
 ```
 make bench-setup               # the peers, in two venvs of their own
 make bench                     # the main questions; then this page
-make bench-full                # all of them
+make bench-full                # all of them; training where there is a GPU
 python -m benchmarks.build     # one of them; --help shows the options
 python -m benchmarks.agree     # do the last two runs agree?
 ```
@@ -48,6 +48,8 @@ python -m benchmarks.agree     # do the last two runs agree?
   of 1,000 slices; all others visit slices in an order random over the whole. zarr-python and zarrs read slice by slice from
   two threads, which is their faster way. *Memory* is what the process and its children hold of their own and in shared
   memory, without the page cache.
+* *Training* takes the very steps of `ich-train run` on a GPU, from one process that stays on two cores with all that reads
+  data for it. Its limit is eight batches that lie on the GPU and come again and again.
 """
 
 ORDER = ("build", "loader", "feeding", "training", "scaling", "codecs")

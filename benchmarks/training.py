@@ -107,15 +107,20 @@ def pace(training: Training, source: Any, seconds: float) -> Run:
     taken, start, waited = 0, 0.0, 0.0
     for number, batch in enumerate(on_device(source, device)):
         if number == WARM_STEPS:
-            torch.cuda.synchronize(device)
+            _settle(device)
             taken, start, waited = 0, time.perf_counter(), source.wait_seconds
         if number > WARM_STEPS and time.perf_counter() - start > seconds:
             break
         training.learn(batch.images, batch.labels, rate=1e-4, seed=number)
         taken += len(batch.rows)
-    torch.cuda.synchronize(device)
+    _settle(device)
     passed = time.perf_counter() - start
     return {"rate": taken / passed, "waiting": (source.wait_seconds - waited) / passed}
+
+
+def _settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def contenders(question: Question, folder: Path, seconds: float, ranks: Ranks) -> dict[str, Callable[[bool], Run]]:

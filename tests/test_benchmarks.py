@@ -14,11 +14,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import agree, document, files, measure, racing, scaling
+from benchmarks import agree, document, files, measure, racing, scaling, training
 from benchmarks.measure import Found, compete, contest, in_process, publish, ratios
+from ich_prep.build_dataset import build
 from ich_prep.header import read_header
 from ich_prep.phantom import synthesize
+from ich_prep.store import Spec, open_dataset
+from ich_train.config import TrainConfig
+from ich_train.data import Batch, SliceLoader
+from ich_train.ranks import Ranks
+from ich_train.setup import prepare
 
 
 @pytest.fixture
@@ -226,3 +233,36 @@ def test_nobody_waits_for_a_process_that_failed(tmp_path: Path) -> None:
     words = (str(tmp_path / "slices"), str(tmp_path / "out"), "32", "windows", "folder", "2")
     with pytest.raises(RuntimeError, match="InvalidDicomError"):
         in_process("benchmarks.build_contenders", "png pool", *words, seconds=60)
+
+
+def test_training_is_as_fast_as_what_feeds_it_and_says_how_long_it_waited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "WARM_STEPS", 2)
+    synthesize(tmp_path / "rsna", series=6, size=32, workers=0)
+    build(tmp_path / "rsna", tmp_path / "data.zarr", Spec(size=32, slices_per_shard=16, folds=3), workers=0)
+    dataset = open_dataset(tmp_path / "data.zarr")
+    learner = prepare(dataset, TrainConfig(batch_size=8, device="cpu"), Ranks(0, 1, torch.device("cpu")))
+    loader = SliceLoader(dataset, np.resize(learner.loader.rows, 8 * 2000), 8)
+    kept = [Batch(*(tensor.clone() for tensor in batch)) for batch, _ in zip(loader, range(2), strict=False)]
+    resident = training.pace(learner, training.Resident(kept), 0.3)
+    assert resident["waiting"] == 0
+    read = dataset.read
+
+    def slowly(*given: Any, **named: Any) -> Any:
+        time.sleep(10 * 8 / resident["rate"])  # ten steps; of two threads
+        return read(*given, **named)
+
+    dataset.read = slowly  # type: ignore[method-assign]
+    fed = training.pace(learner, loader, 0.3)
+    assert fed["waiting"] > 0.2  # the first batches were read during the warm-up
+    assert fed["rate"] < resident["rate"]
+
+
+def test_without_a_gpu_nothing_is_trained_and_the_last_results_stay(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    training.main()
+    assert "No GPU was found" in capsys.readouterr().out
+    assert not results.exists()
