@@ -109,13 +109,19 @@ def run_of(slices: int, *, fixed: float, serial: float, driver: float, worker: f
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_model_foretells_a_build_that_behaves_like_it(workers: int) -> None:
     truth = {"fixed": 1.5, "serial": 1e-4, "driver": 2e-4, "worker": 1.2e-3}
-    model = scaling.fit(run_of(1_000, **truth, workers=2), run_of(4_000, **truth, workers=2))
+    few, many = run_of(1_000, **truth, workers=2), run_of(4_000, **truth, workers=2)
+    model = scaling.fit(few, many, serial=scaling.serial_cost(few, many))
     for name, value in truth.items():
         assert getattr(model, name) == pytest.approx(value, rel=1e-6)
     seen = scaling.total(run_of(9_000, **truth, workers=workers))
     assert model.seconds(9_000, workers=workers, cores=2) == pytest.approx(seen, rel=1e-6)
     # No number of cores outruns the driver.
     assert model.seconds(10_000, workers=999, cores=999) == pytest.approx(1.5 + 10_000 * (1e-4 + 2e-4))
+
+
+def test_a_typical_run_is_made_of_medians() -> None:
+    runs = [{"slices": 9, "stages": {"scan": a, "plan": b}, "cpu": {"driver": b}} for a, b in ((1, 6), (5, 4), (2, 5))]
+    assert scaling.typical(Found(runs)) == {"slices": 9, "stages": {"scan": 2, "plan": 5}, "cpu": {"driver": 5}}
 
 
 @pytest.mark.parametrize("name", ["ID_0123456789", "1.2.840.113619.2.5.1762583153.9"])
