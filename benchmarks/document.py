@@ -49,7 +49,8 @@ python -m benchmarks.agree     # do the last two runs agree?
   two threads, which is their faster way. *Memory* is what the process and its children hold of their own and in shared
   memory, without the page cache.
 * *Training* takes the very steps of `ich-train run` on a GPU, from one process that stays on two cores with all that reads
-  data for it. Its limit is eight batches that lie on the GPU and come again and again.
+  data for it. Its limit is eight batches that lie on the GPU and come again and again; what is compiled is
+  compared with a limit that is compiled, too.
 """
 
 ORDER = ("build", "loader", "feeding", "training", "scaling", "codecs")

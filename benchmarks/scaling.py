@@ -158,7 +158,10 @@ def by_workers(data: Path, repeats: int, *, serial: float) -> tuple[list[Section
         lines[-1] += [f"{rate * source / 1e6:,.0f}", f"{rate * written / 1e6:,.0f}"]
     header = ["cores and workers", "minutes", "slices/s", "MB/s to read", "MB/s to write"]
     foretold = Section(f"Scaling: the RSNA set ({RSNA_SLICES:,} slices) by that model", header, lines)
-    foretold.notes = ["Nothing but these cores is in the model: disk and network must give the rates named."]
+    foretold.notes = [
+        "Nothing but these cores is in the model: disk and network must give the rates named, and cores that are threads of "
+        "one, or share too narrow a memory, give less."
+    ]
     return [checked, foretold], found
 
 
