@@ -155,6 +155,22 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(path: Path, tmp_path: Path,
     assert again.history == resumed.history
 
 
+def test_a_run_that_was_stopped_on_a_gpu_goes_on_without_one(path: Path, tmp_path: Path) -> None:
+    of = settings(epochs=3, seed=4)
+    whole, _ = quiet_train(open_dataset(path), tmp_path / "whole", of)
+    stopping = open_dataset(path)
+    interrupt_at_read(stopping, 50)
+    assert not quiet_train(stopping, tmp_path / "stopped", of)[0].finished
+    place = tmp_path / "stopped" / "last" / "state.pt"
+    state = torch.load(place, weights_only=True)
+    assert state["step"] > 0, "the stop was meant to fall into the middle of an epoch"
+    for group in state["optimizer"]["param_groups"]:  # as a recorded step leaves them
+        group |= {"lr": torch.tensor(group["lr"]), "capturable": True}
+    torch.save(state, place)
+    resumed, _ = quiet_train(open_dataset(path), tmp_path / "stopped", of, resume=True)
+    assert lessons(resumed.history) == lessons(whole.history)
+
+
 def command(*options: object) -> list[str]:
     return ["-m", "ich_train", "run", *map(str, options)]
 
