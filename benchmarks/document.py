@@ -50,7 +50,7 @@ python -m benchmarks.agree     # do the last two runs agree?
   memory, without the page cache.
 * *Training* takes the very steps of `ich-train run` on a GPU, from one process that stays on two cores with all that reads
   data for it. Its limit is eight batches that lie on the GPU and come again and again; what is compiled is
-  compared with a limit that is compiled, too.
+  compared with a limit that is compiled, too. Malloc is as it comes.
 """
 
 ORDER = ("build", "loader", "feeding", "training", "scaling", "codecs")

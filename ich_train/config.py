@@ -54,7 +54,7 @@ class TrainConfig(BaseModel):
     device: str = "auto"  # auto: the GPU where there is one
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on a CPU, else mixed
     compile: bool = False  # torch.compile
-    cuda_graph: bool = True  # on a GPU: the step is recorded once and played back
+    cuda_graph: bool = True  # on one GPU, not in float16: the step is recorded once and played back
     threads: Annotated[int, Field(ge=1)] = 2  # that read data
 
 

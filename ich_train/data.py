@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -152,7 +153,7 @@ class SliceLoader:
         self._labels = read_labels(dataset)[self.rows]
         self._neighbours = neighbours(dataset, self.rows, context) if context else self.rows[:, np.newaxis]
         pinned = torch.cuda.is_available() if pin is None else pin
-        # In each ring one slot is the consumer's, one is being filled, the rest are ready and waiting.
+        # In each ring one slot is the consumer's, one is being filled, the rest are ready, or a GPU still reads them.
         depth = 2 + -(-prefetch // threads)
         self._slots = [[self._make_slot(pinned) for _ in range(depth)] for _ in range(threads)]
 
@@ -269,6 +270,12 @@ class SliceLoader:
         return taken
 
 
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the one stream in which batches travel to ``device``: memory is kept ready for each stream apart."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 def on_device(loader: SliceLoader, device: torch.device) -> Iterator[Batch]:
     """Yield the batches of ``loader`` with images and labels on ``device``.
 
@@ -281,7 +288,7 @@ def on_device(loader: SliceLoader, device: torch.device) -> Iterator[Batch]:
         for batch in loader:
             yield Batch(batch.images.to(device), batch.labels.to(device), batch.rows)
         return
-    copies, computing = torch.cuda.Stream(device), torch.cuda.current_stream(device)  # type: ignore[no-untyped-call]
+    copies, computing = _copy_stream(device), torch.cuda.current_stream(device)
     queued: deque[torch.cuda.Event] = deque()
     for batch in loader:
         with torch.cuda.stream(copies):

@@ -20,6 +20,7 @@ from ich_prep.windows import Window
 from ich_train.augment import Preprocess
 from ich_train.checkpoint import load_model
 from ich_train.data import SliceLoader, on_device
+from ich_train.ranks import own_stream
 from ich_train.runs import BEST
 from ich_train.split import label_matrix, split_rows
 
@@ -78,16 +79,21 @@ def predict_rows(
     """
     # Neighbours in the dataset are neighbours on the disk: they are read in that order, whatever the order asked for.
     order = np.argsort(rows, kind="stable")
+    device = torch.device(device)
     loader = SliceLoader(
-        dataset, rows[order], batch_size=batch_size, order="sequential", threads=threads, context=context
+        dataset,
+        rows[order],
+        batch_size=batch_size,
+        order="sequential",
+        threads=threads,
+        context=context,
+        pin=device.type == "cuda",
     )
-    with torch.inference_mode():
-        found = [
-            torch.sigmoid(model(preprocess(batch.images)).float()) for batch in on_device(loader, torch.device(device))
-        ]
     probabilities = np.empty((len(rows), len(CLASSES)), np.float32)
-    if found:
-        probabilities[order] = torch.cat(found).cpu().numpy()
+    with torch.inference_mode(), own_stream(device):
+        found = [torch.sigmoid(model(preprocess(batch.images)).float()) for batch in on_device(loader, device)]
+        if found:
+            probabilities[order] = torch.cat(found).cpu().numpy()
     return probabilities
 
 

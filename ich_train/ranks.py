@@ -115,10 +115,15 @@ def join_ranks(device: str) -> Iterator[Ranks]:
 
 
 def own_stream(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which a GPU computes in a stream of its own: the default one cannot be recorded."""
+    """Return a context in which ``device``, a GPU, is the current one and computes in a stream of its own.
+
+    The default stream cannot be recorded. What was begun in the current one is waited for.
+    """
     if device.type != "cuda":
         return nullcontext()
-    return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return torch.cuda.stream(stream)
 
 
 def choose_device(device: str, *, index: int = 0) -> torch.device:

@@ -52,10 +52,11 @@ class Training:
     recorded: bool  # whether a step is played back as a CUDA graph
     history: list[Epoch] = field(default_factory=list)
     step: int = 0
-    learn: Step = field(init=False)
+    take_step: Step = field(default_factory=Step)
 
-    def __post_init__(self) -> None:
-        self.learn = Step(self)
+    def learn(self, images: torch.Tensor, labels: torch.Tensor, *, rate: float, seed: int) -> torch.Tensor:
+        """Learn from one batch, as `ich_train.step.Step` says."""
+        return self.take_step(self, images, labels, rate=rate, seed=seed)
 
     def mixed(self) -> torch.autocast:
         """Return the context in which convolutions compute in ``precision``."""
@@ -104,6 +105,8 @@ class Training:
                 f"{self.dataset.digest}, at {self.dataset.path}. Name the right one with --data."
             )
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["capturable"] = False  # until a step is recorded
         self.scaler.load_state_dict(state["scaler"])
         # Only the first rank's place was saved: the others stood at the same batch, of shares of their own.
         self.loader.load_state_dict(state["loader"] | {"rank": self.loader.rank})

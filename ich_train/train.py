@@ -92,6 +92,7 @@ def train(
         reporter.summary(training.history)
 
     result = Result(out, tuple(training.history), finished=True)
+    del training  # a recorded step keeps its memory as long as it lives
     if evaluation is None or not ranks.first or (resume and (out / METRICS).exists()):
         return result
     from ich_train.evaluate import evaluate_run
