@@ -26,10 +26,8 @@ class Preprocess(nn.Module):
     """
 
     tables: torch.Tensor  # (windows, 65536) uint8, by int16 HU seen as uint16; of an HU store
-    centers: torch.Tensor  # (windows,) float32, in HU
+    centers: torch.Tensor  # (windows,) float32, in HU; where windows are stored (1,), in codes
     widths: torch.Tensor
-    code_center: torch.Tensor  # (1,) float32, of the window that 8-bit codes are
-    code_width: torch.Tensor
 
     def __init__(self, *, store: str, windows: Sequence[Window], channels_last: bool = False) -> None:
         super().__init__()
@@ -39,10 +37,10 @@ class Preprocess(nn.Module):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         tables = np.stack([window_table(window) for window in windows]) if store == "hu" else np.empty((0, 65536))
         self.register_buffer("tables", torch.from_numpy(tables.astype(np.uint8)), persistent=False)
-        self.register_buffer("centers", torch.tensor([window.center for window in windows]), persistent=False)
-        self.register_buffer("widths", torch.tensor([window.width for window in windows]), persistent=False)
-        self.register_buffer("code_center", torch.tensor([127.5]), persistent=False)
-        self.register_buffer("code_width", torch.tensor([255.0]), persistent=False)
+        spans = [(window.center, window.width) for window in windows] if store == "hu" else [(127.5, 255.0)]
+        centers, widths = torch.tensor(spans).unbind(1)
+        self.register_buffer("centers", centers, persistent=False)
+        self.register_buffer("widths", widths, persistent=False)
 
     def codes(self, images: torch.Tensor) -> torch.Tensor:
         """Return the 8-bit window codes of ``images``, (b, c', h, w) uint8.
@@ -72,10 +70,9 @@ class Preprocess(nn.Module):
         windows has clipped them, and stays clipped.
         """
         b = len(images)
-        centers, widths = (self.centers, self.widths) if self.store == "hu" else (self.code_center, self.code_width)
         # ((x - center) / width - shift) * gain + 0.5, in one pass over the pixels.
-        scale = (gain.unsqueeze(1) / widths).view(b, 1, -1, 1, 1)
-        offset = (0.5 - gain.unsqueeze(1) * (centers / widths + shift.unsqueeze(1))).view(b, 1, -1, 1, 1)
+        scale = (gain.unsqueeze(1) / self.widths).view(b, 1, -1, 1, 1)
+        offset = (0.5 - gain.unsqueeze(1) * (self.centers / self.widths + shift.unsqueeze(1))).view(b, 1, -1, 1, 1)
         return torch.addcmul(offset, images.float().unsqueeze(2), scale).flatten(1, 2).clamp_(0, 1)
 
     def normalised(self, values: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from reads import slow_down
 
 from benchmarks import agree, document, files, measure, racing, scaling, training
 from benchmarks.measure import Found, compete, contest, in_process, publish, ratios
@@ -253,13 +254,7 @@ def test_training_is_as_fast_as_what_feeds_it_and_says_how_long_it_waited(
     kept = [Batch(*(tensor.clone() for tensor in batch)) for batch, _ in zip(loader, range(2), strict=False)]
     resident = training.pace(learner, training.Resident(kept), 0.3)
     assert resident["waiting"] == 0
-    read = dataset.read
-
-    def slowly(*given: Any, **named: Any) -> Any:
-        time.sleep(10 * 8 / resident["rate"])  # ten steps; of two threads
-        return read(*given, **named)
-
-    dataset.read = slowly  # type: ignore[method-assign]
+    slow_down(dataset, 10 * 8 / resident["rate"])  # ten steps; of two threads
     fed = training.pace(learner, loader, 0.3)
     assert fed["waiting"] > 0.2  # the first batches were read during the warm-up
     assert fed["rate"] < resident["rate"]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from reads import interrupt_at_read, slow_down
 from rich.console import Console
 
 from ich_prep.build_dataset import build
@@ -96,14 +95,8 @@ def test_chance_is_another_one_at_each_step_that_is_played_back(dataset: Dataset
 @pytest.mark.parametrize("slow", ["GPU", "reader"])
 def test_time_spent_waiting_for_data_is_the_gpus(dataset: Dataset, slow: str) -> None:
     """The host is ahead of the GPU: what it waits for is data only where the GPU does, too."""
-    read = dataset.read
-
-    def slowly(*given: Any, **named: Any) -> Any:
-        time.sleep(0.05)
-        return read(*given, **named)
-
     if slow == "reader":
-        dataset.read = slowly  # type: ignore[method-assign]
+        slow_down(dataset, 0.05)
     device = torch.device("cuda:0")
     rows = np.resize(np.arange(len(dataset)), 8 * 40)
     loader = SliceLoader(dataset, rows, 8)
@@ -121,14 +114,7 @@ def test_a_run_is_stopped_goes_on_and_is_judged(path: Path, tmp_path: Path) -> N
     of = TrainConfig.model_validate({"batch_size": 8, "epochs": 3, "device": "cuda"})
     console = Console(file=io.StringIO(), width=200)
     stopping = open_dataset(path)
-    read, reads = stopping.read, iter(range(10**6))
-
-    def counted(*given: Any, **named: Any) -> Any:
-        if next(reads) == 50:
-            os.kill(os.getpid(), signal.SIGINT)
-        return read(*given, **named)
-
-    stopping.read = counted  # type: ignore[method-assign]
+    interrupt_at_read(stopping, 50)
     stopped = train(stopping, tmp_path / "run", of, None, console=console)
     assert not stopped.finished
     resumed = train(open_dataset(path), tmp_path / "run", of, EvalConfig(bootstrap=20), console=console, resume=True)

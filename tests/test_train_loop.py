@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 import torch
+from reads import interrupt_at_read
 from rich.console import Console
 
 from ich_prep.build_dataset import build
@@ -116,18 +117,6 @@ def test_the_seed_decides_the_run(dataset: Dataset, tmp_path: Path) -> None:
     of = {seed: quiet_train(dataset, tmp_path / f"{seed}", settings(seed=int(seed)))[0] for seed in (1.0, 1.5, 2)}
     assert lessons(of[1.0].history) == lessons(of[1.5].history)
     assert lessons(of[1.0].history) != lessons(of[2].history)
-
-
-def interrupt_at_read(dataset: Dataset, number: int) -> None:
-    """Make this process receive a Ctrl-C during the read of so many batches."""
-    read, reads = dataset.read, iter(range(10**6))
-
-    def counted(*given: Any, **named: Any) -> Any:
-        if next(reads) == number:
-            os.kill(os.getpid(), signal.SIGINT)
-        return read(*given, **named)
-
-    dataset.read = counted  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "balanced"])
