@@ -37,7 +37,8 @@ python -m benchmarks.agree     # do the last two runs agree?
 * *Peers.* FFCV is built when it is installed, which needs a C++ compiler, pkg-config, and the headers of OpenCV and
   libturbojpeg; dcm2niix is a program of its own. Where one of them is not there, it is left out, and that is said.
   dcm2niix also writes volumes straightened from a tilt and made even in spacing, which nobody else does.
-* *Processes.* Two each, one thread a process for library code. Starting them counts for nobody.
+* *Processes.* Two each, one thread a process for library code. Starting them, and importing libraries, counts for
+  nobody.
 * *The limit of a build* is two bare processes that read, rescale, window, compress and write the same files with everything
   known beforehand; they do not hash or audit anything, or publish. Nor do they wait for the disk, as a build does, whose
   bytes must outlive a power cut: the line `synced` is the limit with that wait. As a build, it asks the kernel for files

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import importlib
 import json
 import shutil
 import time
@@ -107,6 +108,7 @@ def build(
             for note in known.notes:
                 progress.say(f"Labels: {note}.")
             with _timed(seconds, "start workers"):
+                importlib.import_module("zarr")  # publishing needs it: loaded while the workers start
                 pool.ready()
             if state.plan is None:
                 with _timed(seconds, "scan"):
