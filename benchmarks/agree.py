@@ -16,7 +16,7 @@ from benchmarks.measure import BEFORE, RESULTS
 
 
 def main(within: float = 0.1) -> None:
-    moved = 0
+    moved = compared = 0
     for path in sorted(BEFORE.glob("*.json")):
         now, before = (json.loads(place.read_text())["ratios"] for place in (RESULTS / path.name, path))
         both = sorted(set(now) & set(before), key=lambda name: -abs(now[name] / before[name] - 1))
@@ -27,6 +27,12 @@ def main(within: float = 0.1) -> None:
                 typer.echo(f"{path.stem}, {name}: {before[name]:.2f}, then {now[name]:.2f} ({change:+.0%})")
         held = sum(abs(now[name] / before[name] - 1) <= within for name in both)
         typer.echo(f"{path.stem}: {held} of {len(both)} ratios agree within {within:.0%}.")
+        alone = sorted(set(now) ^ set(before))
+        if alone:
+            typer.echo(f"{path.stem}: only in one of the runs: {', '.join(alone)}.")
+        compared += len(both)
+    if not compared:
+        raise SystemExit(f"Expected two runs of a benchmark; found none of which an earlier one is kept in {BEFORE}.")
     raise typer.Exit(1 if moved else 0)
 
 

@@ -30,7 +30,8 @@ python -m benchmarks.agree     # do the last two runs agree?
   identifiers. They lie in the page cache, but for the questions that say *cold*: for these they are dropped from it before
   each run. Contenders that are slow read 256 of them.
 * *Malloc.* The first round runs every contender as it comes and with glibc's `MALLOC_MMAP_THRESHOLD_` and
-  `MALLOC_TRIM_THRESHOLD_` raised; the others stay with what was better. Both are shown.
+  `MALLOC_TRIM_THRESHOLD_` raised; the others stay with what was better. Both are shown. The workers of a build of ours
+  have them raised in any case. Before the first round whoever is first runs once for nobody.
 * *Stolen time.* A hypervisor may give a machine's cores to others for a while; Linux counts that (`steal`). A build of which
   more than 3% was stolen runs once more, and the better served run counts. A warm loader is timed in quarters of a second,
   of which those count that were stolen from least.
@@ -44,11 +45,13 @@ python -m benchmarks.agree     # do the last two runs agree?
   bytes must outlive a power cut: the line `synced` is the limit with that wait. As a build, it asks the kernel for files
   before their turn. Where files are cold, it has read their headers, but not their pixels, before its clock starts.
 * *The limit of a loader* is a gather of uncompressed pixels from a memory map into reused buffers by two threads.
-* *Loaders* all give the same pixels, which is checked. Before the clock of a warm one starts, it has run for as long as it
-  will be timed: to touch buffers and maps for the first time can cost more than to fill them. WebDataset shuffles a buffer
-  of 1,000 slices; all others visit slices in an order random over the whole. zarr-python and zarrs read slice by slice from
-  two threads, which is their faster way. *Memory* is what the process and its children hold of their own and in shared
-  memory, without the page cache.
+* *Loaders* all give the same pixels: the first 64 rows of each are compared. Before the clock of a warm one starts, it has
+  run for as long as it will be timed: to touch buffers and maps for the first time can cost more than to fill them.
+  SliceLoader, WebDataset, LitData and MosaicML Streaming go through several epochs, the workers of the last three stay for
+  all of them; the epoch of each other lasts as long as it is timed. WebDataset shuffles a buffer of 1,000 slices, LitData
+  chunks and then the rows of some chunks; all others visit slices in an order random over the whole. zarr-python and zarrs
+  read slice by slice from two threads, which is their faster way. *First batch* includes what a loader imports of its own.
+  *Memory* is what the process and its children hold of their own and in shared memory, without the page cache.
 * *Training* takes the very steps of `ich-train run` on a GPU, from one process that stays on two cores with all that reads
   data for it. Its limit is eight batches that lie on the GPU and come again and again; what is compiled is
   compared with a limit that is compiled, too. Malloc is as it comes.

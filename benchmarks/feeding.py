@@ -62,6 +62,8 @@ def main(
     slices: int = 4096, data: Path = Path("bench-data"), rate: float = 2500.0, seconds: float = 5.0, repeats: int = 3
 ) -> None:
     data = data.absolute()
+    if slices < MANY_SHARDS:
+        raise SystemExit(f"Expected at least {MANY_SHARDS:,} --slices, a shard each; got {slices:,}.")
     tree = cohort(data, slices=slices)
     folder = data / "loader-windows-256"
     prepare(folder, tree, size=256, store="windows")
@@ -75,14 +77,12 @@ def main(
         [str(gpus), f"{gpus * rate:,.0f}", f"{statistics.median(found):.1%}", f"{min(found):.1%} to {max(found):.1%}"]
         for gpus, found in shares.items()
     ]
-    many = data / "many-shards.zarr"
+    many = data / f"many-shards-{tree.name}.zarr"
     if not (many / "zarr.json").exists():
         shutil.rmtree(many, ignore_errors=True)
         build(tree, many, Spec(layout="rsna", size=64, slices_per_shard=1))
     opened = statistics.median(first_batch(many) for _ in range(5))
     shards = open_dataset(many).ich["counts"]["shards"]
-    if shards < MANY_SHARDS:
-        raise SystemExit(f"Expected at least {MANY_SHARDS:,} shards; found {shards:,}. Give more --slices.")
     header = ["simulated GPUs", "slices/s they eat", "waiting for data", "spread"]
     simulated = Section("Feeding simulated GPUs, two cores, 3 x 256 x 256", header, lines)
     simulated.notes = [f"First batch {opened:.2f} s after opening a dataset of {shards:,} shards."]

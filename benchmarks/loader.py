@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import track
 
 from benchmarks import loader_contenders, pinned_contenders
 from benchmarks.files import cohort, evict, warm
@@ -83,15 +82,11 @@ def ask(
         label: place for label, place in CONTENDERS.items() if place[0] not in lacking and label not in without
     }
     files = {form: files_of(folder, form) for form, _ in taking_part.values()}
-    if not question.cold:
-        for form in track(files, "Warming files"):
-            warm(files[form])
     checksums: list[int] = []
 
     def run(label: str, raised: bool) -> Run:
         form, module = taking_part[label]
-        if question.cold:
-            evict(files[form])
+        (evict if question.cold else warm)(files[form])
         python = PINNED_PYTHON if module == pinned_contenders.__name__ else sys.executable
         words = ("race", str(folder), label, str(seconds), str(COLD_SLICES if question.cold else 0))
         result = in_process(module, *words, raised=raised, python=python, seconds=120)

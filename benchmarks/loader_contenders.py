@@ -18,13 +18,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from benchmarks.forms import ARROW, DICOM, HDF5, LMDB, LZ4, NONE, PNG, ROWS, TAR
 from benchmarks.racing import BATCH, CORES, Opened, for_ever, race, random_batches
 from ich_prep.store import open_dataset
 from ich_prep.windows import AIR_HU, HIGHEST_HU
 from ich_train.data import SliceLoader
+
+LONG_EPOCH = 1_000_000  # slices: one permutation of the rows after the other
 
 
 def ours(path: Path) -> Opened:
@@ -158,7 +160,7 @@ class LmdbRows(Dataset[torch.Tensor]):
     def transaction(self) -> Any:
         import lmdb
 
-        return lmdb.open(str(self.path), readonly=True, lock=False, readahead=False).begin(buffers=True)
+        return lmdb.open(str(self.path), readonly=True, lock=False).begin(buffers=True)
 
     def __len__(self) -> int:
         return self.count
@@ -179,7 +181,8 @@ def web_dataset(path: Path) -> Opened:
         return torch.from_numpy(np.frombuffer(bytearray(sample["raw"]), kind).reshape(shape))
 
     dataset = webdataset.WebDataset(shards, shardshuffle=len(shards), nodesplitter=None, empty_check=False)
-    batches = DataLoader(dataset.shuffle(1000).map(decode), BATCH, num_workers=CORES, drop_last=True)
+    samples = dataset.shuffle(1000).map(decode)
+    batches = DataLoader(samples, BATCH, num_workers=CORES, drop_last=True, persistent_workers=True)
 
     def first(wanted: np.ndarray) -> np.ndarray:
         plain = webdataset.WebDataset(shards, shardshuffle=False, nodesplitter=None).map(decode)
@@ -209,10 +212,10 @@ class PngRows(Dataset[torch.Tensor]):
 
 
 def data_loader(rows: Dataset[torch.Tensor], collate_fn: Callable[[Any], Any] | None = None) -> Opened:
-    """A DataLoader with two worker processes, shuffling."""
-    settings = {"num_workers": CORES, "drop_last": True, "persistent_workers": True, "collate_fn": collate_fn}
-    loader = DataLoader(rows, BATCH, shuffle=True, **settings)
-    return for_ever(loader), lambda wanted: torch.stack([rows[int(row)] for row in wanted]).numpy()
+    """A DataLoader with two worker processes, shuffling, whose epoch does not end while it is timed."""
+    settings = {"num_workers": CORES, "drop_last": True, "collate_fn": collate_fn}
+    loader = DataLoader(rows, BATCH, sampler=RandomSampler(rows, num_samples=LONG_EPOCH), **settings)
+    return iter(loader), lambda wanted: torch.stack([rows[int(row)] for row in wanted]).numpy()
 
 
 class DicomRows(Dataset[torch.Tensor]):

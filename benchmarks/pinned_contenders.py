@@ -22,6 +22,7 @@ import numpy as np
 from benchmarks.racing import BATCH, CORES, Opened, for_ever, race
 
 PIXELS = "rows.npy"
+EPOCHS = 500  # that pass as one
 FFCV, MOSAIC, LITDATA = "rows.beton", "mosaic", "litdata"
 
 
@@ -48,7 +49,11 @@ def write_ffcv(path: Path) -> None:
 
 
 def open_ffcv(path: Path) -> Opened:
-    """FFCV's loader with two threads, its order RANDOM, its cache the page cache."""
+    """FFCV's loader with two threads, its order random, its cache the page cache.
+
+    It allocates its buffers at the start of each epoch, which is nothing in an epoch of a real dataset, and much in one
+    of sixty batches: so one epoch here is many.
+    """
     import torch
     from ffcv.fields.decoders import IntDecoder, NDArrayDecoder
     from ffcv.loader import Loader, OrderOption
@@ -64,7 +69,11 @@ def open_ffcv(path: Path) -> Opened:
         first = next(iter(loader(OrderOption.SEQUENTIAL, False)))[0].numpy()
         return first[wanted]
 
-    return (images for images, _ in for_ever(loader(OrderOption.RANDOM, True))), read
+    batches = loader(OrderOption.RANDOM, True)
+    order = np.concatenate([batches.traversal_order.sample_order(epoch) for epoch in range(EPOCHS)])
+    batches.first_traversal_order = order
+    batches.next_traversal_order = lambda: order
+    return (images for images, _ in for_ever(batches)), read
 
 
 def write_mosaic(path: Path) -> None:
@@ -118,7 +127,9 @@ def open_litdata(path: Path) -> Opened:
     import litdata
 
     dataset = litdata.StreamingDataset(str(path), shuffle=True, drop_last=True)
-    loader = litdata.StreamingDataLoader(dataset, batch_size=BATCH, num_workers=CORES, drop_last=True)
+    loader = litdata.StreamingDataLoader(
+        dataset, batch_size=BATCH, num_workers=CORES, drop_last=True, persistent_workers=True
+    )
 
     def read(wanted: np.ndarray) -> np.ndarray:
         plain = litdata.StreamingDataset(str(path), shuffle=False)

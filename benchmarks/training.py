@@ -22,11 +22,11 @@ import numpy as np
 import torch
 import typer
 from rich.progress import track
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 
 from benchmarks.files import cohort
 from benchmarks.forms import LZ4, PNG, ROWS, prepare
-from benchmarks.loader_contenders import MemmapRows, PngRows
+from benchmarks.loader_contenders import LONG_EPOCH, MemmapRows, PngRows
 from benchmarks.measure import Found, Run, Section, compete, publish, ratio, ratios, versions
 from benchmarks.racing import BATCH, CORES
 from ich_prep.labels import CLASSES
@@ -85,19 +85,23 @@ class Fed:
 
     def __init__(self, rows: Any) -> None:
         self.loader = DataLoader(
-            rows, BATCH, shuffle=True, num_workers=CORES, drop_last=True, persistent_workers=True, pin_memory=True
+            rows,
+            BATCH,
+            sampler=RandomSampler(rows, num_samples=LONG_EPOCH),
+            num_workers=CORES,
+            drop_last=True,
+            pin_memory=True,
         )
         self.labels = torch.zeros((BATCH, len(CLASSES)), dtype=torch.int8)
         self.wait_seconds = 0.0
 
     def __iter__(self) -> Iterator[Batch]:
         rows = torch.zeros(BATCH, dtype=torch.int64)
-        while True:
+        before = time.perf_counter()
+        for images in self.loader:
+            self.wait_seconds += time.perf_counter() - before
+            yield Batch(images, self.labels, rows)
             before = time.perf_counter()
-            for images in self.loader:
-                self.wait_seconds += time.perf_counter() - before
-                yield Batch(images, self.labels, rows)
-                before = time.perf_counter()
 
 
 def pace(training: Training, source: Any, seconds: float) -> Run:
@@ -132,7 +136,7 @@ def contenders(question: Question, folder: Path, seconds: float, ranks: Ranks) -
         return prepare_training(dataset, settings, ranks)
 
     usual, launched = training(), training(cuda_graph=False)
-    rows = np.resize(usual.loader.rows, 1_000_000)  # an epoch that does not end while it is timed
+    rows = np.resize(usual.loader.rows, LONG_EPOCH)
     loader = SliceLoader(dataset, rows, BATCH, threads=CORES, context=usual.settings.context, drop_last=True)
     resident = Resident(
         [

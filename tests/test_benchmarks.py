@@ -50,7 +50,9 @@ def test_each_contender_stays_with_its_better_setting() -> None:
         return run
 
     found = compete({"a": contender("a", 1, 2), "b": contender("b", 5, 3)}, 3)
-    assert asked == [("a", False), ("a", True), ("b", False), ("b", True)] + [("a", True), ("b", False)] * 2
+    first, *counted = asked
+    assert first == ("a", True)
+    assert counted == [("a", False), ("a", True), ("b", False), ("b", True)] + [("a", True), ("b", False)] * 2
     assert (found["a"].median(), found["a"].malloc) == (2, "raised; as it comes 1")
     assert (found["b"].median(), found["b"].malloc) == (5, "as it comes; raised 3")
     assert len(found["a"].runs) == len(found["b"].runs) == 3
@@ -97,6 +99,12 @@ def test_two_runs_agree_or_not(now: float, code: int, results: Path, capsys: pyt
         agree.main(within=0.1)
     assert ended.value.exit_code == code
     assert f"{2 - code} of 2 ratios agree" in capsys.readouterr().out
+
+
+def test_one_run_cannot_agree_with_another(results: Path) -> None:
+    publish("build-x", [], ratios={"peer": 4.0})
+    with pytest.raises(SystemExit, match="two runs"):
+        agree.main()
 
 
 def run_of(slices: int, *, fixed: float, serial: float, driver: float, worker: float, workers: int) -> dict[str, Any]:
