@@ -9,11 +9,12 @@ import fcntl
 import hashlib
 import importlib
 import json
+import os
 import shutil
 import time
-from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -109,14 +110,16 @@ def build(
                 progress.say(f"Labels: {note}.")
             with _timed(seconds, "start workers"):
                 importlib.import_module("zarr")  # publishing needs it: loaded while the workers start
-                pool.ready()
+                if not pool.ready():
+                    progress.say(f"The scheduler {scheduler} has no workers yet: waiting for the first.")
+                pool.require_folders(source, target)
             if state.plan is None:
                 with _timed(seconds, "scan"):
                     scanned = _scan(pool, target, source, listing, progress)
                 with _timed(seconds, "plan"):
                     plan = make_plan(scanned, placement=found.place(scanned), labels=known, spec=spec)
                     _check_labels(plan, known, folder, allow, progress)
-                    _check_damage(plan.quarantine["reason"], len(listing.files), allow, folder)
+                    _check_damage(plan.quarantine, len(listing.files), allow, folder / store.SCAN)
                     state = _write_plan(folder, state, plan)
                 log("planned", slices=len(plan.slices), quarantined=len(plan.quarantine))
             assert state.plan is not None
@@ -124,7 +127,7 @@ def build(
                 _write_shards(pool, target, source, state.plan, progress)
             with _timed(seconds, "publish"):
                 tables = gather(target, state)
-                _check_damage(tables.quarantine["reason"], len(listing.files), allow, folder / store.DONE)
+                _check_damage(tables.quarantine, len(listing.files), allow, folder / store.DONE)
                 counts = publish(target, spec=state.spec, tables=tables, found=len(listing.files))
             log("published", **counts)
     return Outcome(counts=counts, already_finished=False, seconds=seconds)
@@ -135,7 +138,7 @@ def build(
 
 def _refuse_foreign(target: Path, source: Path) -> None:
     """Raise where ``target`` lies in the source tree, or is neither a dataset, nor a build in progress, nor empty."""
-    if target == source or source in target.parents:
+    if source.resolve() in (target.resolve(), *target.resolve().parents):
         raise UsageError(
             f"Expected --out outside of the source tree {source}, whose files it would join; found {target}. Give "
             "another folder."
@@ -247,9 +250,10 @@ def _explained(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        where = "" if error.filename is None else f" ({os.fsdecode(error.filename)})"
         raise BuildError(
-            f"Writing {target} failed: {error.strerror or error}. What is finished is kept: make room or mend the "
-            "cause, then run the same command again."
+            f"Writing {target} failed: {error.strerror or error}{where}. What is finished is kept: make room or mend the "
+            "cause, then run the same command again, without --overwrite."
         ) from error
 
 
@@ -280,8 +284,8 @@ def _begin(target: Path, state: State, listing: Listing) -> State:
             shutil.rmtree(path)
         elif path.name != store.LOCK:
             path.unlink(missing_ok=True)
-    for name in (store.SCAN, store.DONE):
-        (folder / name).mkdir()
+    for path in (folder / store.SCAN, folder / store.DONE, target / store.IMAGES / "c"):
+        path.mkdir(parents=True)
     sink = pa.BufferOutputStream()
     pq.write_table(listing.files, sink, row_group_size=FILES_PER_BATCH)
     ledger.write_whole(folder / store.FILES, sink.getvalue().to_pybytes())
@@ -290,10 +294,17 @@ def _begin(target: Path, state: State, listing: Listing) -> State:
 
 
 def _scan(pool: Pool, target: Path, source: Path, listing: Listing, progress: Progress) -> pa.Table:
-    """Return the headers of all files, in the order of the listing; reads those that no earlier run has read."""
+    """Return the headers of all files, in the order of the listing; reads those that no earlier run has read.
+
+    Batches in which an earlier run met what may be mended since are read again.
+    """
     folder = target / store.BUILD / store.SCAN
     batches = range(-(-len(listing.files) // FILES_PER_BATCH))
-    done = ledger.done(folder, suffix=".parquet")
+    done = {
+        batch
+        for batch in ledger.done(folder, suffix=".parquet")
+        if not _may_pass(store.read_parquet(folder / f"{batch:05d}.parquet", ["reason"])["reason"].unique().to_pylist())
+    }
     already = sum(min(FILES_PER_BATCH, len(listing.files) - batch * FILES_PER_BATCH) for batch in done)
     progress.begin("Reading headers", len(listing.files), "files", already)
     task = partial(scan_batch, str(target), str(source))
@@ -328,16 +339,18 @@ def _check_labels(plan: Plan, labels: Labels, folder: Path, allow: Allowances, p
         progress.say(f"Labels: {text}; allowed.")
 
 
-def _check_damage(reasons: pa.ChunkedArray, found: int, allow: Allowances, folder: Path) -> None:
+def _check_damage(quarantine: pa.Table, found: int, allow: Allowances, folder: Path) -> None:
     """Raise ``BuildError`` where more of the found files are damaged than allowed."""
-    damaged = Counter(reason for reason in reasons.to_pylist() if Reason(reason).is_damage)
+    lines = [line for line in quarantine.to_pylist() if Reason(line["reason"]).is_damage]
+    damaged = Counter(line["reason"] for line in lines)
     share = damaged.total() / max(1, found)
     if share > allow.max_quarantined:
         reasons_text = ", ".join(f"{count} {reason}" for reason, count in damaged.most_common())
         raise BuildError(
             f"Expected at most {allow.max_quarantined:.2%} of the files to be damaged; {damaged.total()} of {found} are "
-            f"({share:.2%}): {reasons_text}. {folder} lists them. If that is what the source is like, run again with a "
-            "higher --max-quarantined."
+            f"({share:.2%}): {reasons_text}; for one, {lines[0]['path']}: {lines[0]['detail']}. All are listed in {folder}. "
+            "Mend what can be mended and run the same command again, without --overwrite; or, if that is what the source "
+            "is like, with a higher --max-quarantined."
         )
 
 
@@ -362,23 +375,35 @@ def _write_plan(folder: Path, state: State, plan: Plan) -> State:
 
 
 def _write_shards(pool: Pool, target: Path, source: Path, digest: str, progress: Progress) -> None:
-    """Write every shard that has no entry in the ledger.
+    """Write every shard that has no entry in the ledger, or one of which a slice may be mended since.
 
     A shard goes into the ledger when it is on disk. Waiting for that is left to threads here, while the workers go on.
     """
     plan = pq.ParquetFile(target / store.BUILD / store.PLAN).metadata
     sizes = [plan.row_group(number).num_rows for number in range(plan.num_row_groups)]
-    done = ledger.done(target / store.BUILD / store.DONE)
+    folder = target / store.BUILD / store.DONE
+    done = {
+        number
+        for number in ledger.done(folder)
+        if not _may_pass({row["status"] for row in ledger.read(folder, number)["rows"]} - {store.OK})
+    }
     progress.begin("Writing slices", plan.num_rows, "slices", sum(sizes[number] for number in done))
     task = partial(write_shard, str(target), str(source), digest)
     with ThreadPoolExecutor(KEEPERS, thread_name_prefix="keep") as keepers:
-        kept = []
+        kept = deque[Future[None]]()
         for number, entry in pool.map(task, [number for number in range(len(sizes)) if number not in done]):
             kept.append(keepers.submit(_keep, target, number, entry))
             progress.advance(len(entry["rows"]), sum(row["status"] != store.OK for row in entry["rows"]))
+            while kept and kept[0].done():
+                kept.popleft().result()
         for keeping in kept:
             keeping.result()
     progress.end()
+
+
+def _may_pass(reasons: Iterable[str | None]) -> bool:
+    """Return whether one of ``reasons`` may not hold any more."""
+    return any(Reason(reason).may_pass for reason in reasons if reason is not None)
 
 
 def _keep(target: Path, number: int, entry: dict[str, Any]) -> None:

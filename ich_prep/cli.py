@@ -64,7 +64,10 @@ def build(
     size: Annotated[int | None, typer.Option(help="Rows and columns of a stored slice. [512]")] = None,
     store: Annotated[str | None, typer.Option(help="windows (uint8) or hu (int16). [windows]")] = None,
     windows: Annotated[
-        str | None, typer.Option(help="Presets by name, or name=center/width. [brain,subdural,bone]")
+        str | None,
+        typer.Option(
+            help="Of brain, subdural, bone, soft_tissue, stroke, or name=center/width in HU. [brain,subdural,bone]"
+        ),
     ] = None,
     slices_per_shard: Annotated[int | None, typer.Option(help="Slices in one file. [256]")] = None,
     codec: Annotated[str | None, typer.Option(help="lz4, zstd or none. [lz4]")] = None,
@@ -126,7 +129,8 @@ def build(
                 progress=progress,
             )
     except KeyboardInterrupt:
-        typer.echo("Stopped. Run the same command again: it goes on where it was.", err=True)
+        again = "it without --overwrite" if overwrite else "the same command"
+        typer.echo(f"Stopped. Run {again} again: it goes on where it was.", err=True)
         raise typer.Exit(130) from None
     _tell_outcome(out, outcome)
 
@@ -230,7 +234,10 @@ def _tell_verification(dataset: Path, found: Verification, *, as_json: bool) -> 
     for problem in found.problems:
         typer.echo(f"{problem.culprit}: {problem.what}", err=True)
     if found.problems:
-        typer.echo(f"{dataset} does not hold: {len(found.problems)} problems. Restore it, or build again.", err=True)
+        typer.echo(
+            f"{dataset} does not hold: {len(found.problems)} problems. Restore it, or build again with --overwrite.",
+            err=True,
+        )
         return
     compared = f", {found.compared} slices compared with their sources" if found.compared else ""
     typer.echo(f"{dataset} holds: {found.shards} shards, {found.slices} slices{compared}.")

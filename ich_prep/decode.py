@@ -76,7 +76,7 @@ def missing_decoder(transfer_syntax: str) -> str | None:
     if plugin is None:
         return f"transfer syntax {transfer_syntax} has no decoder here"
     if plugin == JPEG_PLUGIN and importlib.util.find_spec("imagecodecs") is None:
-        return f"transfer syntax {transfer_syntax} needs imagecodecs: pip install 'ich[jpeg]'"
+        return f"transfer syntax {transfer_syntax} needs imagecodecs: pip install imagecodecs"
     return None
 
 
@@ -163,8 +163,13 @@ class _Child:
 
     def _ask(self, source: PixelSource) -> bytes:
         if self._process is None:
+            # NumPy's threads, one a core, would take their stacks from the memory that it may have.
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "ich_prep.decode"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+                [sys.executable, "-m", "ich_prep.decode"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                bufsize=0,
+                env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
             )
         request = json.dumps({name: getattr(source, name) for name in PixelSource.__slots__}).encode()
         deadline = time.monotonic() + SECONDS_PER_SLICE
@@ -180,6 +185,11 @@ class _Child:
         except TimeoutError as error:
             self.close()
             raise SliceError(Reason.DECODER_DIED, f"no pixels after {SECONDS_PER_SLICE:g} s") from error
+        except SliceError:
+            raise  # it was the answer
+        except BaseException:
+            self.close()  # Ctrl-C, say: an answer that nobody has read would be taken for that of the next slice
+            raise
 
     def _take(self, size: int, deadline: float) -> bytes:
         stdout = self._process.stdout.fileno()  # type: ignore[union-attr]

@@ -49,11 +49,17 @@ class Reason(StrEnum):
         """Whether a slice was lost to it; not so for a file that never was a slice of the dataset, or is there twice."""
         return self not in _NO_DAMAGE
 
+    @property
+    def may_pass(self) -> bool:
+        """Whether it speaks of the machine rather than of the file: another run may find it mended."""
+        return self in _MAY_PASS
+
 
 _NO_DAMAGE = frozenset(
     (Reason.NOT_CT, Reason.LOCALIZER, Reason.DERIVED, Reason.MULTI_FRAME, Reason.NOT_MONOCHROME)
     + (Reason.DUPLICATE, Reason.SCAN_TYPE)
 )
+_MAY_PASS = frozenset((Reason.UNREADABLE, Reason.UNSUPPORTED_SYNTAX, Reason.DECODER_DIED))
 
 
 class IchError(Exception):

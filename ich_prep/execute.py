@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-import os
 import signal
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ich_prep.errors import BuildError
@@ -36,6 +36,8 @@ QUIET = {
     "distributed.worker.memory.monitor-interval": "1s",
 }
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+# Tasks keep buffers from one to the next, and pydicom has settings for a whole process: no two at a time in one.
+_TURN = threading.Lock()
 
 
 def run(
@@ -47,8 +49,10 @@ def run(
 
 
 def default_workers() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+    """Return the number of cores that this process may use, by its affinity and by the quota of its container."""
+    from dask.system import cpu_count
+
+    return int(cpu_count())
 
 
 @dataclass
@@ -56,8 +60,8 @@ class Pool:
     """Workers to run tasks on: ``workers`` local processes, or those of the Dask ``scheduler`` at an address.
 
     With ``workers`` 0 and no scheduler every task runs in this process. Local processes listen on the loopback
-    interface only. They start in the background as soon as the pool is opened, and load ``modules``; the first ``map``
-    waits for them.
+    interface only. They start in the background as soon as the pool is opened; the first ``map`` waits for them. All
+    workers load ``modules``. A worker runs one task at a time, however many threads it has.
     """
 
     workers: int
@@ -80,26 +84,42 @@ class Pool:
         self._close.close()
 
     def ready(self) -> int:
-        """Wait until every worker has started; return how many there are (1 where tasks run in this process)."""
+        """Wait until every worker has started; return how many there are (1 where tasks run in this process).
+
+        0 where the ``scheduler`` has none as yet. Raises ``BuildError`` where workers do not start, no scheduler answers,
+        or its workers cannot load ``modules``.
+        """
         if self._starting is None:
             return 1
         self._starting.join()
         if self._failure is not None:
             raise self._failure
         assert self._client is not None
-        return max(1, len(self._client.scheduler_info(n_workers=-1)["workers"]))
+        return len(self._client.scheduler_info(n_workers=-1)["workers"])
+
+    def require_folders(self, *folders: Path) -> None:
+        """Raise ``BuildError`` where a worker of the ``scheduler`` does not see one of the ``folders``."""
+        if self._client is None or not self.scheduler:
+            return
+        for worker, missing in self._client.run(_missing, folders).items():
+            if missing:
+                raise BuildError(
+                    f"Expected every worker of {self.scheduler} to see the sources and the dataset under the same paths; "
+                    f"{worker} does not see {missing[0]}. Mount it there, or leave --scheduler out to use this machine."
+                )
 
     def map(self, task: Callable[[int], T], keys: Sequence[int]) -> Iterator[tuple[int, T]]:
         """Yield ``(key, task(key))`` as tasks finish; at most a few tasks per worker are in flight at a time.
 
-        What ``task`` raises is raised here. Raises ``BuildError`` where a task kills its worker again and again.
+        What ``task`` raises is raised here. Raises ``BuildError`` where a task kills its worker again and again, or the
+        scheduler is lost.
         """
-        workers = self.ready()
+        workers = max(1, self.ready())
         if self._client is None:
             for key in keys:
                 yield key, task(key)
             return
-        from distributed import KilledWorker, as_completed
+        from distributed import CancelledError, KilledWorker, as_completed
 
         client = self._client
         pending = iter(keys)
@@ -107,7 +127,7 @@ class Pool:
         prefix = f"{_name(task)}-{uuid.uuid4().hex}"
 
         def submit(key: int) -> Any:
-            return client.submit(task, key, pure=False, key=f"{prefix}-{key}")
+            return client.submit(_in_turn, task, key, pure=False, key=f"{prefix}-{key}")
 
         names: dict[str, int] = {}
         first = [submit(key) for key in islice(pending, IN_FLIGHT_PER_WORKER * workers)]
@@ -125,6 +145,11 @@ class Pool:
                         f"A worker process ended four times over one of these tasks of {_name(task)}: {held}. The "
                         "kernel's log says whether memory ran out: try fewer --workers. To see the failure itself, run "
                         "the same command with --workers 0; what is done stays done."
+                    ) from None
+                except CancelledError as error:
+                    raise BuildError(
+                        f"The Dask scheduler was lost while {_name(task)} {key} ran ({error}). What is finished is kept: "
+                        "start it again, then run the same command again."
                     ) from None
                 future.release()
                 for following in islice(pending, 1):
@@ -156,6 +181,13 @@ class Pool:
                     "--scheduler out to use this machine's cores."
                 ) from None
             self._close.callback(self._client.close)
+            try:
+                self._client.run(_load, self.modules)
+            except Exception as error:  # whatever keeps a worker from loading what it is sent
+                raise BuildError(
+                    f"Expected the scheduler at {self.scheduler} and its workers to have this package, in the release that "
+                    f"is installed here; they cannot load it ({type(error).__name__}: {error}). Install it there."
+                ) from error
             return
         environment = {**MALLOC_ENVIRONMENT, **ONE_THREAD}
         try:
@@ -184,6 +216,17 @@ class Pool:
 def dask_setup(_: object) -> None:
     """Leave Ctrl-C to the driver: called in each local worker as it starts, whom the terminal tells too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _in_turn(task: Callable[[int], T], key: int) -> T:
+    """Return ``task(key)``, run when no other task runs in this process."""
+    with _TURN:
+        return task(key)
+
+
+def _missing(folders: tuple[Path, ...]) -> list[Path]:
+    """Return those of ``folders`` that this process does not see."""
+    return [folder for folder in folders if not folder.is_dir()]
 
 
 def _load(modules: tuple[str, ...]) -> None:

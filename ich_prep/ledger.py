@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write ``data`` to ``path`` so that a reader sees all of it or nothing, also after a power cut."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    new = beside(path)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
+        with new.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        Path(name).replace(path)
+        new.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
         raise
+
+
+def beside(path: Path) -> Path:
+    """Return a name beside ``path`` that nobody else has: for what is to be renamed to ``path`` when it is whole."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
 
 
 def clear_leftovers(path: Path) -> None:
@@ -61,12 +65,11 @@ def read(folder: Path, key: int) -> dict[str, Any]:
     return entry
 
 
+def forget(folder: Path, key: int) -> None:
+    """Remove the entry of task ``key``: it is to be done again."""
+    (folder / f"{key:05d}.json").unlink(missing_ok=True)
+
+
 def done(folder: Path, *, suffix: str = ".json") -> set[int]:
     """Return the keys of the tasks that have an entry in ``folder``."""
     return {int(path.stem) for path in folder.glob(f"*{suffix}") if path.stem.isdigit()}
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

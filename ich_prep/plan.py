@@ -31,7 +31,7 @@ SAME_DIRECTION_COSINE = 0.9998  # about one degree
 # What a shard's task needs to know of a slice: columns of the plan besides those of the slice table.
 PIXEL_COLUMNS = (
     "path", "transfer_syntax", "file_size", "header_bytes", "crc32c", "pixel_offset", "rows", "columns",
-    "bits_allocated", "bits_stored", "signed", "monochrome1", "padding_low", "padding_high",
+    "bits_allocated", "bits_stored", "signed", "padding_low", "padding_high",
 )  # fmt: skip
 
 
@@ -265,7 +265,9 @@ def _measure(slices: pa.Table, level: str, joined: Joined, spec: Spec) -> tuple[
     planned = table
     for name in PIXEL_COLUMNS:
         planned = planned.append_column(name, slices[name])
-    return planned, _series_table(table, slices, begins, lengths, typical)
+    unlabelled = np.logical_and.reduceat(joined.unlabelled, begins) if count else joined.unlabelled
+    levels = pa.array(np.where(unlabelled, "none", level), pa.string())
+    return planned, _series_table(table, slices, begins, lengths, typical, levels)
 
 
 def _median_spacing(steps: NDArray[np.float64]) -> float:
@@ -302,8 +304,9 @@ def _series_table(
     begins: NDArray[np.int64],
     lengths: NDArray[np.int64],
     typical: NDArray[np.float64],
+    levels: pa.Array,
 ) -> pa.Table:
-    """Return one line a series: what its slices share, and for each label whether a slice has it."""
+    """Return one line a series: what its slices share, the level of its labels, and for each whether a slice has it."""
     heads = table.take(pa.array(begins, pa.int64()))
     labels: dict[str, pa.Array] = {}
     for name in CLASSES:
@@ -318,6 +321,7 @@ def _series_table(
     columns = {
         **{name: heads[name] for name in heads.column_names},
         **labels,
+        "label_level": levels,
         "first_row": begins,
         "n_slices": lengths,
         "n_ok": np.zeros(len(begins), np.int32),

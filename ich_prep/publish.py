@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ich_prep import ledger, store
+from ich_prep.errors import BuildError
 from ich_prep.plan import PIXEL_COLUMNS
 from ich_prep.sharding import BLOSC_LEVELS, block_bytes
 from ich_prep.windows import AIR_HU
@@ -39,12 +40,15 @@ class Tables:
 
 
 def gather(target: Path, state: State) -> Tables:
-    """Return the tables of the build at ``target``, of which every shard has its entry in the ledger."""
+    """Return the tables of the build at ``target``, of which every shard has its entry in the ledger.
+
+    Raises ``BuildError`` where a shard is not there as its entry says; the entry is removed.
+    """
     folder = target / store.BUILD
     plan = store.read_parquet(folder / store.PLAN)
     per_shard = state.spec.slices_per_shard
     starts = np.arange(0, len(plan), per_shard)
-    entries = [ledger.read(folder / store.DONE, number) for number in range(len(starts))]
+    entries = [_entry(target, number) for number in range(len(starts))]
     lines = [line for entry in entries for line in entry["rows"]]
     status = pa.array([line["status"] for line in lines], pa.string())
     ok = pc.equal(status, store.OK).to_numpy(zero_copy_only=False)
@@ -76,6 +80,22 @@ def gather(target: Path, state: State) -> Tables:
             [store.read_parquet(folder / store.PLANNED_QUARANTINE), pa.table(lost, schema=store.QUARANTINE_SCHEMA)]
         ),
     )
+
+
+def _entry(target: Path, number: int) -> dict[str, Any]:
+    """Return what the ledger says of shard ``number``, once it is certain that the shard is there."""
+    path, done = store.shard_path(target, number), target / store.BUILD / store.DONE
+    entry = ledger.read(done, number)
+    found = path.stat().st_size if path.exists() else None
+    if found != entry["bytes"]:
+        ledger.forget(done, number)
+        raise BuildError(
+            f"Expected shard {number} of {entry['bytes']} bytes at {path}, as it was written; found "
+            f"{'nothing' if found is None else f'{found} bytes'}. Run the same command again, without --overwrite: it is "
+            "written anew."
+        )
+    ledger.clear_leftovers(path)
+    return entry
 
 
 def _with_results(slices: pa.Table, lines: list[dict[str, Any]], status: pa.Array) -> pa.Table:

@@ -12,7 +12,7 @@ import os
 import resource
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,7 +110,9 @@ class ShardReader:
         if self._threads is None:
             self._threads = ThreadPoolExecutor(threads, thread_name_prefix="read")
         parts = zip(np.array_split(rows, threads), np.array_split(out, threads), strict=True)
-        for task in [self._threads.submit(self._read_groups, *part) for part in parts]:
+        tasks = [self._threads.submit(self._read_groups, *part) for part in parts]
+        wait(tasks)  # also where one of them fails: nobody writes into ``out`` any more
+        for task in tasks:
             task.result()
         return []
 
@@ -263,7 +265,7 @@ class ShardReader:
         where = f"Shard {shard} ({self._path_of(shard)})" + (f", row {row}" if row is not None else "")
         return CorruptionError(
             f"{where}: {what}. The dataset's bytes are not the ones that were written: run `ich-prep verify` to see all "
-            "that is damaged, then restore it or build again."
+            "that is damaged, then restore it or build again with --overwrite."
         )
 
 

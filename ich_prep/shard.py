@@ -18,6 +18,7 @@ from ich_prep.decode import Decoder, PixelSource
 from ich_prep.errors import SliceError
 from ich_prep.hounsfield import apply_rescale, apply_rescale_and_windows, apply_windows
 from ich_prep.layouts.rsna import SIGN_12BIT
+from ich_prep.ledger import beside
 from ich_prep.resize import resize_hu
 from ich_prep.sharding import ShardWriter
 from ich_prep.sources import read_ahead
@@ -55,7 +56,7 @@ def write_shard(out: str, src: str, digest: str, number: int) -> dict[str, Any]:
     rows = plan.read_row_group(number).to_pylist()
     path = store.shard_path(root, number)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = beside(path)
     decoder = _decoder()
     lines: list[dict[str, Any]] = []
     with open(partial, "wb", buffering=0) as file:

@@ -45,7 +45,7 @@ def require_folder(root: Path) -> None:
 def list_files(root: Path) -> Listing:
     """Return every regular file below ``root``, links followed, in the order of the bytes of its path.
 
-    Raises ``SourceError`` where ``root`` is no folder, cannot be read, or holds no file.
+    Raises ``SourceError`` where ``root`` is no folder, a folder cannot be read, or there is no file.
     """
     require_folder(root)
     paths: list[bytes] = []
@@ -56,26 +56,29 @@ def list_files(root: Path) -> Listing:
     while pending:
         folder = pending.pop()
         place = os.path.join(base, folder)
-        status = os.stat(place)
-        if (status.st_dev, status.st_ino) in seen:
-            continue  # a link back to a folder that was listed
-        seen.add((status.st_dev, status.st_ino))
+        below = []
         try:
+            status = os.stat(place)
+            if (status.st_dev, status.st_ino) in seen:
+                continue  # a link to a folder that was listed
+            seen.add((status.st_dev, status.st_ino))
             with os.scandir(place) as entries:
                 for entry in entries:
                     path = folder + entry.name
                     if entry.is_dir():
-                        pending.append(path + b"/")
+                        below.append(path + b"/")
                     elif path.lower().endswith(b".csv"):
                         tables.append(Path(os.fsdecode(path)))
                     elif entry.is_file() or entry.is_symlink():
                         paths.append(path)
                         sizes.append(entry.stat().st_size if entry.is_file() else 0)
-        except PermissionError:
+        except OSError as error:
             raise SourceError(
-                f"Expected to be allowed to list {os.fsdecode(place)}; it is not readable. Change its permissions, or "
+                f"Expected to be allowed to list {os.fsdecode(place)}; it cannot be read ({error.strerror}). Mend that, or "
                 "point --src at a tree you may read."
             ) from None
+        # Of a folder that is reached twice, the path that counts is the same on every machine.
+        pending += sorted(below, reverse=True)
     if not paths:
         raise SourceError(f"Expected DICOM files below {root}; found none.")
     order = np.array(sorted(range(len(paths)), key=paths.__getitem__), np.int64)

@@ -228,7 +228,8 @@ def open_dataset(path: str | Path) -> Dataset:
         ) from None
     except ValueError:
         raise CorruptionError(
-            f"{root / ROOT} is not JSON: expected what `ich-prep build` wrote. Build again."
+            f"{root / ROOT} is not JSON: expected what `ich-prep build` wrote. Restore it, or remove the folder and build "
+            "again."
         ) from None
     attributes = document.get("attributes") if isinstance(document, dict) else None
     ich = attributes.get("ich") if isinstance(attributes, dict) else None
@@ -237,14 +238,16 @@ def open_dataset(path: str | Path) -> Dataset:
     if ich.get("format") != FORMAT:
         raise DatasetError(
             f"Expected format {FORMAT} at {root}; found {ich.get('format')!r}. Read it with the version that wrote it "
-            f"({ich.get('created_by', 'unknown')}), or build again."
+            f"({ich.get('created_by', 'unknown')}), or build into another folder."
         )
     try:
         spec = Spec.model_validate(ich["spec"])
         counts, _, _ = dict(ich["counts"]), dict(ich["files"]), str(ich["digest"])
         slices = int(counts["planned"])
     except (KeyError, TypeError, ValueError, ValidationError):
-        raise CorruptionError(f"{root / ROOT} lacks parts of what `ich-prep build` wrote. Build again.") from None
+        raise CorruptionError(
+            f"{root / ROOT} lacks parts of what `ich-prep build` wrote. Restore it, or remove the folder and build again."
+        ) from None
     return Dataset(root, spec, ich, slices)
 
 
@@ -290,7 +293,8 @@ class Dataset:
             return read_parquet(self.path / name, columns)
         except (OSError, pa.ArrowException) as error:
             raise CorruptionError(
-                f"{self.path / name} cannot be read: {error}. Run `ich-prep verify {self.path}`, then build again."
+                f"{self.path / name} cannot be read: {error}. Run `ich-prep verify {self.path}`, then restore it, or build "
+                "again with --overwrite."
             ) from None
 
     def read(
@@ -339,7 +343,7 @@ class Dataset:
         if status == OK:
             raise CorruptionError(
                 f"Row {row} has status ok, and shard {shard} ({shard_path(self.path, shard)}) holds no slice for it. "
-                f"Run `ich-prep verify {self.path}`, then build again."
+                f"Run `ich-prep verify {self.path}`, then restore it, or build again with --overwrite."
             )
         raise DatasetError(
             f"Row {row} was set aside with the status {status!r} and has no pixels. Ask only for rows whose status is "

@@ -70,16 +70,17 @@ def verify(
         raise UsageError(f"Expected --sample within 0..1, the share of slices to compare; got {sample:g}.")
     dataset = store.open_dataset(path)
     problems = [*_check_digest(dataset), *_check_files(dataset)]
-    if not problems:
-        problems += _check_root(dataset)
-    if problems:
-        # Tables that are not the ones that were written cannot speak for the shards.
+    intact = not problems
+    witnesses = {str(dataset.path / name) for name in (store.ROOT, store.SLICES, store.SHARDS)}
+    if any(problem.culprit in witnesses for problem in problems):
+        # They are not the ones that were written, and cannot speak for the shards.
         return Verification(0, 0, 0, tuple(problems))
-    problems += _check_tables(dataset)
-    problems += _check_zarr(dataset)
+    if intact:
+        problems += [*_check_root(dataset), *_check_tables(dataset), *_check_zarr(dataset)]
     problems += _check_shards(dataset, progress)
     problems += _check_strays(dataset)
-    problems += _check_ledger(dataset)
+    if intact:
+        problems += _check_ledger(dataset)
     compared = 0
     if src is not None:
         rows = _sample(dataset, sample, seed)
@@ -261,9 +262,9 @@ def _compare(dataset: Dataset, src: Path, rows: NDArray[np.int64], progress: Pro
     if not path.exists():
         raise UsageError(
             f"Expected the plan of the build at {path}, which names the source file of each row; it is gone. Verify "
-            "without --src, or build again."
+            "without --src, or build again with --overwrite."
         )
-    plan = store.read_parquet(path).take(pa.array(rows)).to_pylist()
+    plan = dataset.read_table(f"{store.BUILD}/{store.PLAN}").take(pa.array(rows)).to_pylist()
     stored = np.empty((1, *dataset.shape[1:]), dataset.dtype)
     progress.begin("Comparing with the sources", len(rows), "slices", 0)
     for line in plan:

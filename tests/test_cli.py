@@ -16,6 +16,7 @@ import pytest
 from ich_prep.cli import app
 from ich_prep.labels import CLASSES
 from ich_prep.store import open_dataset
+from ich_prep.windows import PRESETS
 
 PREP = str(Path(sys.executable).with_name("ich-prep"))
 
@@ -31,6 +32,10 @@ def test_help_comes_in_half_a_second() -> None:
         assert prep("--help").returncode == 0
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 0.5, seconds
+
+
+def test_help_names_every_preset() -> None:
+    assert all(name in prep("build", "--help").stdout for name in PRESETS)
 
 
 def test_help_names_every_command() -> None:

@@ -144,6 +144,10 @@ def test_a_uid_may_hold_underscores_and_class_names(tmp_path: Path) -> None:
         ({}, "Expected one label file .* found none"),
         ({"stage_2_sample_submission.csv": SAMPLE}, "Expected one label file .* found none"),
         ({"a.csv": long_csv({"ID_a": NEGATIVE}), "b.csv": long_csv({"ID_a": NEGATIVE})}, r"a\.csv, .*b\.csv"),
+        (
+            {"a.csv": long_csv({"ID_a": NEGATIVE}), **{f"stage_{n}_sample_submission.csv": SAMPLE for n in (1, 2)}},
+            r"one sample submission.*stage_1.*stage_2.*out of the tree",
+        ),
         ({"a.csv": "ID,Label\nID_a_haematoma,0\n"}, r"line 2 has 'ID_a_haematoma'"),
         ({"a.csv": "ID,Label\nID_a_any,0\nID_b_any,0.5\n"}, r"found 0\.5 in line 3"),
         ({"a.csv": "ID,Label\nID_a_any,\n"}, r"found nan in line 2"),
@@ -164,6 +168,9 @@ def test_a_label_file_that_is_given_is_the_one_that_is_read(tmp_path: Path) -> N
     assert labels.values.tolist() == [list(SUBDURAL)]
     with pytest.raises(SourceError, match=r"gone\.csv; it cannot be read"):
         rsna.read_labels(listing, tmp_path / "gone.csv", allow_contradictions=False)
+    given.write_text("Image,any,subdural\nID_a,1,1\n", encoding="utf-8")
+    with pytest.raises(SourceError, match=r"columns ID,Label in .*mine\.csv.* found Image,any,subdural"):
+        rsna.read_labels(listing, given, allow_contradictions=False)
 
 
 @pytest.mark.parametrize(
@@ -311,7 +318,7 @@ def test_a_subtype_by_majority_without_ich_raises_any(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("name,Category,R1:ICH\nCQ500-CT-0,B1,1\n", r"columns .*R3:EDH.* are missing"),
-        (reads_csv({"CQ500-CT-1": {}, "CQ500CT1": {}}), "each subject once"),
+        (reads_csv({"CQ500-CT-1": {}, "CQ500CT1": {"ICH": (1, 1, 0)}}), r"contradict.*CQ500-CT-1 \(any\)"),
         (reads_csv({"CQ500-CT-1": {"ICH": (1, 1, "")}}), r"0 or 1.*R3:ICH"),
         (reads_csv({"CQ500-CT-1": {"ICH": (1, 1, 2)}}), r"0 or 1.*R3:ICH"),
         (reads_csv({"CQ500-CT-1": {"ICH": (1, 1, "yes")}}), "cannot be read"),
@@ -321,6 +328,17 @@ def test_reads_that_make_no_labels_are_refused(text: str, message: str, tmp_path
     listing = tree(tmp_path, {CQ500_SLICE: "", "reads.csv": text})
     with pytest.raises(SourceError, match=message):
         cq500.read_labels(listing, None, allow_contradictions=False)
+
+
+def test_a_subject_that_stands_twice_is_known_where_its_lines_agree(tmp_path: Path) -> None:
+    text = reads_csv({"CQ500-CT-1": {"SDH": (1, 1, 0)}, "CQ500CT1": {"SDH": (1, 1, 1), "SAH": (1, 1, 0)}})
+    listing = tree(tmp_path, {CQ500_SLICE: "", "reads.csv": text})
+    labels = cq500.read_labels(listing, None, allow_contradictions=True)
+    assert labels.keys.to_pylist() == labels.contradicted.to_pylist() == ["CQ500-CT-1"]
+    assert dict(zip(CLASSES, labels.values[0].tolist(), strict=True)) == {
+        **dict.fromkeys(CLASSES, 0),
+        **{"subdural": 1, "subarachnoid": -1, "any": 1},
+    }
 
 
 @pytest.mark.parametrize(

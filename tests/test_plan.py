@@ -381,3 +381,4 @@ def test_a_label_is_unknown_for_a_series_only_where_no_slice_knows() -> None:
         [0, None, 1, None, 0, 1],
         [None] * 6,
     ]
+    assert plan.series["label_level"].to_pylist() == ["slice", "none"]

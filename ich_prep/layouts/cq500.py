@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ich_prep.errors import SourceError
-from ich_prep.labels import CLASSES, Labels
+from ich_prep.labels import CLASSES, Labels, gather_long
 from ich_prep.layouts.placement import Placement, no_repairs, only_one, read_csv, tables_with
 
 if TYPE_CHECKING:
@@ -64,13 +65,16 @@ def read_labels(listing: Listing, given: Path | None, *, allow_contradictions: b
     raised = int((implied > values[:, -1]).sum())
     values[:, -1] = np.maximum(values[:, -1], implied)
     subjects = pa.array([_subject(name) or name for name in table["name"].to_pylist()], pa.string())
-    if len(pc.unique(subjects)) != len(subjects) and not allow_contradictions:
-        raise SourceError(f"Expected each subject once in {path}; some stand more than once. Correct the file.")
+    labels = gather_long(
+        subjects.take(pa.array(np.repeat(np.arange(len(subjects)), len(CLASSES)))),
+        np.tile(np.arange(len(CLASSES)), len(subjects)),
+        values.reshape(-1),
+        allow_contradictions=allow_contradictions,
+    )
     notes = (
         (f"{raised} subjects have a subtype by majority and no ICH by majority: any was set to 1",) if raised else ()
     )
-    empty = pa.array([], pa.string())
-    return Labels("subject", subjects, values, empty, empty, notes)
+    return replace(labels, key="subject", notes=(*labels.notes, *notes))
 
 
 def _subject(name: str) -> str | None:

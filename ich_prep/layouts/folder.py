@@ -35,6 +35,8 @@ def read_labels(listing: Listing, given: Path | None, *, allow_contradictions: b
         if not known:
             return no_labels()
         given = only_one(known, "CSV of labels")
+    if not given.is_file():
+        raise SourceError(f"Expected a CSV of labels at {given}; there is no such file.")
     columns = header_of(given)
     key = _key_of(columns)
     if key is None:

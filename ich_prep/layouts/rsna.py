@@ -53,13 +53,23 @@ def read_labels(listing: Listing, given: Path | None, *, allow_contradictions: b
             "Give the training labels with --labels (a sample submission has none)."
         )
     labels = gather_long(keys, classes, values.astype(np.int8), allow_contradictions=allow_contradictions)
-    listed = pc.unique(_read_long(only_one(samples, "sample submission"))[0]) if samples else pa.array([], pa.string())
+    if len(samples) > 1:
+        raise SourceError(
+            f"Expected one sample submission in the tree; found {', '.join(map(str, samples))}. Move all but that of the "
+            "stage whose files are there out of the tree."
+        )
+    listed = pc.unique(_read_long(samples[0])[0]) if samples else pa.array([], pa.string())
     return Labels(labels.key, labels.keys, labels.values, listed, labels.contradicted, labels.notes)
 
 
 def _read_long(path: Path) -> tuple[pa.Array, NDArray[np.intp], NDArray[np.float64]]:
     """Return the SOP Instance UID, class and label of each line of a long CSV."""
     table = read_csv(path, {"ID": pa.string(), "Label": pa.float64()})
+    if not {*HEADER} <= {*table.column_names}:
+        raise SourceError(
+            f"Expected the columns {','.join(HEADER)} in {path}, a line for each slice and class; found "
+            f"{','.join(table.column_names)}. Give the label file of the competition with --labels."
+        )
     names = table["ID"].combine_chunks()
     # The class is what follows the last '_', and no class name holds one: so each is a fixed number of characters.
     classes = np.full(len(names), -1, np.intp)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from commands import PREP, SMALL, prep, start, train_file, wait_for
+from commands import PREP, SMALL, prep, published, start, train_file, wait_for
 
 from ich_prep import store
 from ich_prep.build_dataset import Allowances, build
-from ich_prep.errors import DatasetError, SourceError
+from ich_prep.errors import BuildError, DatasetError, SourceError
 from ich_prep.phantom import synthesize
 from ich_prep.progress import Silence
 from ich_prep.store import open_dataset
@@ -102,10 +105,46 @@ def test_too_many_damaged_files_end_the_build_and_may_be_allowed(damaged_tree: P
     assert refused.returncode == 1
     # Two that are no DICOM, one empty, one truncated, one that lies about its size; a scout is no damage.
     assert "5 of " in refused.stderr
+    assert "; for one, stage_2_train/" in refused.stderr
     assert "2 not_dicom" in refused.stderr
     assert "localizer" not in refused.stderr
     assert "--max-quarantined" in refused.stderr
     assert prep(*words, "--max-quarantined", 0.5).returncode == 0
+
+
+@pytest.mark.parametrize("stage", ["scan", "shards"])
+def test_a_file_that_could_not_be_read_is_read_once_it_can_be(
+    stage: str, tree: Path, dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mount that went away, a disk that failed: mended, the same command goes on."""
+    out, lost, opened = tmp_path / "data.zarr", str(train_file(tree)), os.open
+
+    def fail(path: Any, *rest: Any, **more: Any) -> int:
+        if path == lost and (stage == "scan" or (out / "build" / "plan.parquet").exists()):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return opened(path, *rest, **more)
+
+    with (
+        monkeypatch.context() as broken,
+        pytest.raises(BuildError, match=f"1 unreadable; for one, .*{Path(lost).name}"),
+    ):
+        broken.setattr(os, "open", fail)
+        build(tree, out, SMALL, workers=0, allow=Allowances(max_quarantined=0.0))
+    build(tree, out, SMALL, workers=0)
+    assert published(out) == published(dataset_path)
+
+
+def test_a_shard_that_went_away_before_the_end_is_written_anew(
+    phantom_tree: Path, dataset_path: Path, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(dataset_path, tmp_path / "data.zarr"))
+    (out / "zarr.json").unlink()
+    store.shard_path(out, 1).unlink()
+    (store.shard_path(out, 0).with_name(".0.killed")).write_bytes(b"what a killed worker left")
+    with pytest.raises(BuildError, match=r"Expected shard 1 of \d+ bytes .* found nothing"):
+        build(phantom_tree, out, SMALL, workers=0)
+    build(phantom_tree, out, SMALL, workers=0)
+    assert published(out) == published(dataset_path)
 
 
 def test_labels_that_do_not_fit_are_refused_listed_and_allowed(tree: Path, tmp_path: Path) -> None:
