@@ -19,6 +19,8 @@ from ich_train.config import MODELS, EvalConfig, TrainConfig
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ich_prep.store import Dataset
+
 Section = TypeVar("Section", TrainConfig, EvalConfig)
 
 DEFAULT = TrainConfig()
@@ -48,6 +50,7 @@ Threads = Annotated[int | None, typer.Option(min=1, help=f"Threads that read dat
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: a GPU where there is one.")]
 Subset = Annotated[str | None, typer.Option(help="train, val, test or all. Default: as in the run's recipe.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Judge so many slices, drawn by the seed.")]
+Evaluation = Annotated[Path | None, typer.Option("--out", help="Where to write. Default: the run's folder.")]
 Submission = Annotated[Path, typer.Option("--out", help="The CSV to write, with the columns ID,Label.")]
 Sample = Annotated[Path | None, typer.Option(help="A sample submission: its lines, in its order.")]
 
@@ -91,8 +94,11 @@ def run_command(
     from ich_prep.store import open_dataset
     from ich_train.train import train
 
-    console = _console()
-    result = train(open_dataset(settings.data), out, settings, evaluation, console=console, resume=resume)
+    console, dataset = _console(), open_dataset(settings.data)
+    difference = _built_otherwise(recipe, dataset) if recipe else ""
+    if difference:
+        console.print(difference, soft_wrap=True, style="bold")
+    result = train(dataset, out, settings, evaluation, console=console, resume=resume)
     if not result.finished:
         console.print(f"Stopped. Go on with: ich-train run --resume --out {out}", soft_wrap=True)
         raise typer.Exit(INTERRUPTED)
@@ -107,12 +113,13 @@ def eval_command(
     data: Data = None,
     subset: Subset = None,
     limit: Limit = None,
+    out: Evaluation = None,
     seed: Seed = None,
     batch_size: BatchSize = None,
     threads: Threads = None,
     device: Device = None,
 ) -> None:
-    """Judge a run's best epoch on a part of a dataset and write the run's report anew."""
+    """Judge a run's best epoch on a part of a dataset and write the run's report anew, or another one to --out."""
     from ich_train.runs import RECIPE, settings_of
 
     settings, _ = settings_of(run)
@@ -129,8 +136,9 @@ def eval_command(
         **evaluation.model_dump(),
         device=str(choose_device(device or settings.device)),
         threads=threads or settings.threads,
+        out=out,
     )
-    _print_metrics(_console(), metrics, run)
+    _print_metrics(_console(), metrics, out or run)
 
 
 @app.command("predict")
@@ -184,6 +192,33 @@ def _section(recipe: Path | None, section: str, model: type[Section], given: dic
     return validate(model, values, where=f"{recipe} [{section}]" if recipe else "options")
 
 
+def _built_otherwise(recipe: Path, dataset: Dataset) -> str:
+    """Say where ``dataset`` is not what the section [build] of ``recipe`` makes; nothing where it is."""
+    from ich_prep.store import Spec
+
+    written = read_section(recipe, "build")
+    stated: dict[str, Any] = {name: written[name] for name in ("size", "store", "windows") if name in written}
+    asked = validate(Spec, stated, where=f"{recipe} [build]")
+    found = {
+        name: getattr(dataset.spec, name) for name in stated if getattr(dataset.spec, name) != getattr(asked, name)
+    }
+    if dataset.spec.store == "hu":
+        found.pop("windows", None)  # they are made as they are wanted
+    if not found:
+        return ""
+    return (
+        f"Note: {dataset.path} was not built with {recipe}: "
+        + "; ".join(
+            f"{name} is {_shown(value)} and not {_shown(getattr(asked, name))}" for name, value in found.items()
+        )
+        + "."
+    )
+
+
+def _shown(value: object) -> str:
+    return ", ".join(window.name for window in value) if isinstance(value, tuple) else str(value)
+
+
 def _console() -> Console:
     """Return standard error; of the processes that torchrun started, only the first one's speaks."""
     from rich.console import Console
@@ -196,12 +231,15 @@ def _print_metrics(console: Console, metrics: dict[str, Any], run: Path) -> None
 
     from ich_train.evaluate import REPORT
 
-    judged, by_slice = metrics["evaluated"], metrics["by_slice"]
-    table = Table(title=f"{judged['slices']:,} slices of {judged['subset']}", title_justify="left")
+    judged, view = metrics["evaluated"], metrics["by_slice"]
+    title = f"{judged['slices']:,} slices of {judged['subset']}"
+    if judged["series_labels"] and metrics["by_series_max"]:
+        title, view = f"Series of {title}, by their highest slice", metrics["by_series_max"]
+    table = Table(title=title, title_justify="left")
     table.add_column("label")
     for heading in ("positive", "ROC AUC", "95%", "average precision"):
         table.add_column(heading, justify="right")
-    for name, entry in by_slice["labels"].items():
+    for name, entry in view["labels"].items():
         interval = entry["intervals"]["roc_auc"]
         table.add_row(
             name,
@@ -211,7 +249,7 @@ def _print_metrics(console: Console, metrics: dict[str, Any], run: Path) -> None
             _number(entry["average_precision"]),
         )
     console.print(table)
-    console.print(f"Weighted log loss {_number(by_slice['log_loss'])}. Report: {run / REPORT}", soft_wrap=True)
+    console.print(f"Weighted log loss {_number(view['log_loss'])}. Report: {run / REPORT}", soft_wrap=True)
 
 
 def _number(value: float | None) -> str:

@@ -198,11 +198,13 @@ class SliceLoader:
                 self._batch = number + 1
                 if self._batch == len(batches):
                     self._epoch, self._batch = self._epoch + 1, 0
-                yield slot.batch if size == self.batch_size else Batch(*(tensor[:size] for tensor in slot.batch))
-                if slot.pinned:
-                    # A copy to the GPU may still be on its way: it is over once the stream has passed this point.
-                    slot.copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-                    slot.copied.record()
+                try:
+                    yield slot.batch if size == self.batch_size else Batch(*(tensor[:size] for tensor in slot.batch))
+                finally:  # also where the consumer stops here: the next epoch uses the buffer again
+                    if slot.pinned:
+                        # A copy to the GPU may still be on its way: it is over once the stream has passed this point.
+                        slot.copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+                        slot.copied.record()
                 ring.free.put(slot)
         finally:
             for ring in rings:

@@ -92,8 +92,12 @@ def evaluate_run(
     device: str = "cpu",
     threads: int = 2,
     batch_size: int = 64,
+    out: Path | None = None,
 ) -> dict[str, Any]:
-    """Evaluate the best network of the folder ``run`` on a part of ``dataset``; write it all there, return the metrics.
+    """Evaluate the best network of the folder ``run`` on a part of ``dataset``; write it all, return the metrics.
+
+    It is written to the folder ``out``, or to ``run``. Labels of whole series are judged, whatever the network learned
+    from: the report says so, and the measures by series are those that count then.
 
     ``subset`` is train, val, test or all three, split as in training; of ``limit`` slices, drawn by ``seed``, where it
     has more. The thresholds of best F1 come from the whole validation part. Where slices are drawn there is nothing by
@@ -103,10 +107,11 @@ def evaluate_run(
     """
     if subset not in SUBSETS:
         raise UsageError(f"Expected a subset of {', '.join(SUBSETS)}; found {subset!r}.")
+    out = out or run
     history = read_history(run)
     predictor = load_predictor(run, dataset, device=device)
     meta = predictor.meta
-    split = split_rows(dataset, **meta["split"], allow_series_labels=meta["allow_series_labels"])
+    split = split_rows(dataset, **meta["split"], allow_series_labels=True)
     part = np.sort(np.concatenate([*vars(split).values()])) if subset == "all" else vars(split)[subset]
     rows = draw_rows(part, limit=limit, seed=seed)
     needed = np.union1d(rows, split.val)
@@ -152,16 +157,18 @@ def evaluate_run(
         figures[f"sheet_{name}"] = draw_sheet(dataset, predictor, cases, name, 0.5 if threshold is None else threshold)
     figures["feature_maps"] = draw_feature_maps(dataset, predictor, _most_certain(cases))
 
-    pq.write_table(_predictions(dataset, cases), run / PREDICTIONS)
-    (run / CURVES).mkdir(exist_ok=True)
-    _write_curves(run / CURVES / "roc.csv", roc, x="false_positive_rate", y="true_positive_rate")
-    _write_curves(run / CURVES / "precision_recall.csv", precision_recall, x="recall", y="precision")
-    (run / PICTURES).mkdir(exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / METRICS).unlink(missing_ok=True)  # of the evaluation that is replaced
+    pq.write_table(_predictions(dataset, cases), out / PREDICTIONS)
+    (out / CURVES).mkdir(exist_ok=True)
+    _write_curves(out / CURVES / "roc.csv", roc, x="false_positive_rate", y="true_positive_rate")
+    _write_curves(out / CURVES / "precision_recall.csv", precision_recall, x="recall", y="precision")
+    (out / PICTURES).mkdir(exist_ok=True)
     pictures = {name: png(figure) for name, figure in figures.items()}
     for name, picture in pictures.items():
-        (run / PICTURES / f"{name}.png").write_bytes(picture)
-    write_whole(run / REPORT, report_html(metrics, history, pictures))
-    write_whole(run / METRICS, json.dumps(metrics, indent=1, allow_nan=False) + "\n")
+        (out / PICTURES / f"{name}.png").write_bytes(picture)
+    write_whole(out / REPORT, report_html(metrics, history, pictures))
+    write_whole(out / METRICS, json.dumps(metrics, indent=1, allow_nan=False) + "\n")
     return metrics
 
 
@@ -249,7 +256,8 @@ def draw_sheet(dataset: Dataset, predictor: Predictor, cases: Cases, label: str,
 
 def draw_feature_maps(dataset: Dataset, predictor: Predictor, row: int) -> Figure:
     """Return what each convolution layer of the network makes of the slice ``row``."""
-    loader = SliceLoader(dataset, np.array([row]), batch_size=1, order="sequential", context=predictor.meta["context"])
+    context = predictor.meta["context"]
+    loader = SliceLoader(dataset, np.array([row]), batch_size=1, order="sequential", context=context, pin=False)
     layers = conv_layers(predictor.model)
     maps: dict[str, torch.Tensor] = {}
     handles = [

@@ -16,6 +16,7 @@ from torch import nn
 
 from ich_prep.errors import UsageError
 from ich_prep.labels import CLASSES
+from ich_prep.store import OK
 from ich_prep.windows import Window
 from ich_train.augment import Preprocess
 from ich_train.checkpoint import load_model
@@ -122,8 +123,13 @@ def write_submission(
             f"Expected slices of the subset test in {dataset.path}; found none. Build from a tree that holds the "
             "competition's test files."
         )
-    usable = test[pc.equal(slices["status"], "ok").to_numpy()[test]]
+    usable = test[pc.equal(slices["status"], OK).to_numpy()[test]]
     slice_ids, classes = _ids_in(sample) if sample is not None else _ids_of(dataset, test)
+    # One line more than there are usable slices: for those without an image, found at index -1.
+    place = pc.fill_null(pc.index_in(slice_ids, slices["sop_instance_uid"].take(pa.array(usable))), -1).to_numpy()
+    missing = len(pc.unique(slice_ids.filter(pa.array(place < 0))))
+    shares = _training_shares(dataset, predictor.meta) if missing else np.zeros(len(CLASSES), np.float32)
+    out.parent.mkdir(parents=True, exist_ok=True)
 
     probabilities = predict_rows(
         predictor.model,
@@ -135,10 +141,6 @@ def write_submission(
         threads=threads,
         device=device,
     )
-    # One line more than there are usable slices: for those without an image, found at index -1.
-    place = pc.fill_null(pc.index_in(slice_ids, slices["sop_instance_uid"].take(pa.array(usable))), -1).to_numpy()
-    missing = len(pc.unique(slice_ids.filter(pa.array(place < 0))))
-    shares = _training_shares(dataset, predictor.meta) if missing else np.zeros(len(CLASSES), np.float32)
     values = np.vstack([probabilities, shares])[place, classes]
     if missing:
         logger.warning(
@@ -197,7 +199,7 @@ def _ids_in(sample: Path) -> tuple[pa.Array, NDArray[np.int64]]:
 
 def _training_shares(dataset: Dataset, meta: dict[str, Any]) -> NDArray[np.float32]:
     """Return the share of positives of each label among the training slices, (6,), 0 where none is known."""
-    split = split_rows(dataset, **meta["split"], allow_series_labels=meta["allow_series_labels"])
+    split = split_rows(dataset, **meta["split"], allow_series_labels=True)
     labels = label_matrix(dataset, split.train)
     known = (labels >= 0).sum(axis=0)
     shares: NDArray[np.float32] = ((labels > 0).sum(axis=0) / np.maximum(known, 1)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""What a training run tells the person who waits for it: a bar on a terminal, a line for each epoch elsewhere."""
+"""What a training run tells the person who waits for it: a bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 REFRESH_S = 0.25  # a bar that asks a GPU for its loss more often would hold it up
+LINE_S = 30.0  # between two lines where there is no terminal
 
 
 @dataclass
@@ -68,6 +69,7 @@ class Reporter:
         self._shown_at = 0.0
 
     def __enter__(self) -> Self:
+        self._shown_at = time.perf_counter() if self._bar.disable else 0.0
         self._bar.start()
         return self
 
@@ -84,13 +86,17 @@ class Reporter:
     def step(self, epoch: int, step: int, steps: int, meter: Meter) -> None:
         """Show that ``step`` of ``steps`` of an epoch are done; does nothing most of the time."""
         now = time.perf_counter()
-        if self._bar.disable or (now - self._shown_at < REFRESH_S and step < steps):
+        passed = now - self._shown_at
+        if self._silent or (passed < LINE_S if self._bar.disable else passed < REFRESH_S and step < steps):
             return
         self._shown_at = now
         loss, _ = meter.means()
         rates = (
             f"{meter.slices / meter.seconds:,.0f} slices/s  loss {loss:.4f}  {meter.wait_s / meter.seconds:.0%} waiting"
         )
+        if self._bar.disable:
+            self.say(f"epoch {epoch}/{self._epochs}: {step:,} of {steps:,} steps  {rates}")
+            return
         self._bar.update(
             self._task, completed=step, total=steps, epoch=f"{epoch}/{self._epochs}", rates=rates, refresh=True
         )

@@ -23,6 +23,8 @@ from ich_train.split import balanced_weights, label_matrix, split_rows
 from ich_train.step import Step
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ich_prep.store import Dataset
     from ich_train.config import TrainConfig
     from ich_train.ranks import Ranks
@@ -82,7 +84,6 @@ class Training:
             "val_loss": self.history[-1].val_loss if self.history else None,
             "dataset_digest": self.dataset.digest,
             "split": {"val_fold": self.settings.val_fold, "test_fold": self.settings.test_fold},
-            "allow_series_labels": self.settings.allow_series_labels,
         }
 
     def state(self) -> dict[str, Any]:
@@ -107,7 +108,8 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:
             group["capturable"] = False  # until a step is recorded
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # not where the run began in another precision, on another device
+            self.scaler.load_state_dict(state["scaler"])
         # Only the first rank's place was saved: the others stood at the same batch, of shares of their own.
         self.loader.load_state_dict(state["loader"] | {"rank": self.loader.rank})
         self.history = [Epoch(**line) for line in state["history"]]
@@ -118,8 +120,8 @@ class Training:
         self.meter.sums = mine.to(self.label_weights.device)
 
 
-def prepare(dataset: Dataset, settings: TrainConfig, ranks: Ranks) -> Training:
-    """Return a run at its beginning, on this rank's device.
+def prepare(dataset: Dataset, settings: TrainConfig, ranks: Ranks, *, weights: Path | None = None) -> Training:
+    """Return a run at its beginning, on this rank's device, its network filled from the file ``weights`` if there is one.
 
     Raises `UsageError` for settings that do not fit the dataset: folds without slices, windows for a dataset that
     holds windows already, too few slices for one batch, a model or weights that `build_model` refuses.
@@ -137,7 +139,7 @@ def prepare(dataset: Dataset, settings: TrainConfig, ranks: Ranks) -> Training:
             f"Expected at least one batch of {settings.batch_size} slices for each of {ranks.world_size} processes; "
             f"found {len(split.train)} slices to train on. Lower the batch size."
         )
-    weights = balanced_weights(label_matrix(dataset, split.train)) if settings.sampling == "balanced" else None
+    frequencies = balanced_weights(label_matrix(dataset, split.train)) if settings.sampling == "balanced" else None
     loader = SliceLoader(
         dataset,
         split.train,
@@ -146,7 +148,7 @@ def prepare(dataset: Dataset, settings: TrainConfig, ranks: Ranks) -> Training:
         seed=settings.seed,
         threads=settings.threads,
         context=settings.context,
-        weights=weights,
+        weights=frequencies,
         rank=ranks.rank,
         world_size=ranks.world_size,
         drop_last=True,  # a batch normalisation cannot do with a last batch of one slice
@@ -168,7 +170,7 @@ def prepare(dataset: Dataset, settings: TrainConfig, ranks: Ranks) -> Training:
         channels=len(windows) * (2 * settings.context + 1),
         size=dataset.spec.size,
         classes=len(CLASSES),
-        weights=settings.weights,
+        weights=weights,
         dropout=settings.dropout,
     )
     model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # its stub leaves that out

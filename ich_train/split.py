@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from ich_prep.errors import UsageError
 from ich_prep.labels import CLASSES
-from ich_train.data import usable_rows
+from ich_train.data import read_labels, usable_rows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -31,21 +31,25 @@ def split_rows(dataset: Dataset, *, val_fold: int, test_fold: int, allow_series_
     """Return the usable, labelled rows of ``dataset`` as a `Split`.
 
     Where the dataset's own test subset has labels, it is the test part, and the training part has all folds but
-    ``val_fold``. Elsewhere ``test_fold`` is held out. Raises `UsageError` where the two folds are one, a part would be
-    empty, or labels are those of whole series and ``allow_series_labels`` is false.
+    ``val_fold``; other slices of its patients are in no part. Elsewhere ``test_fold`` is held out. Raises `UsageError`
+    where the two folds are one, a part would be empty, or labels are those of whole series and ``allow_series_labels`` is
+    false.
     """
     rows = usable_rows(dataset, allow_series_labels=allow_series_labels)
     in_test_subset = column(dataset.slices, "subset", rows) == "test"
     # A slice of the test subset has no fold.
     fold = np.where(in_test_subset, -1, column(dataset.slices, "fold", rows)).astype(np.int64)
+    in_no_part = np.zeros(len(rows), bool)
     if in_test_subset.any():
         is_test = in_test_subset
+        patients = column(dataset.slices, "patient_id", rows)
+        in_no_part = np.isin(patients, patients[is_test]) & ~is_test
     elif val_fold == test_fold:
         raise UsageError(f"Expected val_fold and test_fold to differ; found {val_fold} for both.")
     else:
         is_test = fold == test_fold
-    is_val = fold == val_fold
-    split = Split(train=rows[~is_val & ~is_test], val=rows[is_val], test=rows[is_test])
+    is_val = (fold == val_fold) & ~in_no_part
+    split = Split(train=rows[~is_val & ~is_test & ~in_no_part], val=rows[is_val], test=rows[is_test])
     for part, part_rows in vars(split).items():
         if not len(part_rows):
             folds, sizes = np.unique(fold[fold >= 0], return_counts=True)
@@ -60,7 +64,7 @@ def split_rows(dataset: Dataset, *, val_fold: int, test_fold: int, allow_series_
 
 def label_matrix(dataset: Dataset, rows: NDArray[np.int64]) -> NDArray[np.int8]:
     """Return the six labels of ``rows``, (n, 6) int8 in the order of ``CLASSES``, -1 where unknown."""
-    return np.stack([column(dataset.slices, name, rows) for name in CLASSES], axis=1).astype(np.int8)
+    return read_labels(dataset)[rows]
 
 
 def balanced_weights(labels: NDArray[np.int8]) -> NDArray[np.float64]:

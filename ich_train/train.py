@@ -59,12 +59,19 @@ def train(
     cannot be recorded as a CUDA graph.
     """
     with join_ranks(settings.device) as ranks, own_stream(ranks.device), Stop(ranks) as stop:
-        training = prepare(dataset, settings, ranks)
+        saved = resume and _has_state(out, settings, ranks)
+        training = prepare(dataset, settings, ranks, weights=None if saved else settings.weights)
         reporter = Reporter(console, epochs=settings.epochs, silent=not ranks.first)
-        if resume:
-            _go_on(training, out, ranks, reporter)
-        elif ranks.first:
+        if saved:
+            load_parameters(out / LAST, training.model)
+            training.resume(load_state(out / LAST))
+        elif ranks.first and not resume:
             start(out, settings, evaluation)
+        reporter.say(_outline(training, ranks))
+        if resume:
+            reporter.say(
+                f"Going on with {out} in epoch {len(training.history) + 1}, after {training.step} steps of it."
+            )
         events = tensorboard(out, len(training.history) + 1) if ranks.first else nullcontext()
 
         with reporter, events as board:
@@ -80,13 +87,15 @@ def train(
                 if line is training.best:
                     _save(training, out / BEST, ranks)
                 if ranks.first:
+                    (out / METRICS).unlink(missing_ok=True)  # of an earlier epoch, where the run was judged on its way
                     write_history(out, training.history)
                 _save(training, out / LAST, ranks, with_state=True)
                 reporter.epoch(line, best=line is training.best)
                 if board is not None:
                     for name, value in asdict(line).items():
                         board.add_scalar(name, value, line.epoch)
-                if line.epoch < settings.epochs and stop.agreed():
+                work_left = line.epoch < settings.epochs or evaluation is not None
+                if work_left and stop.agreed():
                     return Result(out, tuple(training.history), finished=False)
 
         reporter.summary(training.history)
@@ -181,17 +190,26 @@ def _save(training: Training, folder: Path, ranks: Ranks, *, with_state: bool = 
         save_checkpoint(folder, training.model, training.meta(), training.state() if with_state else None)
 
 
-def _go_on(training: Training, out: Path, ranks: Ranks, reporter: Reporter) -> None:
-    """Bring ``training`` to where the run in ``out`` was last saved; to the beginning where it never was."""
-    check_same(out, training.settings)
+def _has_state(out: Path, settings: TrainConfig, ranks: Ranks) -> bool:
+    """Return whether the run in ``out``, which must have begun with the same ``settings``, was ever saved."""
+    check_same(out, settings)
     # A replacement that was cut short is put right by one rank before the others look.
     if ranks.first:
         has_checkpoint(out / LAST)
     ranks.wait()
-    if has_checkpoint(out / LAST):
-        load_parameters(out / LAST, training.model)
-        training.resume(load_state(out / LAST))
-    reporter.say(f"Going on with {out} in epoch {len(training.history) + 1}, after {training.step} steps of it.")
+    return has_checkpoint(out / LAST)
+
+
+def _outline(training: Training, ranks: Ranks) -> str:
+    """Say in a line what is trained on what."""
+    device = ranks.device
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return (
+        f"Training {training.settings.model} in {str(training.precision).removeprefix('torch.')} on "
+        f"{where if ranks.world_size == 1 else f'{ranks.world_size} x {where}'}: {len(training.loader.rows):,} slices, "
+        f"{len(training.loader):,} steps an epoch, of {training.settings.batch_size} slices each; "
+        f"{len(training.val_loader.rows) * ranks.world_size:,} slices to validate."
+    )
 
 
 def learning_rate(step: int, *, peak: float, warmup_steps: int, all_steps: int) -> float:

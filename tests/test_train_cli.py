@@ -55,6 +55,7 @@ def test_run_eval_and_predict_in_the_folder_of_a_build(
     assert len(read_history(run)) == 2
     told = capsys.readouterr().err
     assert "epoch 2/2" in told
+    assert "Note" not in told
     assert "ROC AUC" in told
     assert "Report: runs/quick/report.html" in told
     before = (run / "metrics.json").read_text(encoding="utf-8")
@@ -68,11 +69,26 @@ def test_run_eval_and_predict_in_the_folder_of_a_build(
     assert "30 slices of val" in capsys.readouterr().err
     assert (run / "metrics.json").read_text(encoding="utf-8") != before
 
+    assert call("eval", "runs/quick", "--subset", "val", "--out", "judged/val") == 0
+    assert "Report: judged/val/report.html" in capsys.readouterr().err
+
     assert call("predict", "runs/quick", "--out", "submission.csv") == 0
     lines = (tmp_path / "submission.csv").read_text(encoding="utf-8").splitlines()
     listed = (path.parent / "rsna" / "stage_2_sample_submission.csv").read_text(encoding="utf-8").splitlines()
     assert [line.split(",")[0] for line in lines] == [line.split(",")[0] for line in listed]
     torch.set_num_threads(threads)
+
+
+def test_a_dataset_that_the_recipe_does_not_build_is_remarked_on(
+    call: Call, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = '[build]\nsize = 512\nstore = "hu"\nwindows = ["brain"]\n[train]\nwindows = ["stroke"]\n'
+    (tmp_path / "large.toml").write_text(recipe, encoding="utf-8")
+    assert call("run", "--recipe", "large.toml", "--data", path) == 2
+    told = capsys.readouterr().err
+    assert f"Note: {path} was not built with large.toml: size is 32 and not 512; store is windows and not hu;" in told
+    assert "windows is brain, subdural, bone and not brain." in told
+    assert "Expected no windows in [train]" in told
 
 
 @pytest.mark.parametrize(

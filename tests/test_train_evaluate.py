@@ -11,7 +11,7 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
-from ich_prep.build_dataset import build
+from ich_prep.build_dataset import Allowances, build
 from ich_prep.errors import TrainError, UsageError
 from ich_prep.labels import CLASSES
 from ich_prep.phantom import synthesize
@@ -67,7 +67,6 @@ def make_run(folder, dataset, *, context=0):
         "val_loss": 0.4,
         "dataset_digest": dataset.digest,
         "split": SPLIT,
-        "allow_series_labels": False,
     }
     save_checkpoint(folder / "best", build_model("baseline", channels=channels, size=dataset.spec.size), meta)
     line = {"seconds": 1.0, "learning_rate": 1e-3, "slices_per_s": 100.0, "wait_share": 0.01}
@@ -222,6 +221,21 @@ def test_a_draw_of_all_from_hu_with_neighbours(hu_dataset, dataset, tmp_path):
     expected = predict_rows(loaded.model, preprocess, dataset, table["row"].to_numpy(), context=1)
     assert table["p_any"].to_numpy() == pytest.approx(expected[:, 5], abs=1e-6)
     assert len(set(table["fold"].to_pylist())) == 3
+
+
+def test_a_network_is_judged_by_another_dataset_with_labels_of_whole_series(evaluated, tmp_path):
+    synthesize(tmp_path / "cq500", series=12, seed=1, size=64, layout="cq500")
+    allow = Allowances(missing_images=True)
+    build(tmp_path / "cq500", tmp_path / "cq500.zarr", Spec(size=64, folds=3), workers=0, allow=allow)
+    run, before = evaluated
+    other = open_dataset(tmp_path / "cq500.zarr")
+    metrics = evaluate_run(run, other, subset="all", bootstrap=3, out=tmp_path / "judged" / "cq500")
+    assert metrics["evaluated"]["series_labels"]
+    assert not metrics["dataset"]["trained_on"]
+    assert metrics["by_series_max"]["cases"] == len(other.series)
+    assert json.loads((tmp_path / "judged" / "cq500" / "metrics.json").read_text()) == metrics
+    assert (tmp_path / "judged" / "cq500" / "report.html").is_file()
+    assert json.loads((run / "metrics.json").read_text()) == before
 
 
 def test_an_unknown_subset_is_refused(dataset, tmp_path):

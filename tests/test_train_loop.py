@@ -26,7 +26,11 @@ from ich_prep.phantom import synthesize
 from ich_prep.store import SLICES, Dataset, Spec, open_dataset, write_table
 from ich_train.checkpoint import load_model
 from ich_train.config import EvalConfig, TrainConfig
+from ich_train.evaluate import evaluate_run
+from ich_train.ranks import Ranks
 from ich_train.runs import Epoch, read_history
+from ich_train.setup import prepare
+from ich_train.split import split_rows
 from ich_train.train import Result, learning_rate, step_seed, train
 
 TIMES = {"seconds", "slices_per_s", "wait_share"}
@@ -107,7 +111,10 @@ def test_a_run_leaves_what_it_promises(dataset: Dataset, tmp_path: Path) -> None
     assert (meta["epoch"], meta["val_loss"]) == (best.epoch, best.val_loss)
     assert meta["dataset_digest"] == dataset.digest
     assert load_model(out / "last", "cpu").meta["epoch"] == 3
-    for line in printed.splitlines()[:3]:
+    outline, *lines = printed.splitlines()
+    train_rows = split_rows(dataset, val_fold=0, test_fold=1, allow_series_labels=False).train
+    assert outline.startswith(f"Training baseline in float32 on cpu: {len(train_rows):,} slices, ")
+    for line in lines[:3]:
         assert "training loss" in line
         assert "waiting for data" in line
     assert "lowest validation loss" in printed
@@ -142,6 +149,43 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(path: Path, tmp_path: Path,
     again, _ = quiet_train(open_dataset(path), tmp_path / "stopped", of, resume=True)
     assert again.finished
     assert again.history == resumed.history
+
+
+def test_a_run_that_was_judged_on_its_way_is_judged_at_its_end(path: Path, tmp_path: Path) -> None:
+    stopping = open_dataset(path)
+    interrupt_at_read(stopping, 50)
+    assert not quiet_train(stopping, tmp_path / "run", settings(epochs=3))[0].finished
+    evaluate_run(tmp_path / "run", open_dataset(path), subset="val", bootstrap=3)
+    console = Console(file=io.StringIO())
+    result = train(open_dataset(path), tmp_path / "run", settings(epochs=3), QUICK, console=console, resume=True)
+    assert result.metrics is not None
+    assert result.metrics["evaluated"]["subset"] == "test"
+
+
+def test_a_run_goes_on_without_the_weights_that_it_began_with(path: Path, tmp_path: Path) -> None:
+    quiet_train(open_dataset(path), tmp_path / "first", settings(epochs=1))
+    weights = tmp_path / "weights.safetensors"
+    shutil.copy(tmp_path / "first" / "best" / "model.safetensors", weights)
+    of = settings(epochs=3, weights=weights)
+    whole, _ = quiet_train(open_dataset(path), tmp_path / "whole", of)
+    stopping = open_dataset(path)
+    interrupt_at_read(stopping, 50)
+    assert not quiet_train(stopping, tmp_path / "stopped", of)[0].finished
+    weights.unlink()
+    resumed, _ = quiet_train(open_dataset(path), tmp_path / "stopped", of, resume=True)
+    assert lessons(resumed.history) == lessons(whole.history)
+
+
+def test_a_run_goes_on_in_the_precision_of_another_device(path: Path, tmp_path: Path) -> None:
+    """A run of ``precision = "auto"`` has no loss scaling in bfloat16, and has it on a GPU that knows float16 alone."""
+    stopping = open_dataset(path)
+    interrupt_at_read(stopping, 50)
+    assert not quiet_train(stopping, tmp_path / "run", settings(epochs=3))[0].finished
+    alone = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
+    training = prepare(open_dataset(path), settings(epochs=3, precision="float16"), alone)
+    training.resume(torch.load(tmp_path / "run" / "last" / "state.pt", weights_only=True))
+    assert training.scaler.is_enabled()
+    assert training.history
 
 
 def test_a_run_that_was_stopped_on_a_gpu_goes_on_without_one(path: Path, tmp_path: Path) -> None:
@@ -204,15 +248,15 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(dataset: Dataset,
     assert lessons(resumed.history) == lessons(whole.history)
 
 
-def torchrun(*options: object, port: int) -> subprocess.Popen[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+def torchrun(*options: object) -> subprocess.Popen[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     return subprocess.Popen([*launcher, *command(*options)], stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
 
 
 def test_two_processes_learn_what_one_learns_from_both_shares(path: Path, tmp_path: Path) -> None:
     one, _ = quiet_train(open_dataset(path), tmp_path / "one", settings(batch_size=16, data=path, **STILL))
     recipe = recipe_of(tmp_path, batch_size=8, data=path, **STILL)
-    with torchrun("--recipe", recipe, "--out", tmp_path / "two", port=29517) as process:
+    with torchrun("--recipe", recipe, "--out", tmp_path / "two") as process:
         _, told = process.communicate(timeout=240)
     assert process.returncode == 0, told
     assert told.count("epoch 2/2") == 1
@@ -224,9 +268,9 @@ def test_two_processes_learn_what_one_learns_from_both_shares(path: Path, tmp_pa
 @pytest.mark.slow
 def test_two_processes_stop_together_and_go_on(path: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, epochs=4, batch_size=4, data=path)
-    with torchrun("--recipe", recipe, "--out", tmp_path / "whole", port=29518) as process:
+    with torchrun("--recipe", recipe, "--out", tmp_path / "whole") as process:
         process.communicate(timeout=240)
-    with torchrun("--recipe", recipe, "--out", tmp_path / "stopped", port=29519) as process:
+    with torchrun("--recipe", recipe, "--out", tmp_path / "stopped") as process:
         assert process.stderr is not None
         for line in process.stderr:
             if line.startswith("epoch 1/4"):
@@ -234,7 +278,7 @@ def test_two_processes_stop_together_and_go_on(path: Path, tmp_path: Path) -> No
                 break
         assert "ich-train run --resume" in process.stderr.read()
     assert 1 <= len(read_history(tmp_path / "stopped")) < 4
-    with torchrun("--resume", "--out", tmp_path / "stopped", port=29520) as process:
+    with torchrun("--resume", "--out", tmp_path / "stopped") as process:
         _, told = process.communicate(timeout=240)
     assert process.returncode == 0, told
     for whole, resumed in zip(

@@ -50,7 +50,6 @@ def run(dataset, tmp_path_factory):
         "windows": [asdict(window) for window in dataset.spec.windows],
         "classes": list(CLASSES),
         "split": SPLIT,
-        "allow_series_labels": False,
     }
     save_checkpoint(folder / "best", build_model("baseline", channels=9, size=64), meta)
     return folder
@@ -78,7 +77,7 @@ def test_probabilities_come_in_the_order_of_the_rows(dataset, run):
 
 def test_sample_decides_lines_and_order(source, dataset, run, tmp_path, caplog):
     sample = source / "stage_2_sample_submission.csv"
-    out = tmp_path / "submission.csv"
+    out = tmp_path / "submissions" / "first.csv"
     lines = write_submission(run, dataset, out, sample=sample)
     wanted, found = read(sample), read(out)
     assert lines == len(found) == len(wanted)

@@ -34,6 +34,14 @@ def test_a_terminal_shows_a_bar_with_rate_loss_and_waiting() -> None:
         assert part in told
 
 
+def test_elsewhere_there_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ich_train.progress.LINE_S", 0.0)
+    shown, text = reporter(terminal=False)
+    with shown:
+        shown.step(2, 1500, 2000, meter())
+    assert text.getvalue() == "epoch 2/3: 1,500 of 2,000 steps  50 slices/s  loss 0.5000  5% waiting\n"
+
+
 def test_elsewhere_there_is_a_line_for_each_epoch() -> None:
     shown, text = reporter(terminal=False)
     with shown:

@@ -72,6 +72,25 @@ def test_a_labelled_test_subset_is_the_test_part(changed: Callable[[Change], Dat
     assert other in column(dataset.slices, "fold", split.train)
 
 
+def test_a_patient_of_a_labelled_test_subset_is_in_no_other_part(changed: Callable[[Change], Dataset]) -> None:
+    def label_test_subset(table: pa.Table) -> pa.Table:
+        patients, subsets = (table[name].to_pylist() for name in ("patient_id", "subset"))
+        moved, taken = (patients[subsets.index(subset)] for subset in ("test", "train"))
+        for name in CLASSES:
+            table = replaced(table, name, pc.fill_null(table[name], 0).to_pylist())
+        table = replaced(table, "patient_id", [taken if patient == moved else patient for patient in patients])
+        return replaced(table, "label_level", ["slice"] * len(table))
+
+    dataset = changed(label_test_subset)
+    val, other, *_ = folds_of(dataset)
+    for fold in (val, other):
+        split = split_rows(dataset, val_fold=fold, test_fold=9, allow_series_labels=False)
+        patients = [set(column(dataset.slices, "patient_id", rows)) for rows in vars(split).values()]
+        assert (
+            sum(map(len, patients)) == len(set.union(*patients)) == len(set(dataset.slices["patient_id"].to_pylist()))
+        )
+
+
 def test_slices_set_aside_are_in_no_part(changed: Callable[[Change], Dataset]) -> None:
     dataset = changed(lambda table: replaced(table, "status", ["decode_failed", "ok"] * (len(table) // 2) + ["ok"]))
     val, test, *_ = folds_of(dataset)
