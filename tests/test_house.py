@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,17 @@ def test_no_file_names_a_place_on_somebodys_machine() -> None:
             if places:
                 found[name] = places
     assert not found
+
+
+@pytest.mark.parametrize("name", ["README.md", "pipelines/README.md", "docs/how-to.md"])
+def test_a_dataset_is_built_and_trained_on_with_one_recipe(name: str) -> None:
+    """A reader types the commands of a page one after the other."""
+    recipes: dict[str, set[str | None]] = {}
+    for block in re.findall(r"^```\n(.*?)^```", (ROOT / name).read_text(), flags=re.MULTILINE | re.DOTALL):
+        for words in map(str.split, block.splitlines()):
+            following = dict(pairwise(words))
+            dataset = following.get("--out" if "build" in words else "--data")
+            if dataset and {"build", "run"} & set(words):
+                recipes.setdefault(dataset, set()).add(following.get("--recipe"))
+    assert recipes
+    assert all(len(named) == 1 for named in recipes.values()), recipes

@@ -7,16 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
+from reads import interrupt_at_read
 
 from ich_prep.build_dataset import build
 from ich_prep.phantom import synthesize
-from ich_prep.store import Spec
+from ich_prep.store import Spec, open_dataset
 from ich_train.cli import main
 from ich_train.config import MODELS, TrainConfig
 from ich_train.runs import read_history, settings_of
 
 Call = Callable[..., int]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -46,8 +48,6 @@ def test_run_eval_and_predict_in_the_folder_of_a_build(
 ) -> None:
     (tmp_path / "data.zarr").symlink_to(path)
     (tmp_path / "quick.toml").write_text("[train]\nepochs = 7\nseed = 5\n[eval]\nbootstrap = 20\n", encoding="utf-8")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     assert call("run", "--recipe", "quick.toml", "--epochs", 2, "--batch-size", 8, "--device", "cpu") == 0
     run = tmp_path / "runs" / "quick"
     settings, evaluation = settings_of(run)
@@ -76,7 +76,24 @@ def test_run_eval_and_predict_in_the_folder_of_a_build(
     lines = (tmp_path / "submission.csv").read_text(encoding="utf-8").splitlines()
     listed = (path.parent / "rsna" / "stage_2_sample_submission.csv").read_text(encoding="utf-8").splitlines()
     assert [line.split(",")[0] for line in lines] == [line.split(",")[0] for line in listed]
-    torch.set_num_threads(threads)
+
+
+def test_ctrl_c_says_how_to_go_on(
+    call: Call, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = "[train]\nepochs = 3\nbatch_size = 8\ndevice = 'cpu'\n[eval]\nbootstrap = 20\n"
+    (tmp_path / "quick.toml").write_text(recipe, encoding="utf-8")
+    stopping = open_dataset(path)
+    interrupt_at_read(stopping, 50)
+    with monkeypatch.context() as patched:
+        patched.setattr("ich_prep.store.open_dataset", lambda _: stopping)
+        assert call("run", "--recipe", "quick.toml", "--data", path, "--out", "runs/mine") == 130
+    run = tmp_path / "runs" / "mine"
+    assert "Stopped. Go on with: ich-train run --resume --out runs/mine\n" in capsys.readouterr().err
+    assert len(read_history(run)) < 3
+    assert call("run", "--resume", "--out", "runs/mine") == 0
+    assert len(read_history(run)) == 3
+    assert (run / "report.html").is_file()
 
 
 def test_a_dataset_that_the_recipe_does_not_build_is_remarked_on(
