@@ -309,7 +309,7 @@ def dcm2niix(tree: Path, out: Path, spec: Spec) -> dict[str, Any]:
     start = time.perf_counter()
     processes = [
         subprocess.Popen(
-            ["dcm2niix", "-z", "n", "-b", "n", "-o", str(out / str(part)), str(inputs / str(part))],
+            ["dcm2niix", "-z", "n", "-b", "n", "-f", "%j", "-o", str(out / str(part)), str(inputs / str(part))],
             stdout=subprocess.DEVNULL,
         )
         for part in range(PROCESSES)

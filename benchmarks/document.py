@@ -28,7 +28,7 @@ python -m benchmarks.agree     # do the last two runs agree?
 
 * *Files.* A phantom cohort in RSNA's form (`ich-prep synth`) and, where it is said, copies of real CT slices under other
   identifiers. They lie in the page cache, but for the questions that say *cold*: for these they are dropped from it before
-  each run. Contenders that are slow read 256 of them.
+  each run. Contenders that are slow read 256 of them, dask.array + zarr-python 1,024, dcm2niix 2,000.
 * *Malloc.* The first round runs every contender as it comes and with glibc's `MALLOC_MMAP_THRESHOLD_` and
   `MALLOC_TRIM_THRESHOLD_` raised; the others stay with what was better. Both are shown. The workers of a build of ours
   have them raised in any case. Before the first round whoever is first runs once for nobody.

@@ -114,11 +114,11 @@ def pace(training: Training, source: Any, seconds: float) -> Run:
             _settle(device)
             taken, start, waited = 0, time.perf_counter(), source.wait_seconds
         if number > WARM_STEPS and time.perf_counter() - start > seconds:
+            _settle(device)
+            passed = time.perf_counter() - start  # before the workers of a DataLoader end
             break
         training.learn(batch.images, batch.labels, rate=1e-4, seed=number)
         taken += len(batch.rows)
-    _settle(device)
-    passed = time.perf_counter() - start
     return {"rate": taken / passed, "waiting": (source.wait_seconds - waited) / passed}
 
 
@@ -133,7 +133,7 @@ def contenders(question: Question, folder: Path, seconds: float, ranks: Ranks) -
 
     def training(**changed: Any) -> Training:
         settings = TrainConfig.model_validate({"batch_size": BATCH, "threads": CORES} | question.settings | changed)
-        return prepare_training(dataset, settings, ranks)
+        return prepare_training(dataset, settings, ranks, weights=None)
 
     usual, launched = training(), training(cuda_graph=False)
     rows = np.resize(usual.loader.rows, LONG_EPOCH)

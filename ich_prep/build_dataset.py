@@ -110,24 +110,24 @@ def build(
                 progress.say(f"Labels: {note}.")
             with _timed(seconds, "start workers"):
                 importlib.import_module("zarr")  # publishing needs it: loaded while the workers start
-                if not pool.ready():
-                    progress.say(f"The scheduler {scheduler} has no workers yet: waiting for the first.")
-                pool.require_folders(source, target)
+                pool.admit(source, target, say=progress.say)
             if state.plan is None:
                 with _timed(seconds, "scan"):
                     scanned = _scan(pool, target, source, listing, progress)
                 with _timed(seconds, "plan"):
                     plan = make_plan(scanned, placement=found.place(scanned), labels=known, spec=spec)
                     _check_labels(plan, known, folder, allow, progress)
-                    _check_damage(plan.quarantine, len(listing.files), allow, folder / store.SCAN)
+                    _check_damage(plan.quarantine, len(listing.files), allow, str(folder / store.SCAN))
                     state = _write_plan(folder, state, plan)
                 log("planned", slices=len(plan.slices), quarantined=len(plan.quarantine))
+                del scanned, plan  # a line for each file, of which the shards need none
             assert state.plan is not None
             with _timed(seconds, "shards"):
                 _write_shards(pool, target, source, state.plan, progress)
             with _timed(seconds, "publish"):
                 tables = gather(target, state)
-                _check_damage(tables.quarantine, len(listing.files), allow, folder / store.DONE)
+                lists = f"{folder / store.DONE} and {folder / store.PLANNED_QUARANTINE}"
+                _check_damage(tables.quarantine, len(listing.files), allow, lists)
                 counts = publish(target, spec=state.spec, tables=tables, found=len(listing.files))
             log("published", **counts)
     return Outcome(counts=counts, already_finished=False, seconds=seconds)
@@ -339,8 +339,8 @@ def _check_labels(plan: Plan, labels: Labels, folder: Path, allow: Allowances, p
         progress.say(f"Labels: {text}; allowed.")
 
 
-def _check_damage(quarantine: pa.Table, found: int, allow: Allowances, folder: Path) -> None:
-    """Raise ``BuildError`` where more of the found files are damaged than allowed."""
+def _check_damage(quarantine: pa.Table, found: int, allow: Allowances, lists: str) -> None:
+    """Raise ``BuildError`` where more of the found files are damaged than allowed; ``lists`` says where they stand."""
     lines = [line for line in quarantine.to_pylist() if Reason(line["reason"]).is_damage]
     damaged = Counter(line["reason"] for line in lines)
     share = damaged.total() / max(1, found)
@@ -348,7 +348,7 @@ def _check_damage(quarantine: pa.Table, found: int, allow: Allowances, folder: P
         reasons_text = ", ".join(f"{count} {reason}" for reason, count in damaged.most_common())
         raise BuildError(
             f"Expected at most {allow.max_quarantined:.2%} of the files to be damaged; {damaged.total()} of {found} are "
-            f"({share:.2%}): {reasons_text}; for one, {lines[0]['path']}: {lines[0]['detail']}. All are listed in {folder}. "
+            f"({share:.2%}): {reasons_text}; for one, {lines[-1]['path']}: {lines[-1]['detail']}. {lists} list them. "
             "Mend what can be mended and run the same command again, without --overwrite; or, if that is what the source "
             "is like, with a higher --max-quarantined."
         )
@@ -375,18 +375,16 @@ def _write_plan(folder: Path, state: State, plan: Plan) -> State:
 
 
 def _write_shards(pool: Pool, target: Path, source: Path, digest: str, progress: Progress) -> None:
-    """Write every shard that has no entry in the ledger, or one of which a slice may be mended since.
+    """Write every shard that is not done.
 
     A shard goes into the ledger when it is on disk. Waiting for that is left to threads here, while the workers go on.
     """
     plan = pq.ParquetFile(target / store.BUILD / store.PLAN).metadata
     sizes = [plan.row_group(number).num_rows for number in range(plan.num_row_groups)]
-    folder = target / store.BUILD / store.DONE
-    done = {
-        number
-        for number in ledger.done(folder)
-        if not _may_pass({row["status"] for row in ledger.read(folder, number)["rows"]} - {store.OK})
-    }
+    done = {number for number in ledger.done(target / store.BUILD / store.DONE) if _is_done(target, number)}
+    for number in range(len(sizes)):
+        if number not in done:
+            ledger.clear_leftovers(store.shard_path(target, number))
     progress.begin("Writing slices", plan.num_rows, "slices", sum(sizes[number] for number in done))
     task = partial(write_shard, str(target), str(source), digest)
     with ThreadPoolExecutor(KEEPERS, thread_name_prefix="keep") as keepers:
@@ -399,6 +397,13 @@ def _write_shards(pool: Pool, target: Path, source: Path, digest: str, progress:
         for keeping in kept:
             keeping.result()
     progress.end()
+
+
+def _is_done(target: Path, number: int) -> bool:
+    """Return whether shard ``number`` is there as its entry says, and none of its slices may be mended since."""
+    entry = ledger.read(target / store.BUILD / store.DONE, number)
+    statuses = {row["status"] for row in entry["rows"]} - {store.OK}
+    return store.shard_bytes(target, number) == entry["bytes"] and not _may_pass(statuses)
 
 
 def _may_pass(reasons: Iterable[str | None]) -> bool:

@@ -14,6 +14,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -86,8 +87,7 @@ class Pool:
     def ready(self) -> int:
         """Wait until every worker has started; return how many there are (1 where tasks run in this process).
 
-        0 where the ``scheduler`` has none as yet. Raises ``BuildError`` where workers do not start, no scheduler answers,
-        or its workers cannot load ``modules``.
+        0 where the ``scheduler`` has none as yet. Raises ``BuildError`` where workers do not start, or no scheduler answers.
         """
         if self._starting is None:
             return 1
@@ -97,10 +97,31 @@ class Pool:
         assert self._client is not None
         return len(self._client.scheduler_info(n_workers=-1)["workers"])
 
-    def require_folders(self, *folders: Path) -> None:
-        """Raise ``BuildError`` where a worker of the ``scheduler`` does not see one of the ``folders``."""
+    def admit(self, *folders: Path, say: Callable[[str], None]) -> None:
+        """Wait for a worker of the ``scheduler``; see that those there are can work on ``folders``.
+
+        ``say`` is told where there is none as yet. Raises ``BuildError`` where the scheduler or a worker cannot load what
+        it is sent, is of another release, or does not see one of the folders. Our own workers need none of this.
+        """
+        count = self.ready()
         if self._client is None or not self.scheduler:
             return
+        if not count:
+            say(f"The scheduler {self.scheduler} has no workers yet: waiting for the first.")
+        try:
+            self._client.submit(_load, self.modules, pure=False).result()  # where workers come as needed, one comes
+            releases = self._client.run(_load, self.modules)
+        except Exception as error:  # whatever keeps a worker from loading what it is sent
+            raise BuildError(
+                f"Expected the scheduler at {self.scheduler} and its workers to have this package; they cannot load it "
+                f"({type(error).__name__}: {error}). Install the release that is installed here, {version('ich')}."
+            ) from error
+        for worker, release in releases.items():
+            if release != version("ich"):
+                raise BuildError(
+                    f"Expected release {version('ich')} of this package on every worker of {self.scheduler}, as it is "
+                    f"installed here; {worker} has {release}."
+                )
         for worker, missing in self._client.run(_missing, folders).items():
             if missing:
                 raise BuildError(
@@ -117,7 +138,7 @@ class Pool:
         workers = max(1, self.ready())
         if self._client is None:
             for key in keys:
-                yield key, task(key)
+                yield key, _in_turn(task, key)
             return
         from distributed import CancelledError, KilledWorker, as_completed
 
@@ -181,13 +202,6 @@ class Pool:
                     "--scheduler out to use this machine's cores."
                 ) from None
             self._close.callback(self._client.close)
-            try:
-                self._client.run(_load, self.modules)
-            except Exception as error:  # whatever keeps a worker from loading what it is sent
-                raise BuildError(
-                    f"Expected the scheduler at {self.scheduler} and its workers to have this package, in the release that "
-                    f"is installed here; they cannot load it ({type(error).__name__}: {error}). Install it there."
-                ) from error
             return
         environment = {**MALLOC_ENVIRONMENT, **ONE_THREAD}
         try:
@@ -229,9 +243,11 @@ def _missing(folders: tuple[Path, ...]) -> list[Path]:
     return [folder for folder in folders if not folder.is_dir()]
 
 
-def _load(modules: tuple[str, ...]) -> None:
+def _load(modules: tuple[str, ...]) -> str:
+    """Import ``modules`` and return the release of this package."""
     for name in modules:
         importlib.import_module(name)
+    return version("ich")
 
 
 def _name(task: Callable[[int], object]) -> str:

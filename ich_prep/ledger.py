@@ -5,27 +5,30 @@ from __future__ import annotations
 import json
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write ``data`` to ``path`` so that a reader sees all of it or nothing, also after a power cut."""
-    new = beside(path)
+    with renamed_when_whole(path) as new, new.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def renamed_when_whole(path: Path) -> Iterator[Path]:
+    """Give a name beside ``path`` that nobody else has; the file of that name becomes ``path`` at the end, or goes."""
+    new = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with new.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield new
         new.replace(path)
     except BaseException:
         new.unlink(missing_ok=True)
         raise
-
-
-def beside(path: Path) -> Path:
-    """Return a name beside ``path`` that nobody else has: for what is to be renamed to ``path`` when it is whole."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
 
 
 def clear_leftovers(path: Path) -> None:
@@ -63,11 +66,6 @@ def read(folder: Path, key: int) -> dict[str, Any]:
     """Return the entry of task ``key``."""
     entry: dict[str, Any] = json.loads((folder / f"{key:05d}.json").read_bytes())
     return entry
-
-
-def forget(folder: Path, key: int) -> None:
-    """Remove the entry of task ``key``: it is to be done again."""
-    (folder / f"{key:05d}.json").unlink(missing_ok=True)
 
 
 def done(folder: Path, *, suffix: str = ".json") -> set[int]:

@@ -42,7 +42,7 @@ class Tables:
 def gather(target: Path, state: State) -> Tables:
     """Return the tables of the build at ``target``, of which every shard has its entry in the ledger.
 
-    Raises ``BuildError`` where a shard is not there as its entry says; the entry is removed.
+    Raises ``BuildError`` where a shard is not there as its entry says.
     """
     folder = target / store.BUILD
     plan = store.read_parquet(folder / store.PLAN)
@@ -84,11 +84,10 @@ def gather(target: Path, state: State) -> Tables:
 
 def _entry(target: Path, number: int) -> dict[str, Any]:
     """Return what the ledger says of shard ``number``, once it is certain that the shard is there."""
-    path, done = store.shard_path(target, number), target / store.BUILD / store.DONE
-    entry = ledger.read(done, number)
-    found = path.stat().st_size if path.exists() else None
+    path = store.shard_path(target, number)
+    entry = ledger.read(target / store.BUILD / store.DONE, number)
+    found = store.shard_bytes(target, number)
     if found != entry["bytes"]:
-        ledger.forget(done, number)
         raise BuildError(
             f"Expected shard {number} of {entry['bytes']} bytes at {path}, as it was written; found "
             f"{'nothing' if found is None else f'{found} bytes'}. Run the same command again, without --overwrite: it is "

@@ -18,7 +18,7 @@ from ich_prep.decode import Decoder, PixelSource
 from ich_prep.errors import SliceError
 from ich_prep.hounsfield import apply_rescale, apply_rescale_and_windows, apply_windows
 from ich_prep.layouts.rsna import SIGN_12BIT
-from ich_prep.ledger import beside
+from ich_prep.ledger import renamed_when_whole
 from ich_prep.resize import resize_hu
 from ich_prep.sharding import ShardWriter
 from ich_prep.sources import read_ahead
@@ -56,10 +56,9 @@ def write_shard(out: str, src: str, digest: str, number: int) -> dict[str, Any]:
     rows = plan.read_row_group(number).to_pylist()
     path = store.shard_path(root, number)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = beside(path)
     decoder = _decoder()
     lines: list[dict[str, Any]] = []
-    with open(partial, "wb", buffering=0) as file:
+    with renamed_when_whole(path) as partial, open(partial, "wb", buffering=0) as file:
         writer = ShardWriter(file, spec.slices_per_shard, spec.codec)
         pixels = _Pixels(spec)
         sources = [_pixel_source(src, row) for row in rows]
@@ -74,7 +73,6 @@ def write_shard(out: str, src: str, digest: str, number: int) -> dict[str, Any]:
             writer.append(pixels.out)
             lines.append({"status": store.OK, **{name: getattr(audit, name) for name in Audit.__slots__}})
         size, fingerprint = writer.finish()
-    partial.rename(path)
     return {"plan": digest, "bytes": size, "fingerprint": fingerprint, "rows": lines}
 
 

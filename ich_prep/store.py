@@ -192,6 +192,14 @@ def shard_path(out: Path, shard: int) -> Path:
     return out / IMAGES / "c" / str(shard) / "0" / "0" / "0"
 
 
+def shard_bytes(out: Path, shard: int) -> int | None:
+    """Return the length of shard number ``shard`` in bytes, None where it is not there."""
+    try:
+        return shard_path(out, shard).stat().st_size
+    except FileNotFoundError:
+        return None
+
+
 def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """Return a Parquet file's table, its pages checked; unlike ``pq.read_table`` it does not import pandas."""
     with pq.ParquetFile(path, page_checksum_verification=True) as file:

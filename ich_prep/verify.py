@@ -69,6 +69,12 @@ def verify(
     if not 0 < sample <= 1:
         raise UsageError(f"Expected --sample within 0..1, the share of slices to compare; got {sample:g}.")
     dataset = store.open_dataset(path)
+    plan = dataset.path / store.BUILD / store.PLAN
+    if src is not None and not plan.exists():
+        raise UsageError(
+            f"Expected the plan of the build at {plan}, which names the source file of each row; it is gone. Verify "
+            "without --src, or build again with --overwrite."
+        )
     problems = [*_check_digest(dataset), *_check_files(dataset)]
     intact = not problems
     witnesses = {str(dataset.path / name) for name in (store.ROOT, store.SLICES, store.SHARDS)}
@@ -83,10 +89,14 @@ def verify(
         problems += _check_ledger(dataset)
     compared = 0
     if src is not None:
-        rows = _sample(dataset, sample, seed)
-        found = list(_compare(dataset, Path(src), rows, progress))
-        problems += found
-        compared = len(rows)
+        try:
+            lines = dataset.read_table(f"{store.BUILD}/{store.PLAN}")
+        except CorruptionError:
+            problems.append(Problem(str(plan), "cannot be read, and says where the source of each row lies"))
+        else:
+            rows = _sample(dataset, sample, seed)
+            problems += _compare(dataset, Path(src), lines.take(pa.array(rows)).to_pylist(), progress)
+            compared = len(rows)
     return Verification(dataset.ich["counts"]["shards"], len(dataset), compared, tuple(problems))
 
 
@@ -256,18 +266,11 @@ def _sample(dataset: Dataset, share: float, seed: int) -> NDArray[np.int64]:
     return np.sort(np.random.default_rng(seed).choice(ok, count, replace=False))
 
 
-def _compare(dataset: Dataset, src: Path, rows: NDArray[np.int64], progress: Progress) -> Iterator[Problem]:
-    """Yield the rows whose pixels are not those that the definitions give for the source file."""
-    path = dataset.path / store.BUILD / store.PLAN
-    if not path.exists():
-        raise UsageError(
-            f"Expected the plan of the build at {path}, which names the source file of each row; it is gone. Verify "
-            "without --src, or build again with --overwrite."
-        )
-    plan = dataset.read_table(f"{store.BUILD}/{store.PLAN}").take(pa.array(rows)).to_pylist()
+def _compare(dataset: Dataset, src: Path, lines: list[dict[str, Any]], progress: Progress) -> Iterator[Problem]:
+    """Yield the rows, of those whose ``lines`` of the plan these are, whose pixels are not those of the source file."""
     stored = np.empty((1, *dataset.shape[1:]), dataset.dtype)
-    progress.begin("Comparing with the sources", len(rows), "slices", 0)
-    for line in plan:
+    progress.begin("Comparing with the sources", len(lines), "slices", 0)
+    for line in lines:
         try:
             dataset.read([line["row"]], stored)
             expected = reference_pixels((src / line["path"]).read_bytes(), line, dataset)

@@ -120,9 +120,10 @@ class Training:
         self.meter.sums = mine.to(self.label_weights.device)
 
 
-def prepare(dataset: Dataset, settings: TrainConfig, ranks: Ranks, *, weights: Path | None = None) -> Training:
+def prepare(dataset: Dataset, settings: TrainConfig, ranks: Ranks, *, weights: Path | None) -> Training:
     """Return a run at its beginning, on this rank's device, its network filled from the file ``weights`` if there is one.
 
+    That of the settings is for a run that begins; one that goes on has a checkpoint of its own.
     Raises `UsageError` for settings that do not fit the dataset: folds without slices, windows for a dataset that
     holds windows already, too few slices for one batch, a model or weights that `build_model` refuses.
     """

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ich_prep.errors import UsageError
 from ich_prep.labels import CLASSES
@@ -42,8 +43,9 @@ def split_rows(dataset: Dataset, *, val_fold: int, test_fold: int, allow_series_
     in_no_part = np.zeros(len(rows), bool)
     if in_test_subset.any():
         is_test = in_test_subset
-        patients = column(dataset.slices, "patient_id", rows)
-        in_no_part = np.isin(patients, patients[is_test]) & ~is_test
+        patients = dataset.slices["patient_id"].take(pa.array(rows))
+        tested = pc.unique(patients.filter(pa.array(is_test)))
+        in_no_part = pc.is_in(patients, value_set=tested).to_numpy() & ~is_test
     elif val_fold == test_fold:
         raise UsageError(f"Expected val_fold and test_fold to differ; found {val_fold} for both.")
     else:

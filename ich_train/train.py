@@ -6,6 +6,7 @@ stopped goes on exactly with no more than its weights, its optimizer's state and
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from contextlib import nullcontext
@@ -102,7 +103,7 @@ def train(
 
     result = Result(out, tuple(training.history), finished=True)
     del training  # a recorded step keeps its memory as long as it lives
-    if evaluation is None or not ranks.first or (resume and (out / METRICS).exists()):
+    if evaluation is None or not ranks.first or (resume and _is_judged(out, evaluation)):
         return result
     from ich_train.evaluate import evaluate_run
 
@@ -198,6 +199,14 @@ def _has_state(out: Path, settings: TrainConfig, ranks: Ranks) -> bool:
         has_checkpoint(out / LAST)
     ranks.wait()
     return has_checkpoint(out / LAST)
+
+
+def _is_judged(out: Path, evaluation: EvalConfig) -> bool:
+    """Return whether the run in ``out`` was evaluated at its end as ``evaluation`` says."""
+    if not (out / METRICS).exists():
+        return False
+    judged = json.loads((out / METRICS).read_text(encoding="utf-8"))["evaluated"]
+    return all(judged[name] == value for name, value in evaluation.model_dump(exclude={"batch_size"}).items())
 
 
 def _outline(training: Training, ranks: Ranks) -> str:

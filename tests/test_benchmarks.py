@@ -257,7 +257,7 @@ def test_training_is_as_fast_as_what_feeds_it_and_says_how_long_it_waited(
     synthesize(tmp_path / "rsna", series=6, size=32, workers=0)
     build(tmp_path / "rsna", tmp_path / "data.zarr", Spec(size=32, slices_per_shard=16, folds=3), workers=0)
     dataset = open_dataset(tmp_path / "data.zarr")
-    learner = prepare(dataset, TrainConfig(batch_size=8, device="cpu"), Ranks(0, 1, torch.device("cpu")))
+    learner = prepare(dataset, TrainConfig(batch_size=8, device="cpu"), Ranks(0, 1, torch.device("cpu")), weights=None)
     loader = SliceLoader(dataset, np.resize(learner.loader.rows, 8 * 2000), 8)
     kept = [Batch(*(tensor.clone() for tensor in batch)) for batch, _ in zip(loader, range(2), strict=False)]
     resident = training.pace(learner, training.Resident(kept), 0.3)

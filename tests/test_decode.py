@@ -409,12 +409,10 @@ def test_a_decoder_killed_over_a_slice_costs_that_slice(good: PixelSource, tmp_p
         # Once in the process that had decoded before, once in the new one that is given a second chance.
         while len(killed) < 2:
             time.sleep(0.3)
-            if decoder._child is None or decoder._child._process is None:
-                continue  # between the two
-            pid = child_of(decoder)
-            if pid not in killed:
-                os.kill(pid, signal.SIGKILL)
-                killed.append(pid)
+            process = decoder._child._process if decoder._child else None
+            if process is not None and process.pid not in killed:  # there is none between the two
+                os.kill(process.pid, signal.SIGKILL)
+                killed.append(process.pid)
 
     killer = threading.Thread(target=kill_twice)
     killer.start()

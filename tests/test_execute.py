@@ -187,26 +187,59 @@ def test_threads_of_one_worker_take_turns(tmp_path: Path) -> None:
 
 def test_a_folder_that_a_worker_does_not_see_is_named(scheduler: str, tmp_path: Path) -> None:
     with Pool(workers=0, scheduler=scheduler) as guest:
-        guest.ready()
-        guest.require_folders(tmp_path)
+        guest.admit(tmp_path, say=pytest.fail)
         with pytest.raises(BuildError, match=r"does not see .*elsewhere"):
-            guest.require_folders(tmp_path, tmp_path / "elsewhere")
+            guest.admit(tmp_path, tmp_path / "elsewhere", say=pytest.fail)
 
 
-def test_a_worker_that_cannot_load_what_it_is_to_run_is_refused(scheduler: str) -> None:
+def test_a_worker_that_cannot_load_what_it_is_sent_is_refused(scheduler: str) -> None:
     with (
         Pool(workers=0, scheduler=scheduler, modules=("ich_prep.nothing",)) as guest,
         pytest.raises(BuildError, match=rf"{scheduler} and its workers to have this package.*ich_prep\.nothing"),
     ):
+        guest.admit(say=pytest.fail)
+
+
+def test_a_worker_of_another_release_is_refused(scheduler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Pool(workers=0, scheduler=scheduler) as guest:
         guest.ready()
+        # The workers of this cluster are threads of this process: each asks for its release once, here it is asked last.
+        releases = iter(["0.0"] * 3)
+        monkeypatch.setattr("ich_prep.execute.version", lambda _: next(releases, "9.9"))
+        with pytest.raises(BuildError, match=r"release 9\.9 .* has 0\.0"):
+            guest.admit(say=pytest.fail)
 
 
-def test_a_scheduler_without_workers_has_none_as_yet() -> None:
+def test_a_scheduler_without_workers_is_waited_for() -> None:
+    told: list[str] = []
     with (
         LocalCluster(n_workers=0, processes=False, dashboard_address="127.0.0.1:0") as cluster,
         Pool(workers=0, scheduler=cluster.scheduler_address) as guest,
     ):
         assert guest.ready() == 0
+
+        def start_one(text: str) -> None:
+            told.append(text)
+            cluster.scale(1)
+
+        guest.admit(say=start_one)
+        assert guest.ready() == 1
+        assert dict(guest.map(square, range(4))) == {0: 0, 1: 1, 2: 4, 3: 9}
+    assert told == [f"The scheduler {cluster.scheduler_address} has no workers yet: waiting for the first."]
+
+
+def test_a_scheduler_that_is_lost_is_named(tmp_path: Path) -> None:
+    with (
+        LocalCluster(
+            n_workers=1, threads_per_worker=1, processes=False, protocol="tcp://", dashboard_address="127.0.0.1:0"
+        ) as cluster,
+        Pool(workers=0, scheduler=cluster.scheduler_address) as guest,
+    ):
+        results = guest.map(partial(alone, str(tmp_path)), range(200))
+        next(results)
+        cluster.close()
+        with pytest.raises(BuildError, match=r"scheduler was lost while alone \d+ ran"):
+            list(results)
 
 
 @pytest.mark.parametrize("address", [pytest.param("tcp://127.0.0.1:9", marks=pytest.mark.slow), "nowhere://there"])

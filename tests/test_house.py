@@ -62,11 +62,13 @@ def test_no_file_names_a_place_on_somebodys_machine() -> None:
 def test_a_dataset_is_built_and_trained_on_with_one_recipe(name: str) -> None:
     """A reader types the commands of a page one after the other."""
     recipes: dict[str, set[str | None]] = {}
-    for block in re.findall(r"^```\n(.*?)^```", (ROOT / name).read_text(), flags=re.MULTILINE | re.DOTALL):
-        for words in map(str.split, block.splitlines()):
-            following = dict(pairwise(words))
-            dataset = following.get("--out" if "build" in words else "--data")
-            if dataset and {"build", "run"} & set(words):
-                recipes.setdefault(dataset, set()).add(following.get("--recipe"))
+    fences = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / name).read_text(), flags=re.MULTILINE | re.DOTALL)
+    for words in [line.split() for language, block in fences if not language for line in block.splitlines()]:
+        following = dict(pairwise(words))
+        dataset = following.get("--out" if "build" in words else "--data")
+        if dataset and {"build", "run"} & set(words):
+            recipes.setdefault(dataset, set()).add(following.get("--recipe"))
+        if dataset and "eval" in words:  # by a network that was trained with the recipe of its run's name
+            recipes[dataset].add(f"pipelines/{Path(words[words.index('eval') + 1]).name}.toml")
     assert recipes
     assert all(len(named) == 1 for named in recipes.values()), recipes

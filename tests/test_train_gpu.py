@@ -53,7 +53,7 @@ def dataset(path: Path) -> Dataset:
 def training(dataset: Dataset, **changed: Any) -> Training:
     given = {"batch_size": 8, "model": "resnet18", "window_jitter": 0.1, "noise": 0.01, "device": "cuda"} | changed
     settings = TrainConfig.model_validate(given)
-    return prepare(dataset, settings, Ranks(0, 1, torch.device("cuda:0")))
+    return prepare(dataset, settings, Ranks(0, 1, torch.device("cuda:0")), weights=None)
 
 
 def lessons(dataset: Dataset, steps: int, **changed: Any) -> tuple[list[float], torch.Tensor]:

@@ -175,7 +175,7 @@ def test_a_run_goes_on_in_the_precision_of_another_device(path: Path, tmp_path: 
     interrupt_at_read(stopping, 50)
     assert not quiet_train(stopping, tmp_path / "run", settings(epochs=3))[0].finished
     alone = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
-    training = prepare(open_dataset(path), settings(epochs=3, precision="float16"), alone)
+    training = prepare(open_dataset(path), settings(epochs=3, precision="float16"), alone, weights=None)
     training.resume(torch.load(tmp_path / "run" / "last" / "state.pt", weights_only=True))
     assert training.scaler.is_enabled()
     assert training.history
@@ -222,7 +222,7 @@ def test_a_killed_run_goes_on_from_its_last_epoch(path: Path, tmp_path: Path) ->
     ) as process:
         assert process.stderr is not None
         for line in process.stderr:
-            if line.startswith("epoch 2/4"):
+            if line.startswith("epoch 2/4: training loss"):
                 process.send_signal(signal.SIGKILL)
                 break
         process.stderr.read()
@@ -252,7 +252,7 @@ def test_two_processes_learn_what_one_learns_from_both_shares(path: Path, tmp_pa
     with torchrun("--recipe", recipe, "--out", tmp_path / "two") as process:
         _, told = process.communicate(timeout=240)
     assert process.returncode == 0, told
-    assert told.count("epoch 2/2") == 1
+    assert told.count("epoch 2/2: training loss") == 1
     assert (tmp_path / "two" / "metrics.json").is_file()
     for alone, together in zip(lessons(one.history), lessons(read_history(tmp_path / "two")), strict=True):
         assert together == pytest.approx(alone, rel=1e-3)
@@ -266,7 +266,7 @@ def test_two_processes_stop_together_and_go_on(path: Path, tmp_path: Path) -> No
     with torchrun("--recipe", recipe, "--out", tmp_path / "stopped") as process:
         assert process.stderr is not None
         for line in process.stderr:
-            if line.startswith("epoch 1/4"):
+            if line.startswith("epoch 1/4: training loss"):
                 process.send_signal(signal.SIGINT)
                 break
         assert "ich-train run --resume" in process.stderr.read()

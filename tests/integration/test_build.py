@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from commands import SMALL, prep, published, start, train_file, wait_for
+from distributed import LocalCluster
 
 from ich_prep.build_dataset import build
 from ich_prep.errors import BuildError, DatasetError, SourceError, UsageError
@@ -25,6 +26,14 @@ from ich_prep.store import Spec, open_dataset
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_no_byte(workers: int, phantom_tree: Path, dataset_path: Path, tmp_path: Path) -> None:
     build(phantom_tree, tmp_path / "data.zarr", SMALL, workers=workers)
+    assert published(tmp_path / "data.zarr") == published(dataset_path)
+
+
+def test_a_cluster_whose_worker_has_threads_changes_no_byte(
+    phantom_tree: Path, dataset_path: Path, tmp_path: Path
+) -> None:
+    with LocalCluster(n_workers=1, threads_per_worker=4, processes=False, dashboard_address="127.0.0.1:0") as cluster:
+        build(phantom_tree, tmp_path / "data.zarr", SMALL, scheduler=cluster.scheduler_address)
     assert published(tmp_path / "data.zarr") == published(dataset_path)
 
 
@@ -252,9 +261,11 @@ def test_an_empty_folder_may_be_built_into(phantom_tree: Path, dataset_path: Pat
 
 
 @pytest.mark.parametrize("below", [".", "data.zarr", "stage_2_train/data.zarr"])
-def test_the_dataset_may_not_lie_among_its_sources(below: str, tree: Path) -> None:
-    with pytest.raises(UsageError, match="outside of the source tree"):
-        build(tree, tree / below, SMALL, workers=0)
+def test_the_dataset_may_not_lie_among_its_sources(below: str, tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tree)
+    for place in (tree / below, tmp_path / "link" / below):
+        with pytest.raises(UsageError, match="outside of the source tree"):
+            build(tree, place, SMALL, workers=0)
     assert not list(tree.rglob("build"))
 
 

@@ -18,11 +18,12 @@ import pyarrow.parquet as pq
 import pytest
 from commands import PREP, SMALL, prep, published, start, train_file, wait_for
 
-from ich_prep import store
+from ich_prep import build_dataset, store
 from ich_prep.build_dataset import Allowances, build
 from ich_prep.errors import BuildError, DatasetError, SourceError
 from ich_prep.phantom import synthesize
 from ich_prep.progress import Silence
+from ich_prep.publish import Tables
 from ich_prep.store import open_dataset
 from ich_prep.verify import verify
 
@@ -134,14 +135,29 @@ def test_a_file_that_could_not_be_read_is_read_once_it_can_be(
     assert published(out) == published(dataset_path)
 
 
-def test_a_shard_that_went_away_before_the_end_is_written_anew(
+def test_shards_that_went_away_between_two_runs_are_written_anew(
     phantom_tree: Path, dataset_path: Path, tmp_path: Path
 ) -> None:
     out = Path(shutil.copytree(dataset_path, tmp_path / "data.zarr"))
     (out / "zarr.json").unlink()
     store.shard_path(out, 1).unlink()
-    (store.shard_path(out, 0).with_name(".0.killed")).write_bytes(b"what a killed worker left")
-    with pytest.raises(BuildError, match=r"Expected shard 1 of \d+ bytes .* found nothing"):
+    os.truncate(store.shard_path(out, 3), 1000)
+    store.shard_path(out, 1).with_name(".0.killed").write_bytes(b"what a killed worker left")
+    build(phantom_tree, out, SMALL, workers=0)
+    assert published(out) == published(dataset_path)
+
+
+def test_a_shard_that_goes_away_before_the_end_is_never_published(
+    phantom_tree: Path, dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, gather = tmp_path / "data.zarr", build_dataset.gather
+
+    def lose_one(target: Path, state: store.State) -> Tables:
+        store.shard_path(target, 1).unlink()
+        return gather(target, state)
+
+    with monkeypatch.context() as losing, pytest.raises(BuildError, match=r"Expected shard 1 of \d+ .* found nothing"):
+        losing.setattr(build_dataset, "gather", lose_one)
         build(phantom_tree, out, SMALL, workers=0)
     build(phantom_tree, out, SMALL, workers=0)
     assert published(out) == published(dataset_path)
@@ -215,6 +231,7 @@ def test_a_disk_that_is_full_gives_a_message_and_the_build_goes_on_later(
     assert "Traceback" not in full.stderr
     with pytest.raises(DatasetError, match="not finished"):
         open_dataset(out)
+    assert not [path for path in (out / "images").rglob("*") if path.is_file()]  # nothing that fills the disk further
     assert prep(*words, "--workers", 0).returncode == 0
     assert not verify(out, src=phantom_tree, sample=0.1, progress=Silence()).problems
 

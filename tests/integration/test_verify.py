@@ -14,7 +14,7 @@ from commands import prep
 
 from ich_prep import store
 from ich_prep.build_dataset import build
-from ich_prep.errors import CorruptionError, DatasetError, UsageError
+from ich_prep.errors import DatasetError, UsageError
 from ich_prep.phantom import synthesize
 from ich_prep.progress import Silence
 from ich_prep.sharding import index_bytes
@@ -172,10 +172,13 @@ def test_a_damaged_table_hides_no_damaged_shard(dataset: Path) -> None:
     assert blamed(dataset).splitlines() == [str(dataset / store.QUARANTINE), str(dataset / SHARD)]
 
 
-def test_a_damaged_plan_is_named(dataset: Path, phantom_tree: Path) -> None:
-    (dataset / "build" / "plan.parquet").write_bytes(b"PAR1")
-    with pytest.raises(CorruptionError, match=r"plan\.parquet cannot be read"):
-        verify(dataset, src=phantom_tree, progress=Silence())
+def test_a_damaged_plan_hides_nothing_else(dataset: Path, phantom_tree: Path) -> None:
+    plan = dataset / "build" / "plan.parquet"
+    plan.write_bytes(b"PAR1")
+    flip(dataset / SHARD, 100)
+    found = verify(dataset, src=phantom_tree, progress=Silence())
+    assert [problem.culprit for problem in found.problems] == [str(dataset / SHARD), str(plan)]
+    assert found.compared == 0
 
 
 def test_a_root_that_was_edited_is_found_though_it_is_well_formed(dataset: Path) -> None:
