@@ -25,7 +25,6 @@ from ich_prep.phantom import synthesize
 from ich_prep.store import SLICES, Dataset, Spec, open_dataset, write_table
 from ich_train.checkpoint import load_model
 from ich_train.config import EvalConfig, TrainConfig
-from ich_train.evaluate import evaluate_run
 from ich_train.ranks import Ranks
 from ich_train.runs import Epoch, read_history
 from ich_train.setup import prepare
@@ -148,7 +147,7 @@ def test_a_run_that_was_judged_on_its_way_is_judged_at_its_end(path: Path, tmp_p
     stopping = open_dataset(path)
     interrupt_at_read(stopping, 50)
     assert not quiet_train(stopping, tmp_path / "run", settings(epochs=3))[0].finished
-    evaluate_run(tmp_path / "run", open_dataset(path), subset="val", bootstrap=3)
+    (tmp_path / "run" / "metrics.json").write_text('{"evaluated": {"subset": "val"}}', encoding="utf-8")
     console = Console(file=io.StringIO())
     result = train(open_dataset(path), tmp_path / "run", settings(epochs=3), QUICK, console=console, resume=True)
     assert result.metrics is not None
