@@ -5,11 +5,9 @@ Each step leaves what it made on disk before the next begins, so that a build th
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib
 import json
-import os
 import shutil
 import time
 from collections import Counter, deque
@@ -26,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ich_prep import ledger, store
-from ich_prep.errors import BuildError, Reason, SourceError, UsageError
+from ich_prep.errors import BuildError, Reason, SourceError
 from ich_prep.execute import Pool, default_workers
 from ich_prep.labels import Labels, complete_any
 from ich_prep.layouts import LAYOUTS, recognise
@@ -37,6 +35,7 @@ from ich_prep.scan import FILES_PER_BATCH, scan_batch
 from ich_prep.shard import write_shard
 from ich_prep.sources import Listing, list_files, require_folder
 from ich_prep.store import Spec, State
+from ich_prep.target import disown, explained, is_finished, only_one, refuse_foreign
 
 KEEPERS = 4
 # What tasks import, loaded while files are listed; pyarrow imports pandas when it first sees a Python list.
@@ -85,7 +84,7 @@ def build(
     count = default_workers() if workers is None else workers
     seconds: dict[str, float] = {}
     require_folder(source)
-    _refuse_foreign(target, source)
+    refuse_foreign(target, source)
     with Pool(workers=count, scheduler=scheduler, modules=TASK_MODULES) as pool:
         with _timed(seconds, "list"):
             listing = list_files(source)
@@ -97,12 +96,12 @@ def build(
             )
         state = State(spec=spec, sources=_digest_listing(listing), labels=_digest_labels(known))
         folder = target / store.BUILD
-        if not overwrite and _is_finished(target, state, listing):
+        if not overwrite and is_finished(target, state, listing):
             counts = store.open_dataset(target).ich["counts"]
             return Outcome(counts=counts, already_finished=True, seconds=seconds)
-        with _explained(target), _only_one(folder):
+        with explained(target), only_one(folder):
             if overwrite:
-                _disown(target)
+                disown(target)
             state = _begin(target, state, listing)
             log = partial(_log, folder / store.LOG)
             log("start", layout=spec.layout, files=len(listing.files), notes=known.notes)
@@ -136,28 +135,6 @@ def build(
 # --- before the work -------------------------------------------------------------------------------------------------
 
 
-def _refuse_foreign(target: Path, source: Path) -> None:
-    """Raise where ``target`` lies in the source tree, or is neither a dataset, nor a build in progress, nor empty."""
-    if source.resolve() in (target.resolve(), *target.resolve().parents):
-        raise UsageError(
-            f"Expected --out outside of the source tree {source}, whose files it would join; found {target}. Give "
-            "another folder."
-        )
-    if not target.exists() or (target.is_dir() and all(path.is_dir() for path in target.rglob("*"))):
-        return
-    begun = any((target / store.BUILD / name).exists() for name in (store.STATE, store.LOCK))
-    names = (store.ROOT, store.BUILD, store.IMAGES, store.LABELS)
-    if begun and all(path.name in names or path.name.startswith(".") for path in target.iterdir()):
-        return
-    if (target / store.ROOT).exists():
-        store.open_dataset(target)  # raises for a store that is not ours
-        return
-    raise UsageError(
-        f"Expected --out to be new, a dataset, or a build to go on with; {target} is none of them. Nothing in it was "
-        "touched: give another folder, or remove it yourself."
-    )
-
-
 def _resolve_layout(spec: Spec, listing: Listing, progress: Progress) -> tuple[Any, Spec]:
     if spec.layout == "auto":
         recognised = recognise(listing)
@@ -178,83 +155,6 @@ def _digest_labels(labels: Labels) -> str:
     for keys in (labels.keys, labels.listed):
         digest.update(b"%d " % len(keys) + "\n".join(keys.to_pylist()).encode())
     return digest.hexdigest()
-
-
-def _is_finished(target: Path, state: State, listing: Listing) -> bool:
-    """Return whether the dataset that this build would make is there; raises where another one, or another's build is."""
-    folder = target / store.BUILD
-    finished = (target / store.ROOT).exists()
-    if not (folder / store.STATE).exists():
-        if not finished:
-            return False
-        there = store.open_dataset(target).spec  # its build folder was removed: the sources cannot be compared
-        differences = _spec_differences(there, state.spec)
-    else:
-        before = store.read_state(folder)
-        differences = _spec_differences(before.spec, state.spec)
-        if before.sources != state.sources:
-            differences.append(_listing_difference(folder, listing))
-        if before.labels != state.labels:
-            differences.append("the labels are not the same")
-    if differences:
-        raise BuildError(
-            f"{target} {'is a dataset' if finished else 'is the build'} of something else: {'; '.join(differences)}. "
-            "Build into another folder, or replace this one with --overwrite."
-        )
-    return finished
-
-
-def _spec_differences(there: Spec, here: Spec) -> list[str]:
-    before, now = there.model_dump(mode="json"), here.model_dump(mode="json")
-    return [f"{name} was {before[name]!r} and is now {now[name]!r}" for name in now if before[name] != now[name]]
-
-
-def _listing_difference(folder: Path, listing: Listing) -> str:
-    table = store.read_parquet(folder / store.FILES)
-    before = dict(zip(table["path"].to_pylist(), table["size"].to_pylist(), strict=True))
-    now = dict(zip(listing.files["path"].to_pylist(), listing.files["size"].to_pylist(), strict=True))
-    added, removed = sorted(now.keys() - before.keys()), sorted(before.keys() - now.keys())
-    resized = sorted(path for path in now.keys() & before.keys() if now[path] != before[path])
-    example = (added or removed or resized)[0].decode(errors="backslashreplace")
-    return (
-        f"of the {len(before)} source files {len(removed)} are gone, {len(resized)} have another size and {len(added)} "
-        f"are new (for one, {example})"
-    )
-
-
-def _disown(target: Path) -> None:
-    """Make a dataset or build of ours one that nobody can take for a dataset, and that the next step clears away."""
-    for path in (target / store.ROOT, target / store.BUILD / store.STATE):
-        path.unlink(missing_ok=True)
-        ledger.sync_folder(path.parent)
-
-
-@contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Hold the build's lock; raises ``BuildError`` where another process does."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / store.LOCK).open("wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BuildError(
-                f"Another process is building {folder.parent} at this moment. Wait for it, or stop it, then run this "
-                "command again."
-            ) from None
-        yield
-
-
-@contextmanager
-def _explained(target: Path) -> Iterator[None]:
-    """Turn what the operating system refuses into a message that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        where = "" if error.filename is None else f" ({os.fsdecode(error.filename)})"
-        raise BuildError(
-            f"Writing {target} failed: {error.strerror or error}{where}. What is finished is kept: make room or mend the "
-            "cause, then run the same command again, without --overwrite."
-        ) from error
 
 
 @contextmanager

@@ -196,23 +196,16 @@ def _built_otherwise(recipe: Path, dataset: Dataset) -> str:
     """Say where ``dataset`` is not what the section [build] of ``recipe`` makes; nothing where it is."""
     from ich_prep.store import Spec
 
-    written = read_section(recipe, "build")
-    stated: dict[str, Any] = {name: written[name] for name in ("size", "store", "windows") if name in written}
+    written, built = read_section(recipe, "build"), dataset.spec
+    kept = ("size", "store") if built.store == "hu" else ("size", "store", "windows")  # HU are windowed as one likes
+    stated: dict[str, Any] = {name: written[name] for name in kept if name in written}
     asked = validate(Spec, stated, where=f"{recipe} [build]")
-    found = {
-        name: getattr(dataset.spec, name) for name in stated if getattr(dataset.spec, name) != getattr(asked, name)
-    }
-    if dataset.spec.store == "hu":
-        found.pop("windows", None)  # they are made as they are wanted
-    if not found:
-        return ""
-    return (
-        f"Note: {dataset.path} was not built with {recipe}: "
-        + "; ".join(
-            f"{name} is {_shown(value)} and not {_shown(getattr(asked, name))}" for name, value in found.items()
-        )
-        + "."
-    )
+    differences = [
+        f"{name} is {_shown(getattr(built, name))} and not {_shown(getattr(asked, name))}"
+        for name in stated
+        if getattr(built, name) != getattr(asked, name)
+    ]
+    return f"Note: {dataset.path} was not built with {recipe}: {'; '.join(differences)}." if differences else ""
 
 
 def _shown(value: object) -> str:

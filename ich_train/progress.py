@@ -85,16 +85,17 @@ class Reporter:
 
     def step(self, epoch: int, step: int, steps: int, meter: Meter) -> None:
         """Show that ``step`` of ``steps`` of an epoch are done; does nothing most of the time."""
-        now = time.perf_counter()
-        passed = now - self._shown_at
-        if self._silent or (passed < LINE_S if self._bar.disable else passed < REFRESH_S and step < steps):
+        now, lines = time.perf_counter(), self._bar.disable
+        soon = now - self._shown_at < (LINE_S if lines else REFRESH_S)
+        at_end = step == steps and not lines  # where there are lines, that of the epoch follows
+        if self._silent or (soon and not at_end):
             return
         self._shown_at = now
         loss, _ = meter.means()
         rates = (
             f"{meter.slices / meter.seconds:,.0f} slices/s  loss {loss:.4f}  {meter.wait_s / meter.seconds:.0%} waiting"
         )
-        if self._bar.disable:
+        if lines:
             self.say(f"epoch {epoch}/{self._epochs}: {step:,} of {steps:,} steps  {rates}")
             return
         self._bar.update(
