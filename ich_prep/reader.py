@@ -1,7 +1,7 @@
-"""Rows in any order -> ranges of shards -> one read a range -> decoded straight into the caller's buffer.
+"""Rows in any order -> chunks of shards -> read together -> decoded straight into the caller's buffer.
 
 This is the hot path of training. The file system and the decoder run outside of Python's lock, and a thread that waits
-for that lock loses more than a slice takes to decode: so chunks are read one by one and decoded many in one call.
+for that lock loses more than a slice takes to decode: so chunks are read many in one call, and decoded many in one call.
 What does not lie in memory is asked for all at once, and read when the rest has been: a disk is fast with many requests.
 """
 
@@ -11,16 +11,16 @@ import contextlib
 import os
 import resource
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numcodecs import blosc
 
 from ich_prep.errors import CorruptionError
+from ich_prep.many_reads import MOST, address, read_many
 from ich_prep.sharding import (
     CRC_BYTES,
     MISSING,
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 GROUP_BYTES = 16 << 20  # of pixels decoded at a time
 LEAST_SCRATCH = 4 << 20  # from here on NumPy asks the kernel for huge pages
-MOST_BUFFERS = 1024  # of one read: IOV_MAX
 MOST_OPEN = 16384
 
 
@@ -52,11 +51,6 @@ class _File:
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
-
-
-# Shard; the first of some chunks that lie one behind the other in it, and the one after their last; where their bytes
-# begin, how many there are, and where they go.
-_Run = tuple[int, int, int, int, int, list[Any]]
 
 
 class ShardReader:
@@ -129,13 +123,11 @@ class ShardReader:
         # Room for what makes one frame of them, then the chunks.
         places = np.cumsum(np.concatenate(([frame_room(len(rows), self._slice_bytes)], ends - begins)))
         data = self._scratch(int(places[-1]))
-        at, place = begins.tolist(), places.tolist()
-        runs = (
-            (shard, first, stop, at[first], place[stop] - place[first], [data[place[first] : place[stop]]])
-            for shard, first, stop in self._neighbours(chunks, begins, ends)
-        )
-        for _ in self._filled(runs):
-            pass
+        parts = np.empty((len(chunks), 1, 2), np.int64)
+        parts[:, 0, 0] = address(data) + places[:-1]
+        parts[:, 0, 1] = ends - begins
+        self._fill(chunks, parts)
+        place = places.tolist()
         for index, row in enumerate(chunks.tolist()):
             chunk = data[place[index] : place[index + 1]]
             if not fits(chunk[:-CRC_BYTES], chunk[-CRC_BYTES:].data):
@@ -150,10 +142,7 @@ class ShardReader:
                 raise self._corrupt(row // self._per_shard, row, str(error)) from None
 
     def _read_plain(self, rows: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
-        """Read chunks that are not encoded straight to where they belong; behind each comes its checksum.
-
-        Each is checked as soon as it is read, while it lies in the core's cache.
-        """
+        """Read chunks that are not encoded straight to where they belong; behind each comes its checksum."""
         chunks, order = _distinct(rows)
         firsts = np.empty(len(chunks), np.intp)
         firsts[order[::-1]] = np.arange(len(rows))[::-1]
@@ -162,66 +151,48 @@ class ShardReader:
         if len(odd):
             row, found = int(chunks[odd[0]]), int((ends - begins)[odd[0]]) - CRC_BYTES
             raise self._corrupt(row // self._per_shard, row, f"expected {self._slice_bytes} bytes, found {found}")
-        lines = [out[first] for first in firsts.tolist()]
-        checksums = [bytearray(CRC_BYTES) for _ in lines]
-        buffers = [buffer for pair in zip(lines, checksums, strict=True) for buffer in pair]
-        at = begins.tolist()
-        runs = (
-            (shard, head, end, at[head], (end - head) * (self._slice_bytes + CRC_BYTES), buffers[2 * head : 2 * end])
-            for shard, first, stop in self._neighbours(chunks, begins, ends)
-            for head in range(first, stop, MOST_BUFFERS // 2)
-            for end in [min(head + MOST_BUFFERS // 2, stop)]
-        )
-        for shard, first, stop, *_ in self._filled(runs):
-            for index in range(first, stop):
-                if not fits(lines[index], checksums[index]):
-                    raise self._corrupt(shard, int(chunks[index]), "its checksum does not fit")
+        checksums = np.empty((len(chunks), CRC_BYTES), np.uint8)
+        parts = np.empty((len(chunks), 2, 2), np.int64)
+        parts[:, 0, 0] = address(out) + self._slice_bytes * firsts
+        parts[:, 0, 1] = self._slice_bytes
+        parts[:, 1, 0] = address(checksums) + CRC_BYTES * np.arange(len(chunks))
+        parts[:, 1, 1] = CRC_BYTES
+        self._fill(chunks, parts)
+        for row, first, checksum in zip(chunks.tolist(), firsts.tolist(), checksums, strict=True):
+            if not fits(out[first], checksum.data):
+                raise self._corrupt(row // self._per_shard, row, "its checksum does not fit")
         if len(chunks) < len(rows):
             again = np.setdiff1d(np.arange(len(rows)), firsts)
             out[again] = out[firsts[order[again]]]
 
-    def _neighbours(
-        self, chunks: NDArray[np.int64], begins: NDArray[np.int64], ends: NDArray[np.int64]
-    ) -> Iterator[tuple[int, int, int]]:
-        """Yield shard, first and end of each stretch of ``chunks`` that lie one behind the other in a shard."""
-        numbers = chunks // self._per_shard
-        apart = np.flatnonzero((numbers[1:] != numbers[:-1]) | (begins[1:] != ends[:-1])) + 1
-        for first, stop in pairwise([0, *apart.tolist(), len(chunks)]):
-            yield int(numbers[first]), first, stop
+    def _fill(self, chunks: NDArray[np.int64], parts: NDArray[np.int64]) -> None:
+        """Read ``chunks``, int64 (n,), into the memory ``parts`` (see ``read_many``).
 
-    def _filled(self, runs: Iterable[_Run]) -> Iterator[_Run]:
-        """Read each run into its buffers, then yield it: those that lie in memory first, while the disk fetches the rest.
-
-        A file system that cannot tell what lies in memory is asked to fetch all of them.
+        What lies in memory is read first, while the disk fetches the rest. A file system that cannot tell what lies in
+        memory is asked to fetch all of them.
         """
-        late = []
-        for run in runs:
-            shard, _, _, start, length, buffers = run
-            file = self._open(shard)
-            try:
-                found = os.preadv(file.descriptor, buffers, start, os.RWF_NOWAIT)
-            except OSError:
-                found = 0
-            if found == length:
-                yield run
-            else:
-                late.append(run)
+        step = min(MOST, self._most_open)
+        for at in range(0, len(chunks), step):
+            some, into = chunks[at : at + step], parts[at : at + step]
+            begins = self._begins[some]
+            lengths = self._ends[some] - begins
+            numbers = (some // self._per_shard).tolist()
+            files = [self._open(number) for number in numbers]  # held: another thread may let go of them meanwhile
+            descriptors = np.array([file.descriptor for file in files])
+            found = read_many(descriptors, begins, into, flags=os.RWF_NOWAIT)
+            late = (found != lengths).nonzero()[0]
+            if not len(late):
+                continue
+            descriptors, begins, lengths = descriptors[late], begins[late], lengths[late]
+            for descriptor, start, length in zip(descriptors, begins, lengths, strict=True):
                 with contextlib.suppress(OSError):
-                    os.posix_fadvise(file.descriptor, start, length, os.POSIX_FADV_WILLNEED)
-        for run in late:
-            shard, _, _, start, length, buffers = run
-            self._fill(buffers, shard, start, length)
-            yield run
-
-    def _fill(self, buffers: list[Any], number: int, start: int, count: int) -> None:
-        """Read the ``count`` bytes from ``start`` on of shard ``number`` into ``buffers``."""
-        file = self._open(number)  # held until it is read: another thread may close it meanwhile
-        try:
-            found = os.preadv(file.descriptor, buffers, start)
-        except OSError as error:
-            raise self._corrupt(number, None, f"it cannot be read: {error.strerror}") from error
-        if found != count:
-            raise self._corrupt(number, None, "it ends early")
+                    os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_WILLNEED)
+            found = read_many(descriptors, begins, into[late])
+            short = (found != lengths).nonzero()[0]
+            if len(short):
+                code = int(found[short[0]])
+                what = "it ends early" if code >= 0 else f"it cannot be read: {os.strerror(-code)}"
+                raise self._corrupt(numbers[late[short[0]]], None, what)
 
     def _open(self, number: int) -> _File:
         file = self._files.get(number)
@@ -242,10 +213,12 @@ class ShardReader:
         size = os.fstat(file.descriptor).st_size
         if size < tail:
             raise self._corrupt(number, None, f"expected at least {tail} bytes, found {size}")
-        data = bytearray(tail)
-        self._fill([data], number, size - tail, tail)
         try:
-            index = parse_index(bytes(data), chunks=self._per_shard, body=size - tail)
+            data = os.pread(file.descriptor, tail, size - tail)
+        except OSError as error:
+            raise self._corrupt(number, None, f"it cannot be read: {error.strerror}") from error
+        try:
+            index = parse_index(data, chunks=self._per_shard, body=size - tail)
         except CorruptionError as error:
             raise self._corrupt(number, None, str(error)) from None
         there = index[:, 0] != MISSING

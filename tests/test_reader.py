@@ -19,6 +19,7 @@ from page_cache import evict
 
 from ich_prep import reader
 from ich_prep.errors import CorruptionError
+from ich_prep.many_reads import read_many
 from ich_prep.reader import ShardReader
 from ich_prep.sharding import CODECS, ShardWriter, index_bytes
 
@@ -98,21 +99,6 @@ def test_any_rows_in_any_order(rows: list[int], threads: int, group: int, opened
     np.testing.assert_array_equal(out, np.full_like(out, 255) if holes else pixels[np.array(rows, np.int64)])
 
 
-@pytest.mark.parametrize("codec", CODECS)
-@pytest.mark.parametrize("size", SIZES)
-def test_neighbours_are_read_together(codec: str, size: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    write_shards(tmp_path, some_pixels(size), codec)
-    shared = open_reader(tmp_path, codec, size)
-    rows = np.array([0, 1, 2, 2, 1, 0, 5, 6, 7, 22], np.int64)
-    out = np.empty((len(rows), size), np.uint8)
-    shared.read(rows, out)  # the indices
-    counted, preadv = [], os.preadv
-    monkeypatch.setattr(os, "preadv", lambda *asked: counted.append(asked) or preadv(*asked))
-    assert shared.read(rows, out) == []
-    np.testing.assert_array_equal(out, some_pixels(size)[rows])
-    assert len(counted) == 3
-
-
 @pytest.mark.parametrize("codec", ["lz4", "zstd"])
 def test_a_batch_is_decoded_in_one_call(codec: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     size = SIZES[1]
@@ -136,20 +122,23 @@ def test_what_may_not_lie_in_memory_is_asked_for_before_any_of_it_is_waited_for(
     shared, rows = open_reader(tmp_path, codec, size), np.array([22, 0, 2, 17, 9, 12, 0], np.int64)
     out = np.empty((len(rows), size), np.uint8)
     shared.read(rows, out)  # the indices
-    preadv, fadvise = os.preadv, os.posix_fadvise
-    asked, waited = [], []
+    fadvise = os.posix_fadvise
+    asked: list[tuple[int, int]] = []
+    waited: list[tuple[int, int, int]] = []
 
-    def read(descriptor: int, buffers: list[bytearray], start: int, flags: int = 0) -> int:
+    def read(
+        descriptors: NDArray[np.int64], starts: NDArray[np.int64], parts: NDArray[np.int64], *, flags: int = 0
+    ) -> NDArray[np.int64]:
         if flags:
-            raise OSError(why, os.strerror(why))
-        waited.append((descriptor, start, len(asked)))
-        return preadv(descriptor, buffers, start)
+            return np.full(len(starts), -why)
+        waited.extend((*place, len(asked)) for place in zip(descriptors.tolist(), starts.tolist(), strict=True))
+        return read_many(descriptors, starts, parts)
 
     def ask(descriptor: int, start: int, length: int, advice: int) -> None:
         asked.append((descriptor, start))
         fadvise(descriptor, start, length, advice)
 
-    monkeypatch.setattr(os, "preadv", read)
+    monkeypatch.setattr(reader, "read_many", read)
     monkeypatch.setattr(os, "posix_fadvise", ask)
     assert shared.read(rows, out) == []
     np.testing.assert_array_equal(out, some_pixels(size)[rows])
@@ -164,15 +153,6 @@ def test_cold_shards(codec: str, tmp_path: Path) -> None:
     out = np.empty((len(rows), SIZES[1]), np.uint8)
     assert open_reader(tmp_path, codec, SIZES[1]).read(rows, out, threads=2) == []
     np.testing.assert_array_equal(out, some_pixels(SIZES[1])[rows])
-
-
-def test_more_neighbours_than_one_read_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(reader, "MOST_BUFFERS", 4)
-    write_shards(tmp_path, some_pixels(), "none")
-    rows = np.array([9, 5, 6, 7, 8, 0], np.int64)
-    out = np.empty((len(rows), SLICE_BYTES), np.uint8)
-    assert open_reader(tmp_path, "none").read(rows, out) == []
-    np.testing.assert_array_equal(out, some_pixels()[rows])
 
 
 @pytest.mark.parametrize("most_open", [1, 100])

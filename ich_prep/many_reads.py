@@ -1,0 +1,171 @@
+"""Many reads of many files in one system call.
+
+A thread that reads chunk after chunk gives Python's lock away at each, and has to wait for it as often. Linux AIO
+(io_submit(2)) takes a list of reads: those from the page cache are done when the call returns. Where the kernel does not
+let us, they are made one by one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import platform
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+MOST = 256  # reads of one call: /proc/sys/fs/aio-max-nr is shared by all processes
+
+
+class _Numbers(NamedTuple):
+    """Those of the system calls, which glibc has no functions for."""
+
+    setup: int
+    destroy: int
+    getevents: int
+    submit: int
+
+
+_NUMBERS = {"x86_64": _Numbers(206, 207, 208, 209), "aarch64": _Numbers(0, 1, 4, 2)}.get(platform.machine())
+_PREADV = 7  # IOCB_CMD_PREADV
+
+# struct iocb of linux/aio_abi.h, on machines whose bytes are in little endian order.
+_REQUEST = np.dtype(
+    [
+        ("data", "<u8"),
+        ("key", "<u4"),
+        ("rw_flags", "<i4"),
+        ("opcode", "<u2"),
+        ("priority", "<i2"),
+        ("descriptor", "<u4"),
+        ("parts", "<u8"),
+        ("part_count", "<u8"),
+        ("start", "<i8"),
+        ("reserved", "<u8"),
+        ("flags", "<u4"),
+        ("event_descriptor", "<u4"),
+    ]
+)
+_DATA, _RESULT = 0, 2  # of the four words of struct io_event
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.argtypes = [ctypes.c_long] * 6
+_libc.syscall.restype = ctypes.c_long
+_libc.preadv2.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int]
+_libc.preadv2.restype = ctypes.c_ssize_t
+
+
+def read_many(
+    descriptors: NDArray[np.int64], starts: NDArray[np.int64], parts: NDArray[np.int64], *, flags: int = 0
+) -> NDArray[np.int64]:
+    """Read from file ``descriptors[i]``, from byte ``starts[i]`` on, into the memory ``parts[i]``, for each i.
+
+    ``parts`` (n, parts, 2) holds addresses and lengths (struct iovec), C-contiguous; whoever calls keeps that memory
+    alive, and the files open. ``flags`` are those of preadv2(2). Returns how many bytes each read found, int64 (n,), or
+    the negative errno of what went wrong with it.
+    """
+    found = np.empty(len(starts), np.int64)
+    for first in range(0, len(starts), MOST):
+        some = slice(first, first + MOST)
+        context = _context()
+        if context is None:
+            found[some] = _one_by_one(descriptors[some], starts[some], parts[some], flags)
+            continue
+        try:
+            found[some] = context.read(descriptors[some], starts[some], parts[some], flags)
+        except BaseException:
+            context.close()  # Ctrl-C, say: nothing may write into that memory any more
+            raise
+        _idle.append(context)
+    return found
+
+
+class _Context:
+    """What the kernel keeps for a list of reads (io_setup(2)), for one thread at a time."""
+
+    def __init__(self, numbers: _Numbers) -> None:
+        self._numbers, self.process = numbers, os.getpid()
+        self._requests = np.zeros(MOST, _REQUEST)
+        self._requests["data"] = np.arange(MOST)
+        self._requests["opcode"] = _PREADV
+        self._pointers = self._requests.ctypes.data + _REQUEST.itemsize * np.arange(MOST)
+        self._events = np.empty((MOST, 4), np.int64)
+        self._at_pointers, self._at_events = address(self._pointers), address(self._events)
+        handle = ctypes.c_ulong(0)
+        self._call(numbers.setup, MOST, ctypes.addressof(handle))
+        self._handle = handle.value
+
+    def read(
+        self, descriptors: NDArray[np.int64], starts: NDArray[np.int64], parts: NDArray[np.int64], flags: int
+    ) -> NDArray[np.int64]:
+        count = len(starts)
+        requests = self._requests[:count]
+        requests["descriptor"], requests["start"], requests["rw_flags"] = descriptors, starts, flags
+        requests["parts"] = np.arange(address(parts), address(parts) + parts.nbytes, parts.strides[0])
+        requests["part_count"] = parts.shape[1]
+        found = np.empty(count, np.int64)
+        asked = under_way = 0
+        while asked < count:
+            try:
+                taken = self._call(self._numbers.submit, self._handle, count - asked, self._at_pointers + 8 * asked)
+                under_way += taken
+            except OSError as error:  # of the first of them
+                found[asked], taken = -(error.errno or errno.EIO), 1
+            asked += taken
+        while under_way:
+            try:
+                done = self._call(self._numbers.getevents, self._handle, under_way, under_way, self._at_events)
+            except InterruptedError:
+                continue
+            events = self._events[:done]
+            found[events[:, _DATA]] = events[:, _RESULT]
+            under_way -= done
+        return found
+
+    def close(self) -> None:
+        """Wait for all reads that are under way, and let go of the kernel's memory."""
+        self._call(self._numbers.destroy, self._handle)
+
+    def _call(self, number: int, *values: int) -> int:
+        result: int = _libc.syscall(number, *values, *[0] * (5 - len(values)))
+        if result < 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        return result
+
+
+_idle: list[_Context] = []
+
+
+def _context() -> _Context | None:
+    """Return a context that nobody uses, or None where there is none to be had."""
+    while _idle:
+        try:
+            context = _idle.pop()
+        except IndexError:  # another thread was faster
+            break
+        if context.process == os.getpid():  # not that of the process that this one was forked from
+            return context
+    try:
+        return _Context(_NUMBERS) if _NUMBERS is not None else None
+    except OSError:  # a sandbox that forbids it, or the machine's limit
+        return None
+
+
+def _one_by_one(
+    descriptors: NDArray[np.int64], starts: NDArray[np.int64], parts: NDArray[np.int64], flags: int
+) -> NDArray[np.int64]:
+    found = np.empty(len(starts), np.int64)
+    first = address(parts)
+    for index, (descriptor, start) in enumerate(zip(descriptors.tolist(), starts.tolist(), strict=True)):
+        count = _libc.preadv2(descriptor, first + index * parts.strides[0], parts.shape[1], start, flags)
+        found[index] = count if count >= 0 else -ctypes.get_errno()
+    return found
+
+
+def address(array: NDArray[np.generic]) -> int:
+    """Return where the memory of ``array`` begins."""
+    return int(array.__array_interface__["data"][0])
