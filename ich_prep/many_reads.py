@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import platform
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -18,7 +17,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-MOST = 256  # reads of one call: /proc/sys/fs/aio-max-nr is shared by all processes
+MOST_READS = 256  # of one call: /proc/sys/fs/aio-max-nr is shared by all processes
 
 
 class _Numbers(NamedTuple):
@@ -30,7 +29,8 @@ class _Numbers(NamedTuple):
     submit: int
 
 
-_NUMBERS = {"x86_64": _Numbers(206, 207, 208, 209), "aarch64": _Numbers(0, 1, 4, 2)}.get(platform.machine())
+_MACHINES = {"x86_64": _Numbers(206, 207, 208, 209), "aarch64": _Numbers(0, 1, 4, 2)}
+_NUMBERS = _MACHINES.get(os.uname().machine) if ctypes.sizeof(ctypes.c_long) == 8 else None
 _PREADV = 7  # IOCB_CMD_PREADV
 
 # struct iocb of linux/aio_abi.h, on machines whose bytes are in little endian order.
@@ -64,13 +64,14 @@ def read_many(
 ) -> NDArray[np.int64]:
     """Read from file ``descriptors[i]``, from byte ``starts[i]`` on, into the memory ``parts[i]``, for each i.
 
-    ``parts`` (n, parts, 2) holds addresses and lengths (struct iovec), C-contiguous; whoever calls keeps that memory
-    alive, and the files open. ``flags`` are those of preadv2(2). Returns how many bytes each read found, int64 (n,), or
-    the negative errno of what went wrong with it.
+    ``parts`` (n, parts, 2) holds addresses and lengths (struct iovec); whoever calls keeps that memory alive, and the
+    files open. ``flags`` are those of preadv2(2). Returns how many bytes each read found, int64 (n,), or the negative
+    errno of what went wrong with it. Flags that the file system of one of them does not know may be refused for all.
     """
+    parts = np.ascontiguousarray(parts)
     found = np.empty(len(starts), np.int64)
-    for first in range(0, len(starts), MOST):
-        some = slice(first, first + MOST)
+    for first in range(0, len(starts), MOST_READS):
+        some = slice(first, first + MOST_READS)
         context = _context()
         if context is None:
             found[some] = _one_by_one(descriptors[some], starts[some], parts[some], flags)
@@ -88,53 +89,58 @@ class _Context:
     """What the kernel keeps for a list of reads (io_setup(2)), for one thread at a time."""
 
     def __init__(self, numbers: _Numbers) -> None:
-        self._numbers, self.process = numbers, os.getpid()
-        self._requests = np.zeros(MOST, _REQUEST)
-        self._requests["data"] = np.arange(MOST)
-        self._requests["opcode"] = _PREADV
-        self._pointers = self._requests.ctypes.data + _REQUEST.itemsize * np.arange(MOST)
-        self._events = np.empty((MOST, 4), np.int64)
-        self._at_pointers, self._at_events = address(self._pointers), address(self._events)
+        """Raises ``OSError`` where the kernel gives none: a sandbox forbids it, or the machine's limit is used up."""
         handle = ctypes.c_ulong(0)
-        self._call(numbers.setup, MOST, ctypes.addressof(handle))
-        self._handle = handle.value
+        code = _call(numbers.setup, MOST_READS, ctypes.addressof(handle))
+        if code < 0:
+            raise OSError(-code, os.strerror(-code))
+        self._numbers, self._handle, self.process = numbers, handle.value, os.getpid()
+        self._requests = np.zeros(MOST_READS, _REQUEST)
+        self._requests["data"] = np.arange(MOST_READS)
+        self._requests["opcode"] = _PREADV
+        self._pointers = self._requests.ctypes.data + _REQUEST.itemsize * np.arange(MOST_READS)
+        self._events = np.empty((MOST_READS, 4), np.int64)
+        self._at_pointers, self._at_events = address(self._pointers), address(self._events)
 
     def read(
         self, descriptors: NDArray[np.int64], starts: NDArray[np.int64], parts: NDArray[np.int64], flags: int
     ) -> NDArray[np.int64]:
+        """As ``read_many``, for ``MOST_READS`` at most."""
         count = len(starts)
         requests = self._requests[:count]
         requests["descriptor"], requests["start"], requests["rw_flags"] = descriptors, starts, flags
         requests["parts"] = np.arange(address(parts), address(parts) + parts.nbytes, parts.strides[0])
         requests["part_count"] = parts.shape[1]
         found = np.empty(count, np.int64)
+        again = []
         asked = under_way = 0
         while asked < count:
-            try:
-                taken = self._call(self._numbers.submit, self._handle, count - asked, self._at_pointers + 8 * asked)
-                under_way += taken
-            except OSError as error:  # of the first of them
-                found[asked], taken = -(error.errno or errno.EIO), 1
-            asked += taken
+            taken = _call(self._numbers.submit, self._handle, count - asked, self._at_pointers + 8 * asked)
+            if taken > 0:
+                asked, under_way = asked + taken, under_way + taken
+            elif taken == -errno.EOPNOTSUPP and flags:
+                found[asked:] = taken
+                break
+            else:  # the first of them was refused: plain reads work on more than these do, and tell why they do not
+                again.append(asked)
+                asked += 1
         while under_way:
-            try:
-                done = self._call(self._numbers.getevents, self._handle, under_way, under_way, self._at_events)
-            except InterruptedError:
+            done = _call(self._numbers.getevents, self._handle, under_way, under_way, self._at_events)
+            if done == -errno.EINTR:
                 continue
+            if done < 0:
+                raise OSError(-done, os.strerror(-done))
             events = self._events[:done]
             found[events[:, _DATA]] = events[:, _RESULT]
             under_way -= done
+        again += (found == -errno.EINTR).nonzero()[0].tolist()
+        if again:
+            found[again] = _one_by_one(descriptors[again], starts[again], parts[again], flags)
         return found
 
     def close(self) -> None:
         """Wait for all reads that are under way, and let go of the kernel's memory."""
-        self._call(self._numbers.destroy, self._handle)
-
-    def _call(self, number: int, *values: int) -> int:
-        result: int = _libc.syscall(number, *values, *[0] * (5 - len(values)))
-        if result < 0:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-        return result
+        _call(self._numbers.destroy, self._handle)
 
 
 _idle: list[_Context] = []
@@ -151,17 +157,26 @@ def _context() -> _Context | None:
             return context
     try:
         return _Context(_NUMBERS) if _NUMBERS is not None else None
-    except OSError:  # a sandbox that forbids it, or the machine's limit
+    except OSError:
         return None
+
+
+def _call(number: int, *values: int) -> int:
+    """Make a system call; return its result, or the negative errno."""
+    result: int = _libc.syscall(number, *values, *[0] * (5 - len(values)))
+    return result if result >= 0 else -ctypes.get_errno()
 
 
 def _one_by_one(
     descriptors: NDArray[np.int64], starts: NDArray[np.int64], parts: NDArray[np.int64], flags: int
 ) -> NDArray[np.int64]:
     found = np.empty(len(starts), np.int64)
-    first = address(parts)
     for index, (descriptor, start) in enumerate(zip(descriptors.tolist(), starts.tolist(), strict=True)):
-        count = _libc.preadv2(descriptor, first + index * parts.strides[0], parts.shape[1], start, flags)
+        count = -1
+        while count < 0:
+            count = _libc.preadv2(descriptor, address(parts[index]), parts.shape[1], start, flags)
+            if count < 0 and ctypes.get_errno() != errno.EINTR:
+                break
         found[index] = count if count >= 0 else -ctypes.get_errno()
     return found
 

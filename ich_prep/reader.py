@@ -20,7 +20,7 @@ import numpy as np
 from numcodecs import blosc
 
 from ich_prep.errors import CorruptionError
-from ich_prep.many_reads import MOST, address, read_many
+from ich_prep.many_reads import MOST_READS, address, read_many
 from ich_prep.sharding import (
     CRC_BYTES,
     MISSING,
@@ -58,7 +58,7 @@ class ShardReader:
 
     ``slices`` are the rows there are, ``slices_per_shard`` the rows of a shard, ``codec`` a word of ``sharding.CODECS``.
     The index of a shard is read once, when a row of it is first asked for. Files stay open, as many as half of the
-    process's limit (``ulimit -n``); beyond that the one opened first is closed.
+    process's limit (``ulimit -n``); beyond that the one opened first is closed, once those who read it have done so.
     """
 
     def __init__(
@@ -85,10 +85,14 @@ class ShardReader:
         """Decode ``rows``, int64 (n,), into ``out``, uint8 (n, slice_bytes), C-contiguous.
 
         Returns which of the rows are holes; where there are any, nothing is decoded. Raises ``IndexError`` for a row
-        that is not there, ``CorruptionError`` naming shard and row.
+        that is not there, ``CorruptionError`` naming shard and row, ``ValueError`` for another ``out``.
         """
         if not len(rows):
             return []
+        if out.shape != (len(rows), self._slice_bytes) or not out.flags.c_contiguous or not out.flags.writeable:
+            raise ValueError(
+                f"Expected out to be writeable, C-contiguous, of shape {(len(rows), self._slice_bytes)}; got {out.shape}."
+            )
         if int(rows.min()) < 0 or int(rows.max()) >= self._slices:
             raise IndexError(f"Expected rows within 0..{self._slices - 1}; got {int(rows.min())}..{int(rows.max())}.")
         numbers = rows // self._per_shard
@@ -166,33 +170,35 @@ class ShardReader:
             out[again] = out[firsts[order[again]]]
 
     def _fill(self, chunks: NDArray[np.int64], parts: NDArray[np.int64]) -> None:
-        """Read ``chunks``, int64 (n,), into the memory ``parts`` (see ``read_many``).
-
-        What lies in memory is read first, while the disk fetches the rest. A file system that cannot tell what lies in
-        memory is asked to fetch all of them.
-        """
-        step = min(MOST, self._most_open)
+        """Read ``chunks``, int64 (n,), into the memory ``parts`` (see ``read_many``), as many at a time as may be open."""
+        step = max(1, min(MOST_READS, self._most_open // 8))
         for at in range(0, len(chunks), step):
-            some, into = chunks[at : at + step], parts[at : at + step]
-            begins = self._begins[some]
-            lengths = self._ends[some] - begins
-            numbers = (some // self._per_shard).tolist()
-            files = [self._open(number) for number in numbers]  # held: another thread may let go of them meanwhile
-            descriptors = np.array([file.descriptor for file in files])
-            found = read_many(descriptors, begins, into, flags=os.RWF_NOWAIT)
-            late = (found != lengths).nonzero()[0]
-            if not len(late):
-                continue
-            descriptors, begins, lengths = descriptors[late], begins[late], lengths[late]
-            for descriptor, start, length in zip(descriptors, begins, lengths, strict=True):
-                with contextlib.suppress(OSError):
-                    os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_WILLNEED)
-            found = read_many(descriptors, begins, into[late])
-            short = (found != lengths).nonzero()[0]
-            if len(short):
-                code = int(found[short[0]])
-                what = "it ends early" if code >= 0 else f"it cannot be read: {os.strerror(-code)}"
-                raise self._corrupt(numbers[late[short[0]]], None, what)
+            self._fill_some(chunks[at : at + step], parts[at : at + step])
+
+    def _fill_some(self, chunks: NDArray[np.int64], parts: NDArray[np.int64]) -> None:
+        """Read first what lies in memory, while the disk fetches the rest.
+
+        A file system that cannot tell what lies in memory is asked to fetch all of it.
+        """
+        begins = self._begins[chunks]
+        lengths = self._ends[chunks] - begins
+        # Held until they are read: another thread may let go of them meanwhile.
+        files = [self._open(number) for number in (chunks // self._per_shard).tolist()]
+        descriptors = np.array([file.descriptor for file in files])
+        found = read_many(descriptors, begins, parts, flags=os.RWF_NOWAIT)
+        late = (found != lengths).nonzero()[0]
+        if not len(late):
+            return
+        descriptors, begins, lengths = descriptors[late], begins[late], lengths[late]
+        for descriptor, start, length in np.stack((descriptors, begins, lengths), axis=1).tolist():
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_WILLNEED)
+        found = read_many(descriptors, begins, parts[late])
+        short = (found != lengths).nonzero()[0]
+        if len(short):
+            row, code = int(chunks[late[short[0]]]), int(found[short[0]])
+            what = "it ends early" if code >= 0 else f"it cannot be read: {os.strerror(-code)}"
+            raise self._corrupt(row // self._per_shard, row, what)
 
     def _open(self, number: int) -> _File:
         file = self._files.get(number)

@@ -1,4 +1,4 @@
-"""Rows in an order -> all chunks of a batch in one read -> batches in reused buffers, pinned where there is a GPU.
+"""Rows in an order -> the chunks of a batch read together -> batches in reused buffers, pinned where there is a GPU.
 
 Threads read ahead, each every n-th batch into a ring of its own; what a batch holds depends on the seed and the epoch
 alone, not on their number.

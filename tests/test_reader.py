@@ -146,6 +146,47 @@ def test_what_may_not_lie_in_memory_is_asked_for_before_any_of_it_is_waited_for(
 
 
 @pytest.mark.parametrize("codec", CODECS)
+def test_a_part_of_a_batch_may_lie_on_the_disk(codec: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write_shards(tmp_path, some_pixels(SIZES[1]), codec)
+    shared, rows = open_reader(tmp_path, codec, SIZES[1]), np.array([22, 0, 2, 17, 9, 12, 0, 20], np.int64)
+    out = np.empty((len(rows), SIZES[1]), np.uint8)
+
+    def read(
+        descriptors: NDArray[np.int64], starts: NDArray[np.int64], parts: NDArray[np.int64], *, flags: int = 0
+    ) -> NDArray[np.int64]:
+        if flags:  # every third is not there, every third in part
+            parts = parts.copy()
+            parts[1::3, :, 1] //= 2
+            parts[2::3, :, 1] = 0
+        return read_many(descriptors, starts, parts)
+
+    monkeypatch.setattr(reader, "read_many", read)
+    assert shared.read(rows, out) == []
+    np.testing.assert_array_equal(out, some_pixels(SIZES[1])[rows])
+    with open(tmp_path / "3", "r+b") as file:
+        file.truncate(10)
+    with pytest.raises(CorruptionError, match=rf"Shard 3 \({tmp_path / '3'}\), row 17: it ends early"):
+        shared.read(rows, out)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_batch_is_read_in_one_call(codec: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write_shards(tmp_path, some_pixels(SIZES[1]), codec)
+    shared, rows = open_reader(tmp_path, codec, SIZES[1]), np.array([22, 0, 2, 17, 9, 12, 0], np.int64)
+    counted = []
+
+    def read(
+        descriptors: NDArray[np.int64], starts: NDArray[np.int64], parts: NDArray[np.int64], *, flags: int = 0
+    ) -> NDArray[np.int64]:
+        counted.append(len(starts))
+        return read_many(descriptors, starts, parts)  # waits: the test is not about what lies in memory
+
+    monkeypatch.setattr(reader, "read_many", read)
+    assert shared.read(rows, np.empty((len(rows), SIZES[1]), np.uint8)) == []
+    assert counted == [6]
+
+
+@pytest.mark.parametrize("codec", CODECS)
 def test_cold_shards(codec: str, tmp_path: Path) -> None:
     write_shards(tmp_path, some_pixels(SIZES[1]), codec)
     evict(*tmp_path.iterdir())
@@ -183,9 +224,20 @@ def test_shards_are_closed_when_many_are_open(
     before = len(list(Path("/proc/self/fd").iterdir()))
     rows = np.setdiff1d(np.arange(SLICES), HOLES)
     out = np.empty((len(rows), SLICE_BYTES), np.uint8)
+    most = before
+
+    def read(
+        descriptors: NDArray[np.int64], starts: NDArray[np.int64], parts: NDArray[np.int64], *, flags: int = 0
+    ) -> NDArray[np.int64]:
+        nonlocal most
+        most = max(most, len(list(Path("/proc/self/fd").iterdir())))
+        return read_many(descriptors, starts, parts, flags=flags)
+
+    monkeypatch.setattr(reader, "read_many", read)
     for _ in range(3):
         small.read(rows, out)
         np.testing.assert_array_equal(out, pixels[rows])
+    assert most <= before + 3  # one of them is being read
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2
 
 
@@ -281,6 +333,17 @@ def test_a_frame_that_was_never_written_here_is_an_error(at: int, tmp_path: Path
     (tmp_path / "0").write_bytes(data)
     with pytest.raises(CorruptionError, match=r"row 1: "):
         open_reader(tmp_path, "lz4", size).read(np.array([0, 1, 2]), np.empty((3, size), np.uint8))
+
+
+@pytest.mark.parametrize("spoil", ["short", "strided", "read-only"])
+def test_memory_that_does_not_fit_is_not_written_to(spoil: str, opened: Opened) -> None:
+    shared, pixels = opened
+    room = np.zeros((8, pixels.shape[1]), np.uint8)
+    out = {"short": room[:3], "strided": room[::2], "read-only": room[:4]}[spoil]
+    out.flags.writeable = spoil != "read-only"
+    with pytest.raises(ValueError, match="C-contiguous, of shape"):
+        shared.read(np.array([0, 1, 2, 5]), out)
+    assert not room.any()
 
 
 def test_an_open_reader_is_not_pickled(opened: Opened) -> None:
