@@ -33,8 +33,8 @@ demo: venv ## phantom files -> dataset -> trained model -> report
 	$(BIN)/ich-train run --recipe pipelines/smoke.toml --data $(DEMO)/data.zarr --out $(DEMO)/run
 	@echo "The report: $(abspath $(DEMO))/run/report.html"
 
-test: venv lint ## the tests, and lint and types
-	$(BIN)/pytest
+test: venv lint ## the tests, in two processes, and lint and types
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-slow: venv ## the tests that take minutes
 	$(BIN)/pytest -m slow --timeout 1200
