@@ -51,6 +51,7 @@ _REQUEST = np.dtype(
     ]
 )
 _DATA, _RESULT = 0, 2  # of the four words of struct io_event
+_PART_BYTES = 16  # struct iovec
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.argtypes = [ctypes.c_long] * 6
@@ -68,7 +69,7 @@ def read_many(
     files open. ``flags`` are those of preadv2(2). Returns how many bytes each read found, int64 (n,), or the negative
     errno of what went wrong with it. Flags that the file system of one of them does not know may be refused for all.
     """
-    parts = np.ascontiguousarray(parts)
+    parts = np.ascontiguousarray(parts, np.int64)
     found = np.empty(len(starts), np.int64)
     for first in range(0, len(starts), MOST_READS):
         some = slice(first, first + MOST_READS)
@@ -109,9 +110,9 @@ class _Context:
         count = len(starts)
         requests = self._requests[:count]
         requests["descriptor"], requests["start"], requests["rw_flags"] = descriptors, starts, flags
-        requests["parts"] = np.arange(address(parts), address(parts) + parts.nbytes, parts.strides[0])
+        requests["parts"] = address(parts) + _PART_BYTES * parts.shape[1] * np.arange(count)
         requests["part_count"] = parts.shape[1]
-        found = np.empty(count, np.int64)
+        found = np.zeros(count, np.int64)
         again = []
         asked = under_way = 0
         while asked < count:

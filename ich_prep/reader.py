@@ -58,7 +58,8 @@ class ShardReader:
 
     ``slices`` are the rows there are, ``slices_per_shard`` the rows of a shard, ``codec`` a word of ``sharding.CODECS``.
     The index of a shard is read once, when a row of it is first asked for. Files stay open, as many as half of the
-    process's limit (``ulimit -n``); beyond that the one opened first is closed, once those who read it have done so.
+    process's limit (``ulimit -n``); beyond that the one opened first is closed, once the threads that read it have done
+    so: each holds a 32nd of the limit at most.
     """
 
     def __init__(
@@ -89,9 +90,11 @@ class ShardReader:
         """
         if not len(rows):
             return []
-        if out.shape != (len(rows), self._slice_bytes) or not out.flags.c_contiguous or not out.flags.writeable:
+        shape = (len(rows), self._slice_bytes)
+        if out.shape != shape or out.dtype != np.uint8 or not out.flags.c_contiguous or not out.flags.writeable:
             raise ValueError(
-                f"Expected out to be writeable, C-contiguous, of shape {(len(rows), self._slice_bytes)}; got {out.shape}."
+                f"Expected out to be writeable, C-contiguous, of shape {shape} and uint8; got {out.dtype} of shape "
+                f"{out.shape} with strides {out.strides}."
             )
         if int(rows.min()) < 0 or int(rows.max()) >= self._slices:
             raise IndexError(f"Expected rows within 0..{self._slices - 1}; got {int(rows.min())}..{int(rows.max())}.")
@@ -171,7 +174,7 @@ class ShardReader:
 
     def _fill(self, chunks: NDArray[np.int64], parts: NDArray[np.int64]) -> None:
         """Read ``chunks``, int64 (n,), into the memory ``parts`` (see ``read_many``), as many at a time as may be open."""
-        step = max(1, min(MOST_READS, self._most_open // 8))
+        step = max(1, min(MOST_READS, self._most_open // 16))
         for at in range(0, len(chunks), step):
             self._fill_some(chunks[at : at + step], parts[at : at + step])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 from collections.abc import Callable, Iterator
@@ -135,6 +136,7 @@ def test_many_threads(way: str, descriptors: list[int], data: NDArray[np.uint8])
         assert 1 <= len(many_reads._idle) <= 8  # they are used again
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # from Python 3.12 on
 def test_a_forked_process_reads_for_itself(way: str, descriptors: list[int], data: NDArray[np.uint8]) -> None:
     read(descriptors, [(0, 0, [4])])
     child = os.fork()
@@ -206,6 +208,46 @@ def test_what_this_way_refuses_is_read_the_plain_way(
         [data[1, 1:5].tobytes()],
         [data[2, 2:6].tobytes()],
     ]
+
+
+@ONE_CALL
+def test_flags_refused_on_the_way_leave_what_was_taken_before(
+    way: str, descriptors: list[int], data: NDArray[np.uint8], call: Intercept
+) -> None:
+    answers = iter([1, -errno.EOPNOTSUPP])
+    submit = many_reads._call
+
+    def refuse(number: int, *values: int) -> int | None:
+        if number != many_reads._NUMBERS.submit:  # type: ignore[union-attr]
+            return None
+        answer = next(answers)
+        return submit(number, values[0], 1, values[2]) if answer == 1 else answer
+
+    call(refuse)
+    found, memory = read(descriptors, [(0, 0, [4]), (1, 1, [4]), (2, 2, [4])], os.RWF_NOWAIT)
+    assert found[1:] == [-errno.EOPNOTSUPP] * 2
+    assert found[0] in (4, -errno.EAGAIN)
+    assert memory[1:] == [[b"\7" * 4]] * 2
+
+
+@ONE_CALL
+def test_a_read_that_a_signal_interrupts_is_made_again(
+    way: str, descriptors: list[int], data: NDArray[np.uint8], call: Intercept
+) -> None:
+    original = many_reads._call
+
+    def interrupt(number: int, *values: int) -> int | None:
+        if number != many_reads._NUMBERS.getevents:  # type: ignore[union-attr]
+            return None
+        done = original(number, *values)
+        events = np.ctypeslib.as_array((ctypes.c_int64 * (4 * done)).from_address(values[3])).reshape(done, 4)
+        events[events[:, 0] == 1, 2] = -errno.EINTR
+        return done
+
+    call(interrupt)
+    found, memory = read(descriptors, [(0, 0, [4]), (1, 1, [4])])
+    assert found == [4, 4]
+    assert memory == [[data[0, :4].tobytes()], [data[1, 1:5].tobytes()]]
 
 
 def test_where_the_machine_has_none_left_reads_are_made_one_by_one(

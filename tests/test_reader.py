@@ -341,7 +341,7 @@ def test_memory_that_does_not_fit_is_not_written_to(spoil: str, opened: Opened) 
     room = np.zeros((8, pixels.shape[1]), np.uint8)
     out = {"short": room[:3], "strided": room[::2], "read-only": room[:4]}[spoil]
     out.flags.writeable = spoil != "read-only"
-    with pytest.raises(ValueError, match="C-contiguous, of shape"):
+    with pytest.raises(ValueError, match=r"C-contiguous, of shape .* with strides"):
         shared.read(np.array([0, 1, 2, 5]), out)
     assert not room.any()
 
