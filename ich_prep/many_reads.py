@@ -7,6 +7,7 @@ let us, they are made one by one.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -95,11 +96,11 @@ class _Context:
         code = _call(numbers.setup, MOST_READS, ctypes.addressof(handle))
         if code < 0:
             raise OSError(-code, os.strerror(-code))
-        self._numbers, self._handle, self.process = numbers, handle.value, os.getpid()
+        self._numbers, self._handle = numbers, handle.value
         self._requests = np.zeros(MOST_READS, _REQUEST)
         self._requests["data"] = np.arange(MOST_READS)
         self._requests["opcode"] = _PREADV
-        self._pointers = self._requests.ctypes.data + _REQUEST.itemsize * np.arange(MOST_READS)
+        self._pointers = address(self._requests) + _REQUEST.itemsize * np.arange(MOST_READS)
         self._events = np.empty((MOST_READS, 4), np.int64)
         self._at_pointers, self._at_events = address(self._pointers), address(self._events)
 
@@ -145,27 +146,21 @@ class _Context:
 
 
 _idle: list[_Context] = []
+os.register_at_fork(after_in_child=_idle.clear)  # they belong to the process that made them
 
 
 def _context() -> _Context | None:
     """Return a context that nobody uses, or None where there is none to be had."""
-    while _idle:
-        try:
-            context = _idle.pop()
-        except IndexError:  # another thread was faster
-            break
-        if context.process == os.getpid():  # not that of the process that this one was forked from
-            return context
-    try:
+    with contextlib.suppress(IndexError):
+        return _idle.pop()
+    with contextlib.suppress(OSError):
         return _Context(_NUMBERS) if _NUMBERS is not None else None
-    except OSError:
-        return None
+    return None
 
 
 def _call(number: int, *values: int) -> int:
     """Make a system call; return its result, or the negative errno."""
-    result: int = _libc.syscall(number, *values, *[0] * (5 - len(values)))
-    return result if result >= 0 else -ctypes.get_errno()
+    return _or_errno(_libc.syscall(number, *values, *[0] * (5 - len(values))))
 
 
 def _one_by_one(
@@ -173,13 +168,15 @@ def _one_by_one(
 ) -> NDArray[np.int64]:
     found = np.empty(len(starts), np.int64)
     for index, (descriptor, start) in enumerate(zip(descriptors.tolist(), starts.tolist(), strict=True)):
-        count = -1
-        while count < 0:
-            count = _libc.preadv2(descriptor, address(parts[index]), parts.shape[1], start, flags)
-            if count < 0 and ctypes.get_errno() != errno.EINTR:
-                break
-        found[index] = count if count >= 0 else -ctypes.get_errno()
+        count = -errno.EINTR
+        while count == -errno.EINTR:
+            count = _or_errno(_libc.preadv2(descriptor, address(parts[index]), parts.shape[1], start, flags))
+        found[index] = count
     return found
+
+
+def _or_errno(result: int) -> int:
+    return result if result >= 0 else -ctypes.get_errno()
 
 
 def address(array: NDArray[np.generic]) -> int:

@@ -14,13 +14,13 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numcodecs import blosc
 
 from ich_prep.errors import CorruptionError
-from ich_prep.many_reads import MOST_READS, address, read_many
+from ich_prep.many_reads import address, read_many
 from ich_prep.sharding import (
     CRC_BYTES,
     MISSING,
@@ -90,12 +90,7 @@ class ShardReader:
         """
         if not len(rows):
             return []
-        shape = (len(rows), self._slice_bytes)
-        if out.shape != shape or out.dtype != np.uint8 or not out.flags.c_contiguous or not out.flags.writeable:
-            raise ValueError(
-                f"Expected out to be writeable, C-contiguous, of shape {shape} and uint8; got {out.dtype} of shape "
-                f"{out.shape} with strides {out.strides}."
-            )
+        require_out(out, (len(rows), self._slice_bytes), np.dtype(np.uint8))
         if int(rows.min()) < 0 or int(rows.max()) >= self._slices:
             raise IndexError(f"Expected rows within 0..{self._slices - 1}; got {int(rows.min())}..{int(rows.max())}.")
         numbers = rows // self._per_shard
@@ -126,38 +121,37 @@ class ShardReader:
     def _read_encoded(self, rows: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
         """Read the chunks of a group one behind the other, check each, then decode all in one call."""
         chunks, order = _distinct(rows)
-        begins, ends = self._begins[chunks], self._ends[chunks]
+        lengths = self._ends[chunks] - self._begins[chunks]
         # Room for what makes one frame of them, then the chunks.
-        places = np.cumsum(np.concatenate(([frame_room(len(rows), self._slice_bytes)], ends - begins)))
+        places = np.cumsum(np.concatenate(([frame_room(len(rows), self._slice_bytes)], lengths)))
         data = self._scratch(int(places[-1]))
         parts = np.empty((len(chunks), 1, 2), np.int64)
         parts[:, 0, 0] = address(data) + places[:-1]
-        parts[:, 0, 1] = ends - begins
+        parts[:, 0, 1] = lengths
         self._fill(chunks, parts)
         place = places.tolist()
         for index, row in enumerate(chunks.tolist()):
             chunk = data[place[index] : place[index + 1]]
             if not fits(chunk[:-CRC_BYTES], chunk[-CRC_BYTES:].data):
-                raise self._corrupt(row // self._per_shard, row, "its checksum does not fit")
+                raise self._corrupt_row(row, "its checksum does not fit")
         if decode_together(data, places, order, out=out):
             return
         for line, index in zip(out, order.tolist(), strict=True):
             try:
                 decode_chunk(data[place[index] : place[index + 1]], codec=self._codec, out=line)
             except CorruptionError as error:
-                row = int(chunks[index])
-                raise self._corrupt(row // self._per_shard, row, str(error)) from None
+                raise self._corrupt_row(int(chunks[index]), str(error)) from None
 
     def _read_plain(self, rows: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
         """Read chunks that are not encoded straight to where they belong; behind each comes its checksum."""
         chunks, order = _distinct(rows)
         firsts = np.empty(len(chunks), np.intp)
         firsts[order[::-1]] = np.arange(len(rows))[::-1]
-        begins, ends = self._begins[chunks], self._ends[chunks]
-        odd = np.flatnonzero(ends - begins != self._slice_bytes + CRC_BYTES)
+        lengths = self._ends[chunks] - self._begins[chunks]
+        odd = np.flatnonzero(lengths != self._slice_bytes + CRC_BYTES)
         if len(odd):
-            row, found = int(chunks[odd[0]]), int((ends - begins)[odd[0]]) - CRC_BYTES
-            raise self._corrupt(row // self._per_shard, row, f"expected {self._slice_bytes} bytes, found {found}")
+            row, found = int(chunks[odd[0]]), int(lengths[odd[0]]) - CRC_BYTES
+            raise self._corrupt_row(row, f"expected {self._slice_bytes} bytes, found {found}")
         checksums = np.empty((len(chunks), CRC_BYTES), np.uint8)
         parts = np.empty((len(chunks), 2, 2), np.int64)
         parts[:, 0, 0] = address(out) + self._slice_bytes * firsts
@@ -167,14 +161,14 @@ class ShardReader:
         self._fill(chunks, parts)
         for row, first, checksum in zip(chunks.tolist(), firsts.tolist(), checksums, strict=True):
             if not fits(out[first], checksum.data):
-                raise self._corrupt(row // self._per_shard, row, "its checksum does not fit")
+                raise self._corrupt_row(row, "its checksum does not fit")
         if len(chunks) < len(rows):
             again = np.setdiff1d(np.arange(len(rows)), firsts)
             out[again] = out[firsts[order[again]]]
 
     def _fill(self, chunks: NDArray[np.int64], parts: NDArray[np.int64]) -> None:
         """Read ``chunks``, int64 (n,), into the memory ``parts`` (see ``read_many``), as many at a time as may be open."""
-        step = max(1, min(MOST_READS, self._most_open // 16))
+        step = max(1, self._most_open // 16)
         for at in range(0, len(chunks), step):
             self._fill_some(chunks[at : at + step], parts[at : at + step])
 
@@ -201,7 +195,7 @@ class ShardReader:
         if len(short):
             row, code = int(chunks[late[short[0]]]), int(found[short[0]])
             what = "it ends early" if code >= 0 else f"it cannot be read: {os.strerror(-code)}"
-            raise self._corrupt(row // self._per_shard, row, what)
+            raise self._corrupt_row(row, what)
 
     def _open(self, number: int) -> _File:
         file = self._files.get(number)
@@ -210,7 +204,7 @@ class ShardReader:
         try:
             file = _File(self._path_of(number))
         except (FileNotFoundError, NotADirectoryError):
-            raise self._corrupt(number, None, "there is no such file") from None
+            raise self._corrupt(number, "there is no such file") from None
         with self._lock:
             if len(self._files) >= self._most_open:
                 del self._files[next(iter(self._files))]
@@ -221,15 +215,15 @@ class ShardReader:
         file = self._open(number)
         size = os.fstat(file.descriptor).st_size
         if size < tail:
-            raise self._corrupt(number, None, f"expected at least {tail} bytes, found {size}")
+            raise self._corrupt(number, f"expected at least {tail} bytes, found {size}")
         try:
             data = os.pread(file.descriptor, tail, size - tail)
         except OSError as error:
-            raise self._corrupt(number, None, f"it cannot be read: {error.strerror}") from error
+            raise self._corrupt(number, f"it cannot be read: {error.strerror}") from error
         try:
             index = parse_index(data, chunks=self._per_shard, body=size - tail)
         except CorruptionError as error:
-            raise self._corrupt(number, None, str(error)) from None
+            raise self._corrupt(number, str(error)) from None
         there = index[:, 0] != MISSING
         lines = slice(number * self._per_shard, (number + 1) * self._per_shard)
         self._begins[lines] = np.where(there, index[:, 0], 0)
@@ -243,11 +237,23 @@ class ShardReader:
             buffer = self._local.buffer = np.empty(max(size, LEAST_SCRATCH), np.uint8)
         return buffer[:size]
 
-    def _corrupt(self, shard: int, row: int | None, what: str) -> CorruptionError:
+    def _corrupt_row(self, row: int, what: str) -> CorruptionError:
+        return self._corrupt(row // self._per_shard, what, row)
+
+    def _corrupt(self, shard: int, what: str, row: int | None = None) -> CorruptionError:
         where = f"Shard {shard} ({self._path_of(shard)})" + (f", row {row}" if row is not None else "")
         return CorruptionError(
             f"{where}: {what}. The dataset's bytes are not the ones that were written: run `ich-prep verify` to see all "
             "that is damaged, then restore it or build again with --overwrite."
+        )
+
+
+def require_out(out: NDArray[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    """Raise ``ValueError`` where ``out`` is not memory that an array of ``shape`` and ``dtype`` may be written to."""
+    if out.shape != shape or out.dtype != dtype or not out.flags.c_contiguous or not out.flags.writeable:
+        raise ValueError(
+            f"Expected out to be writeable, C-contiguous, of shape {shape} and {dtype}; got {out.dtype} of shape "
+            f"{out.shape} with strides {out.strides}."
         )
 
 

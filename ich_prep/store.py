@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ich_prep.errors import CorruptionError, DatasetError
 from ich_prep.labels import CLASSES
 from ich_prep.ledger import write_whole
-from ich_prep.reader import ShardReader
+from ich_prep.reader import ShardReader, require_out
 from ich_prep.windows import PRESETS, Window, parse_windows
 
 if TYPE_CHECKING:
@@ -322,11 +322,7 @@ class Dataset:
         shape = (len(wanted), *self.shape[1:])
         if out is None:
             out = np.empty(shape, self.dtype)
-        if out.shape != shape or out.dtype != self.dtype or not out.flags.c_contiguous or not out.flags.writeable:
-            raise ValueError(
-                f"Expected out to be writeable, C-contiguous, of shape {shape} and {self.dtype}; "
-                f"got {out.shape} and {out.dtype}."
-            )
+        require_out(out, shape, self.dtype)
         lines = out.reshape(len(wanted), int(np.prod(shape[1:]))).view(np.uint8)
         holes = self._reader.read(wanted, lines, threads=threads)
         if holes:

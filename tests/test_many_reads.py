@@ -44,8 +44,9 @@ def descriptors(data: NDArray[np.uint8], tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(params=["in one call", "one by one"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Both ways to read: the second is that of a machine whose system calls have other numbers, or a sandbox."""
-    idle: list[many_reads._Context] = []
-    monkeypatch.setattr(many_reads, "_idle", idle)
+    idle = many_reads._idle
+    before = idle.copy()
+    idle.clear()
     if request.param == "one by one":
         monkeypatch.setattr(many_reads, "_NUMBERS", None)
     else:
@@ -56,6 +57,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     yield str(request.param)
     for context in idle:
         context.close()
+    idle[:] = before
 
 
 @pytest.fixture
@@ -71,6 +73,20 @@ def call(monkeypatch: pytest.MonkeyPatch) -> Intercept:
         monkeypatch.setattr(many_reads, "_call", call)
 
     return intercept
+
+
+def answer_submits(call: Intercept, *answers: int | None) -> None:
+    """Answer one io_submit after the other: with an error, by taking so many only, or, None, as the kernel does."""
+    numbers, original, coming = many_reads._NUMBERS, many_reads._call, iter(answers)
+    assert numbers is not None
+
+    def answer(number: int, *values: int) -> int | None:
+        if number != numbers.submit:
+            return None
+        code = next(coming)
+        return code if code is None or code < 0 else original(number, values[0], code, values[2])
+
+    call(answer)
 
 
 def read(descriptors: list[int], wanted: Wanted, flags: int = 0) -> tuple[list[int], list[list[bytes]]]:
@@ -143,6 +159,7 @@ def test_a_forked_process_reads_for_itself(way: str, descriptors: list[int], dat
     if not child:
         code = 1
         try:
+            assert not many_reads._idle  # those are of the other process
             found, memory = read(descriptors, [(1, 3, [4]), (2, 9, [4])])
             code = int(found != [4, 4] or memory != [[data[1, 3:7].tobytes()], [data[2, 9:13].tobytes()]])
         finally:
@@ -191,16 +208,7 @@ def test_what_this_way_refuses_is_read_the_plain_way(
     code: int, way: str, descriptors: list[int], data: NDArray[np.uint8], call: Intercept
 ) -> None:
     """Some file systems know no lists of reads, and a plain read tells what is wrong where there is something."""
-    answers = iter([1, -code, -code, None])
-
-    def refuse(number: int, handle: int, count: int, pointers: int) -> int | None:
-        if number != many_reads._NUMBERS.submit:  # type: ignore[union-attr]
-            return None
-        answer = next(answers)
-        return submit(number, handle, 1, pointers) if answer == 1 else answer
-
-    submit = many_reads._call
-    call(lambda number, *values: refuse(number, *values[:3]) if len(values) >= 3 else None)
+    answer_submits(call, 1, -code, -code, None)
     found, memory = read([*descriptors, -1], [(0, 0, [4]), (1, 1, [4]), (3, 0, [4]), (2, 2, [4])])
     assert found == [4, 4, -errno.EBADF, 4]
     assert [memory[0], memory[1], memory[3]] == [
@@ -212,18 +220,9 @@ def test_what_this_way_refuses_is_read_the_plain_way(
 
 @ONE_CALL
 def test_flags_refused_on_the_way_leave_what_was_taken_before(
-    way: str, descriptors: list[int], data: NDArray[np.uint8], call: Intercept
+    way: str, descriptors: list[int], call: Intercept
 ) -> None:
-    answers = iter([1, -errno.EOPNOTSUPP])
-    submit = many_reads._call
-
-    def refuse(number: int, *values: int) -> int | None:
-        if number != many_reads._NUMBERS.submit:  # type: ignore[union-attr]
-            return None
-        answer = next(answers)
-        return submit(number, values[0], 1, values[2]) if answer == 1 else answer
-
-    call(refuse)
+    answer_submits(call, 1, -errno.EOPNOTSUPP)
     found, memory = read(descriptors, [(0, 0, [4]), (1, 1, [4]), (2, 2, [4])], os.RWF_NOWAIT)
     assert found[1:] == [-errno.EOPNOTSUPP] * 2
     assert found[0] in (4, -errno.EAGAIN)

@@ -66,6 +66,7 @@ def open_reader(folder: Path, codec: str = "lz4", slice_bytes: int = SLICE_BYTES
 
 
 Opened = tuple[ShardReader, NDArray[np.uint8]]
+Places = NDArray[np.int64]
 
 
 @pytest.fixture(scope="module", params=[(codec, size) for codec in CODECS for size in SIZES], ids=str)
@@ -126,9 +127,7 @@ def test_what_may_not_lie_in_memory_is_asked_for_before_any_of_it_is_waited_for(
     asked: list[tuple[int, int]] = []
     waited: list[tuple[int, int, int]] = []
 
-    def read(
-        descriptors: NDArray[np.int64], starts: NDArray[np.int64], parts: NDArray[np.int64], *, flags: int = 0
-    ) -> NDArray[np.int64]:
+    def read(descriptors: Places, starts: Places, parts: Places, *, flags: int = 0) -> Places:
         if flags:
             return np.full(len(starts), -why)
         waited.extend((*place, len(asked)) for place in zip(descriptors.tolist(), starts.tolist(), strict=True))
@@ -151,9 +150,7 @@ def test_a_part_of_a_batch_may_lie_on_the_disk(codec: str, monkeypatch: pytest.M
     shared, rows = open_reader(tmp_path, codec, SIZES[1]), np.array([22, 0, 2, 17, 9, 12, 0, 20], np.int64)
     out = np.empty((len(rows), SIZES[1]), np.uint8)
 
-    def read(
-        descriptors: NDArray[np.int64], starts: NDArray[np.int64], parts: NDArray[np.int64], *, flags: int = 0
-    ) -> NDArray[np.int64]:
+    def read(descriptors: Places, starts: Places, parts: Places, *, flags: int = 0) -> Places:
         if flags:  # every third is not there, every third in part
             parts = parts.copy()
             parts[1::3, :, 1] //= 2
@@ -175,9 +172,7 @@ def test_a_batch_is_read_in_one_call(codec: str, monkeypatch: pytest.MonkeyPatch
     shared, rows = open_reader(tmp_path, codec, SIZES[1]), np.array([22, 0, 2, 17, 9, 12, 0], np.int64)
     counted = []
 
-    def read(
-        descriptors: NDArray[np.int64], starts: NDArray[np.int64], parts: NDArray[np.int64], *, flags: int = 0
-    ) -> NDArray[np.int64]:
+    def read(descriptors: Places, starts: Places, parts: Places, *, flags: int = 0) -> Places:
         counted.append(len(starts))
         return read_many(descriptors, starts, parts)  # waits: the test is not about what lies in memory
 
@@ -226,9 +221,7 @@ def test_shards_are_closed_when_many_are_open(
     out = np.empty((len(rows), SLICE_BYTES), np.uint8)
     most = before
 
-    def read(
-        descriptors: NDArray[np.int64], starts: NDArray[np.int64], parts: NDArray[np.int64], *, flags: int = 0
-    ) -> NDArray[np.int64]:
+    def read(descriptors: Places, starts: Places, parts: Places, *, flags: int = 0) -> Places:
         nonlocal most
         most = max(most, len(list(Path("/proc/self/fd").iterdir())))
         return read_many(descriptors, starts, parts, flags=flags)
