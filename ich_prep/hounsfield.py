@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
+from ich_prep.kernels import MOST_WINDOWS, window_codes_by_table
 from ich_prep.windows import AIR_HU, HIGHEST_HU, Window, window_table
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-PACKED = 4  # windows of one gather
 _Rescale = tuple[bool, float, float, tuple[int, int] | None]  # signed, slope, intercept, padding
-STRIP = 1 << 16  # pixels gathered before they are told apart: they stay in the core's own cache
 
 
 @lru_cache(maxsize=64)
@@ -44,42 +43,30 @@ def rescale_table(
 
 
 @lru_cache(maxsize=64)
-def _packed_codes(windows: tuple[Window, ...], rescale: _Rescale | None) -> NDArray[np.int32]:
-    """Return the codes of every word, a byte for each of up to four windows: int32 (65536,).
+def _packed_codes(windows: tuple[Window, ...], rescale: _Rescale | None) -> NDArray[np.uint32]:
+    """Return the codes of every word, a byte for each of up to four windows, the first one lowest: uint32 (65536,).
 
     The words are stored values with a ``rescale`` of signed, slope, intercept and padding, and HU without one.
     """
-    codes = np.zeros((65536, PACKED), np.uint8)
+    codes = np.zeros((65536, MOST_WINDOWS), np.uint8)
     for index, window in enumerate(windows):
         codes[:, index] = window_table(window)
     if rescale is not None:
         signed, slope, intercept, padding = rescale
         hu = rescale_table(signed=signed, slope=slope, intercept=intercept, padding=padding)
         codes = codes[hu.view(np.uint16)]
-    return codes.view(np.int32).reshape(65536)
+    return codes.view("<u4").reshape(65536)
 
 
 def _apply_packed(
     words: NDArray[np.uint16], windows: tuple[Window, ...], rescale: _Rescale | None, out: NDArray[np.uint8]
 ) -> None:
-    rows, columns = words.shape
-    if out.shape != (len(windows), rows, columns) or out.dtype != np.uint8 or not out.flags.c_contiguous:
-        # OpenCV would write into a new array instead.
-        raise ValueError(
-            f"Expected out to be uint8 ({len(windows)}, {rows}, {columns}), C-contiguous; got {out.dtype} {out.shape}."
-        )
-    step = max(1, STRIP // columns)
-    codes = np.empty((step, columns), np.int32)
-    unused = np.empty((step, columns), np.uint8)
-    for first in range(0, len(windows), PACKED):
-        some = windows[first : first + PACKED]
-        table = _packed_codes(some, rescale)
-        for top in range(0, rows, step):
-            lines = slice(top, min(rows, top + step))
-            strip, spare = codes[: lines.stop - top], unused[: lines.stop - top]
-            cv2.LUT(words[lines], table, dst=strip)
-            planes = [out[first + index, lines] for index in range(len(some))]
-            cv2.split(strip.view(np.uint8).reshape(*strip.shape, PACKED), [*planes, *[spare] * (PACKED - len(some))])
+    expected = (len(windows), *words.shape)
+    if out.shape != expected or out.dtype != np.uint8 or not out.flags.c_contiguous:
+        raise ValueError(f"Expected out to be uint8 {expected}, C-contiguous; got {out.dtype} {out.shape}.")
+    for first in range(0, len(windows), MOST_WINDOWS):
+        some = slice(first, first + MOST_WINDOWS)
+        window_codes_by_table(words, _packed_codes(windows[some], rescale), out=out[some])
 
 
 def apply_rescale(

@@ -201,7 +201,7 @@ def _metadata(spec: Spec, slices: int) -> dict[str, bytes]:
             cname=spec.codec,
             clevel=BLOSC_LEVELS[spec.codec],
             shuffle="shuffle",
-            blocksize=block_bytes(spec.channels * spec.size**2 * spec.dtype.itemsize),
+            blocksize=block_bytes((spec.channels, spec.size, spec.size), spec.dtype.itemsize),
             typesize=spec.dtype.itemsize,
         )
         compressors.insert(0, blosc)

@@ -1,13 +1,11 @@
-"""Rows in any order -> chunks of shards -> read together -> decoded straight into the caller's buffer.
+"""Rows in any order -> chunks of shards -> decoded straight into the caller's buffer.
 
-This is the hot path of training. The file system and the decoder run outside of Python's lock, and a thread that waits
-for that lock loses more than a slice takes to decode: so chunks are read many in one call, and decoded many in one call.
-What does not lie in memory is asked for all at once, and read when the rest has been: a disk is fast with many requests.
+This is the hot path of training: a batch is one call of the compiled library, which reads, checks and decodes its chunks
+without Python's lock. A thread that waits for that lock loses more than a slice takes to decode.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import resource
 import threading
@@ -20,22 +18,12 @@ import numpy as np
 from numcodecs import blosc
 
 from ich_prep.errors import CorruptionError
-from ich_prep.many_reads import address, read_many
-from ich_prep.sharding import (
-    CRC_BYTES,
-    MISSING,
-    decode_chunk,
-    decode_together,
-    fits,
-    frame_room,
-    index_bytes,
-    parse_index,
-)
+from ich_prep.kernels import Codec, read_chunks, scratch_bytes
+from ich_prep.sharding import CRC_BYTES, MISSING, decode_payload, index_bytes, parse_index
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-GROUP_BYTES = 16 << 20  # of pixels decoded at a time
 LEAST_SCRATCH = 4 << 20  # from here on NumPy asks the kernel for huge pages
 MOST_OPEN = 16384
 
@@ -67,6 +55,7 @@ class ShardReader:
     ) -> None:
         blosc.use_threads = False  # many threads decode at once, each a slice of its own
         self._path_of, self._codec = path_of, codec
+        self._kind = {"none": Codec.NONE, "lz4": Codec.LZ4}.get(codec, Codec.OTHER)
         self._slices, self._slice_bytes, self._per_shard = slices, slice_bytes, slices_per_shard
         shards = -(-slices // slices_per_shard)
         # Where the chunk of each row begins and ends in its shard: equal for a hole.
@@ -101,101 +90,51 @@ class ShardReader:
         if missing.any():
             return np.unique(rows[missing]).tolist()  # type: ignore[no-any-return]
         if threads <= 1 or len(rows) < 2 * threads:
-            self._read_groups(rows, out)
+            self._read_rows(rows, out)
             return []
         if self._threads is None:
             self._threads = ThreadPoolExecutor(threads, thread_name_prefix="read")
         parts = zip(np.array_split(rows, threads), np.array_split(out, threads), strict=True)
-        tasks = [self._threads.submit(self._read_groups, *part) for part in parts]
+        tasks = [self._threads.submit(self._read_rows, *part) for part in parts]
         wait(tasks)  # also where one of them fails: nobody writes into ``out`` any more
         for task in tasks:
             task.result()
         return []
 
-    def _read_groups(self, rows: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
-        read = self._read_plain if self._codec == "none" else self._read_encoded
-        step = max(1, GROUP_BYTES // self._slice_bytes)
-        for at in range(0, len(rows), step):
-            read(rows[at : at + step], out[at : at + step])
-
-    def _read_encoded(self, rows: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
-        """Read the chunks of a group one behind the other, check each, then decode all in one call."""
-        chunks, order = _distinct(rows)
-        lengths = self._ends[chunks] - self._begins[chunks]
-        # Room for what makes one frame of them, then the chunks.
-        places = np.cumsum(np.concatenate(([frame_room(len(rows), self._slice_bytes)], lengths)))
-        data = self._scratch(int(places[-1]))
-        parts = np.empty((len(chunks), 1, 2), np.int64)
-        parts[:, 0, 0] = address(data) + places[:-1]
-        parts[:, 0, 1] = lengths
-        self._fill(chunks, parts)
-        place = places.tolist()
-        for index, row in enumerate(chunks.tolist()):
-            chunk = data[place[index] : place[index + 1]]
-            if not fits(chunk[:-CRC_BYTES], chunk[-CRC_BYTES:].data):
-                raise self._corrupt_row(row, "its checksum does not fit")
-        if decode_together(data, places, order, out=out):
-            return
-        for line, index in zip(out, order.tolist(), strict=True):
-            try:
-                decode_chunk(data[place[index] : place[index + 1]], codec=self._codec, out=line)
-            except CorruptionError as error:
-                raise self._corrupt_row(int(chunks[index]), str(error)) from None
-
-    def _read_plain(self, rows: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
-        """Read chunks that are not encoded straight to where they belong; behind each comes its checksum."""
-        chunks, order = _distinct(rows)
-        firsts = np.empty(len(chunks), np.intp)
-        firsts[order[::-1]] = np.arange(len(rows))[::-1]
-        lengths = self._ends[chunks] - self._begins[chunks]
-        odd = np.flatnonzero(lengths != self._slice_bytes + CRC_BYTES)
-        if len(odd):
-            row, found = int(chunks[odd[0]]), int(lengths[odd[0]]) - CRC_BYTES
-            raise self._corrupt_row(row, f"expected {self._slice_bytes} bytes, found {found}")
-        checksums = np.empty((len(chunks), CRC_BYTES), np.uint8)
-        parts = np.empty((len(chunks), 2, 2), np.int64)
-        parts[:, 0, 0] = address(out) + self._slice_bytes * firsts
-        parts[:, 0, 1] = self._slice_bytes
-        parts[:, 1, 0] = address(checksums) + CRC_BYTES * np.arange(len(chunks))
-        parts[:, 1, 1] = CRC_BYTES
-        self._fill(chunks, parts)
-        for row, first, checksum in zip(chunks.tolist(), firsts.tolist(), checksums, strict=True):
-            if not fits(out[first], checksum.data):
-                raise self._corrupt_row(row, "its checksum does not fit")
-        if len(chunks) < len(rows):
-            again = np.setdiff1d(np.arange(len(rows)), firsts)
-            out[again] = out[firsts[order[again]]]
-
-    def _fill(self, chunks: NDArray[np.int64], parts: NDArray[np.int64]) -> None:
-        """Read ``chunks``, int64 (n,), into the memory ``parts`` (see ``read_many``), as many at a time as may be open."""
+    def _read_rows(self, rows: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
+        """Read as many rows at a time as files may be held open by one thread."""
         step = max(1, self._most_open // 16)
-        for at in range(0, len(chunks), step):
-            self._fill_some(chunks[at : at + step], parts[at : at + step])
+        for at in range(0, len(rows), step):
+            self._read_some(rows[at : at + step], out[at : at + step])
 
-    def _fill_some(self, chunks: NDArray[np.int64], parts: NDArray[np.int64]) -> None:
-        """Read first what lies in memory, while the disk fetches the rest.
-
-        A file system that cannot tell what lies in memory is asked to fetch all of it.
-        """
-        begins = self._begins[chunks]
-        lengths = self._ends[chunks] - begins
+    def _read_some(self, rows: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
+        begins = self._begins[rows]
+        lengths = self._ends[rows] - begins
         # Held until they are read: another thread may let go of them meanwhile.
-        files = [self._open(number) for number in (chunks // self._per_shard).tolist()]
-        descriptors = np.array([file.descriptor for file in files])
-        found = read_many(descriptors, begins, parts, flags=os.RWF_NOWAIT)
-        late = (found != lengths).nonzero()[0]
-        if not len(late):
+        files = [self._open(number) for number in (rows // self._per_shard).tolist()]
+        requests = np.empty((len(rows), 4), np.int64)
+        requests[:, 0] = [file.descriptor for file in files]
+        requests[:, 1], requests[:, 2] = begins, lengths
+        if self._kind != Codec.OTHER:
+            requests[:, 3] = self._slice_bytes * np.arange(len(rows))
+            self._take(rows, requests, out.reshape(-1))
             return
-        descriptors, begins, lengths = descriptors[late], begins[late], lengths[late]
-        for descriptor, start, length in np.stack((descriptors, begins, lengths), axis=1).tolist():
-            with contextlib.suppress(OSError):
-                os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_WILLNEED)
-        found = read_many(descriptors, begins, parts[late])
-        short = (found != lengths).nonzero()[0]
-        if len(short):
-            row, code = int(chunks[late[short[0]]]), int(found[short[0]])
-            what = "it ends early" if code >= 0 else f"it cannot be read: {os.strerror(-code)}"
-            raise self._corrupt_row(row, what)
+        ends = np.cumsum(lengths)
+        requests[:, 3] = ends - lengths
+        chunks = self._scratch(int(ends[-1]))
+        self._take(rows, requests, chunks)
+        for row, line, end, length in zip(rows.tolist(), out, ends.tolist(), lengths.tolist(), strict=True):
+            try:
+                decode_payload(chunks[end - length : end - CRC_BYTES], codec=self._codec, out=line)
+            except CorruptionError as error:
+                raise self._corrupt_row(row, str(error)) from None
+
+    def _take(self, rows: NDArray[np.int64], requests: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
+        needed = scratch_bytes(self._kind, longest_chunk=int(requests[:, 2].max()), slice_bytes=self._slice_bytes)
+        scratch = self._scratch(needed) if needed else np.empty(0, np.uint8)
+        fault = read_chunks(requests, self._kind, out=out, slice_bytes=self._slice_bytes, scratch=scratch)
+        if fault:
+            raise self._corrupt_row(int(rows[fault.request]), fault.what)
 
     def _open(self, number: int) -> _File:
         file = self._files.get(number)
@@ -255,17 +194,6 @@ def require_out(out: NDArray[Any], shape: tuple[int, ...], dtype: np.dtype[Any])
             f"Expected out to be writeable, C-contiguous, of shape {shape} and {dtype}; got {out.dtype} of shape "
             f"{out.shape} with strides {out.strides}."
         )
-
-
-def _distinct(rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.intp]]:
-    """Return the different ``rows`` ascending, and where among them each of ``rows`` is.
-
-    As ``np.unique`` does, which lets go of Python's lock to sort some dozens of numbers.
-    """
-    listed = rows.tolist()
-    chunks = sorted(set(listed))
-    places = {row: place for place, row in enumerate(chunks)}
-    return np.array(chunks, np.int64), np.array([places[row] for row in listed], np.intp)
 
 
 def most_open() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -13,13 +12,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from numcodecs import blosc
 from numpy.typing import NDArray
 from page_cache import evict
 
 from ich_prep import reader
 from ich_prep.errors import CorruptionError
-from ich_prep.many_reads import read_many
+from ich_prep.kernels import ChunkFault, read_chunks
 from ich_prep.reader import ShardReader
 from ich_prep.sharding import CODECS, ShardWriter, index_bytes
 
@@ -27,6 +25,7 @@ SLICES, PER_SHARD = 23, 5
 SLICE_BYTES = 96
 HOLES = (3, 4, 11)
 SIZES = (96, 3 * 40 * 40)  # too small to compress; one that is
+SHAPES = {96: (1, 8, 12), 48: (1, 4, 12), 4800: (3, 40, 40), 2400: (3, 20, 40)}
 
 
 def some_pixels(slice_bytes: int = SLICE_BYTES) -> NDArray[np.uint8]:
@@ -51,7 +50,7 @@ def write_shards(folder: Path, pixels: NDArray[np.uint8], codec: str) -> None:
                 if row in HOLES:
                     writer.skip()
                 else:
-                    writer.append(pixels[row])
+                    writer.append(pixels[row].reshape(SHAPES[pixels.shape[1]]))
             writer.finish()
 
 
@@ -66,7 +65,6 @@ def open_reader(folder: Path, codec: str = "lz4", slice_bytes: int = SLICE_BYTES
 
 
 Opened = tuple[ShardReader, NDArray[np.uint8]]
-Places = NDArray[np.int64]
 
 
 @pytest.fixture(scope="module", params=[(codec, size) for codec in CODECS for size in SIZES], ids=str)
@@ -86,99 +84,35 @@ def folder(tmp_path: Path, pixels: NDArray[np.uint8]) -> Path:
 ROWS = st.lists(st.integers(0, SLICES - 1), max_size=60)
 
 
-@pytest.mark.parametrize("group", [1, 20_000, 16 << 20])
+@pytest.mark.parametrize("most_open", [1, 64, 4096])
 @given(rows=ROWS, threads=st.integers(1, 4))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_rows_in_any_order(rows: list[int], threads: int, group: int, opened: Opened) -> None:
+def test_any_rows_in_any_order(rows: list[int], threads: int, most_open: int, opened: Opened) -> None:
     shared, pixels = opened
     out = np.full((len(rows), pixels.shape[1]), 255, np.uint8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reader, "GROUP_BYTES", group)
+        patch.setattr(shared, "_most_open", most_open)
         holes = shared.read(np.array(rows, np.int64), out, threads=threads)
     assert holes == sorted(set(rows) & set(HOLES))
     # Where there is a hole nothing is read: it is never zeros.
     np.testing.assert_array_equal(out, np.full_like(out, 255) if holes else pixels[np.array(rows, np.int64)])
 
 
-@pytest.mark.parametrize("codec", ["lz4", "zstd"])
-def test_a_batch_is_decoded_in_one_call(codec: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    size = SIZES[1]
-    write_shards(tmp_path, some_pixels(size), codec)
-    counted, decompress = [], blosc.decompress
-    monkeypatch.setattr(blosc, "decompress", lambda *asked: counted.append(asked) or decompress(*asked))
-    rows = np.array([22, 0, 1, 16, 2, 2, 9], np.int64)
-    out = np.empty((len(rows), size), np.uint8)
-    assert open_reader(tmp_path, codec, size).read(rows, out) == []
-    np.testing.assert_array_equal(out, some_pixels(size)[rows])
-    assert len(counted) == 1
-
-
 @pytest.mark.parametrize("codec", CODECS)
-@pytest.mark.parametrize("why", [errno.EAGAIN, errno.EOPNOTSUPP], ids=["cold", "file system cannot tell"])
-def test_what_may_not_lie_in_memory_is_asked_for_before_any_of_it_is_waited_for(
-    why: int, codec: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    size = SIZES[1]
-    write_shards(tmp_path, some_pixels(size), codec)
-    shared, rows = open_reader(tmp_path, codec, size), np.array([22, 0, 2, 17, 9, 12, 0], np.int64)
-    out = np.empty((len(rows), size), np.uint8)
-    shared.read(rows, out)  # the indices
-    fadvise = os.posix_fadvise
-    asked: list[tuple[int, int]] = []
-    waited: list[tuple[int, int, int]] = []
-
-    def read(descriptors: Places, starts: Places, parts: Places, *, flags: int = 0) -> Places:
-        if flags:
-            return np.full(len(starts), -why)
-        waited.extend((*place, len(asked)) for place in zip(descriptors.tolist(), starts.tolist(), strict=True))
-        return read_many(descriptors, starts, parts)
-
-    def ask(descriptor: int, start: int, length: int, advice: int) -> None:
-        asked.append((descriptor, start))
-        fadvise(descriptor, start, length, advice)
-
-    monkeypatch.setattr(reader, "read_many", read)
-    monkeypatch.setattr(os, "posix_fadvise", ask)
-    assert shared.read(rows, out) == []
-    np.testing.assert_array_equal(out, some_pixels(size)[rows])
-    assert waited == [(*place, 6) for place in asked]
-
-
-@pytest.mark.parametrize("codec", CODECS)
-def test_a_part_of_a_batch_may_lie_on_the_disk(codec: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    write_shards(tmp_path, some_pixels(SIZES[1]), codec)
-    shared, rows = open_reader(tmp_path, codec, SIZES[1]), np.array([22, 0, 2, 17, 9, 12, 0, 20], np.int64)
-    out = np.empty((len(rows), SIZES[1]), np.uint8)
-
-    def read(descriptors: Places, starts: Places, parts: Places, *, flags: int = 0) -> Places:
-        if flags:  # every third is not there, every third in part
-            parts = parts.copy()
-            parts[1::3, :, 1] //= 2
-            parts[2::3, :, 1] = 0
-        return read_many(descriptors, starts, parts)
-
-    monkeypatch.setattr(reader, "read_many", read)
-    assert shared.read(rows, out) == []
-    np.testing.assert_array_equal(out, some_pixels(SIZES[1])[rows])
-    with open(tmp_path / "3", "r+b") as file:
-        file.truncate(10)
-    with pytest.raises(CorruptionError, match=rf"Shard 3 \({tmp_path / '3'}\), row 17: it ends early"):
-        shared.read(rows, out)
-
-
-@pytest.mark.parametrize("codec", CODECS)
-def test_a_batch_is_read_in_one_call(codec: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_batch_is_one_call(codec: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     write_shards(tmp_path, some_pixels(SIZES[1]), codec)
     shared, rows = open_reader(tmp_path, codec, SIZES[1]), np.array([22, 0, 2, 17, 9, 12, 0], np.int64)
     counted = []
 
-    def read(descriptors: Places, starts: Places, parts: Places, *, flags: int = 0) -> Places:
-        counted.append(len(starts))
-        return read_many(descriptors, starts, parts)  # waits: the test is not about what lies in memory
+    def read(requests: NDArray[np.int64], *asked: object, **named: object) -> ChunkFault | None:
+        counted.append(len(requests))
+        return read_chunks(requests, *asked, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(reader, "read_many", read)
-    assert shared.read(rows, np.empty((len(rows), SIZES[1]), np.uint8)) == []
-    assert counted == [6]
+    monkeypatch.setattr(reader, "read_chunks", read)
+    out = np.empty((len(rows), SIZES[1]), np.uint8)
+    assert shared.read(rows, out) == []
+    np.testing.assert_array_equal(out, some_pixels(SIZES[1])[rows])
+    assert counted == [7]
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -189,6 +123,21 @@ def test_cold_shards(codec: str, tmp_path: Path) -> None:
     out = np.empty((len(rows), SIZES[1]), np.uint8)
     assert open_reader(tmp_path, codec, SIZES[1]).read(rows, out, threads=2) == []
     np.testing.assert_array_equal(out, some_pixels(SIZES[1])[rows])
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_part_of_a_batch_may_lie_on_the_disk(codec: str, tmp_path: Path) -> None:
+    write_shards(tmp_path, some_pixels(SIZES[1]), codec)
+    shared, rows = open_reader(tmp_path, codec, SIZES[1]), np.array([22, 0, 2, 17, 9, 12, 0, 20], np.int64)
+    out = np.empty((len(rows), SIZES[1]), np.uint8)
+    for cold in [("0", "3"), ("1",), ("4", "2", "0")]:
+        evict(*(tmp_path / name for name in cold))
+        assert shared.read(rows, out) == []
+        np.testing.assert_array_equal(out, some_pixels(SIZES[1])[rows])
+    evict(tmp_path / "0", tmp_path / "3")
+    os.truncate(tmp_path / "3", 10)
+    with pytest.raises(CorruptionError, match=rf"Shard 3 \({tmp_path / '3'}\), row 17: it ends early"):
+        shared.read(rows, out)
 
 
 @pytest.mark.parametrize("most_open", [1, 100])
@@ -221,12 +170,12 @@ def test_shards_are_closed_when_many_are_open(
     out = np.empty((len(rows), SLICE_BYTES), np.uint8)
     most = before
 
-    def read(descriptors: Places, starts: Places, parts: Places, *, flags: int = 0) -> Places:
+    def read(*asked: object, **named: object) -> ChunkFault | None:
         nonlocal most
         most = max(most, len(list(Path("/proc/self/fd").iterdir())))
-        return read_many(descriptors, starts, parts, flags=flags)
+        return read_chunks(*asked, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(reader, "read_many", read)
+    monkeypatch.setattr(reader, "read_chunks", read)
     for _ in range(3):
         small.read(rows, out)
         np.testing.assert_array_equal(out, pixels[rows])
@@ -304,8 +253,8 @@ def test_a_shard_that_shrinks_while_it_is_open_is_an_error(folder: Path) -> None
 def test_a_shard_of_another_shape_is_an_error(size: int, codec: str, folder: Path) -> None:
     with open(folder / "0", "wb", buffering=0) as file:
         writer = ShardWriter(file, PER_SHARD, codec)
-        writer.append(np.ones(size, np.uint8))
-        writer.append(np.ones(size // 2, np.uint8))
+        writer.append(np.ones(SHAPES[size], np.uint8))
+        writer.append(np.ones(SHAPES[size // 2], np.uint8))
         writer.finish()
     out = np.full((2, size), 77, np.uint8)
     with pytest.raises(CorruptionError, match=f"row 1: expected {size} bytes, found {size // 2}"):

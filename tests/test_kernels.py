@@ -1,0 +1,345 @@
+"""The compiled library: what it makes is what other libraries read, and no bytes that it reads harm memory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numcodecs import blosc
+from numpy.typing import NDArray
+from page_cache import evict
+from pictures import SHAPES, picture
+
+from ich_prep import kernels
+from ich_prep.errors import IchError
+from ich_prep.kernels import (
+    ChunkFault,
+    Codec,
+    FrameEncoder,
+    crc32c,
+    decode_frame,
+    read_chunks,
+    scratch_bytes,
+    window_codes_by_table,
+)
+from ich_prep.sharding import block_bytes
+
+NATIVE = Path(kernels.__file__).with_name("native")
+
+
+@pytest.fixture(scope="module", params=["as installed", "portable"])
+def _library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The library, and once more as it is compiled for processors without the instructions that it uses here."""
+    if request.param == "as installed":
+        yield
+        return
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("SKIPPED: there is no C compiler here to build the portable form with")
+    target = tmp_path_factory.mktemp("portable") / "_native.so"
+    words = ["-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-DICH_PORTABLE", "-shared", "-fPIC", "-pthread"]
+    subprocess.run([compiler, *words, "-o", str(target), *map(str, NATIVE.glob("*.c"))], check=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "EXTENSION_SUFFIXES", [".so"])
+        patch.setattr(kernels, "__file__", str(target))
+        kernels._library.cache_clear()
+        yield
+    kernels._library.cache_clear()
+
+
+EXPECTED_LENGTH, EXPECTED_CHECKSUM = 1228077, 1098359566  # of the frames that test_frames_are_made_alike makes
+
+pytestmark = pytest.mark.usefixtures("_library")
+
+
+def frame_of(pixels: NDArray[Any], block: int | None = None) -> NDArray[np.uint8]:
+    encoder = FrameEncoder(pixels.shape, pixels.dtype, block or block_bytes(pixels.shape, pixels.itemsize))
+    return encoder.encode(pixels).copy()
+
+
+@given(data=st.binary(max_size=300), times=st.integers(1, 60), skip=st.integers(0, 9))
+@settings(max_examples=200, deadline=None)
+def test_checksums_are_those_of_crc32c(data: bytes, times: int, skip: int) -> None:
+    whole = np.frombuffer(data * times, np.uint8)[skip:]
+    assert crc32c(whole) == google_crc32c.value(whole.tobytes())
+
+
+def test_the_checksum_of_rfc_3720() -> None:
+    assert crc32c(np.arange(32, dtype=np.uint8)) == 0x46DD794E
+    assert crc32c(np.zeros(0, np.uint8)) == 0
+
+
+@given(shape=st.sampled_from(SHAPES), dtype=st.sampled_from([np.uint8, np.int16]), seed=st.integers(0, 10_000))
+@settings(max_examples=150, deadline=None)
+def test_frames_are_read_by_blosc_and_by_us(shape: tuple[int, ...], dtype: type, seed: int) -> None:
+    pixels = picture(shape, dtype, seed)
+    frame = frame_of(pixels)
+    assert blosc.decompress(frame.tobytes()) == pixels.tobytes()
+    out = np.full(pixels.nbytes, 255, np.uint8)
+    assert decode_frame(frame, out)
+    np.testing.assert_array_equal(out.view(dtype).reshape(shape), pixels)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16])
+@pytest.mark.parametrize("rows", [1, 7, 64, 299])
+def test_any_blocks_of_whole_rows(rows: int, dtype: type) -> None:
+    pixels = picture((3, 100, 90), dtype, rows)
+    frame = frame_of(pixels, rows * 90 * pixels.itemsize)
+    assert blosc.decompress(frame.tobytes()) == pixels.tobytes()
+    out = np.empty(pixels.nbytes, np.uint8)
+    assert decode_frame(frame, out)
+    assert out.tobytes() == pixels.tobytes()
+
+
+@given(
+    shape=st.sampled_from(SHAPES),
+    dtype=st.sampled_from([np.uint8, np.int16]),
+    seed=st.integers(0, 10_000),
+    level=st.integers(0, 9),
+    shuffle=st.sampled_from([blosc.SHUFFLE, blosc.NOSHUFFLE]),
+    block=st.sampled_from([0, 256, 4096, 65536]),
+)
+@settings(max_examples=150, deadline=None)
+def test_frames_of_blosc_are_read(
+    shape: tuple[int, ...], dtype: type, seed: int, level: int, shuffle: int, block: int
+) -> None:
+    pixels = picture(shape, dtype, seed)
+    frame = np.frombuffer(blosc.compress(pixels, b"lz4", level, shuffle, block), np.uint8)
+    out = np.full(pixels.nbytes, 255, np.uint8)
+    assert decode_frame(frame, out)
+    assert out.tobytes() == pixels.tobytes()
+
+
+def test_frames_are_made_alike_wherever_they_are_made() -> None:
+    """The bytes of a dataset hang on it: they are the same on every processor."""
+    made = b"".join(frame_of(picture(shape, dtype, 7)).tobytes() for shape in SHAPES for dtype in (np.uint8, np.int16))
+    assert (len(made), google_crc32c.value(made)) == (EXPECTED_LENGTH, EXPECTED_CHECKSUM)
+
+
+@pytest.mark.parametrize("cname", [b"zstd", b"zlib", b"blosclz"])
+def test_frames_of_another_codec_are_refused(cname: bytes) -> None:
+    pixels = np.arange(4096, dtype=np.uint8).reshape(1, 64, 64)
+    frame = np.frombuffer(blosc.compress(pixels, cname, 5, blosc.SHUFFLE), np.uint8)
+    assert not decode_frame(frame, np.empty(pixels.nbytes, np.uint8))
+    bits = np.frombuffer(blosc.compress(pixels, b"lz4", 5, blosc.BITSHUFFLE), np.uint8)
+    assert not decode_frame(bits, np.empty(pixels.nbytes, np.uint8))
+
+
+EDITS = st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 255)), min_size=1, max_size=6)
+
+
+@given(
+    shape=st.sampled_from(SHAPES[:4]), dtype=st.sampled_from([np.uint8, np.int16]), edits=EDITS, cut=st.integers(0, 40)
+)
+@settings(max_examples=400, deadline=None)
+def test_damaged_frames_write_nowhere_else(
+    shape: tuple[int, ...], dtype: type, edits: list[tuple[int, int]], cut: int
+) -> None:
+    pixels = picture(shape, dtype, 1)
+    frame = frame_of(pixels)
+    for at, byte in edits:
+        frame[at % len(frame)] = byte
+    room = np.full(pixels.nbytes + 2048, 171, np.uint8)
+    decode_frame(frame[: len(frame) - cut].copy(), room[1024:-1024])
+    assert (room[:1024] == 171).all()
+    assert (room[-1024:] == 171).all()
+
+
+@given(data=st.binary(max_size=400), size=st.integers(1, 3000))
+@settings(max_examples=300, deadline=None)
+def test_any_bytes_write_nowhere_else(data: bytes, size: int) -> None:
+    room = np.full(size + 2048, 171, np.uint8)
+    header = bytes([2, 1, 0x20, 1]) + b"".join(n.to_bytes(4, "little") for n in (size, size, 24 + len(data), 20))
+    frame = header + len(data).to_bytes(4, "little") + data
+    decode_frame(np.frombuffer(frame, np.uint8), room[1024:-1024])
+    assert (room[:1024] == 171).all()
+    assert (room[-1024:] == 171).all()
+
+
+# --- reads -----------------------------------------------------------------------------------------------------------
+
+
+def with_checksum(payload: bytes) -> bytes:
+    return payload + google_crc32c.value(payload).to_bytes(4, "little")
+
+
+class Chunks:
+    """Chunks of a few slices, one behind the other in a file."""
+
+    def __init__(self, path: Path, codec: Codec, shape: tuple[int, ...] = (3, 60, 60), dtype: type = np.uint8) -> None:
+        self.pixels = [picture(shape, dtype, seed) for seed in range(6)]
+        payloads = [frame_of(one).tobytes() if codec != Codec.NONE else one.tobytes() for one in self.pixels]
+        self.chunks = [with_checksum(payload) for payload in payloads]
+        path.write_bytes(b"".join(self.chunks))
+        self.codec, self.path = codec, path
+        self.slice_bytes = self.pixels[0].nbytes
+        self.begins = np.cumsum([0, *map(len, self.chunks)])
+
+    def read(self, rows: list[int], file: int | None = None) -> tuple[ChunkFault | None, list[bytes]]:
+        opened = os.open(self.path, os.O_RDONLY) if file is None else file
+        lengths = [len(self.chunks[row]) for row in rows]
+        sizes = lengths if self.codec == Codec.OTHER else [self.slice_bytes] * len(rows)
+        places = np.cumsum([0, *sizes])
+        requests = np.array([[opened, self.begins[row], len(self.chunks[row]), 0] for row in rows], np.int64)
+        requests[:, 3] = places[:-1]
+        out = np.full(int(places[-1]), 7, np.uint8)
+        scratch = np.empty(
+            scratch_bytes(self.codec, longest_chunk=max(lengths), slice_bytes=self.slice_bytes), np.uint8
+        )
+        try:
+            fault = read_chunks(requests, self.codec, out=out, slice_bytes=self.slice_bytes, scratch=scratch)
+        finally:
+            if file is None:
+                os.close(opened)
+        return fault, [out[place : place + size].tobytes() for place, size in zip(places[:-1], sizes, strict=True)]
+
+    def expected(self, rows: list[int]) -> list[bytes]:
+        return [self.chunks[row] if self.codec == Codec.OTHER else self.pixels[row].tobytes() for row in rows]
+
+
+CODECS = pytest.mark.parametrize("codec", list(Codec))
+
+
+@CODECS
+@pytest.mark.parametrize(
+    "shape, dtype", [((3, 60, 60), np.uint8), ((1, 300, 500), np.int16), ((3, 301, 303), np.uint8)]
+)
+@given(rows=st.lists(st.integers(0, 5), min_size=1, max_size=9))
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_chunks_in_any_order(
+    rows: list[int], shape: tuple[int, ...], dtype: type, codec: Codec, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    chunks = Chunks(tmp_path_factory.mktemp("chunks") / "file", codec, shape, dtype)
+    assert chunks.read(rows) == (None, chunks.expected(rows))
+
+
+@CODECS
+def test_chunks_that_lie_on_the_disk(codec: Codec, tmp_path: Path) -> None:
+    chunks = Chunks(tmp_path / "file", codec, (1, 300, 500), np.int16)
+    evict(chunks.path)
+    assert chunks.read([5, 0, 3]) == (None, chunks.expected([5, 0, 3]))
+    evict(chunks.path)
+    with chunks.path.open("rb") as file:
+        os.pread(file.fileno(), 100, int(chunks.begins[3]))  # a part of it lies in memory
+    assert chunks.read([4, 3, 0]) == (None, chunks.expected([4, 3, 0]))
+
+
+@CODECS
+def test_a_file_system_that_cannot_tell_what_lies_in_memory(codec: Codec) -> None:
+    if not Path("/proc/self/mem").exists():
+        pytest.skip("SKIPPED: there is no /proc here")
+    chunks = Chunks.__new__(Chunks)
+    # A process's own memory is such a file: preadv2 with RWF_NOWAIT is refused for it.
+    source = [with_checksum(frame_of(picture((1, 40, 40), np.uint8, seed)).tobytes()) for seed in range(3)]
+    if codec == Codec.NONE:
+        source = [with_checksum(picture((1, 40, 40), np.uint8, seed).tobytes()) for seed in range(3)]
+    memory = np.frombuffer(b"".join(source), np.uint8)
+    chunks.codec, chunks.chunks, chunks.slice_bytes = codec, source, 1600
+    chunks.pixels = [picture((1, 40, 40), np.uint8, seed) for seed in range(3)]
+    chunks.begins = np.cumsum([memory.ctypes.data, *map(len, source)])
+    file = os.open("/proc/self/mem", os.O_RDONLY)
+    try:
+        with pytest.raises(OSError, match=r"not supported|Invalid"):
+            os.preadv(file, [bytearray(4)], memory.ctypes.data, os.RWF_NOWAIT)
+        assert chunks.read([2, 0], file) == (None, chunks.expected([2, 0]))
+    finally:
+        os.close(file)
+
+
+@CODECS
+@pytest.mark.parametrize("cold", [False, True])
+def test_what_is_wrong_with_a_chunk_is_told(codec: Codec, cold: bool, tmp_path: Path) -> None:
+    chunks = Chunks(tmp_path / "file", codec)
+    data = bytearray(chunks.path.read_bytes())
+    data[chunks.begins[3] + 50] ^= 1
+    chunks.path.write_bytes(data)
+    if cold:
+        evict(chunks.path)
+    assert chunks.read([1, 3, 4])[0] == ChunkFault(1, "its checksum does not fit")
+    os.truncate(chunks.path, int(chunks.begins[4]) + 9)
+    assert chunks.read([1, 4, 2])[0] == ChunkFault(1, "it ends early")
+    assert chunks.read([2, 5])[0] == ChunkFault(1, "it ends early")
+    folder = os.open(tmp_path, os.O_RDONLY)
+    try:
+        assert chunks.read([0, 1], folder)[0] == ChunkFault(0, "it cannot be read: Is a directory")
+    finally:
+        os.close(folder)
+    assert chunks.read([2, 0])[0] is None
+
+
+@pytest.mark.parametrize("codec", [Codec.NONE, Codec.LZ4])
+def test_a_chunk_of_another_length_is_told(codec: Codec, tmp_path: Path) -> None:
+    chunks = Chunks(tmp_path / "file", codec)
+    held, chunks.slice_bytes = chunks.slice_bytes, chunks.slice_bytes + 60
+    assert chunks.read([0, 1])[0] == ChunkFault(0, f"expected {held + 60} bytes, found {held}")
+
+
+def test_a_chunk_too_short_for_a_frame(tmp_path: Path) -> None:
+    chunks = Chunks(tmp_path / "file", Codec.LZ4)
+    for payload in (b"", b"\x02", bytes(15), b"\xff" * 40):
+        chunks.chunks, chunks.begins = [with_checksum(payload)], np.array([0])
+        chunks.path.write_bytes(chunks.chunks[0])
+        fault, _ = chunks.read([0])
+        assert fault is not None
+        assert fault.request == 0
+        assert "frame" in fault.what or "expected" in fault.what
+
+
+# --- memory that does not fit ----------------------------------------------------------------------------------------
+
+
+def test_memory_that_does_not_fit_is_refused() -> None:
+    pixels = picture((1, 16, 16), np.uint8, 0)
+    frame = frame_of(pixels)
+    read_only = np.empty(256, np.uint8)
+    read_only.flags.writeable = False
+    with pytest.raises(ValueError, match="read-only"):
+        decode_frame(frame, read_only)
+    with pytest.raises(ValueError, match="C-contiguous"):
+        decode_frame(frame, np.empty(512, np.uint8)[::2])
+    with pytest.raises(ValueError, match="whole rows"):
+        FrameEncoder((1, 16, 16), np.dtype(np.uint8), 24)
+    with pytest.raises(ValueError, match="1 or 2 bytes"):
+        FrameEncoder((1, 16, 16), np.dtype(np.float32), 64)
+    with pytest.raises(ValueError, match="of shape"):
+        FrameEncoder((1, 16, 16), np.dtype(np.uint8), 256).encode(pixels[:, :8])
+    requests = np.array([[0, 0, 100, 200]], np.int64)
+    for out, scratch in ((300, 5000), (456, 100)):
+        with pytest.raises(ValueError, match="Expected room for 456 bytes"):
+            read_chunks(
+                requests, Codec.LZ4, out=np.empty(out, np.uint8), slice_bytes=256, scratch=np.empty(scratch, np.uint8)
+            )
+    table = np.zeros(65536, np.uint32)
+    with pytest.raises(ValueError, match="of shape"):
+        window_codes_by_table(np.zeros((4, 4), np.uint16), table, out=np.zeros((2, 4, 5), np.uint8))
+    with pytest.raises(ValueError, match="65,536"):
+        window_codes_by_table(np.zeros((4, 4), np.uint16), table[:100], out=np.zeros((2, 4, 4), np.uint8))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (16, 16), (37, 41)])
+@pytest.mark.parametrize("planes", [1, 2, 3, 4])
+def test_planes_are_the_bytes_of_entries(shape: tuple[int, int], planes: int) -> None:
+    rng = np.random.default_rng(planes)
+    words = rng.integers(0, 65536, shape).astype(np.uint16)
+    table = rng.integers(0, 1 << 32, 65536, dtype=np.uint64).astype(np.uint32)
+    out = np.zeros((planes, *shape), np.uint8)
+    window_codes_by_table(words, table, out=out)
+    for plane in range(planes):
+        np.testing.assert_array_equal(out[plane], (table[words] >> (8 * plane)).astype(np.uint8))
+
+
+def test_where_it_was_not_compiled_the_message_says_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "__file__", str(tmp_path / "kernels.py"))
+    kernels._library.cache_clear()
+    with pytest.raises(IchError, match="pip install"):
+        crc32c(np.zeros(1, np.uint8))
+    kernels._library.cache_clear()
