@@ -101,7 +101,8 @@ def ask(name: str, question: Question, data: Path, slices: int, repeats: int) ->
             evict(files)
         return contend(contender, tree, data / "out", question.size, question.store, layout, raised=raised)
 
-    names = {OURS: "ours", LIMIT: "limit", f"{LIMIT}, synced": "limit on disk"} | PEERS
+    names = {OURS: "ours", LIMIT: "limit", f"{LIMIT}, synced": "limit on disk"}
+    names |= {f"{LIMIT}, OpenCV and blosc": "limit of libraries"} | PEERS
     left_out = []
     if shutil.which("dcm2niix") is None:
         left_out = ["Left out: dcm2niix, which is not installed here."]
