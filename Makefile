@@ -19,7 +19,7 @@ help:
 
 venv: $(VENV)/.installed ## install everything into .venv
 
-$(VENV)/.installed: pyproject.toml constraints.txt $(wildcard ich_prep/native/*)
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard ich_prep/native/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,jpeg,dev]'
 	touch $@
@@ -51,7 +51,7 @@ format: venv ## write the code in the house's form
 
 bench-setup: $(BENCH_VENV)/.installed ## install the peers of the benchmarks into venvs of their own
 
-$(BENCH_VENV)/.installed: pyproject.toml constraints.txt $(wildcard ich_prep/native/*)
+$(BENCH_VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard ich_prep/native/*)
 	$(PYTHON) -m venv $(BENCH_VENV)
 	$(BENCH_BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,jpeg,bench]'
 	$(PYTHON) -m venv $(BENCH_PINNED)

@@ -6,7 +6,7 @@
 #include <pthread.h>
 #if defined(__x86_64__) && defined(ICH_SSE2)
 #define ICH_INSTRUCTION
-#include <nmmintrin.h>
+#include <cpuid.h>
 #endif
 
 static const uint32_t POLYNOMIAL = 0x82f63b78u;
@@ -71,26 +71,34 @@ static uint32_t shifted(uint32_t sum) {
            over_stretch[3][sum >> 24];
 }
 
-__attribute__((target("sse4.2"))) static uint32_t sum_by_instruction(uint32_t sum, const uint8_t *data, size_t length) {
+/* Written out, since compilers do not agree on how a function says that it is for processors that have it. */
+static inline uint64_t with_8_bytes(uint64_t sum, const uint8_t *data) {
+    uint64_t word;
+    memcpy(&word, data, 8);
+    __asm__("crc32q %1, %0" : "+r"(sum) : "rm"(word));
+    return sum;
+}
+
+static inline uint32_t with_byte(uint32_t sum, uint8_t byte) {
+    __asm__("crc32b %1, %0" : "+r"(sum) : "qm"(byte));
+    return sum;
+}
+
+static uint32_t sum_by_instruction(uint32_t sum, const uint8_t *data, size_t length) {
     for (; length >= 3 * STRETCH; data += 3 * STRETCH, length -= 3 * STRETCH) {
-        uint64_t first = sum, second = 0, third = 0, words[3];
+        uint64_t first = sum, second = 0, third = 0;
         for (size_t at = 0; at < STRETCH; at += 8) {
-            memcpy(&words[0], data + at, 8);
-            memcpy(&words[1], data + STRETCH + at, 8);
-            memcpy(&words[2], data + 2 * STRETCH + at, 8);
-            first = _mm_crc32_u64(first, words[0]);
-            second = _mm_crc32_u64(second, words[1]);
-            third = _mm_crc32_u64(third, words[2]);
+            first = with_8_bytes(first, data + at);
+            second = with_8_bytes(second, data + STRETCH + at);
+            third = with_8_bytes(third, data + 2 * STRETCH + at);
         }
         sum = shifted(shifted((uint32_t)first) ^ (uint32_t)second) ^ (uint32_t)third;
     }
     for (; length >= 8; data += 8, length -= 8) {
-        uint64_t word;
-        memcpy(&word, data, 8);
-        sum = (uint32_t)_mm_crc32_u64(sum, word);
+        sum = (uint32_t)with_8_bytes(sum, data);
     }
     while (length--) {
-        sum = _mm_crc32_u8(sum, *data++);
+        sum = with_byte(sum, *data++);
     }
     return sum;
 }
@@ -101,8 +109,9 @@ static uint32_t (*sum_of)(uint32_t sum, const uint8_t *data, size_t length) = su
 static void prepare(void) {
     prepare_bytes();
 #ifdef ICH_INSTRUCTION
-    prepare_stretches();
-    if (__builtin_cpu_supports("sse4.2")) {
+    unsigned a, b, c, d;
+    if (__get_cpuid(1, &a, &b, &c, &d) && c & bit_SSE4_2) {
+        prepare_stretches();
         sum_of = sum_by_instruction;
     }
 #endif
