@@ -14,18 +14,22 @@ from setuptools import Extension, setup
 # Zig's, which is clang with all that it needs to link. Code for any processor of this machine's kind, not for this one.
 ZIG = "ziglang==0.15.2"
 ZIG_COMMAND = shlex.join([sys.executable, "-m", "ziglang", "cc", "-mcpu=baseline"])
+BUILT_WITH = str(sysconfig.get_config_var("CC") or "cc")
 
 
-def own_compiler() -> str | None:
-    """Return the C compiler of this machine: the one that CC names, the one that built this Python, or a usual one."""
-    for command in (os.environ.get("CC"), sysconfig.get_config_var("CC"), "cc", "gcc", "clang"):
-        if command and shutil.which(shlex.split(command)[0]):
-            return str(command)
-    return None
+def is_here(command: str) -> bool:
+    """Return whether the program that ``command`` calls is on this machine."""
+    return shutil.which(shlex.split(command)[0]) is not None
 
 
-compiler = own_compiler()
-os.environ["CC"] = compiler or ZIG_COMMAND
+# The compiler that CC names; the one that built this Python; a usual one; Zig's.
+asked_for = os.environ.get("CC", "").strip()
+compiler = asked_for or next(filter(is_here, (BUILT_WITH, "cc", "gcc", "clang")), ZIG_COMMAND)
+os.environ["CC"] = compiler
+if not asked_for and compiler != BUILT_WITH:
+    # Flags that this Python was built with are for the compiler that it was built with.
+    os.environ["CFLAGS"] = ""
+    os.environ["LDSHARED"] = f"{compiler} -shared"
 native = Path("ich_prep/native")
 
 setup(
@@ -35,10 +39,10 @@ setup(
             "ich_prep._native",
             sources=sorted(map(str, native.glob("*.c"))),
             depends=sorted(map(str, native.glob("*.h"))),
-            extra_compile_args=["-std=c11", "-O3", "-pthread", "-Wall", "-Wextra"],
+            extra_compile_args=["-std=c11", "-O3", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra"],
             extra_link_args=["-pthread"],
         )
     ],
     # What pip installs to build with, and for nothing else.
-    setup_requires=[] if compiler else [ZIG],
+    setup_requires=[ZIG] if compiler == ZIG_COMMAND else [],
 )

@@ -78,8 +78,10 @@ def limit_of_libraries(tree: Path, out: Path, spec: Spec) -> dict[str, Any]:
     return _write_in_two(tree, out, spec, _window_and_encode_by_libraries)
 
 
-# Returns a function that writes the chunk of the pixels, or, of windows, of the HU or stored words that it is given.
-Encoder = Callable[[Any, Spec], Callable[[np.ndarray, dict[str, Any] | None], int]]
+# Writes the chunk of a slice whose HU are given, or its stored words and how these are rescaled.
+Write = Callable[[np.ndarray, dict[str, Any] | None], None]
+# Returns for a file how slices are written to it, and what ends it.
+Encoder = Callable[[Any, Spec], tuple[Write, Callable[[], object]]]
 
 
 def _write_in_two(tree: Path, out: Path, spec: Spec, encoder: Encoder) -> dict[str, Any]:
@@ -101,11 +103,11 @@ def _write_shards(
     barrier.wait()
     for number, shard in enumerate(known):
         with open(out / f"{os.getpid()}-{number}", "wb", buffering=0) as file:
-            write = encoder(file, spec)
+            write, finish = encoder(file, spec)
             for source, rescale in read_ahead(shard, lambda known: known[0].path, files=FILES_AHEAD):
                 words = decoder.read(source)
                 if words.shape == hu.shape and spec.store == "windows":
-                    written += write(words, rescale)
+                    write(words, rescale)
                     continue
                 if words.shape == hu.shape:
                     apply_rescale(words, **rescale, out=hu)
@@ -113,40 +115,41 @@ def _write_shards(
                     full = np.empty(words.shape, np.int16)
                     apply_rescale(words, **rescale, out=full)
                     resize_hu(full, out=hu)
-                written += write(hu, None)
+                write(hu, None)
+            finish()
+            written += os.fstat(file.fileno()).st_size
     barrier.wait()
     queue.put(written)
 
 
-def _window_and_encode(file: Any, spec: Spec) -> Callable[[np.ndarray, dict[str, Any] | None], int]:
+def _window_and_encode(file: Any, spec: Spec) -> tuple[Write, Callable[[], object]]:
     """With what a build of ours calls."""
     writer = ShardWriter(file, spec.slices_per_shard, spec.codec)
     pixels = np.empty((spec.channels, spec.size, spec.size), spec.dtype)
 
-    def write(values: np.ndarray, rescale: dict[str, Any] | None) -> int:
-        before = file.tell()
+    def write(values: np.ndarray, rescale: dict[str, Any] | None) -> None:
         if spec.store == "hu":
             writer.append(values[np.newaxis])
-            return int(file.tell() - before)
+            return
         if rescale is None:
             apply_windows(values, windows=spec.windows, out=pixels)
         else:
             apply_rescale_and_windows(values, **rescale, windows=spec.windows, out=pixels)
         writer.append(pixels)
-        return int(file.tell() - before)
 
-    return write
+    return write, writer.finish
 
 
-def _window_and_encode_by_libraries(file: Any, spec: Spec) -> Callable[[np.ndarray, dict[str, Any] | None], int]:
+def _window_and_encode_by_libraries(file: Any, spec: Spec) -> tuple[Write, Callable[[], object]]:
     """With one gather of all windows and a split, in strips that stay in the core's cache, and blosc."""
     blosc.use_threads = False
     pixels = np.empty((spec.channels, spec.size, spec.size), spec.dtype)
     codes = np.empty((STRIP, spec.size), np.int32)
     planes = [np.empty((STRIP, spec.size), np.uint8) for _ in range(4)]
     blocks = block_bytes(pixels.shape, pixels.itemsize)
+    ends: list[int] = []
 
-    def write(values: np.ndarray, rescale: dict[str, Any] | None) -> int:
+    def write(values: np.ndarray, rescale: dict[str, Any] | None) -> None:
         if spec.store == "hu":
             pixels[0] = values
         else:
@@ -158,9 +161,9 @@ def _window_and_encode_by_libraries(file: Any, spec: Spec) -> Callable[[np.ndarr
                 some = [*pixels[:, lines], *(plane[: lines.stop - top] for plane in planes[spec.channels :])]
                 cv2.split(strip.view(np.uint8).reshape(*strip.shape, 4), some)
         frame = blosc.compress(pixels, spec.codec.encode(), BLOSC_LEVELS[spec.codec], blosc.SHUFFLE, blocks)
-        return int(file.write(frame + google_crc32c.value(frame).to_bytes(4, "little")))
+        ends.append(file.write(frame + google_crc32c.value(frame).to_bytes(4, "little")))
 
-    return write
+    return write, lambda: file.write(np.array(ends, "<u8").tobytes())
 
 
 @cache

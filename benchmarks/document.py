@@ -40,10 +40,12 @@ python -m benchmarks.agree     # do the last two runs agree?
   dcm2niix also writes volumes straightened from a tilt and made even in spacing, which nobody else does.
 * *Processes.* Two each, one thread a process for library code. Starting them, and importing libraries, counts for
   nobody.
-* *The limit of a build* is two bare processes that read, rescale, window, compress and write the same files with everything
-  known beforehand; they do not hash or audit anything, or publish. Nor do they wait for the disk, as a build does, whose
-  bytes must outlive a power cut: the line `synced` is the limit with that wait. As a build, it asks the kernel for files
-  before their turn. Where files are cold, it has read their headers, but not their pixels, before its clock starts.
+* *The limit of a build* is two bare processes that read, rescale, window, compress and write the same files by the same
+  compiled functions, with everything known beforehand; they do not hash or audit anything, or publish. Nor do they wait
+  for the disk, as a build does, whose bytes must outlive a power cut: the line `synced` is the limit with that wait. The
+  line `OpenCV and blosc` is what two bare processes do that call these instead, without that wait. As a build, they ask
+  the kernel for files before their turn. Where files are cold, they have read their headers, but not their pixels, before
+  their clock starts.
 * *The limit of a loader* is a gather of uncompressed pixels from a memory map into reused buffers by two threads.
 * *Loaders* all give the same pixels: the first 64 rows of each are compared. Before the clock of a warm one starts, it has
   run for as long as it will be timed: to touch buffers and maps for the first time can cost more than to fill them.

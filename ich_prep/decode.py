@@ -23,11 +23,11 @@ import zlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-import google_crc32c
 import numpy as np
 
 from ich_prep.errors import Reason, SliceError
 from ich_prep.header import DEFLATED_LE, EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE, inflate, walk_meta
+from ich_prep.kernels import crc32c
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -137,7 +137,7 @@ class Decoder:
 
 
 def _check_unchanged(source: PixelSource, size: int, head: memoryview | bytes) -> None:
-    if size != source.file_size or google_crc32c.value(np.frombuffer(head, np.uint8)) != source.crc32c:
+    if size != source.file_size or crc32c(head) != source.crc32c:
         raise SliceError(Reason.CHANGED, "the file is not the one whose header was read: it changed since the scan")
 
 

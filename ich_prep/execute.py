@@ -244,7 +244,10 @@ def _missing(folders: tuple[Path, ...]) -> list[Path]:
 
 
 def _load(modules: tuple[str, ...]) -> str:
-    """Import ``modules`` and return the release of this package."""
+    """Import ``modules``, see that the compiled library is there, and return the release of this package."""
+    from ich_prep.kernels import require
+
+    require()
     for name in modules:
         importlib.import_module(name)
     return version("ich")

@@ -15,9 +15,8 @@ import zlib
 from dataclasses import dataclass
 from typing import BinaryIO, Final
 
-import google_crc32c
-
 from ich_prep.errors import Reason, SliceError
+from ich_prep.kernels import crc32c
 
 SKIM_BYTES: Final = 8 * 1024
 LONGEST_SKIM: Final = 256 * 1024
@@ -160,7 +159,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
             os.close(descriptor)
     except OSError as error:
         raise SliceError(Reason.UNREADABLE, error.strerror or str(error)) from None
-    return _interpret(found, size, header_bytes, google_crc32c.value(data[:header_bytes]))
+    return _interpret(found, size, header_bytes, crc32c(data[:header_bytes]))
 
 
 def skim(data: bytes) -> _Found | None:

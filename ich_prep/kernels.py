@@ -22,7 +22,9 @@ from ich_prep.errors import IchError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+INTERFACE = 1  # ICH_INTERFACE of ich.h
 MOST_WINDOWS = 4  # in one table
+MOST_BYTES = (1 << 31) - 17  # of a slice: what a frame's header can tell of
 
 
 class Codec(IntEnum):
@@ -51,33 +53,40 @@ _WORDS = {
 
 _Pointer, _Size = ctypes.c_void_p, ctypes.c_size_t
 _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
+    "ich_interface": ([], ctypes.c_int),
     "ich_crc32c": ([ctypes.c_uint32, _Pointer, _Size], ctypes.c_uint32),
     "ich_frame_room": ([_Size] * 3, _Size),
     "ich_encode_scratch": ([_Size], _Size),
     "ich_encode": ([_Pointer, _Size, _Size, _Size, _Size, _Pointer, _Pointer], _Size),
     "ich_decode": ([_Pointer, _Size, _Pointer, _Size, _Pointer], ctypes.c_int),
     "ich_windows": ([_Pointer, _Size, _Pointer, ctypes.c_int, _Pointer], None),
-    "ich_chunk_room": ([ctypes.c_int, _Size], _Size),
+    "ich_read_scratch": ([ctypes.c_int, _Size, _Size], _Size),
     "ich_read": (
-        [_Pointer, ctypes.c_int64, ctypes.c_int, _Pointer, _Size, _Pointer, _Size, _Pointer, _Pointer],
+        [_Pointer, ctypes.c_int64, ctypes.c_int, _Pointer, _Size, _Size, _Pointer, _Pointer, _Pointer],
         ctypes.c_int,
     ),
 }
 
 
 @cache
-def _library() -> ctypes.CDLL:
-    for suffix in EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(f"_native{suffix}")
-        if path.exists():
-            library = ctypes.CDLL(str(path))
-            for name, (arguments, result) in _SIGNATURES.items():
-                function = getattr(library, name)
-                function.argtypes, function.restype = arguments, result
+def require() -> ctypes.CDLL:
+    """Return the library; raises ``IchError`` where it is not there, or is that of another release."""
+    found = [path for suffix in EXTENSION_SUFFIXES if (path := Path(__file__).with_name(f"_native{suffix}")).exists()]
+    try:
+        library = ctypes.CDLL(str(found[0]))
+        for name, (arguments, result) in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, result
+        if library.ich_interface() == INTERFACE:
             return library
+        what = "one of another release"
+    except IndexError:
+        what = "none for this Python"
+    except (OSError, AttributeError) as error:
+        what = f"one that cannot be used ({error})"
     raise IchError(
-        f"Expected the compiled library of this package in {Path(__file__).parent}, for this Python; found none. Install "
-        "the package with pip, which compiles it: `pip install .` (or `make venv`) in its folder."
+        f"Expected the compiled library of this release in {Path(__file__).parent}; found {what}. Install the package with "
+        "pip, which compiles it: `pip install .` (or `make venv`) in its folder."
     )
 
 
@@ -85,9 +94,10 @@ def _address(array: NDArray[Any]) -> int:
     return int(array.__array_interface__["data"][0])
 
 
-def crc32c(data: NDArray[np.uint8]) -> int:
-    """Return the CRC-32C of ``data``, uint8 (n,), C-contiguous."""
-    return int(_library().ich_crc32c(0, _address(_contiguous(data)), data.nbytes))
+def crc32c(data: bytes | bytearray | memoryview | NDArray[np.uint8]) -> int:
+    """Return the CRC-32C of bytes, or of a C-contiguous array of them."""
+    array = np.frombuffer(data, np.uint8)
+    return int(require().ich_crc32c(0, _address(array), array.nbytes))
 
 
 class FrameEncoder:
@@ -97,21 +107,27 @@ class FrameEncoder:
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], block_bytes: int) -> None:
-        if dtype.itemsize not in (1, 2) or block_bytes % (shape[-1] * dtype.itemsize):
+        item, size = dtype.itemsize, int(np.prod(shape)) * dtype.itemsize
+        if item not in (1, 2) or block_bytes % (shape[-1] * item) or not 0 < block_bytes <= size <= MOST_BYTES:
             raise ValueError(
-                f"Expected items of 1 or 2 bytes in blocks of whole rows; got {dtype} in {block_bytes} bytes."
+                f"Expected a slice of 1 to {MOST_BYTES} bytes, of items of 1 or 2, in blocks of whole rows; got {shape} of "
+                f"{dtype} in blocks of {block_bytes} bytes."
             )
         self._shape, self._dtype, self._block = shape, dtype, block_bytes
-        self._bytes = int(np.prod(shape)) * dtype.itemsize
-        self._out = np.empty(_library().ich_frame_room(self._bytes, block_bytes, dtype.itemsize), np.uint8)
-        self._scratch = np.empty(_library().ich_encode_scratch(block_bytes), np.uint8)
+        self._bytes = size
+        self._out = np.empty(require().ich_frame_room(size, block_bytes, item), np.uint8)
+        self._scratch = np.empty(require().ich_encode_scratch(block_bytes), np.uint8)
+
+    def takes(self, pixels: NDArray[Any]) -> bool:
+        """Return whether ``pixels`` are of the shape and type that this encoder is for."""
+        return pixels.shape == self._shape and pixels.dtype == self._dtype
 
     def encode(self, pixels: NDArray[Any]) -> NDArray[np.uint8]:
         """Return the frame of ``pixels``, C-contiguous, valid until the next call: uint8 (n,)."""
-        if pixels.shape != self._shape or pixels.dtype != self._dtype:
+        if not self.takes(pixels):
             raise ValueError(f"Expected {self._dtype} of shape {self._shape}; got {pixels.dtype} of {pixels.shape}.")
         item = self._dtype.itemsize
-        length = _library().ich_encode(
+        length = require().ich_encode(
             _address(_contiguous(pixels)),
             self._bytes,
             item,
@@ -129,7 +145,7 @@ def decode_frame(frame: NDArray[np.uint8], out: NDArray[np.uint8]) -> bool:
     A damaged frame harms nothing but ``out``.
     """
     scratch = np.empty(out.nbytes, np.uint8)
-    return not _library().ich_decode(
+    return not require().ich_decode(
         _address(_contiguous(frame)), frame.nbytes, _address(_writeable(out)), out.nbytes, _address(scratch)
     )
 
@@ -144,9 +160,7 @@ class ChunkFault:
 
 def scratch_bytes(codec: Codec, *, longest_chunk: int, slice_bytes: int) -> int:
     """Return how much scratch ``read_chunks`` needs for chunks of up to ``longest_chunk`` bytes."""
-    if codec == Codec.OTHER:
-        return 0
-    return int(_library().ich_chunk_room(codec, longest_chunk)) + slice_bytes
+    return int(require().ich_read_scratch(codec, longest_chunk, slice_bytes))
 
 
 def read_chunks(
@@ -154,27 +168,29 @@ def read_chunks(
 ) -> ChunkFault | None:
     """Read chunks, compare their checksums and decode each into its place; return what is wrong with one, or None.
 
-    ``requests``, int64 (n, 4): descriptor of an open file, first byte, length with checksum, and where in ``out``,
+    ``requests``, int64 (n, 4), n > 0: descriptor of an open file, first byte, length with checksum, and where in ``out``,
     uint8 (m,), the slice goes (with ``Codec.OTHER`` the chunk). Chunks that lie in memory are read while the disk fetches
     the others. ``scratch``, uint8, is as long as ``scratch_bytes`` says.
     """
+    if requests.dtype != np.int64 or requests.shape[1:] != (4,):
+        raise ValueError(f"Expected requests as int64 (n, 4); got {requests.dtype} of {requests.shape}.")
     lengths, places = requests[:, 2], requests[:, 3]
     longest = int(lengths.max())
-    ends = places + (lengths if codec == Codec.OTHER else slice_bytes)
     needed = scratch_bytes(codec, longest_chunk=longest, slice_bytes=slice_bytes)
-    if int(places.min()) < 0 or int(lengths.min()) < 0 or int(ends.max()) > out.nbytes or needed > scratch.nbytes:
+    room = out.nbytes - (lengths if codec == Codec.OTHER else slice_bytes)
+    if int(lengths.min()) < 0 or int(places.min()) < 0 or (places > room).any() or needed > scratch.nbytes:
         raise ValueError(
-            f"Expected room for {int(ends.max())} bytes and {needed} of scratch; got {out.nbytes} and {scratch.nbytes}."
+            f"Expected room for each chunk in {out.nbytes} bytes, and {needed} bytes of scratch; got {scratch.nbytes}."
         )
     late, trouble = np.empty(len(requests), np.uint8), np.zeros(3, np.int64)
-    failed = _library().ich_read(
+    failed = require().ich_read(
         _address(_contiguous(requests)),
         len(requests),
         codec,
         _address(_writeable(out)),
         slice_bytes,
+        longest,
         _address(_writeable(scratch)),
-        max(0, needed - slice_bytes),
         _address(late),
         _address(trouble),
     )
@@ -193,11 +209,11 @@ def window_codes_by_table(words: NDArray[np.uint16], table: NDArray[np.uint32], 
     """
     if words.dtype != np.uint16 or table.dtype != np.uint32 or table.shape != (65536,) or len(out) > MOST_WINDOWS:
         raise ValueError("Expected uint16 words, a table of 65,536 uint32 and up to four planes.")
-    if out.shape != (len(out), *words.shape) or out.dtype != np.uint8:
+    if out.shape != (len(out), *words.shape) or out.dtype != np.uint8 or not out.flags.c_contiguous:
         raise ValueError(
-            f"Expected out to be uint8 of shape (windows, *{words.shape}); got {out.dtype} of {out.shape}."
+            f"Expected out to be uint8 {(len(out), *words.shape)}, C-contiguous; got {out.dtype} {out.shape}."
         )
-    _library().ich_windows(
+    require().ich_windows(
         _address(_contiguous(words)), words.size, _address(_contiguous(table)), len(out), _address(_writeable(out))
     )
 

@@ -1,7 +1,8 @@
 """Rows in any order -> chunks of shards -> decoded straight into the caller's buffer.
 
 This is the hot path of training: a batch is one call of the compiled library, which reads, checks and decodes its chunks
-without Python's lock. A thread that waits for that lock loses more than a slice takes to decode.
+without Python's lock. A thread that waits for that lock loses more than a slice takes to decode. Chunks of zstd, which
+take much longer than that, are decoded by blosc, one by one.
 """
 
 from __future__ import annotations

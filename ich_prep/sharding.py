@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
-import google_crc32c
 import numpy as np
 import xxhash
 from numcodecs import blosc
 
 from ich_prep.errors import CorruptionError
-from ich_prep.kernels import FrameEncoder, decode_frame
+from ich_prep.kernels import FrameEncoder, crc32c, decode_frame
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 CODECS = ("lz4", "zstd", "none")
 CRC_BYTES = 4
-BLOSC_LEVELS = {"lz4": 5, "zstd": 1}  # docs/benchmarks.md: zstd 5 encodes six times as long for a twentieth less
+# What the metadata says. It means nothing to a reader, nor to our lz4; for zstd see docs/benchmarks.md: level 5 encodes six
+# times as long for a twentieth less.
+BLOSC_LEVELS = {"lz4": 5, "zstd": 1}
 MOST_BLOCK = 1 << 18  # stays in a core's own cache
 MISSING = np.iinfo(np.uint64).max
 
@@ -41,9 +41,8 @@ class Sink(Protocol):
 
 def block_bytes(shape: tuple[int, ...], item_bytes: int) -> int:
     """Return the size of the blocks of a slice's frame: whole rows, in as few parts as there may be, about even ones."""
-    row = shape[-1] * item_bytes
-    rows = int(np.prod(shape[:-1]))
-    parts = -(-rows * row // MOST_BLOCK)
+    row, rows = shape[-1] * item_bytes, int(np.prod(shape[:-1]))
+    parts = -(-rows // max(1, MOST_BLOCK // row))
     return -(-rows // parts) * row
 
 
@@ -62,11 +61,12 @@ class ShardWriter:
     _index: list[tuple[int, int]] = field(default_factory=list)
     _offset: int = 0
     _seen: xxhash.xxh3_64 = field(default_factory=xxhash.xxh3_64)
+    _encoder: FrameEncoder | None = None
 
     def append(self, pixels: NDArray[np.uint8] | NDArray[np.int16]) -> None:
         """Write the next chunk: one slice, (channel, y, x), C-contiguous."""
-        payload = _encoded(pixels, self.codec)
-        checksum = _crc_bytes(google_crc32c.value(payload))
+        payload = self._encoded(pixels)
+        checksum = _crc_bytes(crc32c(payload))
         _write_all(self.sink, payload.data)
         _write_all(self.sink, memoryview(checksum))
         self._seen.update(checksum)
@@ -82,26 +82,22 @@ class ShardWriter:
         while len(self._index) < self.chunks:
             self.skip()
         entries = np.array(self._index, "<u8").tobytes()
-        index = entries + _crc_bytes(google_crc32c.value(entries))
+        index = entries + _crc_bytes(crc32c(entries))
         _write_all(self.sink, memoryview(index))
         self._seen.update(index)
         return self._offset + len(index), self._seen.hexdigest()
 
-
-def _encoded(pixels: NDArray[Any], codec: str) -> NDArray[np.uint8]:
-    """Return the payload of a chunk, uint8 (n,), valid until the next call."""
-    if codec == "none":
-        return pixels.reshape(-1).view(np.uint8)
-    if codec == "lz4":
-        return _frame_encoder(pixels.shape, pixels.dtype).encode(pixels)
-    blosc.use_threads = False  # one task, one core; and equal bytes whatever the number of cores
-    block = block_bytes(pixels.shape, pixels.itemsize)
-    return np.frombuffer(blosc.compress(pixels, codec.encode(), BLOSC_LEVELS[codec], blosc.SHUFFLE, block), np.uint8)
-
-
-@lru_cache(maxsize=1)
-def _frame_encoder(shape: tuple[int, ...], dtype: np.dtype[Any]) -> FrameEncoder:
-    return FrameEncoder(shape, dtype, block_bytes(shape, dtype.itemsize))
+    def _encoded(self, pixels: NDArray[Any]) -> NDArray[np.uint8]:
+        """Return the payload of a chunk, uint8 (n,), valid until the next call."""
+        if self.codec == "none":
+            return pixels.reshape(-1).view(np.uint8)
+        blocks = block_bytes(pixels.shape, pixels.itemsize)
+        if self.codec == "zstd":
+            blosc.use_threads = False  # one task, one core; and equal bytes whatever the number of cores
+            return np.frombuffer(blosc.compress(pixels, b"zstd", BLOSC_LEVELS["zstd"], blosc.SHUFFLE, blocks), np.uint8)
+        if self._encoder is None or not self._encoder.takes(pixels):
+            self._encoder = FrameEncoder(pixels.shape, pixels.dtype, blocks)
+        return self._encoder.encode(pixels)
 
 
 def _write_all(sink: Sink, data: memoryview) -> None:
@@ -122,7 +118,7 @@ def parse_index(data: bytes, *, chunks: int, body: int) -> NDArray[np.uint64]:
     if len(data) != index_bytes(chunks):
         raise CorruptionError(f"expected {index_bytes(chunks)} bytes of index, found {len(data)}")
     entries = data[:-CRC_BYTES]
-    if google_crc32c.value(entries) != _crc_value(data[-CRC_BYTES:])[0]:
+    if crc32c(entries) != _crc_value(data[-CRC_BYTES:])[0]:
         raise CorruptionError("the checksum of its index does not fit")
     index = np.frombuffer(entries, "<u8").reshape(chunks, 2)
     offsets, lengths = index[index[:, 0] != MISSING].T
@@ -137,7 +133,7 @@ def decode_chunk(data: NDArray[np.uint8], *, codec: str, out: NDArray[np.uint8])
     Raises ``CorruptionError`` where the checksum or the length does not fit.
     """
     payload = data[:-CRC_BYTES]
-    if google_crc32c.value(payload) != _crc_value(data[-CRC_BYTES:].data)[0]:
+    if crc32c(payload) != _crc_value(data[-CRC_BYTES:].data)[0]:
         raise CorruptionError("its checksum does not fit")
     decode_payload(payload, codec=codec, out=out)
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import google_crc32c
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,6 +20,7 @@ import pyarrow.compute as pc
 from ich_prep import ledger, sharding, store
 from ich_prep.decode import decode_with_pydicom
 from ich_prep.errors import CorruptionError, IchError, SliceError, UsageError
+from ich_prep.kernels import crc32c
 from ich_prep.labels import CLASSES, SUBTYPES
 from ich_prep.layouts.rsna import SIGN_12BIT
 from ich_prep.publish import digest_of, root_document
@@ -232,7 +232,7 @@ def _check_shard(
             sharding.decode_chunk(chunk, codec=dataset.spec.codec, out=buffer)
         except CorruptionError as error:
             raise CorruptionError(f"row {row}: {error}") from None
-        checksums.append(google_crc32c.value(chunk[: -sharding.CRC_BYTES]))
+        checksums.append(crc32c(chunk[: -sharding.CRC_BYTES]))
     if sharding.fingerprint(np.array(checksums, np.uint32), tail) != line["fingerprint"]:
         raise CorruptionError("it is a whole shard, and not the one that was written here: were shards exchanged?")
 

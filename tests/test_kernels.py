@@ -51,9 +51,9 @@ def _library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "EXTENSION_SUFFIXES", [".so"])
         patch.setattr(kernels, "__file__", str(target))
-        kernels._library.cache_clear()
+        kernels.require.cache_clear()
         yield
-    kernels._library.cache_clear()
+    kernels.require.cache_clear()
 
 
 EXPECTED_LENGTH, EXPECTED_CHECKSUM = 1228077, 1098359566  # of the frames that test_frames_are_made_alike makes
@@ -70,7 +70,7 @@ def frame_of(pixels: NDArray[Any], block: int | None = None) -> NDArray[np.uint8
 @settings(max_examples=200, deadline=None)
 def test_checksums_are_those_of_crc32c(data: bytes, times: int, skip: int) -> None:
     whole = np.frombuffer(data * times, np.uint8)[skip:]
-    assert crc32c(whole) == google_crc32c.value(whole.tobytes())
+    assert crc32c(whole) == crc32c(whole.tobytes()) == google_crc32c.value(whole.tobytes())
 
 
 def test_the_checksum_of_rfc_3720() -> None:
@@ -148,8 +148,10 @@ def test_damaged_frames_write_nowhere_else(
     frame = frame_of(pixels)
     for at, byte in edits:
         frame[at % len(frame)] = byte
+    frame = frame[: len(frame) - cut].copy()
+    frame[12:16] = np.frombuffer(len(frame).to_bytes(4, "little"), np.uint8)
     room = np.full(pixels.nbytes + 2048, 171, np.uint8)
-    decode_frame(frame[: len(frame) - cut].copy(), room[1024:-1024])
+    decode_frame(frame, room[1024:-1024])
     assert (room[:1024] == 171).all()
     assert (room[-1024:] == 171).all()
 
@@ -308,18 +310,30 @@ def test_memory_that_does_not_fit_is_refused() -> None:
         decode_frame(frame, np.empty(512, np.uint8)[::2])
     with pytest.raises(ValueError, match="whole rows"):
         FrameEncoder((1, 16, 16), np.dtype(np.uint8), 24)
-    with pytest.raises(ValueError, match="1 or 2 bytes"):
+    with pytest.raises(ValueError, match="items of 1 or 2"):
         FrameEncoder((1, 16, 16), np.dtype(np.float32), 64)
+    for block in (0, 512):
+        with pytest.raises(ValueError, match="in blocks of"):
+            FrameEncoder((1, 16, 16), np.dtype(np.uint8), block)
     with pytest.raises(ValueError, match="of shape"):
         FrameEncoder((1, 16, 16), np.dtype(np.uint8), 256).encode(pixels[:, :8])
     requests = np.array([[0, 0, 100, 200]], np.int64)
     for out, scratch in ((300, 5000), (456, 100)):
-        with pytest.raises(ValueError, match="Expected room for 456 bytes"):
+        with pytest.raises(ValueError, match="Expected room for each chunk in"):
             read_chunks(
                 requests, Codec.LZ4, out=np.empty(out, np.uint8), slice_bytes=256, scratch=np.empty(scratch, np.uint8)
             )
+    for other in (requests.astype(np.int32), requests[:, :3]):
+        with pytest.raises(ValueError, match="Expected requests as int64"):
+            read_chunks(
+                other, Codec.LZ4, out=np.empty(456, np.uint8), slice_bytes=256, scratch=np.empty(5000, np.uint8)
+            )
+    far = np.array([[0, 0, 100, 2**63 - 1]], np.int64)
+    for codec in Codec:
+        with pytest.raises(ValueError, match="Expected room for each chunk in"):
+            read_chunks(far, codec, out=np.empty(456, np.uint8), slice_bytes=256, scratch=np.empty(1 << 20, np.uint8))
     table = np.zeros(65536, np.uint32)
-    with pytest.raises(ValueError, match="of shape"):
+    with pytest.raises(ValueError, match=r"uint8 \(2, 4, 4\)"):
         window_codes_by_table(np.zeros((4, 4), np.uint16), table, out=np.zeros((2, 4, 5), np.uint8))
     with pytest.raises(ValueError, match="65,536"):
         window_codes_by_table(np.zeros((4, 4), np.uint16), table[:100], out=np.zeros((2, 4, 4), np.uint8))
@@ -337,9 +351,20 @@ def test_planes_are_the_bytes_of_entries(shape: tuple[int, int], planes: int) ->
         np.testing.assert_array_equal(out[plane], (table[words] >> (8 * plane)).astype(np.uint8))
 
 
-def test_where_it_was_not_compiled_the_message_says_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "__file__", str(tmp_path / "kernels.py"))
-    kernels._library.cache_clear()
-    with pytest.raises(IchError, match="pip install"):
-        crc32c(np.zeros(1, np.uint8))
-    kernels._library.cache_clear()
+@pytest.mark.parametrize(
+    "there, said",
+    [("nothing", "none for this Python"), ("no library", "cannot be used"), ("another", "another release")],
+)
+def test_a_library_that_does_not_fit_is_named(
+    there: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if there == "no library":
+        (tmp_path / "_native.so").write_bytes(b"no library")
+    if there == "another":
+        monkeypatch.setattr(kernels, "INTERFACE", 0)
+    else:
+        monkeypatch.setattr(kernels, "__file__", str(tmp_path / "kernels.py"))
+    kernels.require.cache_clear()
+    with pytest.raises(IchError, match=rf"{said}.*Install the package"):
+        crc32c(b"123")
+    kernels.require.cache_clear()

@@ -1,12 +1,16 @@
-/* CRC-32C (Castagnoli; RFC 3720, appendix B.4). x86-64 has an instruction for it, whose result takes three cycles to come
+/* CRC-32C (Castagnoli; RFC 3720, appendix B.4). Processors have an instruction for it, whose result takes some cycles to come
    and which can be started at each: so three stretches are summed side by side, and their sums joined by a table. */
 
 #include "ich.h"
 
 #include <pthread.h>
-#if defined(__x86_64__) && defined(ICH_SSE2)
+#if !defined(ICH_PORTABLE) && defined(__x86_64__)
 #define ICH_INSTRUCTION
 #include <cpuid.h>
+#elif !defined(ICH_PORTABLE) && defined(__aarch64__)
+#define ICH_INSTRUCTION
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
 #endif
 
 static const uint32_t POLYNOMIAL = 0x82f63b78u;
@@ -71,10 +75,14 @@ static uint32_t shifted(uint32_t sum) {
            over_stretch[3][sum >> 24];
 }
 
-/* Written out, since compilers do not agree on how a function says that it is for processors that have it. */
-static inline uint64_t with_8_bytes(uint64_t sum, const uint8_t *data) {
-    uint64_t word;
-    memcpy(&word, data, 8);
+/* Written out, since compilers do not agree on how a function says that it is for processors that have them. */
+#ifdef __x86_64__
+static int has_instruction(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && c & bit_SSE4_2;
+}
+
+static inline uint64_t with_word(uint64_t sum, uint64_t word) {
     __asm__("crc32q %1, %0" : "+r"(sum) : "rm"(word));
     return sum;
 }
@@ -82,6 +90,27 @@ static inline uint64_t with_8_bytes(uint64_t sum, const uint8_t *data) {
 static inline uint32_t with_byte(uint32_t sum, uint8_t byte) {
     __asm__("crc32b %1, %0" : "+r"(sum) : "qm"(byte));
     return sum;
+}
+#else
+static int has_instruction(void) {
+    return (getauxval(AT_HWCAP) & HWCAP_CRC32) != 0;
+}
+
+static inline uint64_t with_word(uint64_t sum, uint64_t word) {
+    __asm__(".arch_extension crc\n\tcrc32cx %w0, %w0, %x1" : "+r"(sum) : "r"(word));
+    return sum;
+}
+
+static inline uint32_t with_byte(uint32_t sum, uint8_t byte) {
+    __asm__(".arch_extension crc\n\tcrc32cb %w0, %w0, %w1" : "+r"(sum) : "r"(byte));
+    return sum;
+}
+#endif
+
+static inline uint64_t with_8_bytes(uint64_t sum, const uint8_t *data) {
+    uint64_t word;
+    memcpy(&word, data, 8);
+    return with_word(sum, word);
 }
 
 static uint32_t sum_by_instruction(uint32_t sum, const uint8_t *data, size_t length) {
@@ -109,8 +138,7 @@ static uint32_t (*sum_of)(uint32_t sum, const uint8_t *data, size_t length) = su
 static void prepare(void) {
     prepare_bytes();
 #ifdef ICH_INSTRUCTION
-    unsigned a, b, c, d;
-    if (__get_cpuid(1, &a, &b, &c, &d) && c & bit_SSE4_2) {
+    if (has_instruction()) {
         prepare_stretches();
         sum_of = sum_by_instruction;
     }

@@ -19,6 +19,10 @@ static size_t smaller(size_t one, size_t other) {
     return one < other ? one : other;
 }
 
+int ich_interface(void) {
+    return ICH_INTERFACE;
+}
+
 size_t ich_frame_room(size_t slice_bytes, size_t block_bytes, size_t item_bytes) {
     size_t stream = PLACE + lz4_room(block_bytes);
     return HEADER + blocks_of(slice_bytes, block_bytes) * (PLACE + item_bytes * stream);

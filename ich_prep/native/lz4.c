@@ -120,7 +120,7 @@ static int more_length(const uint8_t **in, const uint8_t *end, size_t *length) {
     return 1;
 }
 
-/* Copies `length` bytes, and up to SPARE - 1 more. `from` may lie 16 bytes before `out`, and is read as it is written. */
+/* Copies `length` bytes, and up to SPARE more. `from` may lie 16 bytes before `out`, and is read as it is written. */
 static void copy_freely(uint8_t *out, const uint8_t *from, size_t length) {
     uint8_t *const stop = out + length;
     do {

@@ -16,12 +16,19 @@ struct job {
     enum ich_codec codec;
     uint8_t *out;
     size_t slice_bytes;
-    uint8_t *scratch; /* first for what is read at a time, chunk_room bytes; behind it for a slice */
-    size_t chunk_room;
+    size_t longest;   /* of the chunks */
+    uint8_t *scratch; /* for what is read at a time; behind a chunk that is decoded, for a slice */
 };
 
-size_t ich_chunk_room(int codec, size_t longest) {
-    return codec == ICH_NONE ? PIECE + ICH_CHECKSUM_BYTES : longest;
+size_t ich_read_scratch(int codec, size_t longest, size_t slice_bytes) {
+    switch (codec) {
+    case ICH_NONE:
+        return PIECE + ICH_CHECKSUM_BYTES;
+    case ICH_LZ4:
+        return longest + slice_bytes;
+    default:
+        return 0;
+    }
 }
 
 /* Reads all of `length` bytes; returns a fault, or a negative errno. */
@@ -96,24 +103,28 @@ static int take(const struct job *job, const struct ich_request *request, int fl
     if (job->codec == ICH_OTHER) {
         return ICH_FINE;
     }
-    return (int)ich_decode(chunk, length, out, job->slice_bytes, job->scratch + job->chunk_room);
+    return (int)ich_decode(chunk, length, out, job->slice_bytes, job->scratch + job->longest);
 }
 
-/* How many bytes the chunk holds that was just found to be of another length than a slice. */
-static int64_t found_length(const struct job *job, const struct ich_request *request) {
-    return job->codec == ICH_NONE ? request->length - ICH_CHECKSUM_BYTES : ich_inflated(job->scratch);
+static int tell(const struct job *job, const struct ich_request *requests, int64_t at, int fault,
+                struct ich_trouble *trouble) {
+    int64_t found = 0;
+    if (fault == ICH_LENGTH) {
+        found = job->codec == ICH_NONE ? requests[at].length - ICH_CHECKSUM_BYTES : ich_inflated(job->scratch);
+    }
+    *trouble = (struct ich_trouble){at, fault, found};
+    return 1;
 }
 
 int ich_read(const struct ich_request *requests, int64_t count, int codec, uint8_t *out, size_t slice_bytes,
-                 uint8_t *scratch, size_t chunk_room, uint8_t *late, struct ich_trouble *trouble) {
-    const struct job job = {(enum ich_codec)codec, out, slice_bytes, scratch, chunk_room};
+             size_t longest, uint8_t *scratch, uint8_t *late, struct ich_trouble *trouble) {
+    const struct job job = {(enum ich_codec)codec, out, slice_bytes, longest, scratch};
     int64_t waits = 0;
     for (int64_t at = 0; at < count; at++) {
         int fault = take(&job, &requests[at], RWF_NOWAIT);
         late[at] = fault < 0 || fault == ICH_ENDS_EARLY; /* a plain read will tell what is wrong, if anything is */
         if (fault && !late[at]) {
-            *trouble = (struct ich_trouble){at, fault, found_length(&job, &requests[at])};
-            return 1;
+            return tell(&job, requests, at, fault, trouble);
         }
         waits += late[at];
     }
@@ -125,8 +136,7 @@ int ich_read(const struct ich_request *requests, int64_t count, int codec, uint8
     for (int64_t at = 0; waits && at < count; at++) {
         int fault = late[at] ? take(&job, &requests[at], 0) : ICH_FINE;
         if (fault) {
-            *trouble = (struct ich_trouble){at, fault, found_length(&job, &requests[at])};
-            return 1;
+            return tell(&job, requests, at, fault, trouble);
         }
     }
     return 0;
