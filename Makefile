@@ -83,4 +83,4 @@ profile: bench-setup ## flame graphs of a build and of the loader in benchmarks/
 	$(BENCH_BIN)/python -m benchmarks.profile --data $(BENCH)
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) $(BENCH_VENV) $(BENCH_PINNED) $(DEMO) .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(BENCH_VENV) $(BENCH_PINNED) $(DEMO) .ruff_cache .mypy_cache .hypothesis build ich_prep/_native*.so

@@ -28,13 +28,13 @@ compiler = asked_for or next(filter(is_here, (BUILT_WITH, "cc", "gcc", "clang"))
 os.environ["CC"] = compiler
 if not asked_for and compiler != BUILT_WITH:
     # Flags that this Python was built with are for the compiler that it was built with.
-    os.environ["CFLAGS"] = ""
-    os.environ["LDSHARED"] = f"{compiler} -shared"
+    os.environ.setdefault("CFLAGS", "")
+    os.environ.setdefault("LDSHARED", f"{compiler} -shared")
 native = Path("ich_prep/native")
 
 setup(
     ext_modules=[
-        # No module: a library that ich_prep/kernels.py loads by its name, and that needs nothing of Python's headers.
+        # No module: a library that ich_prep/compiled.py loads by its name, and that needs nothing of Python's headers.
         Extension(
             "ich_prep._native",
             sources=sorted(map(str, native.glob("*.c"))),

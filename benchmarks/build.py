@@ -8,7 +8,6 @@ write the same files. Question ``syntaxes`` asks for each transfer syntax how fa
 
 from __future__ import annotations
 
-import os
 import shutil
 import statistics
 from dataclasses import dataclass
@@ -168,17 +167,9 @@ def ask_syntaxes(data: Path, repeats: int) -> None:
 def contend(
     name: str, tree: Path, out: Path, size: int, store: str, layout: str, *, workers: int = 2, raised: bool = True
 ) -> dict[str, Any]:
-    """Run one contender in a process of its own, and once more where much of the cores was stolen meanwhile.
-
-    What the one before it has left to be written is written first: a build waits for the disk, and for nobody else's bytes.
-    """
+    """Run one contender in a process of its own, and once more where much of the cores was stolen meanwhile."""
     words = (name, str(tree), str(out), str(size), store, layout, str(workers))
-
-    def run() -> Run:
-        os.sync()
-        return in_process("benchmarks.build_contenders", *words, raised=raised)
-
-    return undisturbed(run)
+    return undisturbed(partial(in_process, "benchmarks.build_contenders", *words, raised=raised))
 
 
 if __name__ == "__main__":

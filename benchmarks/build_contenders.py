@@ -441,7 +441,7 @@ def main() -> None:
     name, tree, out, size, store, layout, workers = sys.argv[1:]
     target = Path(out)
     shutil.rmtree(target, ignore_errors=True)
-    os.sync()
+    os.sync()  # a build waits for the disk, and for nobody else's bytes
     spec = Spec(layout=layout, size=int(size), store=store)  # type: ignore[arg-type]
     if name == "ours":
         result = ours(Path(tree), target, spec, int(workers))

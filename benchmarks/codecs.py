@@ -24,7 +24,7 @@ from benchmarks.files import REAL, cohort
 from benchmarks.measure import Section, publish, versions
 from ich_prep import Spec, build
 from ich_prep.build_dataset import Allowances
-from ich_prep.kernels import FrameEncoder, decode_frame
+from ich_prep.compiled import FrameEncoder, decode_frame
 from ich_prep.sharding import BLOSC_LEVELS, block_bytes
 from ich_prep.store import open_dataset
 

@@ -43,7 +43,7 @@ python -m benchmarks.agree     # do the last two runs agree?
 * *The limit of a build* is two bare processes that read, rescale, window, compress and write the same files by the same
   compiled functions, with everything known beforehand; they do not hash or audit anything, or publish. Nor do they wait
   for the disk, as a build does, whose bytes must outlive a power cut: the line `synced` is the limit with that wait. The
-  line `OpenCV and blosc` is what two bare processes do that call these instead, without that wait. As a build, they ask
+  line `OpenCV and blosc` is the same by calls of these two libraries, without that wait. As a build, they ask
   the kernel for files before their turn. Where files are cold, they have read their headers, but not their pixels, before
   their clock starts.
 * *The limit of a loader* is a gather of uncompressed pixels from a memory map into reused buffers by two threads.

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ich_prep import kernels, ledger, store
+from ich_prep import compiled, ledger, store
 from ich_prep.errors import BuildError, Reason, SourceError
 from ich_prep.execute import Pool, default_workers
 from ich_prep.labels import Labels, complete_any
@@ -83,7 +83,7 @@ def build(
     spec, allow, progress = spec or Spec(), allow or Allowances(), progress or Silence()
     count = default_workers() if workers is None else workers
     seconds: dict[str, float] = {}
-    kernels.require()
+    compiled.require()
     require_folder(source)
     refuse_foreign(target, source)
     with Pool(workers=count, scheduler=scheduler, modules=TASK_MODULES) as pool:

@@ -245,7 +245,7 @@ def _missing(folders: tuple[Path, ...]) -> list[Path]:
 
 def _load(modules: tuple[str, ...]) -> str:
     """Import ``modules``, see that the compiled library is there, and return the release of this package."""
-    from ich_prep.kernels import require
+    from ich_prep.compiled import require
 
     require()
     for name in modules:

@@ -15,8 +15,8 @@ import zlib
 from dataclasses import dataclass
 from typing import BinaryIO, Final
 
+from ich_prep.compiled import crc32c
 from ich_prep.errors import Reason, SliceError
-from ich_prep.kernels import crc32c
 
 SKIM_BYTES: Final = 8 * 1024
 LONGEST_SKIM: Final = 256 * 1024

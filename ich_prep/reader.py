@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numcodecs import blosc
 
+from ich_prep.compiled import Codec, read_chunks, scratch_bytes
 from ich_prep.errors import CorruptionError
-from ich_prep.kernels import Codec, read_chunks, scratch_bytes
 from ich_prep.sharding import CRC_BYTES, MISSING, decode_payload, index_bytes, parse_index
 
 if TYPE_CHECKING:
@@ -54,7 +53,6 @@ class ShardReader:
     def __init__(
         self, path_of: Callable[[int], Path], *, slices: int, slice_bytes: int, slices_per_shard: int, codec: str
     ) -> None:
-        blosc.use_threads = False  # many threads decode at once, each a slice of its own
         self._path_of, self._codec = path_of, codec
         self._kind = {"none": Codec.NONE, "lz4": Codec.LZ4}.get(codec, Codec.OTHER)
         self._slices, self._slice_bytes, self._per_shard = slices, slice_bytes, slices_per_shard

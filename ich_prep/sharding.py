@@ -14,8 +14,8 @@ import numpy as np
 import xxhash
 from numcodecs import blosc
 
+from ich_prep.compiled import FrameEncoder, crc32c, decode_frame
 from ich_prep.errors import CorruptionError
-from ich_prep.kernels import FrameEncoder, crc32c, decode_frame
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -139,7 +139,7 @@ def decode_chunk(data: NDArray[np.uint8], *, codec: str, out: NDArray[np.uint8])
 
 
 def decode_payload(payload: NDArray[np.uint8], *, codec: str, out: NDArray[np.uint8]) -> None:
-    """Decode a chunk without its checksum, as ``decode_chunk`` does."""
+    """Decode a chunk without its checksum, as ``decode_chunk`` does; raises ``CorruptionError`` where it does not fit."""
     # Bytes 4 to 8 of a blosc frame say how long it is inflated: a shorter one would leave a part of ``out`` as it was.
     size = payload.nbytes if codec == "none" else int.from_bytes(payload[4:8].data, "little")
     if size != out.nbytes:
@@ -150,6 +150,7 @@ def decode_payload(payload: NDArray[np.uint8], *, codec: str, out: NDArray[np.ui
         if not decode_frame(payload, out):
             raise CorruptionError("it is no blosc frame of lz4")
     else:
+        blosc.use_threads = False  # many threads decode at once, each a slice of its own
         try:
             blosc.decompress(payload, out)
         except (RuntimeError, ValueError) as error:

@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ich_prep import ledger, sharding, store
+from ich_prep.compiled import crc32c
 from ich_prep.decode import decode_with_pydicom
 from ich_prep.errors import CorruptionError, IchError, SliceError, UsageError
-from ich_prep.kernels import crc32c
 from ich_prep.labels import CLASSES, SUBTYPES
 from ich_prep.layouts.rsna import SIGN_12BIT
 from ich_prep.publish import digest_of, root_document

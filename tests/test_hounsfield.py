@@ -118,7 +118,7 @@ def test_a_table_is_read_only() -> None:
         rescale_table(signed=True, slope=1.0, intercept=0.0)[0] = 1
 
 
-# The last one is wider than a strip, the one before has a strip that is not whole.
+# Some have fewer pixels than go at a time (16), some a number that 16 does not divide.
 SHAPES = [(1, 7), (7, 1), (3, 5), (512, 512), (300, 513), (2, 70_000)]
 
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from page_cache import evict
 
 from ich_prep import reader
+from ich_prep.compiled import ChunkFault, read_chunks
 from ich_prep.errors import CorruptionError
-from ich_prep.kernels import ChunkFault, read_chunks
 from ich_prep.reader import ShardReader
 from ich_prep.sharding import CODECS, ShardWriter, index_bytes
 

@@ -43,6 +43,14 @@ def hu_path(phantom_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return out
 
 
+@pytest.fixture(scope="module")
+def blocks_path(phantom_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same slices as HU in frames of two blocks, of which the second is the smaller one."""
+    out = tmp_path_factory.mktemp("blocks") / "hu.zarr"
+    build(phantom_tree, out, Spec(size=401, store="hu", slices_per_shard=32), workers=0)
+    return out
+
+
 @pytest.fixture
 def copy(dataset_path: Path, tmp_path: Path) -> Path:
     """A copy of the dataset to damage, without its build folder."""
@@ -176,12 +184,12 @@ def by_dask_array(path: Path) -> NDArray[Any]:
     return np.asarray(dask.array.from_zarr(str(path), component="images").compute(scheduler="synchronous"))
 
 
-@pytest.mark.parametrize("store_kind", ["windows", "hu"])
+@pytest.mark.parametrize("store_kind", ["windows", "hu", "two blocks"])
 @pytest.mark.parametrize("read", [by_zarr_python, by_zarrs, by_tensorstore, by_xarray, by_dask_array])
 def test_every_reader_sees_the_same_bytes(
-    read: Callable[[Path], NDArray[Any]], store_kind: str, dataset_path: Path, hu_path: Path
+    read: Callable[[Path], NDArray[Any]], store_kind: str, dataset_path: Path, hu_path: Path, blocks_path: Path
 ) -> None:
-    path = dataset_path if store_kind == "windows" else hu_path
+    path = {"windows": dataset_path, "hu": hu_path, "two blocks": blocks_path}[store_kind]
     ours = open_dataset(path)
     theirs = read(path)
     assert theirs.dtype == ours.dtype

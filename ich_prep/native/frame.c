@@ -4,6 +4,7 @@
 #include "lz4.h"
 
 enum { HEADER = 16, PLACE = 4, FORMAT = 2, LZ4_FORMAT = 1, LEAST_STREAM = 128 };
+/* BLOSC_DOSHUFFLE, BLOSC_MEMCPYED, BLOSC_DOBITSHUFFLE, and "do not split". LEAST_STREAM is BLOSC_MIN_BUFFERSIZE. */
 enum { SHUFFLED = 1, COPIED = 2, BITS_SHUFFLED = 4, ONE_STREAM = 16, CODEC_SHIFT = 5 };
 
 /* A block is one stream for each byte of an item, but for small ones, and for a last block shorter than the others. */
@@ -32,7 +33,7 @@ size_t ich_encode_scratch(size_t block_bytes) {
     return lz4_scratch(block_bytes) + block_bytes;
 }
 
-/* Puts the low bytes of items of two before the high ones. */
+/* Puts the low bytes of items of two before the high ones: blosc's byte shuffle. */
 static void tell_apart(const uint8_t *items, size_t length, uint8_t *planes) {
     size_t count = length / 2, at = 0;
     uint8_t *low = planes, *high = planes + count;

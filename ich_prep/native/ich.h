@@ -1,4 +1,4 @@
-/* What Python calls of the compiled library (see kernels.py), and what its parts share. Memory is the caller's. */
+/* What Python calls of the compiled library (see compiled.py), and what its parts share. Memory is the caller's. */
 
 #ifndef ICH_H
 #define ICH_H
@@ -20,11 +20,11 @@
 /* What Python calls; all else stays inside of the library. */
 #define ICH_API __attribute__((visibility("default")))
 
-/* Counts what changes in the functions that Python calls: see kernels.py. */
+/* Counts the changes of the functions that Python calls, and of the bytes that they make: see compiled.py. */
 enum { ICH_INTERFACE = 1 };
 ICH_API int ich_interface(void);
 
-/* What can be wrong with a chunk; kernels.py has the words for them. A negative value is an errno. */
+/* What can be wrong with a chunk; compiled.py has the words for them. A negative value is an errno. */
 enum ich_fault { ICH_FINE, ICH_ENDS_EARLY, ICH_CHECKSUM, ICH_LENGTH, ICH_FRAME };
 
 enum { ICH_CHECKSUM_BYTES = 4 };

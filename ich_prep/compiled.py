@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 INTERFACE = 1  # ICH_INTERFACE of ich.h
 MOST_WINDOWS = 4  # in one table
-MOST_BYTES = (1 << 31) - 17  # of a slice: what a frame's header can tell of
+MOST_BYTES = (1 << 31) - 17  # of a slice: BLOSC_MAX_BUFFERSIZE of c-blosc
 
 
 class Codec(IntEnum):
@@ -70,7 +70,7 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
 
 @cache
 def require() -> ctypes.CDLL:
-    """Return the library; raises ``IchError`` where it is not there, or is that of another release."""
+    """Return the library; raises ``IchError`` where it is not there, or is not the one that this module is written for."""
     found = [path for suffix in EXTENSION_SUFFIXES if (path := Path(__file__).with_name(f"_native{suffix}")).exists()]
     try:
         library = ctypes.CDLL(str(found[0]))
@@ -104,6 +104,7 @@ class FrameEncoder:
     """Makes blosc frames (lz4, byte shuffle) of slices of one ``shape`` and ``dtype`` (1 or 2 bytes), in one buffer.
 
     Blocks are whole rows, ``block_bytes`` of them. Equal pixels give equal frames, which any reader of blosc can decode.
+    Raises ``ValueError`` for a shape, type or blocks that no frame can have.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], block_bytes: int) -> None:
@@ -123,7 +124,10 @@ class FrameEncoder:
         return pixels.shape == self._shape and pixels.dtype == self._dtype
 
     def encode(self, pixels: NDArray[Any]) -> NDArray[np.uint8]:
-        """Return the frame of ``pixels``, C-contiguous, valid until the next call: uint8 (n,)."""
+        """Return the frame of ``pixels``, valid until the next call: uint8 (n,).
+
+        Raises ``ValueError`` where they are of another shape or type, or not C-contiguous.
+        """
         if not self.takes(pixels):
             raise ValueError(f"Expected {self._dtype} of shape {self._shape}; got {pixels.dtype} of {pixels.shape}.")
         item = self._dtype.itemsize
@@ -142,7 +146,7 @@ class FrameEncoder:
 def decode_frame(frame: NDArray[np.uint8], out: NDArray[np.uint8]) -> bool:
     """Inflate ``frame``, uint8 (n,), into ``out``, uint8 (slice_bytes,); return whether it is a frame of so many bytes.
 
-    A damaged frame harms nothing but ``out``.
+    A damaged frame harms nothing but ``out``. Raises ``ValueError`` for memory that cannot be written to as a whole.
     """
     scratch = np.empty(out.nbytes, np.uint8)
     return not require().ich_decode(
@@ -170,7 +174,7 @@ def read_chunks(
 
     ``requests``, int64 (n, 4), n > 0: descriptor of an open file, first byte, length with checksum, and where in ``out``,
     uint8 (m,), the slice goes (with ``Codec.OTHER`` the chunk). Chunks that lie in memory are read while the disk fetches
-    the others. ``scratch``, uint8, is as long as ``scratch_bytes`` says.
+    the others. ``scratch``, uint8, is as long as ``scratch_bytes`` says. Raises ``ValueError`` where memory is too small.
     """
     if requests.dtype != np.int64 or requests.shape[1:] != (4,):
         raise ValueError(f"Expected requests as int64 (n, 4); got {requests.dtype} of {requests.shape}.")
@@ -205,7 +209,7 @@ def read_chunks(
 def window_codes_by_table(words: NDArray[np.uint16], table: NDArray[np.uint32], *, out: NDArray[np.uint8]) -> None:
     """Write byte w of the table's entry for each of ``words``, (rows, columns), into plane w of ``out``.
 
-    ``table``: uint32 (65536,). ``out``: uint8 (w, rows, columns), up to four planes.
+    ``table``: uint32 (65536,). ``out``: uint8 (w, rows, columns), up to four planes. Raises ``ValueError`` for others.
     """
     if words.dtype != np.uint16 or table.dtype != np.uint32 or table.shape != (65536,) or len(out) > MOST_WINDOWS:
         raise ValueError("Expected uint16 words, a table of 65,536 uint32 and up to four planes.")
