@@ -166,7 +166,8 @@ def skim(data: bytes) -> _Found | None:
     """Return the elements before PixelData in the first bytes of a file, or None where pydicom must decide.
 
     None means: no ``DICM`` at byte 128, an element of undefined length, an unknown VR, tags out of order, text that is
-    not plain ASCII, big endian or deflated data, or that ``data`` ends before PixelData begins.
+    not plain ASCII, big endian data, or that ``data`` ends before PixelData begins. Deflated data is inflated no further
+    than ``data`` is long: the pixels are left to whoever wants them.
     """
     if data[128:132] != b"DICM":
         return None
@@ -175,10 +176,13 @@ def skim(data: bytes) -> _Found | None:
         meta, position = walk_meta(data)
         if meta == IMPLICIT_LE:
             return _walk_implicit(data, position, meta, elements)
-        if meta in (None, DEFLATED_LE, EXPLICIT_BE):
+        if meta in (None, EXPLICIT_BE):
             return None
+        if meta == DEFLATED_LE:
+            data = zlib.decompressobj(wbits=-zlib.MAX_WBITS).decompress(data[position:], len(data))
+            position = 0
         return _walk_explicit(data, position, meta, elements)
-    except (struct.error, UnicodeDecodeError, ValueError):
+    except (struct.error, zlib.error, UnicodeDecodeError, ValueError):
         return None
 
 
@@ -250,7 +254,7 @@ def _walk_implicit(data: bytes, position: int, syntax: str, elements: dict[str, 
 
 
 def _at_pixels(syntax: str, elements: dict[str, str | int], position: int, length: int) -> _Found | None:
-    native = syntax in (IMPLICIT_LE, EXPLICIT_LE)
+    native = syntax in (IMPLICIT_LE, EXPLICIT_LE, DEFLATED_LE)
     if native == (length == _UNDEFINED):
         return None  # encapsulated pixels in a native syntax, or the reverse
     return _Found(syntax, elements, position, length if native else -1)

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from pydicom.uid import UID
 from ich_prep import decode
 from ich_prep.decode import PLUGINS, Decoder, PixelSource, missing_decoder
 from ich_prep.errors import Reason, SliceError
-from ich_prep.header import DEFLATED_LE, EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE, read_header
+from ich_prep.header import DEFLATED_LE, EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE, INFLATED_LIMIT, read_header, walk_meta
 from ich_prep.hounsfield import rescale_table
 from ich_prep.scan import check_slice, scan_file
 from ich_prep.shard import extremes, fit_to_bits
@@ -324,6 +325,17 @@ def test_a_truncated_deflated_file_is_refused(decoder: Decoder, slice_bytes: Sli
     path = tmp_path / "slice.dcm"
     path.write_bytes(slice_bytes(slope_of_hu(96), syntax=DEFLATED_LE)[:-3000])
     assert refused(decoder, source_of(path)).reason == Reason.DECODE_FAILED
+
+
+def test_a_deflated_bomb_behind_pixels_is_refused(decoder: Decoder, slice_bytes: SliceBytes, tmp_path: Path) -> None:
+    path = tmp_path / "slice.dcm"
+    data = slice_bytes(syntax=DEFLATED_LE)
+    _, start = walk_meta(data)
+    deflater = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
+    bomb = deflater.compress(zlib.decompress(data[start:], -zlib.MAX_WBITS)) + deflater.compress(bytes(INFLATED_LIMIT))
+    path.write_bytes(data[:start] + bomb + deflater.flush())
+    assert path.stat().st_size < 100_000
+    assert refused(decoder, source_of(path)).reason == Reason.TOO_LARGE
 
 
 @pytest.mark.parametrize("syntax", [RLE, J2K_LOSSLESS, JPEG_LOSSLESS, JPEG_LS])
