@@ -46,7 +46,8 @@ python -m benchmarks.agree     # do the last two runs agree?
   line `OpenCV and blosc` is the same by calls of these two libraries, without that wait. As a build, they ask
   the kernel for files before their turn. Where files are cold, they have read their headers, but not their pixels, before
   their clock starts.
-* *The limit of a loader* is a gather of uncompressed pixels from a memory map into reused buffers by two threads.
+* *The limit of a loader* is a gather of uncompressed pixels from a memory map by two threads, into as many buffers, used
+  over and over, as SliceLoader has: of fewer a part would stay in the CPU's cache.
 * *Loaders* all give the same pixels: the first 64 rows of each are compared. Before the clock of a warm one starts, it has
   run for as long as it will be timed: to touch buffers and maps for the first time can cost more than to fill them.
   SliceLoader, WebDataset, LitData and MosaicML Streaming go through several epochs, the workers of the last three stay for

@@ -26,6 +26,7 @@ from ich_prep.store import open_dataset
 from ich_prep.windows import AIR_HU, HIGHEST_HU
 from ich_train.data import SliceLoader
 
+BUFFERS = 8  # of a SliceLoader with two threads: three would do here, but would lie in the CPU's cache for a part
 LONG_EPOCH = 1_000_000  # slices: one permutation of the rows after the other
 
 
@@ -37,12 +38,12 @@ def ours(path: Path) -> Opened:
 
 
 def memmap_gather(path: Path) -> Opened:
-    """The limit: two threads that copy uncompressed rows of a memory map into reused buffers."""
+    """The limit: two threads that copy uncompressed rows of a memory map into as many buffers as SliceLoader has."""
     rows = np.load(path, mmap_mode="r")
 
     def gather() -> Iterator[np.ndarray]:
         wanted = random_batches(len(rows))
-        buffers = [np.empty((BATCH, *rows.shape[1:]), rows.dtype) for _ in range(CORES + 1)]
+        buffers = [np.empty((BATCH, *rows.shape[1:]), rows.dtype) for _ in range(BUFFERS)]
         with ThreadPoolExecutor(CORES) as pool:
 
             def start(number: int) -> Any:
