@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +31,7 @@ from ich_prep.layouts import LAYOUTS, recognise
 from ich_prep.plan import Plan, make_plan
 from ich_prep.progress import Progress, Silence
 from ich_prep.publish import gather, publish
+from ich_prep.releases import all_releases
 from ich_prep.scan import FILES_PER_BATCH, scan_batch
 from ich_prep.shard import write_shard
 from ich_prep.sources import Listing, list_files, require_folder
@@ -95,7 +96,9 @@ def build(
                     listing, None if labels is None else Path(labels), allow_contradictions=allow.contradictions
                 )
             )
-        state = State(spec=spec, sources=_digest_listing(listing), labels=_digest_labels(known))
+        state = State(
+            spec=spec, sources=_digest_listing(listing), labels=_digest_labels(known), releases=all_releases()
+        )
         folder = target / store.BUILD
         if not overwrite and is_finished(target, state, listing):
             counts = store.open_dataset(target).ich["counts"]
@@ -115,9 +118,10 @@ def build(
                 with _timed(seconds, "scan"):
                     scanned = _scan(pool, target, source, listing, progress)
                 with _timed(seconds, "plan"):
-                    plan = make_plan(scanned, placement=found.place(scanned), labels=known, spec=spec)
+                    plan = make_plan(scanned, placement=found.place(scanned, source.name), labels=known, spec=spec)
+                    again = f"{folder / store.SCAN} lists them. Mend what can be mended and run the same command again"
+                    _check_damage(plan.quarantine, len(listing.files), allow, again)
                     _check_labels(plan, known, folder, allow, progress)
-                    _check_damage(plan.quarantine, len(listing.files), allow, str(folder / store.SCAN))
                     state = _write_plan(folder, state, plan)
                 log("planned", slices=len(plan.slices), quarantined=len(plan.quarantine))
                 del scanned, plan  # a line for each file, of which the shards need none
@@ -126,8 +130,11 @@ def build(
                 _write_shards(pool, target, source, state.plan, progress)
             with _timed(seconds, "publish"):
                 tables = gather(target, state)
-                lists = f"{folder / store.DONE} and {folder / store.PLANNED_QUARANTINE}"
-                _check_damage(tables.quarantine, len(listing.files), allow, lists)
+                again = (
+                    f"{folder / store.DONE} and {folder / store.PLANNED_QUARANTINE} list them. Run the same command again "
+                    "where the machine was at fault, and with --overwrite where files were mended"
+                )
+                _check_damage(tables.quarantine, len(listing.files), allow, again)
                 counts = publish(target, spec=state.spec, tables=tables, found=len(listing.files))
             log("published", **counts)
     return Outcome(counts=counts, already_finished=False, seconds=seconds)
@@ -175,10 +182,19 @@ def _log(path: Path, event: str, **values: object) -> None:
 
 
 def _begin(target: Path, state: State, listing: Listing) -> State:
-    """Return the state of a build in progress, or begin one: the listing first, the state that names it last."""
+    """Return the state of a build in progress, or begin one: the listing first, the state that names it last.
+
+    A build without a plan takes the spec, files and labels of now, and keeps the headers of files that are listed as before.
+    """
     folder = target / store.BUILD
     if (folder / store.STATE).exists():
-        return store.read_state(folder)
+        before = store.read_state(folder)
+        if before.plan is None and before != state:
+            _forget_headers(folder, listing, all_of_them=before.releases != state.releases)
+            _write_listing(folder, listing)
+            ledger.write_whole(folder / store.STATE, state.model_dump_json(indent=2).encode())
+            return state
+        return before
     # Without a state, what is there is of a build that ended before its first step, or that is to be replaced.
     for path in (target / store.IMAGES, target / store.LABELS, *folder.iterdir()):
         if path.is_dir():
@@ -187,24 +203,38 @@ def _begin(target: Path, state: State, listing: Listing) -> State:
             path.unlink(missing_ok=True)
     for path in (folder / store.SCAN, folder / store.DONE, target / store.IMAGES / "c"):
         path.mkdir(parents=True)
+    _write_listing(folder, listing)
+    ledger.write_whole(folder / store.STATE, state.model_dump_json(indent=2).encode())
+    return state
+
+
+def _write_listing(folder: Path, listing: Listing) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(listing.files, sink, row_group_size=FILES_PER_BATCH)
     ledger.write_whole(folder / store.FILES, sink.getvalue().to_pybytes())
-    ledger.write_whole(folder / store.STATE, state.model_dump_json(indent=2).encode())
-    return state
+
+
+def _forget_headers(folder: Path, listing: Listing, *, all_of_them: bool) -> None:
+    """Remove the headers of each batch of files that is not listed in ``folder`` as it is listed now, or of all."""
+    before = store.read_parquet(folder / store.FILES)
+    for batch in ledger.done(folder / store.SCAN, suffix=".parquet"):
+        begin = batch * FILES_PER_BATCH
+        then, now = (files.slice(begin, FILES_PER_BATCH) for files in (before, listing.files))
+        if all_of_them or not then.equals(now):
+            (folder / store.SCAN / f"{batch:05d}.parquet").unlink()
 
 
 def _scan(pool: Pool, target: Path, source: Path, listing: Listing, progress: Progress) -> pa.Table:
     """Return the headers of all files, in the order of the listing; reads those that no earlier run has read.
 
-    Batches in which an earlier run met what may be mended since are read again.
+    Batches in which an earlier run met damage are read again: it may be mended since.
     """
     folder = target / store.BUILD / store.SCAN
     batches = range(-(-len(listing.files) // FILES_PER_BATCH))
     done = {
         batch
         for batch in ledger.done(folder, suffix=".parquet")
-        if not _may_pass(store.read_parquet(folder / f"{batch:05d}.parquet", ["reason"])["reason"].unique().to_pylist())
+        if not _any_damage(store.read_parquet(folder / f"{batch:05d}.parquet", ["reason"])["reason"])
     }
     already = sum(min(FILES_PER_BATCH, len(listing.files) - batch * FILES_PER_BATCH) for batch in done)
     progress.begin("Reading headers", len(listing.files), "files", already)
@@ -213,6 +243,10 @@ def _scan(pool: Pool, target: Path, source: Path, listing: Listing, progress: Pr
         progress.advance(slices + set_aside, set_aside)
     progress.end()
     return pa.concat_tables([store.read_parquet(folder / f"{batch:05d}.parquet") for batch in batches])
+
+
+def _any_damage(reasons: pa.ChunkedArray) -> bool:
+    return any(Reason(reason).is_damage for reason in reasons.unique().to_pylist() if reason is not None)
 
 
 def _check_labels(plan: Plan, labels: Labels, folder: Path, allow: Allowances, progress: Progress) -> None:
@@ -240,8 +274,10 @@ def _check_labels(plan: Plan, labels: Labels, folder: Path, allow: Allowances, p
         progress.say(f"Labels: {text}; allowed.")
 
 
-def _check_damage(quarantine: pa.Table, found: int, allow: Allowances, lists: str) -> None:
-    """Raise ``BuildError`` where more of the found files are damaged than allowed; ``lists`` says where they stand."""
+def _check_damage(quarantine: pa.Table, found: int, allow: Allowances, again: str) -> None:
+    """Raise ``BuildError`` where more of the found files are damaged than allowed; ``again`` says where they stand, and how
+    to go on once they are mended.
+    """
     lines = [line for line in quarantine.to_pylist() if Reason(line["reason"]).is_damage]
     damaged = Counter(line["reason"] for line in lines)
     share = damaged.total() / max(1, found)
@@ -249,9 +285,8 @@ def _check_damage(quarantine: pa.Table, found: int, allow: Allowances, lists: st
         reasons_text = ", ".join(f"{count} {reason}" for reason, count in damaged.most_common())
         raise BuildError(
             f"Expected at most {allow.max_quarantined:.2%} of the files to be damaged; {damaged.total()} of {found} are "
-            f"({share:.2%}): {reasons_text}; for one, {lines[-1]['path']}: {lines[-1]['detail']}. {lists} list them. "
-            "Mend what can be mended and run the same command again, without --overwrite; or, if that is what the source "
-            "is like, with a higher --max-quarantined."
+            f"({share:.2%}): {reasons_text}; for one, {lines[-1]['path']}: {lines[-1]['detail']}. {again}; or, if "
+            "that is what the source is like, the same command with a higher --max-quarantined."
         )
 
 
@@ -282,7 +317,7 @@ def _write_shards(pool: Pool, target: Path, source: Path, digest: str, progress:
     """
     plan = pq.ParquetFile(target / store.BUILD / store.PLAN).metadata
     sizes = [plan.row_group(number).num_rows for number in range(plan.num_row_groups)]
-    done = {number for number in ledger.done(target / store.BUILD / store.DONE) if _is_done(target, number)}
+    done = {number for number in ledger.done(target / store.BUILD / store.DONE) if _is_done(target, number, digest)}
     for number in range(len(sizes)):
         if number not in done:
             ledger.clear_leftovers(store.shard_path(target, number))
@@ -300,16 +335,12 @@ def _write_shards(pool: Pool, target: Path, source: Path, digest: str, progress:
     progress.end()
 
 
-def _is_done(target: Path, number: int) -> bool:
-    """Return whether shard ``number`` is there as its entry says, and none of its slices may be mended since."""
+def _is_done(target: Path, number: int, digest: str) -> bool:
+    """Return whether shard ``number`` is there as its entry of this plan says, none of whose slices may be mended since."""
     entry = ledger.read(target / store.BUILD / store.DONE, number)
     statuses = {row["status"] for row in entry["rows"]} - {store.OK}
-    return store.shard_bytes(target, number) == entry["bytes"] and not _may_pass(statuses)
-
-
-def _may_pass(reasons: Iterable[str | None]) -> bool:
-    """Return whether one of ``reasons`` may not hold any more."""
-    return any(Reason(reason).may_pass for reason in reasons if reason is not None)
+    there = entry["plan"] == digest and store.shard_bytes(target, number) == entry["bytes"]
+    return there and not any(Reason(status).may_pass for status in statuses)
 
 
 def _keep(target: Path, number: int, entry: dict[str, Any]) -> None:

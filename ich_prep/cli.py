@@ -7,6 +7,7 @@ by Ctrl-C.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -129,8 +130,10 @@ def build(
                 progress=progress,
             )
     except KeyboardInterrupt:
-        again = "it without --overwrite" if overwrite else "the same command"
-        typer.echo(f"Stopped. Run {again} again: it goes on where it was.", err=True)
+        replaced = overwrite and not (out / "zarr.json").exists()
+        again = "it without --overwrite" if replaced else "the same command"
+        goes_on = "nothing was replaced yet" if overwrite and not replaced else "it goes on where it was"
+        typer.echo(f"Stopped. Run {again} again: {goes_on}.", err=True)
         raise typer.Exit(130) from None
     _tell_outcome(out, outcome)
 
@@ -138,7 +141,7 @@ def build(
 def _tell_outcome(out: Path, outcome: Outcome) -> None:
     counts = outcome.counts
     if outcome.already_finished:
-        typer.echo(f"{out} is finished already, from the same sources and with the same spec: nothing to do.")
+        typer.echo(f"{out} is finished already, with the same spec: nothing to do.")
     typer.echo(
         f"{out}: {counts['ok']} slices in {counts['series']} series of {counts['patients']} patients; "
         f"{counts['quarantined']} of {counts['found']} files set aside; {counts['shards']} shards, "
@@ -244,12 +247,18 @@ def _tell_verification(dataset: Path, found: Verification, *, as_json: bool) -> 
 
 
 def main() -> NoReturn:
-    """Run the command line; a known error is shown as one message, without a traceback."""
+    """Run the command line; a known error, or one of the operating system, is one message without a traceback."""
     try:
         app(standalone_mode=True)
     except IchError as error:
         typer.echo(f"Error: {error}", err=True)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+    except OSError as error:
+        where = "" if error.filename is None else f" ({os.fsdecode(error.filename)})"
+        typer.echo(
+            f"Error: {error.strerror or error}{where}. Mend the cause, then run the same command again.", err=True
+        )
+        sys.exit(1)
     sys.exit(0)
 
 

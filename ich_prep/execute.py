@@ -14,12 +14,12 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ich_prep.errors import BuildError
+from ich_prep.releases import PACKAGE, all_releases
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -101,7 +101,8 @@ class Pool:
         """Wait for a worker of the ``scheduler``; see that those there are can work on ``folders``.
 
         ``say`` is told where there is none as yet. Raises ``BuildError`` where the scheduler or a worker cannot load what
-        it is sent, is of another release, or does not see one of the folders. Our own workers need none of this.
+        it is sent, is of another release or has other libraries, or does not see one of the folders. Our own workers need
+        none of this.
         """
         count = self.ready()
         if self._client is None or not self.scheduler:
@@ -114,14 +115,15 @@ class Pool:
         except Exception as error:  # whatever keeps a worker from loading what it is sent
             raise BuildError(
                 f"Expected the scheduler at {self.scheduler} and its workers to have this package; they cannot load it "
-                f"({type(error).__name__}: {error}). Install the release that is installed here, {version('ich')}."
+                f"({type(error).__name__}: {error}). Install the release that is installed here, {all_releases()[PACKAGE]}."
             ) from error
-        for worker, release in releases.items():
-            if release != version("ich"):
-                raise BuildError(
-                    f"Expected release {version('ich')} of this package on every worker of {self.scheduler}, as it is "
-                    f"installed here; {worker} has {release}."
-                )
+        for worker, there in releases.items():
+            for name, here in all_releases().items():
+                if there.get(name) != here:
+                    raise BuildError(
+                        f"Expected release {here} of {name} on every worker of {self.scheduler}, as it is installed here: "
+                        f"others can make other bytes; {worker} has {there.get(name)}. Install the same on both."
+                    )
         for worker, missing in self._client.run(_missing, folders).items():
             if missing:
                 raise BuildError(
@@ -243,14 +245,14 @@ def _missing(folders: tuple[Path, ...]) -> list[Path]:
     return [folder for folder in folders if not folder.is_dir()]
 
 
-def _load(modules: tuple[str, ...]) -> str:
-    """Import ``modules``, see that the compiled library is there, and return the release of this package."""
+def _load(modules: tuple[str, ...]) -> dict[str, str | None]:
+    """Import ``modules``, see that the compiled library is there, and return the releases of this package and others."""
     from ich_prep.compiled import require
 
     require()
     for name in modules:
         importlib.import_module(name)
-    return version("ich")
+    return all_releases()
 
 
 def _name(task: Callable[[int], object]) -> str:

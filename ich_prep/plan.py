@@ -101,9 +101,15 @@ def _with_placement(slices: pa.Table, placement: Placement) -> pa.Table:
 
 
 def _repeats(slices: pa.Table) -> tuple[NDArray[np.bool_], pa.Array]:
-    """Return which slices repeat the SOP Instance UID of an earlier path, and for each of these what it repeats."""
+    """Return which slices repeat the SOP Instance UID of another, and for each of these what it repeats.
+
+    The first path is kept, and a training slice before a test slice: RSNA's test slices of stage 1 come again among the
+    training slices of stage 2, where they have labels.
+    """
     codes = slices["sop_instance_uid"].combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)
-    _, first = np.unique(codes, return_index=True)
+    order = np.argsort(pc.equal(slices["subset"], "test").to_numpy(), kind="stable")
+    _, first = np.unique(codes[order], return_index=True)
+    first = order[first]
     repeated = np.ones(len(codes), bool)
     repeated[first] = False
     kept = slices["path"].take(pa.array(first[codes[repeated]], pa.int64()))
@@ -137,8 +143,9 @@ def _accounted(labels: Labels, *tables: pa.Table) -> pa.Array:
 def _ordered(slices: pa.Table) -> pa.Table:
     """Return the slices in the order of their rows: by subset, series, position along the normal.
 
-    Adds ``position_mm``, the distance along the normal of the series' first orientation, and the flags that the
-    geometry gives. Slices of a series in which one has no position or orientation are ordered by instance number.
+    Adds ``position_mm``, the distance along the normal that most slices of the series share, the orientation with that
+    normal, and the flags that the geometry gives. Slices without a position or orientation come after those with one, by
+    instance number; where all slices of their series have a number, the whole series is ordered by it instead.
     """
     position = _matrix(slices["position"], 3)
     orientation = _matrix(slices["orientation"], 6)
@@ -148,28 +155,51 @@ def _ordered(slices: pa.Table) -> pa.Table:
     series = _rank(slices["series_instance_uid"]) + _rank(slices["subset"]) * len(slices)
     uid = _rank(slices["sop_instance_uid"])
 
-    order = np.lexsort((uid, series))
-    first = _first_of_run(series[order])
-    shared = np.empty_like(normal)
-    shared[order] = normal[order][first]
+    run = _run_number(series)
+    head = _head_of_most(normal, run, uid)[run]
+    headless = head < 0
+    shared = np.where(headless[:, np.newaxis], np.nan, normal[head]) if len(slices) else normal
     with np.errstate(invalid="ignore"):
         along = np.einsum("ij,ij->i", position, shared)
         turned = ~(np.abs(np.einsum("ij,ij->i", normal, shared)) >= SAME_DIRECTION_COSINE)
-    # One slice without a position or orientation leaves its whole series without an order along the normal.
-    run = _run_number(series)
-    lost = np.zeros(len(slices), bool)
-    lost[run[np.isnan(along) | np.isnan(normal[:, 0])]] = True
-    unplaced = lost[run]
-    number = slices["instance_number"].fill_null(0).to_numpy()
+    nowhere = np.isnan(along) | np.isnan(normal[:, 0])
+    unnumbered = slices["instance_number"].is_null().to_numpy()
+    unplaced = nowhere | (_any_of_run(nowhere, run) & ~_any_of_run(unnumbered, run))
+    number = slices["instance_number"].fill_null(np.iinfo(np.int64).max).to_numpy()
     along = np.where(unplaced, np.nan, along)
     key = np.where(unplaced, number, along)
-    order = np.lexsort((uid, number, key, series))
+    order = np.lexsort((uid, number, key, unplaced, series))
     return (
         slices.append_column("position_mm", pa.array(along, pa.float64(), from_pandas=True))
+        .append_column("series_orientation", slices["orientation"].take(pa.array(head, mask=headless)))
         .append_column("turned", pa.array(turned & ~unplaced))
         .append_column("unplaced", pa.array(unplaced))
         .take(pa.array(order))
     )
+
+
+def _head_of_most(normal: NDArray[np.float64], run: NDArray[np.int64], uid: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return for each run the slice whose normal, (n, 3), most slices of the run share, -1 where none has one.
+
+    Of these, and of normals that equally many share, it is the one with the least ``uid``: a scout or a reformatted slice
+    among the others must not decide. Normals are alike that agree in three decimals, a twentieth of a degree.
+    """
+    heads = np.full(run.max(initial=-1) + 1, -1, np.int64)
+    there = np.flatnonzero(~np.isnan(normal[:, 0]))
+    steps = np.rint(normal[there] * 1000).astype(np.int64) + 1000
+    alike = _run_number(run[there] * 2001**3 + steps @ np.array([2001**2, 2001, 1]))
+    votes = np.bincount(alike)[alike]
+    order = there[np.lexsort((uid[there], -votes, run[there]))]
+    starts = np.unique(_first_of_run(run[order]))
+    heads[run[order[starts]]] = order[starts]
+    return heads
+
+
+def _any_of_run(values: NDArray[np.bool_], run: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return for each element whether ``values`` holds for any element of its run."""
+    found = np.zeros(len(values), bool)
+    found[run[values]] = True
+    return found[run]
 
 
 def _matrix(column: pa.ChunkedArray, width: int) -> NDArray[np.float64]:
@@ -313,7 +343,7 @@ def _series_table(
         stated = table[name].fill_null(UNKNOWN).to_numpy()
         highest = np.maximum.reduceat(stated, begins) if len(begins) else np.empty(0, np.int8)
         labels[name] = pa.array(highest, mask=highest == UNKNOWN)
-    orientation = slices["orientation"].take(pa.array(begins, pa.int64()))
+    orientation = slices["series_orientation"].take(pa.array(begins, pa.int64()))
     cosines = _matrix(orientation, 6)
     with np.errstate(invalid="ignore"):
         across = np.cross(cosines[:, :3], cosines[:, 3:])

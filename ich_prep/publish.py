@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +18,12 @@ import pyarrow.compute as pc
 from ich_prep import ledger, store
 from ich_prep.errors import BuildError
 from ich_prep.plan import PIXEL_COLUMNS
+from ich_prep.releases import PACKAGE, all_releases, library_releases
 from ich_prep.sharding import BLOSC_LEVELS, block_bytes
 from ich_prep.windows import AIR_HU
 
 if TYPE_CHECKING:
     from ich_prep.store import Spec, State
-
-# Their releases can change the bytes of a dataset.
-VERSIONED = ("numcodecs", "numpy", "opencv-python-headless", "pyarrow", "pydicom", "pylibjpeg-openjpeg", "zarr")
 
 
 @dataclass(frozen=True)
@@ -143,8 +140,8 @@ def publish(target: Path, *, spec: Spec, tables: Tables, found: int) -> dict[str
         "format": store.FORMAT,
         "spec": spec.model_dump(mode="json"),
         "counts": counts,
-        "created_by": f"ich-prep {version('ich')}",
-        "versions": {name: version(name) for name in VERSIONED},
+        "created_by": f"ich-prep {all_releases()[PACKAGE]}",
+        "versions": library_releases(),
         "files": {name: _sha256((target / name).read_bytes()) for name in store.PUBLISHED},
     }
     ich["digest"] = digest_of(ich)

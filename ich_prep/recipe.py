@@ -32,6 +32,8 @@ def read_section(path: Path, section: str) -> dict[str, Any]:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"Expected a recipe at {path}; there is no such file.") from None
+    except OSError as error:
+        raise UsageError(f"Expected a recipe at {path}; it cannot be read ({error.strerror}).") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"Expected a TOML recipe at {path}; it does not parse: {error}.") from None
     refuse_unknown(document, SECTIONS, where=f"{path}: section")

@@ -165,6 +165,7 @@ class State(BaseModel):
     """What a build in progress has decided, in ``build/state.json``.
 
     ``sources`` and ``labels`` are digests of the file listing and of the labels; ``plan`` that of the plan, once made.
+    ``releases`` are those of what makes the bytes.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -173,6 +174,7 @@ class State(BaseModel):
     spec: Spec
     sources: str
     labels: str
+    releases: dict[str, str | None]
     plan: str | None = None
 
 
@@ -224,6 +226,11 @@ def open_dataset(path: str | Path) -> Dataset:
     root = Path(path)
     try:
         document = json.loads((root / ROOT).read_bytes())
+    except PermissionError as error:
+        raise DatasetError(
+            f"Expected to be allowed to read {root / ROOT}; it cannot be read ({error.strerror}). Mend that, or run this "
+            "as a user who may."
+        ) from None
     except (FileNotFoundError, NotADirectoryError):
         if (root / BUILD / STATE).exists():
             raise DatasetError(

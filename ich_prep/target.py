@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ich_prep import ledger, store
+from ich_prep import ledger, releases, store
 from ich_prep.errors import BuildError, UsageError
 from ich_prep.sources import Listing
 from ich_prep.store import Spec, State
@@ -40,21 +40,31 @@ def refuse_foreign(target: Path, source: Path) -> None:
 
 
 def is_finished(target: Path, state: State, listing: Listing) -> bool:
-    """Return whether the dataset that this build would make is there; raises where another one, or another's build is."""
+    """Return whether the dataset that this build would make is there; raises where another one, or another's build is.
+
+    A build without a plan is anyone's: of what it has made so far, headers, the next run keeps what it can use.
+    """
     folder = target / store.BUILD
     finished = (target / store.ROOT).exists()
     if not (folder / store.STATE).exists():
         if not finished:
             return False
-        there = store.open_dataset(target).spec  # its build folder was removed: the sources cannot be compared
-        differences = _spec_differences(there, state.spec)
+        there = store.open_dataset(target)  # its build folder was removed: of the sources only the number is known
+        differences = _spec_differences(there.spec, state.spec)
+        found = int(there.ich["counts"]["found"])
+        if found != len(listing.files):
+            differences.append(f"it was made of {found} files and there are {len(listing.files)} now")
     else:
         before = store.read_state(folder)
+        if before.plan is None:
+            return False
         differences = _spec_differences(before.spec, state.spec)
         if before.sources != state.sources:
             differences.append(_listing_difference(folder, listing))
         if before.labels != state.labels:
             differences.append("the labels are not the same")
+        if not finished:
+            differences += releases.differences(before.releases, state.releases)
     if differences:
         raise BuildError(
             f"{target} {'is a dataset' if finished else 'is the build'} of something else: {'; '.join(differences)}. "

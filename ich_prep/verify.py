@@ -25,6 +25,7 @@ from ich_prep.labels import CLASSES, SUBTYPES
 from ich_prep.layouts.rsna import SIGN_12BIT
 from ich_prep.publish import digest_of, root_document
 from ich_prep.resize import resize_hu
+from ich_prep.sources import require_folder
 from ich_prep.windows import AIR_HU, HIGHEST_HU, window_codes
 
 if TYPE_CHECKING:
@@ -63,13 +64,15 @@ def verify(
     """Return what does not hold in the dataset at ``path``.
 
     With ``src``, the folder it was built from, the share ``sample`` of its slices (at least one) is decoded again by
-    pydicom alone and compared pixel by pixel. Raises ``DatasetError`` where there is no dataset, and ``UsageError``
-    where ``src`` is given and the plan that names its files is gone.
+    pydicom alone and compared pixel by pixel. Raises ``DatasetError`` where there is no dataset, ``SourceError`` where
+    ``src`` is no folder, and ``UsageError`` where it has none of the files, or the plan that names them is gone.
     """
     if not 0 < sample <= 1:
         raise UsageError(f"Expected --sample within 0..1, the share of slices to compare; got {sample:g}.")
     dataset = store.open_dataset(path)
     plan = dataset.path / store.BUILD / store.PLAN
+    if src is not None:
+        require_folder(Path(src))
     if src is not None and not plan.exists():
         raise UsageError(
             f"Expected the plan of the build at {plan}, which names the source file of each row; it is gone. Verify "
@@ -95,7 +98,13 @@ def verify(
             problems.append(Problem(str(plan), "cannot be read, and says where the source of each row lies"))
         else:
             rows = _sample(dataset, sample, seed)
-            problems += _compare(dataset, Path(src), lines.take(pa.array(rows)).to_pylist(), progress)
+            sampled = lines.take(pa.array(rows)).to_pylist()
+            if sampled and not any((Path(src) / line["path"]).exists() for line in sampled):
+                raise UsageError(
+                    f"Expected the files that {dataset.path} was built from below {src}; found none of the {len(sampled)} "
+                    f"sampled (for one, {sampled[0]['path']}). Give the folder that `ich-prep build` was given."
+                )
+            problems += _compare(dataset, Path(src), sampled, progress)
             compared = len(rows)
     return Verification(dataset.ich["counts"]["shards"], len(dataset), compared, tuple(problems))
 

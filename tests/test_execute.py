@@ -204,9 +204,9 @@ def test_a_worker_of_another_release_is_refused(scheduler: str, monkeypatch: pyt
     with Pool(workers=0, scheduler=scheduler) as guest:
         guest.ready()
         # The workers of this cluster are threads of this process: each asks for its release once, here it is asked last.
-        releases = iter(["0.0"] * 3)
-        monkeypatch.setattr("ich_prep.execute.version", lambda _: next(releases, "9.9"))
-        with pytest.raises(BuildError, match=r"release 9\.9 .* has 0\.0"):
+        releases = iter([{"ich": "0.1", "numpy": "0.0"}] * 3)
+        monkeypatch.setattr("ich_prep.execute.all_releases", lambda: next(releases, {"ich": "0.1", "numpy": "9.9"}))
+        with pytest.raises(BuildError, match=r"release 9\.9 of numpy .* has 0\.0"):
             guest.admit(say=pytest.fail)
 
 

@@ -60,8 +60,14 @@ def test_every_spelling_of_the_rsna_folders_is_recognised(place: str, tmp_path: 
 
 @pytest.mark.parametrize("place", RSNA_FOLDERS)
 def test_the_rsna_folder_says_the_subset(place: str) -> None:
-    placed = rsna.place(scanned([{"path": f"{place}/ID_1.dcm"}]))
+    placed = rsna.place(scanned([{"path": f"{place}/ID_1.dcm"}]), "rsna")
     assert placed.subset.to_pylist() == ["test" if "test" in place else "train"]
+
+
+@pytest.mark.parametrize(("name", "subset"), [("stage_2_train", "train"), ("stage_2_test_images", "test")])
+def test_an_rsna_folder_may_itself_be_the_source(name: str, subset: str, tmp_path: Path) -> None:
+    assert recognise(tree(tmp_path / name, {"ID_1.dcm": ""})).name == "rsna"
+    assert rsna.place(scanned([{"path": "ID_1.dcm"}]), name).subset.to_pylist() == [subset]
 
 
 @pytest.mark.parametrize(
@@ -185,7 +191,7 @@ def test_a_label_file_that_is_given_is_the_one_that_is_read(tmp_path: Path) -> N
     ],
 )
 def test_the_sign_defect_is_told_by_bits_sign_and_intercept(header: dict[str, object], repaired: bool) -> None:
-    placed = rsna.place(scanned([{"path": SLICE, "patient_id": "p", **header}]))
+    placed = rsna.place(scanned([{"path": SLICE, "patient_id": "p", **header}]), "rsna")
     assert placed.repairs.to_pylist() == [[rsna.SIGN_12BIT] if repaired else []]
     assert placed.patient_id.to_pylist() == ["p"]
     assert placed.left_out.to_pylist() == [None]
@@ -196,7 +202,11 @@ def test_the_sign_defect_is_told_by_bits_sign_and_intercept(header: dict[str, ob
 
 def test_a_folder_without_a_csv_has_no_labels(tmp_path: Path) -> None:
     listing = tree(tmp_path, {"1.dcm": "", "remarks.csv": "file,remark\n"})
-    assert len(folder.read_labels(listing, None, allow_contradictions=False).keys) == 0
+    labels = folder.read_labels(listing, None, allow_contradictions=False)
+    assert len(labels.keys) == 0
+    (note,) = labels.notes
+    assert "remarks.csv is not read: it has no column sop_instance_uid" in note
+    assert "file, remark" in note
 
 
 @pytest.mark.parametrize("key", ["sop_instance_uid", "series_instance_uid"])
@@ -267,7 +277,7 @@ def test_a_given_csv_without_a_key_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_places_every_slice_in_training() -> None:
-    placed = folder.place(scanned([{"path": "a/test/1", "patient_id": "p"}, {"path": "2"}]))
+    placed = folder.place(scanned([{"path": "a/test/1", "patient_id": "p"}, {"path": "2"}]), "tree")
     assert placed.subset.to_pylist() == ["train", "train"]
     assert placed.patient_id.to_pylist() == ["p", None]
     assert placed.repairs.to_pylist() == [[], []]
@@ -353,7 +363,7 @@ def test_a_subject_that_stands_twice_is_known_where_its_lines_agree(tmp_path: Pa
     ],
 )
 def test_a_cq500_slice_is_under_its_subject(path: str, patient_id: str | None, subject: str | None) -> None:
-    placed = cq500.place(scanned([{"path": path, "patient_id": patient_id}]))
+    placed = cq500.place(scanned([{"path": path, "patient_id": patient_id}]), "tree")
     assert placed.subject.to_pylist() == [subject]
     assert placed.patient_id.to_pylist() == [subject]
     assert placed.subset.to_pylist() == ["train"]
@@ -367,7 +377,7 @@ NOT_PLAIN += ["CT 4cc sec 150cc D3D on-2", "CT 3D CT HEADORBIT", "CT BONE-3"]
 
 @pytest.mark.parametrize("kind", PLAIN + NOT_PLAIN)
 def test_series_that_are_no_plain_ct_are_left_out(kind: str) -> None:
-    placed = cq500.place(scanned([{"path": f"CQ500CT0 CQ500CT0/Unknown Study/{kind}/CT000000.dcm"}]))
+    placed = cq500.place(scanned([{"path": f"CQ500CT0 CQ500CT0/Unknown Study/{kind}/CT000000.dcm"}]), "tree")
     (why,) = placed.left_out.to_pylist()
     assert (why is not None) == (kind in NOT_PLAIN)
     assert why is None or kind in why

@@ -187,9 +187,37 @@ def test_a_series_in_which_a_position_is_missing_goes_by_instance_number(lost: F
     assert flags(plan) == {"a": ["no_position"], "b": ["no_position"], "c": ["no_position"], "z": []}
 
 
+@pytest.mark.parametrize("lost", [{"position": None}, {"orientation": None}])
+def test_where_numbers_are_missing_a_slice_without_a_position_comes_last(lost: File) -> None:
+    files = [file("a", 10.0), file("b", 5.0) | lost, file("c", 0.0, instance_number=7), file("d", 2.0) | lost]
+    plan = planned(files)
+    assert names(plan) == ["c", "a", "b", "d"]
+    assert plan.slices["position_mm"].to_pylist() == [0.0, 10.0, None, None]
+    assert flags(plan) == {"a": [], "b": ["no_position"], "c": [], "d": ["no_position"]}
+
+
 def test_a_slice_of_another_orientation_is_flagged() -> None:
     plan = planned([file("a", 0.0), file("b", 5.0, orientation=list(tilted(20))), file("c", 10.0)])
     assert flags(plan) == {"a": [], "b": ["other_orientation"], "c": []}
+
+
+def test_the_orientation_of_most_slices_is_that_of_the_series() -> None:
+    """A scout has the first UID of all; along its normal the others would lie in one place."""
+    scout = file("a", 50.0, orientation=list(tilted(90)))
+    plan = planned([scout, file("b", 10.0), file("c", 0.0), file("d", 5.0)])
+    assert [name for name in names(plan) if name != "a"] == ["c", "d", "b"]
+    assert flags(plan)["a"] == ["other_orientation"]
+    assert not any("other_orientation" in flags(plan)[name] for name in "bcd")
+    assert plan.series["orientation"].to_pylist() == [list(UPRIGHT)]
+    assert plan.series["tilt_degrees"].to_pylist() == [0.0]
+
+
+def test_of_orientations_that_equally_many_slices_have_the_first_uid_decides() -> None:
+    leaning = list(tilted(20))
+    plan = planned(
+        [file("a", 0.0, orientation=leaning), file("b", 5.0), file("c", 10.0, orientation=leaning), file("d")]
+    )
+    assert plan.series["orientation"].to_pylist() == [leaning]
 
 
 def test_orientations_that_are_no_unit_vectors_are_normalised() -> None:
@@ -307,6 +335,12 @@ def test_the_second_file_of_an_instance_is_set_aside_and_names_the_first() -> No
         ("3.dcm", "plan", None, "duplicate"),
     ]
     assert all("1.dcm" in line["detail"] for line in lines)
+
+
+def test_a_slice_that_is_in_training_and_in_the_test_is_kept_in_training() -> None:
+    plan = planned([file("a", path="stage_1_test/a.dcm", subset="test"), file("a", path="stage_2_train/a.dcm")])
+    assert plan.slices["subset"].to_pylist() == ["train"]
+    assert plan.quarantine["path"].to_pylist() == ["stage_1_test/a.dcm"]
 
 
 def test_what_the_scan_and_the_layout_set_aside_is_listed_with_its_stage() -> None:

@@ -26,8 +26,11 @@ class Layout(Protocol):
     def read_labels(self, listing: Listing, given: Path | None, *, allow_contradictions: bool) -> Labels:
         """Return the labels found in the tree, or in the file ``given``; raises ``SourceError``."""
 
-    def place(self, slices: pa.Table) -> Placement:
-        """Return what the layout says of each file (a line of ``scan.SCHEMA``, most of it null where no header was read)."""
+    def place(self, slices: pa.Table, root: str) -> Placement:
+        """Return what the layout says of each file (a line of ``scan.SCHEMA``, most of it null where no header was read).
+
+        ``root`` is the name of the source folder, to which the paths are relative.
+        """
 
 
 LAYOUTS: Mapping[str, Layout] = {"rsna": rsna, "cq500": cq500, "folder": folder}

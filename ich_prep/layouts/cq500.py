@@ -83,7 +83,7 @@ def _subject(name: str) -> str | None:
     return None if found is None else f"CQ500-CT-{int(found[1])}"
 
 
-def place(slices: pa.Table) -> Placement:
+def place(slices: pa.Table, root: str) -> Placement:
     """Return each slice under its subject, and series that are no plain CT as left out."""
     paths, ids = slices["path"].to_pylist(), slices["patient_id"].to_pylist()
     subjects = [_subject(path) or _subject(patient or "") for path, patient in zip(paths, ids, strict=True)]

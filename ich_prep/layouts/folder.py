@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -26,14 +27,20 @@ def recognise(listing: Listing) -> str | None:
 
 
 def read_labels(listing: Listing, given: Path | None, *, allow_contradictions: bool) -> Labels:
-    """Return the labels of the CSV ``given``, or of the one in the tree that has a UID column; none where there is none.
+    """Return the labels of the CSV ``given``, or of the one in the tree that has a UID column; none, and a note
+    of each CSV that is there, where none has.
 
     Columns: ``sop_instance_uid`` or ``series_instance_uid``, and any of the six label names; values 0, 1 or empty.
     """
     if given is None:
         known = [listing.root / table for table in listing.tables if _key_of(header_of(listing.root / table))]
         if not known:
-            return no_labels()
+            expected = " or ".join(KEYS)
+            others = tuple(
+                f"{table} is not read: it has no column {expected}, but {', '.join(header_of(listing.root / table))}"
+                for table in listing.tables
+            )
+            return replace(no_labels(), notes=others)
         given = only_one(known, "CSV of labels")
     if not given.is_file():
         raise SourceError(f"Expected a CSV of labels at {given}; there is no such file.")
@@ -74,7 +81,7 @@ def _key_of(columns: tuple[str, ...]) -> Key | None:
     return next((key for key in KEYS if key in columns), None)
 
 
-def place(slices: pa.Table) -> Placement:
+def place(slices: pa.Table, root: str) -> Placement:
     """Return every slice as a training slice of its PatientID."""
     count = len(slices)
     return Placement(

@@ -28,9 +28,9 @@ _SAMPLE = "sample_submission"
 
 
 def recognise(listing: Listing) -> str | None:
-    """Return why the tree is RSNA's: a folder ``stage_*_train`` or ``_test``, with or without ``_images``."""
+    """Return why the tree is RSNA's: it has or is a folder ``stage_*_train`` or ``_test``, with or without ``_images``."""
     for folder in sorted(listing.folders()):
-        found = _FOLDER.search(folder)
+        found = _FOLDER.search(f"{listing.root.name}/{folder}")
         if found:
             return f"there is a folder {found[1]}"
     return None
@@ -87,14 +87,15 @@ def _read_long(path: Path) -> tuple[pa.Array, NDArray[np.intp], NDArray[np.float
     return keys, classes, table["Label"].to_numpy()
 
 
-def place(slices: pa.Table) -> Placement:
+def place(slices: pa.Table, root: str) -> Placement:
     """Return subset by folder, patient by PatientID, and the sign defect as a repair.
 
     The defect: 12 bits stored, unsigned, an intercept above -100. Such values were shifted by 1000 and wrapped at 4096;
     true is ``v + 1000``, minus 4096 where that reaches 4096, with an intercept of -1000.
     """
     count = len(slices)
-    test = pc.match_substring_regex(slices["path"], _TEST).to_numpy(zero_copy_only=False)
+    paths = pc.binary_join_element_wise(root, slices["path"], "/")
+    test = pc.match_substring_regex(paths, _TEST).to_numpy(zero_copy_only=False)
     wrapped = (
         (slices["bits_stored"].fill_null(0).to_numpy() == 12)
         & ~slices["signed"].fill_null(True).to_numpy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -116,6 +117,16 @@ def test_a_plain_second_run_says_finished_and_does_nothing(phantom_tree: Path, d
     assert {path: path.stat().st_mtime_ns for path in dataset_path.rglob("*")} == before
 
 
+def test_a_dataset_without_its_build_folder_is_not_taken_for_one_of_other_files(
+    tree: Path, dataset_path: Path, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(dataset_path, tmp_path / "data.zarr"))
+    shutil.rmtree(out / "build")
+    shutil.copy(train_file(tree), tree / "stage_2_train" / "ID_new.dcm")
+    with pytest.raises(BuildError, match=r"it was made of (\d+) files and there are \d+ now"):
+        build(tree, out, SMALL, workers=0)
+
+
 def test_a_finished_dataset_needs_no_build_folder(phantom_tree: Path, dataset_path: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(dataset_path, tmp_path / "data.zarr"))
     shutil.rmtree(out / "build")
@@ -168,13 +179,49 @@ def test_other_labels_are_refused(tree: Path, tmp_path: Path) -> None:
         build(tree, out, SMALL, workers=0)
 
 
-def test_a_build_in_progress_is_refused_to_another_spec(tree: Path, tmp_path: Path) -> None:
-    out = tmp_path / "data.zarr"
-    train_file(tree).unlink()
-    with pytest.raises(SourceError, match="--allow-missing-images"):
-        build(tree, out, SMALL, workers=0)
+@pytest.fixture
+def unfinished(dataset_path: Path, tmp_path: Path) -> Path:
+    """A build that was stopped just before its last step."""
+    out = Path(shutil.copytree(dataset_path, tmp_path / "data.zarr"))
+    (out / "zarr.json").unlink()
+    return out
+
+
+def test_a_build_that_has_a_plan_is_refused_to_another_spec(phantom_tree: Path, unfinished: Path) -> None:
     with pytest.raises(BuildError, match=r"is the build of something else: folds was 5 and is now 3"):
+        build(phantom_tree, unfinished, SMALL.model_copy(update={"folds": 3}), workers=0)
+
+
+def test_a_build_of_other_releases_is_refused(phantom_tree: Path, dataset_path: Path, unfinished: Path) -> None:
+    path = unfinished / "build" / "state.json"
+    state = json.loads(path.read_text())
+    here = state["releases"]["numpy"]
+    path.write_text(json.dumps(state | {"releases": state["releases"] | {"numpy": "0.1"}}))
+    with pytest.raises(BuildError, match=rf"numpy was 0\.1 and is now {here}.*--overwrite"):
+        build(phantom_tree, unfinished, SMALL, workers=0)
+    path.write_text(json.dumps(state))
+    build(phantom_tree, unfinished, SMALL, workers=0)
+    assert published(unfinished) == published(dataset_path)
+
+
+def test_a_shard_of_another_plan_is_written_anew(phantom_tree: Path, dataset_path: Path, unfinished: Path) -> None:
+    entry = unfinished / "build" / "shards" / "00001.json"
+    entry.write_text(json.dumps(json.loads(entry.read_text()) | {"plan": "another"}))
+    shard = unfinished / "images" / "c" / "1" / "0" / "0" / "0"
+    shard.write_bytes(bytes(shard.stat().st_size))
+    build(phantom_tree, unfinished, SMALL, workers=0)
+    assert published(unfinished) == published(dataset_path)
+
+
+def test_a_build_without_a_plan_takes_the_spec_of_now(tree: Path, dataset_path: Path, tmp_path: Path) -> None:
+    out, lost = tmp_path / "data.zarr", train_file(tree)
+    content = lost.read_bytes()
+    lost.unlink()
+    with pytest.raises(SourceError, match="--allow-missing-images"):
         build(tree, out, SMALL.model_copy(update={"folds": 3}), workers=0)
+    lost.write_bytes(content)
+    build(tree, out, SMALL, workers=0)
+    assert published(out) == published(dataset_path)
 
 
 def test_overwrite_replaces_a_dataset_and_leaves_nothing_of_it(

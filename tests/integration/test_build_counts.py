@@ -113,6 +113,19 @@ def test_too_many_damaged_files_end_the_build_and_may_be_allowed(damaged_tree: P
     assert prep(*words, "--max-quarantined", 0.5).returncode == 0
 
 
+def test_a_damaged_file_that_was_fetched_again_is_read_again(tree: Path, dataset_path: Path, tmp_path: Path) -> None:
+    out, cut = tmp_path / "data.zarr", train_file(tree)
+    content = cut.read_bytes()
+    broken = [content[:-100], content[:132] + bytes(len(content) - 132)]  # shorter than it was, and as long
+    for damaged in broken:
+        cut.write_bytes(damaged)
+        with pytest.raises(BuildError, match=r"1 of .* are .*run the same command again"):
+            build(tree, out, SMALL, workers=0, allow=Allowances(max_quarantined=0.0))
+    cut.write_bytes(content)
+    build(tree, out, SMALL, workers=0)
+    assert published(out) == published(dataset_path)
+
+
 @pytest.mark.parametrize("stage", ["scan", "shards"])
 def test_a_file_that_could_not_be_read_is_read_once_it_can_be(
     stage: str, tree: Path, dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -184,6 +197,19 @@ def test_slices_without_a_label_are_refused_or_allowed(tmp_path: Path) -> None:
     slices = open_dataset(out).slices
     assert set(slices["label_level"].to_pylist()) == {"none"}
     assert slices["any"].null_count == len(slices)
+
+
+def test_labels_that_are_given_after_a_refusal_need_no_header_read_again(tmp_path: Path) -> None:
+    src, out = tmp_path / "tree", tmp_path / "data.zarr"
+    synthesize(src, series=1, size=32, layout="folder")
+    labels = (src / "labels.csv").rename(tmp_path / "labels.csv")
+    with pytest.raises(SourceError, match="slices have no label"):
+        build(src, out, SMALL, workers=0)
+    scanned = {path: path.stat().st_mtime_ns for path in (out / "build" / "scan").iterdir()}
+    build(src, out, SMALL, workers=0, labels=labels)
+    assert scanned
+    assert {path: path.stat().st_mtime_ns for path in (out / "build" / "scan").iterdir()} == scanned
+    assert open_dataset(out).slices["any"].null_count == 0
 
 
 def test_contradicting_labels_are_refused_or_unknown(tree: Path, tmp_path: Path) -> None:

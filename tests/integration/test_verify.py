@@ -14,7 +14,7 @@ from commands import prep
 
 from ich_prep import store
 from ich_prep.build_dataset import build
-from ich_prep.errors import DatasetError, UsageError
+from ich_prep.errors import DatasetError, SourceError, UsageError
 from ich_prep.phantom import synthesize
 from ich_prep.progress import Silence
 from ich_prep.sharding import index_bytes
@@ -207,6 +207,13 @@ def test_a_source_that_is_not_the_one_is_found(dataset: Path, phantom_tree: Path
     assert [problem.culprit for problem in found.problems] == ["row 3", "row 5", "row 7"]
     assert "pixels differ" in found.problems[0].what
     assert found.compared == len(plan)
+
+
+def test_a_folder_that_has_none_of_the_sources_is_no_damage(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"found none of the \d+ sampled \(for one, stage_2_t"):
+        verify(dataset, src=tmp_path, sample=1.0, progress=Silence())
+    with pytest.raises(SourceError, match="Expected a folder of DICOM files"):
+        verify(dataset, src=tmp_path / "nowhere", progress=Silence())
 
 
 def test_the_sample_is_drawn_by_its_seed(dataset_path: Path, phantom_tree: Path) -> None:
