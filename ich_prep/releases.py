@@ -8,8 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 PACKAGE = "ich"
 # imagecodecs reads some kinds of JPEG, and need not be installed.
 LIBRARIES = (
-    ("imagecodecs", "numcodecs", "numpy", "opencv-python-headless", "pyarrow", "pydicom")
-    + ("pylibjpeg-openjpeg", "pylibjpeg-rle", "zarr")
+    "imagecodecs", "numcodecs", "numpy", "opencv-python-headless", "pyarrow", "pydicom", "pylibjpeg-openjpeg",
+    "pylibjpeg-rle", "zarr",
 )  # fmt: skip
 
 
