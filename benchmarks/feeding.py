@@ -65,8 +65,7 @@ def main(
     if slices < MANY_SHARDS:
         raise SystemExit(f"Expected at least {MANY_SHARDS:,} --slices, a shard each; got {slices:,}.")
     tree = cohort(data, slices=slices)
-    folder = data / "loader-windows-256"
-    prepare(folder, tree, size=256, store="windows")
+    folder, _ = prepare(data, tree, size=256, store="windows")
     dataset = open_dataset(folder / LZ4)
     shares: dict[int, list[float]] = {gpus: [] for gpus in GPUS}
     for _ in range(repeats):

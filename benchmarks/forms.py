@@ -29,18 +29,21 @@ PINNED_PYTHON = Path(f"{sys.prefix}-pinned") / "bin" / "python"
 STEP = 256
 
 
-def prepare(folder: Path, tree: Path, *, size: int, store: str, only: Collection[str] = ()) -> dict[str, str]:
-    """Write into ``folder`` what is not there yet; return the forms that could not be written, and why.
+def prepare(
+    data: Path, tree: Path, *, size: int, store: str, only: Collection[str] = ()
+) -> tuple[Path, dict[str, str]]:
+    """Write into a folder below ``data`` what is not there yet; return it, and the forms that could not be written and why.
 
     ``only`` names forms, LZ4 and what can be made of it; without it, all are written.
     """
+    folder = data / f"loader-{store}-{size}-{tree.name}"
     folder.mkdir(parents=True, exist_ok=True)
     for name in (LZ4, NONE):
         if name in only or not only:
             spec = Spec(layout="rsna", size=size, store=store, codec=name.removesuffix(".zarr"))  # type: ignore[arg-type]
             once(folder, name, partial(_write_dataset, tree, spec))
     if only == {LZ4}:
-        return {}
+        return folder, {}
     once(folder, ROWS, _write_rows)
     rows = np.load(folder / ROWS, mmap_mode="r")
     writers: dict[str, Callable[[Path], None]] = {
@@ -54,7 +57,7 @@ def prepare(folder: Path, tree: Path, *, size: int, store: str, only: Collection
     for name, write in writers.items():
         if name in only or not only:
             once(folder, name, write)
-    return {} if only else _write_pinned(folder)
+    return folder, {} if only else _write_pinned(folder)
 
 
 def files_of(folder: Path, form: str) -> list[Path]:

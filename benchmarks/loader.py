@@ -73,9 +73,8 @@ def main(
 def ask(
     name: str, question: Question, data: Path, slices: int, repeats: int, seconds: float, without: set[str]
 ) -> None:
-    folder = data / f"loader-{question.store}-{question.size}"
     tree = cohort(data, slices=int(slices * question.share))
-    lacking = prepare(folder, tree, size=question.size, store=question.store)
+    folder, lacking = prepare(data, tree, size=question.size, store=question.store)
     if question.cold:
         without |= NOT_COLD
     taking_part = {

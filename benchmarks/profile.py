@@ -45,8 +45,7 @@ def main(slices: int = 4096, data: Path = Path("bench-data")) -> None:
     shutil.rmtree(out, ignore_errors=True)
     record("build", "ich_prep.cli", "build", "--src", tree, "--out", out, "--workers", 2)
     shutil.rmtree(out, ignore_errors=True)
-    folder = data / "loader-windows-256"
-    prepare(folder, tree, size=256, store="windows")
+    folder, _ = prepare(data, tree, size=256, store="windows")
     record("loader", "benchmarks.loader_contenders", "race", folder, "SliceLoader, lz4", 5, 0)
 
 

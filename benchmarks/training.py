@@ -198,8 +198,8 @@ def main(
     everywhere = os.sched_getaffinity(0)
     for name in track(question or list(QUESTIONS), "training", transient=True):
         asked = QUESTIONS[name]
-        folder = data / f"loader-{asked.store}-{asked.size}"
-        prepare(folder, tree, size=asked.size, store=asked.store, only={LZ4, ROWS, PNG} if asked.peers else {LZ4})
+        only = {LZ4, ROWS, PNG} if asked.peers else {LZ4}
+        folder, _ = prepare(data, tree, size=asked.size, store=asked.store, only=only)
         with join_ranks("cuda") as ranks, own_stream(ranks.device):
             ready = contenders(asked, folder, seconds, ranks)
             stay_on(set(sorted(everywhere)[:CORES]))
