@@ -103,7 +103,7 @@ def train(
 
     result = Result(out, tuple(training.history), finished=True)
     del training  # a recorded step keeps its memory as long as it lives
-    if evaluation is None or not ranks.first or (resume and _is_judged(out, evaluation)):
+    if evaluation is None or not ranks.first or (resume and _is_judged(out, dataset, evaluation)):
         return result
     from ich_train.evaluate import evaluate_run
 
@@ -201,12 +201,15 @@ def _has_state(out: Path, settings: TrainConfig, ranks: Ranks) -> bool:
     return has_checkpoint(out / LAST)
 
 
-def _is_judged(out: Path, evaluation: EvalConfig) -> bool:
-    """Return whether the run in ``out`` was evaluated at its end as ``evaluation`` says."""
+def _is_judged(out: Path, dataset: Dataset, evaluation: EvalConfig) -> bool:
+    """Return whether the run in ``out`` was last evaluated on ``dataset``, as ``evaluation`` says."""
     if not (out / METRICS).exists():
         return False
-    judged = json.loads((out / METRICS).read_text(encoding="utf-8"))["evaluated"]
-    return all(judged[name] == value for name, value in evaluation.model_dump(exclude={"batch_size"}).items())
+    metrics = json.loads((out / METRICS).read_text(encoding="utf-8"))
+    judged = metrics["evaluated"]
+    return metrics["dataset"]["digest"] == dataset.digest and all(
+        judged[name] == value for name, value in evaluation.model_dump(exclude={"batch_size"}).items()
+    )
 
 
 def _outline(training: Training, ranks: Ranks) -> str:

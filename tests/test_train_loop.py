@@ -25,6 +25,7 @@ from ich_prep.phantom import synthesize
 from ich_prep.store import SLICES, Dataset, Spec, open_dataset, write_table
 from ich_train.checkpoint import load_model
 from ich_train.config import EvalConfig, TrainConfig
+from ich_train.evaluate import evaluate_run
 from ich_train.ranks import Ranks
 from ich_train.runs import Epoch, read_history
 from ich_train.setup import prepare
@@ -152,6 +153,20 @@ def test_a_run_that_was_judged_on_its_way_is_judged_at_its_end(path: Path, tmp_p
     result = train(open_dataset(path), tmp_path / "run", settings(epochs=3), QUICK, console=console, resume=True)
     assert result.metrics is not None
     assert result.metrics["evaluated"]["subset"] == "test"
+
+
+def test_a_run_that_another_dataset_judged_last_is_judged_by_its_own(
+    tree: Path, dataset: Dataset, tmp_path: Path
+) -> None:
+    run, console = tmp_path / "run", Console(file=io.StringIO())
+    train(dataset, run, settings(epochs=1), QUICK, console=console)
+    build(tree, tmp_path / "other.zarr", Spec(size=32, slices_per_shard=32, folds=3), workers=0)
+    evaluate_run(run, open_dataset(tmp_path / "other.zarr"), **QUICK.model_dump())
+    resumed = train(dataset, run, settings(epochs=1), QUICK, console=console, resume=True)
+    assert resumed.metrics is not None
+    assert resumed.metrics["dataset"]["digest"] == dataset.digest
+    again = train(dataset, run, settings(epochs=1), QUICK, console=console, resume=True)
+    assert again.metrics is None, "there was nothing left to judge"
 
 
 def test_a_run_goes_on_without_the_weights_that_it_began_with(path: Path, tmp_path: Path) -> None:
