@@ -77,6 +77,7 @@ class Cases:
     labels: NDArray[np.int8]  # (n, 6), -1 where unknown
     probabilities: NDArray[np.float32]  # (n, 6)
     series: NDArray[np.int64]
+    series_sizes: NDArray[np.int64]  # usable slices of that series, labelled or not
     patients: NDArray[np.int64]
     positions: NDArray[np.float64]  # from 0 at one end of the series to 1 at the other
 
@@ -203,9 +204,13 @@ def measure_views(
         "by_series_mean": None,
     }
     for how in ("max", "mean") if whole else ():
-        known, likely, _ = by_series(validation.series, validation.labels, validation.probabilities, how=how)
-        labels, probabilities, first = by_series(cases.series, cases.labels, cases.probabilities, how=how)
-        _, by_position, _ = by_series(cases.series, cases.labels, baseline, how=how)
+        known, likely, _ = by_series(
+            validation.series, validation.series_sizes, validation.labels, validation.probabilities, how=how
+        )
+        labels, probabilities, first = by_series(
+            cases.series, cases.series_sizes, cases.labels, cases.probabilities, how=how
+        )
+        _, by_position, _ = by_series(cases.series, cases.series_sizes, cases.labels, baseline, how=how)
         thresholds = best_f1_thresholds(known, likely)
         views[f"by_series_{how}"] = measure(
             labels, probabilities, cases.patients[first], thresholds, resamples=resamples, seed=seed
@@ -298,6 +303,7 @@ def _cases(dataset: Dataset, rows: NDArray[np.int64], probabilities: NDArray[np.
         labels=label_matrix(dataset, rows),
         probabilities=probabilities,
         series=series,
+        series_sizes=dataset.series["n_ok"].to_numpy()[series].astype(np.int64),
         patients=_codes(slices["patient_id"]),
         # The only slice of a series is in the middle of it.
         positions=np.divide(place, last, out=np.full(len(rows), 0.5), where=last > 0),

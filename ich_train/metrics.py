@@ -80,18 +80,20 @@ def roc_aucs(labels: Labels, scores: Probabilities) -> dict[str, float | None]:
 
 
 def by_series(
-    series: Integers, labels: Labels, probabilities: Probabilities, *, how: Literal["max", "mean"]
+    series: Integers, sizes: Integers, labels: Labels, probabilities: Probabilities, *, how: Literal["max", "mean"]
 ) -> tuple[Labels, Floats, Integers]:
     """Return labels (m, 6), probabilities (m, 6) float64 and the index of one slice (m,) for each of m series.
 
-    ``series`` (n,) says which series a slice is of; the series come out in ascending order. A series is positive when
-    any of its slices is, else unknown when any of its slices is. Its probability is the maximum or mean over slices.
+    ``series`` (n,) says which series a slice is of, ``sizes`` (n,) how many slices that has, those that are not given
+    too; the series come out in ascending order. A series is positive when any of its slices is, negative when all that
+    it has are known to be, else unknown. Its probability is the maximum or mean over the slices given.
     """
     names, first, code = np.unique(series, return_index=True, return_inverse=True)
     shape = len(names), len(CLASSES)
-    positive, unknown = np.zeros(shape, bool), np.zeros(shape, bool)
+    positive, negatives = np.zeros(shape, bool), np.zeros(shape, np.int64)
     np.logical_or.at(positive, code, labels > 0)
-    np.logical_or.at(unknown, code, labels < 0)
+    np.add.at(negatives, code, labels == 0)
+    unknown = negatives < sizes[first][:, None]
     reduced = np.where(positive, 1, np.where(unknown, -1, 0)).astype(np.int8)
     if how == "max":
         highest = np.full(shape, -np.inf)

@@ -19,11 +19,13 @@ VIEW_WORDS = {
     "by_slice": ("By slice", ""),
     "by_series_max": (
         "By series, maximum over slices",
-        "A series is positive when any of its slices is; its probability is the highest of its slices.",
+        "A series is positive when any of its slices is, negative when all are known to be; its probability is the "
+        "highest of its labelled slices.",
     ),
     "by_series_mean": (
         "By series, mean over slices",
-        "A series is positive when any of its slices is; its probability is the mean of its slices.",
+        "A series is positive when any of its slices is, negative when all are known to be; its probability is the "
+        "mean of its labelled slices.",
     ),
 }
 PICTURE_WORDS = {

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import asdict
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -15,7 +16,7 @@ from ich_prep.build_dataset import Allowances, build
 from ich_prep.errors import TrainError, UsageError
 from ich_prep.labels import CLASSES
 from ich_prep.phantom import synthesize
-from ich_prep.store import Spec, open_dataset
+from ich_prep.store import SLICES, Spec, open_dataset, write_table
 from ich_train.augment import Preprocess
 from ich_train.checkpoint import load_model, save_checkpoint
 from ich_train.evaluate import draw_rows, evaluate_run
@@ -194,6 +195,39 @@ def test_an_evaluation_repeats_to_the_byte(evaluated, dataset, tmp_path):
     evaluate_run(again, dataset, bootstrap=20, threads=1)
     written = sorted(path.relative_to(run) for path in run.rglob("*") if path.is_file())
     assert [name for name in written if (run / name).read_bytes() != (again / name).read_bytes()] == []
+
+
+@pytest.fixture
+def relabelled(dataset, tmp_path):
+    """A function: columns of the slices table by name, each a list of values -> the dataset with those."""
+
+    def change(**columns):
+        copy = tmp_path / "changed.zarr"
+        shutil.copytree(dataset.path, copy)
+        table = dataset.slices
+        for name, values in columns.items():
+            field = table.schema.field(name)
+            table = table.set_column(table.schema.get_field_index(name), field, pa.array(values, field.type))
+        write_table(copy / SLICES, table)
+        return open_dataset(copy)
+
+    return change
+
+
+def test_a_series_of_which_a_slice_has_no_label_is_not_known_to_be_negative(evaluated, dataset, relabelled, tmp_path):
+    run, before = evaluated
+    frame = dataset.slices.to_pandas().loc[split_rows(dataset, **SPLIT, allow_series_labels=False).test]
+    positive = frame.groupby("series_row")["any"].max()
+    row = frame.index[frame["series_row"] == positive.index[positive == 0][0]][3]
+    columns = {name: dataset.slices[name].to_pylist() for name in ("label_level", *CLASSES)}
+    columns["label_level"][row] = "none"
+    for name in CLASSES:
+        columns[name][row] = None
+    after = evaluate_run(run, relabelled(**columns), bootstrap=0, out=tmp_path / "judged")
+    for view in ("by_series_max", "by_series_mean"):
+        for name in CLASSES:
+            entry, was = after[view]["labels"][name], before[view]["labels"][name]
+            assert (entry["positives"], entry["negatives"]) == (was["positives"], was["negatives"] - 1)
 
 
 def test_a_limit_draws_unseen_slices_by_seed_without_repeats(dataset):

@@ -280,7 +280,9 @@ def test_curves_pass_through_what_their_thresholds_call(given_cases):
 @given(cases(), st.sampled_from(["max", "mean"]))
 def test_series_take_the_or_of_labels_and_the_maximum_or_mean_of_probabilities(given_cases, how):
     labels, probabilities, series = given_cases
-    truth, values, first = by_series(series, labels, probabilities, how=how)
+    not_given = series % 2  # of every second series a slice more, which has no label
+    sizes = np.bincount(series)[series] + not_given
+    truth, values, first = by_series(series, sizes, labels, probabilities, how=how)
     names = np.unique(series)
     assert truth.shape == values.shape == (len(names), 6)
     assert truth.dtype == np.int8
@@ -291,7 +293,7 @@ def test_series_take_the_or_of_labels_and_the_maximum_or_mean_of_probabilities(g
         assert values[i] == pytest.approx(reduce(probabilities[inside].astype(float), axis=0))
         for j in range(6):
             found = set(labels[inside, j].tolist())
-            assert truth[i, j] == (1 if 1 in found else -1 if -1 in found else 0)
+            assert truth[i, j] == (1 if 1 in found else -1 if -1 in found or name % 2 else 0)
 
 
 def test_position_scores_are_shares_in_the_same_twentieth():
