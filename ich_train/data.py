@@ -46,7 +46,8 @@ class Batch(NamedTuple):
 def usable_rows(dataset: Dataset, *, allow_series_labels: bool = False) -> NDArray[np.int64]:
     """Return the rows whose status is ok and of which a label is known, ascending.
 
-    Raises ``UsageError`` where labels are those of whole series, which are weak labels of its slices, unless allowed.
+    Raises ``UsageError`` where there are none, or where labels are those of whole series, which are weak labels of its
+    slices, unless allowed.
     """
     table = dataset.read_table(SLICES, ["status", "label_level"])
     ok = pc.equal(table["status"], OK).to_numpy(zero_copy_only=False)
@@ -54,10 +55,17 @@ def usable_rows(dataset: Dataset, *, allow_series_labels: bool = False) -> NDArr
     if by_series.any() and not allow_series_labels:
         raise UsageError(
             f"Expected labels of slices; {int(by_series.sum())} slices of {dataset.path} carry the label of their whole "
-            "series. Set allow_series_labels = true to take those as labels of each slice."
+            "series. To take those as labels of each slice, set allow_series_labels = true in [train], or in Python give "
+            "rows=usable_rows(dataset, allow_series_labels=True)."
         )
     labelled = pc.not_equal(table["label_level"], "none").to_numpy(zero_copy_only=False)
-    return np.flatnonzero(ok & labelled)
+    rows = np.flatnonzero(ok & labelled)
+    if not len(rows):
+        raise UsageError(
+            f"Expected slices with labels in {dataset.path}; of its {len(ok)} slices {int(ok.sum())} have pixels, and none "
+            "of these has a label. Build again with --labels; to read slices without labels, name their rows."
+        )
+    return rows
 
 
 def read_labels(dataset: Dataset) -> NDArray[np.int8]:

@@ -33,8 +33,8 @@ def split_rows(dataset: Dataset, *, val_fold: int, test_fold: int, allow_series_
 
     Where the dataset's own test subset has labels, it is the test part, and the training part has all folds but
     ``val_fold``; other slices of its patients are in no part. Elsewhere ``test_fold`` is held out. Raises `UsageError`
-    where the two folds are one, a part would be empty, or labels are those of whole series and ``allow_series_labels`` is
-    false.
+    where the two folds are one, a part would be empty, no slice has a label, or labels are those of whole series and
+    ``allow_series_labels`` is false.
     """
     rows = usable_rows(dataset, allow_series_labels=allow_series_labels)
     in_test_subset = column(dataset.slices, "subset", rows) == "test"

@@ -186,10 +186,23 @@ def test_labels_of_whole_series_are_taken_only_when_allowed(tmp_path: Path) -> N
     synthesize(tmp_path / "cq500", series=3, size=32, layout="cq500", workers=0)
     build(tmp_path / "cq500", tmp_path / "data.zarr", Spec(size=32), workers=0, allow=Allowances(missing_images=True))
     dataset = open_dataset(tmp_path / "data.zarr")
-    with pytest.raises(UsageError, match="allow_series_labels"):
+    with pytest.raises(UsageError, match=r"rows=usable_rows\(dataset, allow_series_labels=True\)"):
         SliceLoader(dataset)
     ok = pc.equal(dataset.slices["status"], OK).to_numpy(zero_copy_only=False)
     assert usable_rows(dataset, allow_series_labels=True).tolist() == np.flatnonzero(ok).tolist() != []
+
+
+def test_a_loader_of_no_labelled_slice_is_refused_unless_rows_are_named(tmp_path: Path) -> None:
+    synthesize(tmp_path / "cq500", series=3, size=32, layout="cq500", workers=0)
+    (tmp_path / "cq500" / "reads.csv").unlink()
+    spec = Spec(layout="folder", size=32)
+    build(tmp_path / "cq500", tmp_path / "data.zarr", spec, workers=0, allow=Allowances(unlabelled=True))
+    dataset = open_dataset(tmp_path / "data.zarr")
+    with pytest.raises(UsageError, match="none of these has a label"):
+        SliceLoader(dataset)
+    with pytest.raises(UsageError, match="none of these has a label"):
+        SliceDataset(dataset.path)
+    assert rows_of(taken(SliceLoader(dataset, np.arange(9), batch_size=4, order="sequential"))) == [*range(9)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -106,6 +106,12 @@ def test_series_labels_are_refused_unless_allowed(changed: Callable[[Change], Da
     assert len(split_rows(dataset, val_fold=val, test_fold=test, allow_series_labels=True).train)
 
 
+def test_a_dataset_without_labels_is_called_that(changed: Callable[[Change], Dataset]) -> None:
+    dataset = changed(lambda table: replaced(table, "label_level", ["none"] * len(table)))
+    with pytest.raises(UsageError, match=r"none of these has a label.*--labels"):
+        split_rows(dataset, val_fold=0, test_fold=1, allow_series_labels=False)
+
+
 def test_folds_that_cannot_be_meant_are_refused(dataset_path: Path) -> None:
     dataset = open_dataset(dataset_path)
     val, *_ = folds_of(dataset)
