@@ -101,10 +101,11 @@ def evaluate_run(
     from: the report says so, and the measures by series are those that count then.
 
     ``subset`` is train, val, test or all three, split as in training; of ``limit`` slices, drawn by ``seed``, where it
-    has more. The thresholds of best F1 come from the whole validation part. Where slices are drawn there is nothing by
+    has more. The thresholds of best F1 come from the whole validation part; where that is empty there are none, and
+    without a training part there is nothing that knows the position only. Where slices are drawn there is nothing by
     series, for the drawn slices of a series are not the series. Raises `TrainError` where the run has no network or
-    history, and `UsageError` where the dataset does not fit it, a part of the split is empty, or there is no such
-    subset.
+    history, and `UsageError` where the dataset does not fit it, has no labels or none in the subset, or there is no
+    such subset.
     """
     if subset not in SUBSETS:
         raise UsageError(f"Expected a subset of {', '.join(SUBSETS)}; found {subset!r}.")
@@ -112,7 +113,8 @@ def evaluate_run(
     history = read_history(run)
     predictor = load_predictor(run, dataset, device=device)
     meta = predictor.meta
-    split = split_rows(dataset, **meta["split"], allow_series_labels=True)
+    judged = () if subset == "all" else (subset,)
+    split = split_rows(dataset, **meta["split"], allow_series_labels=True, needed=judged)
     part = np.sort(np.concatenate([*vars(split).values()])) if subset == "all" else vars(split)[subset]
     rows = draw_rows(part, limit=limit, seed=seed)
     needed = np.union1d(rows, split.val)

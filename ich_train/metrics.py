@@ -75,8 +75,12 @@ def rsna_log_loss(labels: Labels, probabilities: Probabilities) -> float | None:
 
 
 def roc_aucs(labels: Labels, scores: Probabilities) -> dict[str, float | None]:
-    """Return the area under the ROC curve of each label by name, None where undefined."""
-    return {name: _plain(_ranking(*_known(labels[:, j], scores[:, j]))[0]) for j, name in enumerate(CLASSES)}
+    """Return the area under the ROC curve of each label by name, None where undefined or where scores are NaN."""
+    areas: dict[str, float | None] = {}
+    for j, name in enumerate(CLASSES):
+        truth, score = _known(labels[:, j], scores[:, j])
+        areas[name] = None if np.isnan(score).any() else _plain(_ranking(truth, score)[0])
+    return areas
 
 
 def by_series(
@@ -109,14 +113,14 @@ def position_scores(known: Floats, known_labels: Labels, positions: Floats) -> F
 
     ``known`` (m,) and ``positions`` (n,) are relative positions in [0, 1]. The probability of a label is its share
     among the training slices ``known_labels`` (m, 6) in the same twentieth of the series, among all of them where that
-    twentieth holds none, and 0 where the label is never known.
+    twentieth holds none, and NaN where the label is never known.
     """
     scores = np.zeros((len(positions), len(CLASSES)))
     for j in range(len(CLASSES)):
         truth, where = _known(known_labels[:, j], known)
         cases = np.bincount(_position_bins(where), minlength=POSITION_BINS)
         positives = np.bincount(_position_bins(where), weights=truth, minlength=POSITION_BINS)
-        overall = truth.mean() if len(truth) else 0.0
+        overall = truth.mean() if len(truth) else np.nan
         share = np.divide(positives, cases, out=np.full(POSITION_BINS, overall), where=cases > 0)
         scores[:, j] = share[_position_bins(positions)]
     return scores

@@ -207,7 +207,7 @@ def _parts(data: Mapping[str, Any]) -> str:
         [
             name,
             *(f"{part[unit]:,}" for unit in ("slices", "series", "patients")),
-            *(f"{count:,}<small>{count / part['slices']:.1%}</small>" for count in part["positives"].values()),
+            *(f"{count:,}<small>{count / max(part['slices'], 1):.1%}</small>" for count in part["positives"].values()),
         ]
         for name, part in data["parts"].items()
     ]

@@ -14,6 +14,8 @@ from ich_prep.labels import CLASSES
 from ich_train.data import read_labels, usable_rows
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from numpy.typing import NDArray
 
     from ich_prep.store import Dataset
@@ -28,13 +30,20 @@ class Split:
     test: NDArray[np.int64]
 
 
-def split_rows(dataset: Dataset, *, val_fold: int, test_fold: int, allow_series_labels: bool) -> Split:
+def split_rows(
+    dataset: Dataset,
+    *,
+    val_fold: int,
+    test_fold: int,
+    allow_series_labels: bool,
+    needed: Collection[str] = ("train", "val", "test"),
+) -> Split:
     """Return the usable, labelled rows of ``dataset`` as a `Split`.
 
     Where the dataset's own test subset has labels, it is the test part, and the training part has all folds but
     ``val_fold``; other slices of its patients are in no part. Elsewhere ``test_fold`` is held out. Raises `UsageError`
-    where the two folds are one, a part would be empty, no slice has a label, or labels are those of whole series and
-    ``allow_series_labels`` is false.
+    where the two folds are one, a part that is ``needed`` would be empty, no slice has a label, or labels are those of
+    whole series and ``allow_series_labels`` is false.
     """
     rows = usable_rows(dataset, allow_series_labels=allow_series_labels)
     in_test_subset = column(dataset.slices, "subset", rows) == "test"
@@ -53,11 +62,11 @@ def split_rows(dataset: Dataset, *, val_fold: int, test_fold: int, allow_series_
     is_val = (fold == val_fold) & ~in_no_part
     split = Split(train=rows[~is_val & ~is_test & ~in_no_part], val=rows[is_val], test=rows[is_test])
     for part, part_rows in vars(split).items():
-        if not len(part_rows):
+        if part in needed and not len(part_rows):
             folds, sizes = np.unique(fold[fold >= 0], return_counts=True)
             counts = ", ".join(f"{k}: {size}" for k, size in zip(folds, sizes, strict=True)) or "none"
             raise UsageError(
-                f"Expected slices for training, validation and test; found none for {part} with val_fold {val_fold} "
+                f"Expected slices for {', '.join(needed)}; found none for {part} with val_fold {val_fold} "
                 f"and test_fold {test_fold}. Labelled slices in each fold: {counts}. Choose other folds, or build with "
                 "more patients or fewer folds."
             )

@@ -272,6 +272,20 @@ def test_a_network_is_judged_by_another_dataset_with_labels_of_whole_series(eval
     assert json.loads((run / "metrics.json").read_text()) == before
 
 
+def test_all_of_a_dataset_is_judged_where_parts_of_the_split_are_empty(evaluated, dataset, relabelled, tmp_path):
+    run, _ = evaluated
+    folds = [None if fold is None else SPLIT["test_fold"] for fold in dataset.slices["fold"].to_pylist()]
+    other = relabelled(fold=folds)
+    metrics = evaluate_run(run, other, subset="all", bootstrap=3, out=tmp_path / "judged")
+    assert metrics["evaluated"]["slices"] == metrics["dataset"]["parts"]["test"]["slices"] > 0
+    for view in ("by_slice", "by_series_max", "by_series_mean"):
+        assert metrics[view]["labels"]["any"]["roc_auc"] is not None
+        assert metrics[view]["labels"]["any"]["at_best_f1"]["threshold"] is None
+        assert metrics[view]["position_only"] == dict.fromkeys(CLASSES)
+    with pytest.raises(UsageError, match="none for val"):
+        evaluate_run(run, other, subset="val", out=tmp_path / "val")
+
+
 def test_an_unknown_subset_is_refused(dataset, tmp_path):
     with pytest.raises(UsageError, match=r"train, val, test, all; found 'vla'"):
         evaluate_run(tmp_path, dataset, subset="vla")

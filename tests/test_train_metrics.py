@@ -303,7 +303,8 @@ def test_position_scores_are_shares_in_the_same_twentieth():
     labels[:, 0] = -1
     scores = position_scores(known, labels, np.array([0.01, 0.52, 0.99, 0.3]))
     assert scores[:, 5] == pytest.approx([0.5, 1.0, 0.0, 3 / 5])
-    assert not scores[:, 0].any()
+    assert np.isnan(scores[:, 0]).all()
+    assert roc_aucs(np.array([[0] * 6, [1] * 6, [0] * 6, [0] * 6], np.int8), scores)["epidural"] is None
 
 
 def test_the_same_seed_gives_the_same_intervals():

@@ -121,6 +121,15 @@ def test_folds_that_cannot_be_meant_are_refused(dataset_path: Path) -> None:
         split_rows(dataset, val_fold=val, test_fold=9, allow_series_labels=False)
 
 
+def test_a_part_that_is_not_needed_may_be_empty(dataset_path: Path) -> None:
+    dataset = open_dataset(dataset_path)
+    val, *_ = folds_of(dataset)
+    split = split_rows(dataset, val_fold=val, test_fold=9, allow_series_labels=False, needed=["val"])
+    assert len(split.test) == 0 < len(split.val)
+    with pytest.raises(UsageError, match="Expected slices for val; found none for val"):
+        split_rows(dataset, val_fold=9, test_fold=val, allow_series_labels=False, needed=["val"])
+
+
 def test_labels_come_in_the_order_of_the_classes(dataset_path: Path) -> None:
     dataset = open_dataset(dataset_path)
     rows = np.array([40, 3, 3, 17])
