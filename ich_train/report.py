@@ -154,14 +154,14 @@ def _tiles(metrics: Mapping[str, Any]) -> str:
 
 
 def _notes(metrics: Mapping[str, Any], history: Sequence[Epoch]) -> list[str]:
-    evaluated, notes = metrics["evaluated"], []
+    evaluated, data, notes = metrics["evaluated"], metrics["dataset"], []
     since = overfitting_since(history)
     if since is not None:
         notes.append(
             f"Overfitting from epoch {since} on: accuracy rises in training and falls in validation. The weights of "
             f"epoch {metrics['model']['epoch']} were kept."
         )
-    if evaluated["subset"] in ("train", "val", "all"):
+    if data["trained_on"] and evaluated["subset"] in ("train", "val", "all"):
         notes.append(
             f"The slices evaluated are those of the subset {evaluated['subset']}: the network, its best epoch or its "
             "thresholds were chosen on some of them. Only the subset test is unseen."
@@ -173,11 +173,21 @@ def _notes(metrics: Mapping[str, Any], history: Sequence[Epoch]) -> list[str]:
             f"{evaluated['slices']:,} slices were drawn with seed {evaluated['seed']}; as they are not whole series, "
             "there are no results by series."
         )
-    if not metrics["dataset"]["trained_on"]:
-        notes.append(
+    if not data["trained_on"]:
+        note = (
             "This is not the dataset that the network was trained on. The parts below are of this dataset: a patient "
-            "who is in both may have been trained on."
+            "who is in both may have been trained on. "
         )
+        if not data["parts"]["val"]["slices"]:
+            note += "It has no part val, and so no thresholds of best F1."
+        elif evaluated["subset"] in ("val", "all"):
+            note += (
+                "The thresholds of best F1 were found on its part val, which is judged too: results at them are better "
+                "than they would be on other slices."
+            )
+        else:
+            note += "The thresholds of best F1 were found on its part val."
+        notes.append(note)
     return notes
 
 

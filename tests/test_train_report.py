@@ -159,3 +159,20 @@ def test_what_weakens_the_numbers_is_noted(metrics, part, values, words):
     metrics[part] |= values
     (note,) = notes(metrics)
     assert words in note
+
+
+@pytest.mark.parametrize(
+    ("subset", "slices", "words"),
+    [
+        ("test", 60, "were found on its part val."),
+        ("val", 60, "were found on its part val, which is judged too"),
+        ("all", 60, "were found on its part val, which is judged too"),
+        ("all", 0, "no thresholds of best F1"),
+    ],
+)
+def test_of_another_dataset_it_is_said_where_thresholds_come_from(metrics, subset, slices, words):
+    data = metrics["dataset"]
+    data |= {"trained_on": False, "parts": data["parts"] | {"val": data["parts"]["val"] | {"slices": slices}}}
+    metrics["evaluated"] |= {"subset": subset}
+    (note,) = notes(metrics)
+    assert words in note
