@@ -14,9 +14,9 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import itertools
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,21 +45,16 @@ class Epoch:
 
 
 def new_folder(root: Path, name: str) -> Path:
-    """Return the first of ``root/name``, ``root/name-2``, ``root/name-3`` ... that does not exist."""
-    folders = _numbered(root, name)
-    return next(folder for folder in folders if not folder.exists())
+    """Return ``root/name``, or ``root/name-k`` where there are some: k is one more than the highest, from 2 on."""
+    return _numbered(root, name, max(_numbers(root, name), default=0) + 1)
 
 
 def latest_folder(root: Path, name: str) -> Path:
-    """Return the last of ``root/name``, ``root/name-2`` ... that exists; raises `UsageError` where there is none."""
-    latest = None
-    for folder in _numbered(root, name):
-        if not folder.exists():
-            break
-        latest = folder
-    if latest is None:
+    """Return that of ``root/name``, ``root/name-2`` ... with the highest number; raises `UsageError` where there is none."""
+    numbers = _numbers(root, name)
+    if not numbers:
         raise UsageError(f"Expected a run to resume at {root / name}; there is none. Name its folder with --out.")
-    return latest
+    return _numbered(root, name, max(numbers))
 
 
 def start(out: Path, settings: TrainConfig, evaluation: EvalConfig | None) -> None:
@@ -142,7 +137,11 @@ def write_whole(path: Path, text: str) -> None:
     new.replace(path)
 
 
-def _numbered(root: Path, name: str) -> Iterator[Path]:
-    yield root / name
-    for k in itertools.count(2):
-        yield root / f"{name}-{k}"
+def _numbered(root: Path, name: str, number: int) -> Path:
+    return root / (name if number == 1 else f"{name}-{number}")
+
+
+def _numbers(root: Path, name: str) -> list[int]:
+    """Return the numbers of the folders of that name, 1 for the one without."""
+    found = [re.fullmatch(rf"{re.escape(name)}(?:-([2-9]|[1-9]\d+))?", path.name) for path in root.glob("*")]
+    return [int(match[1] or 1) for match in found if match]

@@ -76,6 +76,15 @@ def test_folders_are_numbered_when_the_name_is_taken(tmp_path: Path) -> None:
         assert latest_folder(tmp_path, "smoke") == folder
 
 
+def test_a_deleted_folder_changes_no_number(tmp_path: Path) -> None:
+    for name in ("smoke", "smoke-2", "smoke-10", "smoke-10-old", "smoke-1", "smoked-12", "other-11"):
+        (tmp_path / name).mkdir()
+    for deleted in ("smoke", "smoke-2"):
+        (tmp_path / deleted).rmdir()
+        assert latest_folder(tmp_path, "smoke") == tmp_path / "smoke-10"
+        assert new_folder(tmp_path, "smoke") == tmp_path / "smoke-11"
+
+
 def test_a_run_remembers_its_settings(tmp_path: Path) -> None:
     settings, evaluation = TrainConfig(epochs=3, weights=Path("w.pth")), EvalConfig(limit=100)
     start(tmp_path / "run", settings, evaluation)
