@@ -69,13 +69,12 @@ def start(out: Path, settings: TrainConfig, evaluation: EvalConfig | None) -> No
     write_whole(out / RECIPE, recipe_text({name: values.model_dump() for name, values in sections.items()}))
 
 
-def check_same(out: Path, settings: TrainConfig) -> None:
-    """Raise `UsageError` where ``settings`` would make another run than the one in the folder ``out``."""
-    before = settings_of(out)[0].model_dump()
+def check_same(out: Path, before: TrainConfig, settings: TrainConfig) -> None:
+    """Raise `UsageError` where ``settings`` would make another run than ``before``, those of the run in ``out``."""
     differing = [
-        f"{key} (was {before[key]}, now {value})"
-        for key, value in settings.model_dump().items()
-        if before[key] != value and key not in FREE_ON_RESUME
+        f"{key} (was {was}, now {getattr(settings, key)})"
+        for key, was in before
+        if getattr(settings, key) != was and key not in FREE_ON_RESUME
     ]
     if differing:
         raise UsageError(

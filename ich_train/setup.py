@@ -90,6 +90,7 @@ class Training:
         """Return what `resume` needs, beside the weights, to go on from here."""
         return {
             "dataset_digest": self.dataset.digest,
+            "settings": self.settings.model_dump(mode="json"),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "loader": self.loader.state_dict(),

@@ -19,18 +19,19 @@ import torch
 
 from ich_prep.errors import TrainError
 from ich_train.checkpoint import has_checkpoint, load_parameters, load_state, save_checkpoint
+from ich_train.config import TrainConfig
 from ich_train.data import on_device
 from ich_train.loss import loss_sums
 from ich_train.progress import Meter, Reporter, tensorboard
 from ich_train.ranks import Ranks, Stop, join_ranks, own_stream
-from ich_train.runs import BEST, LAST, METRICS, Epoch, check_same, start, write_history
+from ich_train.runs import BEST, LAST, METRICS, Epoch, check_same, settings_of, start, write_history
 from ich_train.setup import Training, prepare
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ich_prep.store import Dataset
-    from ich_train.config import EvalConfig, TrainConfig
+    from ich_train.config import EvalConfig
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,13 @@ def train(
     cannot be recorded as a CUDA graph.
     """
     with join_ranks(settings.device) as ranks, own_stream(ranks.device), Stop(ranks) as stop:
-        saved = resume and _has_state(out, settings, ranks)
-        training = prepare(dataset, settings, ranks, weights=None if saved else settings.weights)
+        saved = _saved_state(out, settings, ranks) if resume else None
+        training = prepare(dataset, settings, ranks, weights=settings.weights if saved is None else None)
         reporter = Reporter(console, epochs=settings.epochs, silent=not ranks.first)
-        if saved:
+        if saved is not None:
             load_parameters(out / LAST, training.model)
-            training.resume(load_state(out / LAST))
+            training.resume(saved)
+            del saved  # an optimizer's state is twice as large as its network
         elif ranks.first and not resume:
             start(out, settings, evaluation)
         reporter.say(_outline(training, ranks))
@@ -191,14 +193,19 @@ def _save(training: Training, folder: Path, ranks: Ranks, *, with_state: bool = 
         save_checkpoint(folder, training.model, training.meta(), training.state() if with_state else None)
 
 
-def _has_state(out: Path, settings: TrainConfig, ranks: Ranks) -> bool:
-    """Return whether the run in ``out``, which must have begun with the same ``settings``, was ever saved."""
-    check_same(out, settings)
+def _saved_state(out: Path, settings: TrainConfig, ranks: Ranks) -> dict[str, Any] | None:
+    """Return the state of the run in ``out``, which must have begun with the same ``settings``; None if it has none."""
+    before, _ = settings_of(out)
     # A replacement that was cut short is put right by one rank before the others look.
     if ranks.first:
         has_checkpoint(out / LAST)
     ranks.wait()
-    return has_checkpoint(out / LAST)
+    state = load_state(out / LAST) if has_checkpoint(out / LAST) else None
+    # The recipe may have been edited since; but earlier versions saved no settings.
+    if state is not None and "settings" in state:
+        before = TrainConfig.model_validate(state["settings"])
+    check_same(out, before, settings)
+    return state
 
 
 def _is_judged(out: Path, dataset: Dataset, evaluation: EvalConfig) -> bool:

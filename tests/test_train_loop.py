@@ -27,7 +27,7 @@ from ich_train.checkpoint import load_model
 from ich_train.config import EvalConfig, TrainConfig
 from ich_train.evaluate import evaluate_run
 from ich_train.ranks import Ranks
-from ich_train.runs import Epoch, read_history
+from ich_train.runs import Epoch, read_history, settings_of
 from ich_train.setup import prepare
 from ich_train.split import split_rows
 from ich_train.train import Result, learning_rate, step_seed, train
@@ -352,6 +352,26 @@ def test_a_run_does_not_go_on_with_another_dataset(tree: Path, dataset: Dataset,
     build(tree, tmp_path / "other.zarr", Spec(size=32, slices_per_shard=32, folds=3), workers=0)
     with pytest.raises(TrainError, match="--data"):
         quiet_train(open_dataset(tmp_path / "other.zarr"), tmp_path / "run", settings(epochs=1), resume=True)
+
+
+def test_a_run_does_not_go_on_with_an_edited_recipe(dataset: Dataset, tmp_path: Path) -> None:
+    quiet_train(dataset, tmp_path / "run", settings(epochs=1))
+    recipe = tmp_path / "run" / "recipe.toml"
+    recipe.write_text(recipe.read_text(encoding="utf-8").replace("\nepochs = 1\n", "\nepochs = 5\n"), encoding="utf-8")
+    edited, _ = settings_of(tmp_path / "run")
+    with pytest.raises(UsageError, match=r"epochs \(was 1, now 5\)"):
+        quiet_train(dataset, tmp_path / "run", edited, resume=True)
+
+
+def test_a_checkpoint_without_settings_is_held_to_the_recipe(dataset: Dataset, tmp_path: Path) -> None:
+    quiet_train(dataset, tmp_path / "run", settings(epochs=1))
+    place = tmp_path / "run" / "last" / "state.pt"
+    state = torch.load(place, weights_only=True)
+    del state["settings"]
+    torch.save(state, place)
+    with pytest.raises(UsageError, match=r"epochs \(was 1, now 5\)"):
+        quiet_train(dataset, tmp_path / "run", settings(epochs=5), resume=True)
+    assert quiet_train(dataset, tmp_path / "run", settings(epochs=1), resume=True)[0].finished
 
 
 def test_the_learning_rate_rises_then_falls_to_nothing() -> None:
