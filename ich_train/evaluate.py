@@ -135,7 +135,7 @@ def evaluate_run(
     baseline = position_scores(training.positions, training.labels, cases.positions)
     metrics = {
         "model": meta,
-        "dataset": _describe(dataset, split, meta),
+        "dataset": _describe(dataset, split, meta) | {"patient_is_study": _unnamed(dataset, rows, split)},
         "evaluated": {
             "subset": subset,
             "limit": limit,
@@ -339,6 +339,12 @@ def _describe(dataset: Dataset, split: Split, meta: Mapping[str, Any]) -> dict[s
         "patients": pc.count_distinct(dataset.slices["patient_id"]).as_py(),
         "parts": parts,
     }
+
+
+def _unnamed(dataset: Dataset, rows: NDArray[np.int64], split: Split) -> int:
+    """Return how many of the slices ``rows`` and of those to train on have their study's UID for a patient."""
+    flags = dataset.slices["flags"].take(pa.array(np.union1d(rows, split.train)))
+    return int(pc.equal(pc.list_flatten(flags), "patient_is_study").to_numpy().sum())
 
 
 def _predictions(dataset: Dataset, cases: Cases) -> pa.Table:

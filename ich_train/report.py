@@ -168,6 +168,11 @@ def _notes(metrics: Mapping[str, Any], history: Sequence[Epoch]) -> list[str]:
         )
     if evaluated["series_labels"]:
         notes.append("Labels here are those of whole series, copied to their slices: read the results by series.")
+    if data["patient_is_study"]:
+        notes.append(
+            f"{data['patient_is_study']:,} slices, judged or to train on, have no PatientID; their study stands for the "
+            "patient. One person can be in several parts of the split, and intervals resample studies."
+        )
     if metrics["by_series_max"] is None:
         notes.append(
             f"{evaluated['slices']:,} slices were drawn with seed {evaluated['seed']}; as they are not whole series, "

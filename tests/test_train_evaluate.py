@@ -286,6 +286,18 @@ def test_all_of_a_dataset_is_judged_where_parts_of_the_split_are_empty(evaluated
         evaluate_run(run, other, subset="val", out=tmp_path / "val")
 
 
+def test_slices_whose_study_stands_for_the_patient_are_counted(evaluated, dataset, relabelled, tmp_path):
+    run, before = evaluated
+    assert before["dataset"]["patient_is_study"] == 0
+    split = split_rows(dataset, **SPLIT, allow_series_labels=False)
+    flags = [["gap_before"] if row % 2 else [] for row in range(len(dataset))]
+    for row in (*split.train[:5], *split.test[-3:], *split.val[:2]):
+        flags[row] = [*flags[row], "patient_is_study"]
+    metrics = evaluate_run(run, relabelled(flags=flags), bootstrap=0, out=tmp_path / "judged")
+    assert metrics["dataset"]["patient_is_study"] == 8
+    assert "8 slices, judged or to train on, have no PatientID" in (tmp_path / "judged" / "report.html").read_text()
+
+
 def test_an_unknown_subset_is_refused(dataset, tmp_path):
     with pytest.raises(UsageError, match=r"train, val, test, all; found 'vla'"):
         evaluate_run(tmp_path, dataset, subset="vla")

@@ -71,6 +71,7 @@ def metrics():
             "name": "<b>data & more</b>.zarr",
             "digest": "0f" * 32,
             "trained_on": True,
+            "patient_is_study": 0,
             "slices": 180,
             "series": 30,
             "patients": 30,
@@ -152,6 +153,7 @@ def test_a_draw_has_no_series_and_says_so(metrics):
     [
         ("evaluated", {"subset": "val"}, "Only the subset test is unseen"),
         ("evaluated", {"series_labels": True}, "read the results by series"),
+        ("dataset", {"patient_is_study": 1200}, "1,200 slices, judged or to train on, have no PatientID"),
         ("dataset", {"trained_on": False}, "not the dataset that the network was trained on"),
     ],
 )
