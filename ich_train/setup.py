@@ -38,6 +38,7 @@ class Training:
 
     dataset: Dataset
     settings: TrainConfig
+    ranks: Ranks
     loader: SliceLoader
     val_loader: SliceLoader
     windows: tuple[Window, ...]
@@ -187,6 +188,7 @@ def prepare(dataset: Dataset, settings: TrainConfig, ranks: Ranks, *, weights: P
     return Training(
         dataset=dataset,
         settings=settings,
+        ranks=ranks,
         loader=loader,
         val_loader=val_loader,
         windows=windows,

@@ -83,8 +83,11 @@ def _learn(training: Training, images: torch.Tensor, labels: torch.Tensor) -> to
     with training.mixed():
         logits = training.network(inputs)
     sums = loss_sums(logits, labels, training.label_weights)
+    weight, ranks = sums.weight, training.ranks
+    if ranks.world_size > 1:  # whose gradients are averaged: to that of the mean over the known labels of all of them
+        weight = ranks.total(weight) / ranks.world_size
     optimizer.zero_grad()
-    scaler.scale(sums.loss / sums.weight).backward()  # type: ignore[no-untyped-call]
+    scaler.scale(sums.loss / weight).backward()  # type: ignore[no-untyped-call]
     scaler.unscale_(optimizer)
     nn.utils.clip_grad_norm_(training.model.parameters(), training.settings.clip_norm)
     scaler.step(optimizer)

@@ -260,7 +260,22 @@ def torchrun(*options: object) -> subprocess.Popen[str]:
     return subprocess.Popen([*launcher, *command(*options)], stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
 
 
-def test_two_processes_learn_what_one_learns_from_both_shares(path: Path, tmp_path: Path) -> None:
+def with_unknown_labels(path: Path, copy: Path) -> Path:
+    """A copy of the dataset in which two of three slices, drawn, have a label for any only."""
+    shutil.copytree(path, copy)
+    slices = open_dataset(path).slices
+    bare = pa.array(np.random.default_rng(0).random(len(slices)) < 2 / 3)
+    for name in CLASSES[:-1]:
+        values = pc.if_else(bare, pa.scalar(None, pa.int8()), slices[name])
+        slices = slices.set_column(slices.schema.get_field_index(name), slices.schema.field(name), values)
+    write_table(copy / SLICES, slices)
+    return copy
+
+
+@pytest.mark.parametrize("unknown", [False, True])
+def test_two_processes_learn_what_one_learns_from_both_shares(path: Path, tmp_path: Path, unknown: bool) -> None:
+    if unknown:
+        path = with_unknown_labels(path, tmp_path / "data.zarr")
     one, _ = quiet_train(open_dataset(path), tmp_path / "one", settings(batch_size=16, data=path, **STILL))
     recipe = recipe_of(tmp_path, batch_size=8, data=path, **STILL)
     with torchrun("--recipe", recipe, "--out", tmp_path / "two") as process:
