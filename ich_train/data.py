@@ -125,8 +125,10 @@ class SliceLoader:
 
     ``rows`` (default: all usable ones) are visited in the ``order`` "sequential", "shuffled" or "windowed" (see
     ``order.epoch_positions``), drawn by ``weights`` if given; of several ranks each visits its own share. ``context``
-    neighbours below and above join as channels. ``threads`` read ahead up to ``prefetch`` batches. Buffers are pinned
-    when ``pin`` says so (default: where there is a GPU). ``wait_seconds`` is how long the consumer has waited for data.
+    neighbours below and above join as channels. ``threads`` read ahead up to ``prefetch`` batches, rounded up to as many
+    for each, and beside those hold one that it fills and one for the consumer: threads x (2 + ceil(prefetch / threads))
+    buffers of a batch. These are pinned when ``pin`` says so (default: where there is a GPU). ``wait_seconds`` is how
+    long the consumer has waited for data.
     """
 
     def __init__(
