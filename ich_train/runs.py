@@ -142,5 +142,5 @@ def _numbered(root: Path, name: str, number: int) -> Path:
 
 def _numbers(root: Path, name: str) -> list[int]:
     """Return the numbers of the folders of that name, 1 for the one without; a year, as in "rsna-2019", is none."""
-    found = [re.fullmatch(rf"{re.escape(name)}(?:-([2-9]|[1-9]\d{1,2}))?", path.name) for path in root.glob("*")]
+    found = [re.fullmatch(rf"{re.escape(name)}(?:-([2-9]|[1-9]\d\d?))?", path.name) for path in root.glob("*")]
     return [int(match[1] or 1) for match in found if match]
