@@ -77,7 +77,7 @@ def test_folders_are_numbered_when_the_name_is_taken(tmp_path: Path) -> None:
 
 
 def test_a_deleted_folder_changes_no_number(tmp_path: Path) -> None:
-    for name in ("smoke", "smoke-2", "smoke-10", "smoke-10-old", "smoke-1", "smoked-12", "other-11"):
+    for name in ("smoke", "smoke-2", "smoke-10", "smoke-10-old", "smoke-1", "smoke-2024", "smoked-12", "other-11"):
         (tmp_path / name).mkdir()
     for deleted in ("smoke", "smoke-2"):
         (tmp_path / deleted).rmdir()
