@@ -165,7 +165,7 @@ class State(BaseModel):
     """What a build in progress has decided, in ``build/state.json``.
 
     ``sources`` and ``labels`` are digests of the file listing and of the labels; ``plan`` that of the plan, once made.
-    ``releases`` are those of what makes the bytes.
+    ``releases`` are those of what makes the bytes, none in a build that was begun before they were kept.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -174,7 +174,7 @@ class State(BaseModel):
     spec: Spec
     sources: str
     labels: str
-    releases: dict[str, str | None]
+    releases: dict[str, str | None] = {}
     plan: str | None = None
 
 

@@ -204,6 +204,17 @@ def test_a_build_of_other_releases_is_refused(phantom_tree: Path, dataset_path: 
     assert published(unfinished) == published(dataset_path)
 
 
+def test_a_dataset_whose_build_kept_no_releases_is_finished(
+    phantom_tree: Path, dataset_path: Path, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(dataset_path, tmp_path / "data.zarr"))
+    path = out / "build" / "state.json"
+    state = json.loads(path.read_text())
+    del state["releases"]
+    path.write_text(json.dumps(state))
+    assert build(phantom_tree, out, SMALL, workers=0).already_finished
+
+
 def test_a_shard_of_another_plan_is_written_anew(phantom_tree: Path, dataset_path: Path, unfinished: Path) -> None:
     entry = unfinished / "build" / "shards" / "00001.json"
     entry.write_text(json.dumps(json.loads(entry.read_text()) | {"plan": "another"}))
