@@ -189,13 +189,21 @@ def _begin(target: Path, state: State, listing: Listing) -> State:
     folder = target / store.BUILD
     if (folder / store.STATE).exists():
         before = store.read_state(folder)
-        if before.plan is None and before != state:
-            _forget_headers(folder, listing, all_of_them=before.releases != state.releases)
-            _write_listing(folder, listing)
-            ledger.write_whole(folder / store.STATE, state.model_dump_json(indent=2).encode())
-            return state
-        return before
-    # Without a state, what is there is of a build that ended before its first step, or that is to be replaced.
+        if before.plan is not None or before == state:
+            return before
+        _forget_headers(folder, listing, all_of_them=before.releases != state.releases)
+    else:
+        _clear(target)
+    sink = pa.BufferOutputStream()
+    pq.write_table(listing.files, sink, row_group_size=FILES_PER_BATCH)
+    ledger.write_whole(folder / store.FILES, sink.getvalue().to_pybytes())
+    store.write_state(folder, state)
+    return state
+
+
+def _clear(target: Path) -> None:
+    """Remove what is of a build that ended before its first step, or that is to be replaced; make the folders of one."""
+    folder = target / store.BUILD
     for path in (target / store.IMAGES, target / store.LABELS, *folder.iterdir()):
         if path.is_dir():
             shutil.rmtree(path)
@@ -203,15 +211,6 @@ def _begin(target: Path, state: State, listing: Listing) -> State:
             path.unlink(missing_ok=True)
     for path in (folder / store.SCAN, folder / store.DONE, target / store.IMAGES / "c"):
         path.mkdir(parents=True)
-    _write_listing(folder, listing)
-    ledger.write_whole(folder / store.STATE, state.model_dump_json(indent=2).encode())
-    return state
-
-
-def _write_listing(folder: Path, listing: Listing) -> None:
-    sink = pa.BufferOutputStream()
-    pq.write_table(listing.files, sink, row_group_size=FILES_PER_BATCH)
-    ledger.write_whole(folder / store.FILES, sink.getvalue().to_pybytes())
 
 
 def _forget_headers(folder: Path, listing: Listing, *, all_of_them: bool) -> None:
@@ -306,7 +305,7 @@ def _write_plan(folder: Path, state: State, plan: Plan) -> State:
     store.write_table(folder / store.PLANNED_QUARANTINE, plan.quarantine)
     digest = hashlib.sha256(state.spec.model_dump_json().encode() + data).hexdigest()
     state = state.model_copy(update={"plan": digest})
-    ledger.write_whole(folder / store.STATE, state.model_dump_json(indent=2).encode())
+    store.write_state(folder, state)
     return state
 
 

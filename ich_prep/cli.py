@@ -7,14 +7,13 @@ by Ctrl-C.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from ich_prep.errors import IchError, UsageError
+from ich_prep.errors import IchError, UsageError, words_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -254,10 +253,7 @@ def main() -> NoReturn:
         typer.echo(f"Error: {error}", err=True)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except OSError as error:
-        where = "" if error.filename is None else f" ({os.fsdecode(error.filename)})"
-        typer.echo(
-            f"Error: {error.strerror or error}{where}. Mend the cause, then run the same command again.", err=True
-        )
+        typer.echo(f"Error: {words_of(error)}. Mend the cause, then run the same command again.", err=True)
         sys.exit(1)
     sys.exit(0)
 

@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 
 
@@ -88,6 +89,12 @@ class CorruptionError(DatasetError):
 
 class TrainError(IchError):
     """A training run that cannot start or go on."""
+
+
+def words_of(error: OSError) -> str:
+    """Return what the operating system refused, and of which file where that is known."""
+    where = "" if error.filename is None else f" ({os.fsdecode(error.filename)})"
+    return f"{error.strerror or error}{where}"
 
 
 class SliceError(IchError):

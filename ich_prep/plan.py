@@ -158,7 +158,7 @@ def _ordered(slices: pa.Table) -> pa.Table:
     run = _run_number(series)
     head = _head_of_most(normal, run, uid)[run]
     headless = head < 0
-    shared = np.where(headless[:, np.newaxis], np.nan, normal[head]) if len(slices) else normal
+    shared = np.where(headless[:, np.newaxis], np.nan, normal[head])
     with np.errstate(invalid="ignore"):
         along = np.einsum("ij,ij->i", position, shared)
         turned = ~(np.abs(np.einsum("ij,ij->i", normal, shared)) >= SAME_DIRECTION_COSINE)

@@ -29,13 +29,3 @@ def library_releases() -> dict[str, str | None]:
 def all_releases() -> dict[str, str | None]:
     """Return the releases of this package and of each library."""
     return {PACKAGE: _release(PACKAGE), **library_releases()}
-
-
-def differences(there: dict[str, str | None], here: dict[str, str | None]) -> list[str]:
-    """Return what differs, in words: "numpy was 1.0 and is now 2.0"."""
-    names = sorted(there.keys() | here.keys())
-    return [
-        f"{name} was {there.get(name)} and is now {here.get(name)}"
-        for name in names
-        if there.get(name) != here.get(name)
-    ]

@@ -189,6 +189,11 @@ def read_state(build: Path) -> State:
         ) from None
 
 
+def write_state(build: Path, state: State) -> None:
+    """Write the state of the build whose folder ``build`` is, whole or not at all."""
+    write_whole(build / STATE, state.model_dump_json(indent=2).encode())
+
+
 def shard_path(out: Path, shard: int) -> Path:
     """Return where shard number ``shard`` lies."""
     return out / IMAGES / "c" / str(shard) / "0" / "0" / "0"

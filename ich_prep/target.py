@@ -6,13 +6,12 @@ What is no dataset or build of ours is not touched.
 from __future__ import annotations
 
 import fcntl
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from ich_prep import ledger, releases, store
-from ich_prep.errors import BuildError, UsageError
+from ich_prep import ledger, store
+from ich_prep.errors import BuildError, UsageError, words_of
 from ich_prep.sources import Listing
 from ich_prep.store import Spec, State
 
@@ -64,7 +63,7 @@ def is_finished(target: Path, state: State, listing: Listing) -> bool:
         if before.labels != state.labels:
             differences.append("the labels are not the same")
         if not finished:
-            differences += releases.differences(before.releases, state.releases)
+            differences += _differences(before.releases, state.releases)
     if differences:
         raise BuildError(
             f"{target} {'is a dataset' if finished else 'is the build'} of something else: {'; '.join(differences)}. "
@@ -74,8 +73,17 @@ def is_finished(target: Path, state: State, listing: Listing) -> bool:
 
 
 def _spec_differences(there: Spec, here: Spec) -> list[str]:
-    before, now = there.model_dump(mode="json"), here.model_dump(mode="json")
-    return [f"{name} was {before[name]!r} and is now {now[name]!r}" for name in now if before[name] != now[name]]
+    before, now = (spec.model_dump(mode="json").items() for spec in (there, here))
+    return _differences({name: repr(value) for name, value in before}, {name: repr(value) for name, value in now})
+
+
+def _differences(before: Mapping[str, str | None], now: Mapping[str, str | None]) -> list[str]:
+    names = {**now, **before}
+    return [
+        f"{name} was {before.get(name)} and is now {now.get(name)}"
+        for name in names
+        if before.get(name) != now.get(name)
+    ]
 
 
 def _listing_difference(folder: Path, listing: Listing) -> str:
@@ -119,8 +127,7 @@ def explained(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        where = "" if error.filename is None else f" ({os.fsdecode(error.filename)})"
         raise BuildError(
-            f"Writing {target} failed: {error.strerror or error}{where}. What is finished is kept: make room or mend the "
+            f"Writing {target} failed: {words_of(error)}. What is finished is kept: make room or mend the "
             "cause, then run the same command again, without --overwrite."
         ) from error

@@ -22,3 +22,11 @@ def damaged_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("damaged") / "rsna"
     synthesize(out, series=2, size=64, defects=True)
     return out
+
+
+@pytest.fixture
+def unfinished(dataset_path: Path, tmp_path: Path) -> Path:
+    """A build that was stopped just before its last step."""
+    out = Path(shutil.copytree(dataset_path, tmp_path / "data.zarr"))
+    (out / "zarr.json").unlink()
+    return out

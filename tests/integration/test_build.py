@@ -179,14 +179,6 @@ def test_other_labels_are_refused(tree: Path, tmp_path: Path) -> None:
         build(tree, out, SMALL, workers=0)
 
 
-@pytest.fixture
-def unfinished(dataset_path: Path, tmp_path: Path) -> Path:
-    """A build that was stopped just before its last step."""
-    out = Path(shutil.copytree(dataset_path, tmp_path / "data.zarr"))
-    (out / "zarr.json").unlink()
-    return out
-
-
 def test_a_build_that_has_a_plan_is_refused_to_another_spec(phantom_tree: Path, unfinished: Path) -> None:
     with pytest.raises(BuildError, match=r"is the build of something else: folds was 5 and is now 3"):
         build(phantom_tree, unfinished, SMALL.model_copy(update={"folds": 3}), workers=0)
