@@ -1,0 +1,35 @@
+"""The classes that a dataset labels: RSNA's six unless a build names others."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+
+SUBTYPES = ("epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural")
+ANY = "any"
+RSNA_CLASSES = (*SUBTYPES, ANY)
+UNKNOWN = -1  # in arrays of labels, for the null of a table
+
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
+def is_rsna(classes: Sequence[str]) -> bool:
+    """Return whether these are RSNA's six classes in their order, so that ``any`` is the or of the five subtypes."""
+    return tuple(classes) == RSNA_CLASSES
+
+
+def class_name_problem(classes: Sequence[str], reserved: Collection[str]) -> str | None:
+    """Return what is wrong with the names of ``classes``, None where nothing is.
+
+    A name is ``[a-z][a-z0-9_]*``, does not start with ``x_`` and is not one of the ``reserved`` column names.
+    """
+    if not classes:
+        return "at least one class is needed"
+    for name in classes:
+        if not _NAME.fullmatch(name):
+            return f"{name!r} is not a class name: use lower-case letters, digits and _, starting with a letter"
+        if name in reserved or name.startswith("x_"):
+            return f"{name!r} is the name of another column: choose another name for the class"
+    if len(set(classes)) != len(classes):
+        return "a class is named twice"
+    return None

@@ -1,0 +1,206 @@
+"""A finished dataset: open it, read its tables, and its pixels in any order."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ich_prep.dataset.classes import UNKNOWN
+from ich_prep.dataset.schema import OK, ROOT, Root, parse_root, shard_path
+from ich_prep.dataset.shard_reader import ShardReader, require_out
+from ich_prep.dataset.storage import local_path
+from ich_prep.dataset.tables import read_parquet
+from ich_prep.errors import CorruptionError, DatasetError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+BUILD_SUFFIX = ".build"  # of the working folder beside a dataset
+STATE = "state.json"
+
+
+def open_dataset(path: str | Path) -> Dataset:
+    """Return the finished dataset at ``path``.
+
+    Raises ``DatasetError`` for a path that does not exist, is not a dataset, is not finished, or is of another format.
+    """
+    root = local_path(path, "The dataset")
+    attributes = _read_attributes(root)
+    return Dataset(root, parse_root(attributes, root), attributes["ich"])
+
+
+def _read_attributes(root: Path) -> Any:
+    """Return the attributes of the root group."""
+    try:
+        document = json.loads((root / ROOT).read_bytes())
+    except PermissionError as error:
+        raise DatasetError(
+            f"Cannot read {root / ROOT}: {(error.strerror or '').lower()}. Fix its permissions, or run as a user who can "
+            "read it."
+        ) from None
+    except (FileNotFoundError, NotADirectoryError):
+        if (root.with_name(root.name + BUILD_SUFFIX) / STATE).exists():
+            raise DatasetError(
+                f"The build of {root} is not finished. Run the same `ich-prep build` command again to resume it."
+            ) from None
+        found = "a file" if root.is_file() else "a folder without a zarr.json" if root.is_dir() else "nothing"
+        raise DatasetError(
+            f"Expected a dataset at {root}; found {found}. Make one with `ich-prep build --src DICOM --out {root}`."
+        ) from None
+    except (ValueError, RecursionError):
+        raise CorruptionError(
+            f"{root / ROOT} is damaged: it is not JSON. Restore it, or remove the folder and build again."
+        ) from None
+    return document.get("attributes") if isinstance(document, dict) else None
+
+
+class Dataset:
+    """A finished dataset: its tables, and its pixels in any order. Safe to share between threads.
+
+    ``path``; ``root`` (typed) and ``attributes`` (the same as parsed JSON, with all its keys); ``spec`` of the stored
+    pixels; ``classes``; ``digest`` of all its bytes; ``shape`` (slice, channel, y, x); ``dtype`` (uint8 window codes or
+    int16 HU).
+    """
+
+    def __init__(self, path: Path, root: Root, attributes: dict[str, Any]) -> None:
+        self.path, self.root, self.attributes = path, root, attributes
+        self.spec, self.classes, self.counts, self.digest = root.spec, root.classes, root.counts, root.digest
+        self.shape = (root.counts.rows, self.spec.channels, self.spec.size, self.spec.size)
+        self.dtype = self.spec.dtype
+        self._reader = ShardReader(
+            lambda shard: shard_path(path, shard),
+            slices=len(self),
+            slice_bytes=int(np.prod(self.shape[1:])) * self.dtype.itemsize,
+            slices_per_shard=self.spec.slices_per_shard,
+            codec=self.spec.codec,
+        )
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        return f"Dataset({str(self.path)!r}, {self.spec.store}, shape={self.shape})"
+
+    @cached_property
+    def slices(self) -> pa.Table:
+        """The slice table: line i is row i; the columns of ``schema.slice_schema``, and any that a later version added."""
+        return self.read_table("slices")
+
+    @cached_property
+    def series(self) -> pa.Table:
+        """One line a volume, in the order of its rows; the columns of ``schema.series_schema``."""
+        return self.read_table("series")
+
+    @cached_property
+    def labels(self) -> NDArray[np.int8]:
+        """The labels of every row, int8 (slices, classes) in the order of ``classes``, -1 where unknown; read only."""
+        columns = [self.slices[name].fill_null(UNKNOWN).to_numpy() for name in self.classes]
+        labels: NDArray[np.int8] = np.stack(columns, axis=1).astype(np.int8)
+        labels.flags.writeable = False
+        return labels
+
+    @cached_property
+    def is_ok(self) -> NDArray[np.bool_]:
+        """Whether each row has pixels, bool (slices,); read only."""
+        ok: NDArray[np.bool_] = pc.equal(self.slices["status"], OK).fill_null(False).to_numpy(zero_copy_only=False)
+        ok.flags.writeable = False
+        return ok
+
+    def table_path(self, table: str) -> Path:
+        """Return where the ``table`` of this generation lies: slices, series, shards or quarantine."""
+        return self.path / str(getattr(self.root.tables, table))
+
+    def read_table(self, table: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return a published table (slices, series, shards or quarantine), or only some of its columns.
+
+        Raises ``CorruptionError`` where it cannot be read.
+        """
+        path = self.table_path(table)
+        try:
+            return read_parquet(path, columns)
+        except (OSError, pa.ArrowException) as error:
+            raise CorruptionError(
+                f"{path} cannot be read: {error}. Run `ich-prep verify {self.path}`, then restore it, or build again with "
+                "--overwrite."
+            ) from None
+
+    def read(
+        self, rows: Sequence[int] | NDArray[np.integer[Any]], out: NDArray[Any] | None = None, *, threads: int = 1
+    ) -> NDArray[Any]:
+        """Return the pixels of ``rows``, in their order, as (len(rows), channel, y, x).
+
+        Rows may come in any order and more than once. ``out``, if given, is C-contiguous, of that shape and of
+        ``dtype``, and is what is returned. Raises ``IndexError`` for a row outside of the dataset, ``DatasetError`` for
+        a row whose status is not ok, ``TypeError`` for anything but row numbers, ``CorruptionError`` for bytes that are
+        not the ones written; never returns zeros for missing data.
+        """
+        wanted = np.asarray(rows)
+        if wanted.size and (wanted.dtype.kind not in "iu" or wanted.ndim != 1):
+            raise TypeError(f"Expected row numbers, as a list or (n,); got {wanted.dtype} of shape {wanted.shape}.")
+        wanted = wanted.astype(np.int64, copy=False)
+        shape = (len(wanted), *self.shape[1:])
+        if out is None:
+            out = np.empty(shape, self.dtype)
+        require_out(out, shape, self.dtype)
+        lines = out.reshape(len(wanted), int(np.prod(shape[1:]))).view(np.uint8)
+        missing = self._reader.read(wanted, lines, threads=threads)
+        if missing:
+            self._refuse_row(missing[0])
+        return out
+
+    def volume(self, series_instance_uid: str | None = None, *, series_row: int | None = None) -> NDArray[Any]:
+        """Return the pixels of one volume, (slices, channel, y, x), in the order of their positions.
+
+        A volume is a line of ``series``, named by its ``series_row``, or by its UID where only one volume has it. Slices
+        whose status is not ok are left out. Raises ``KeyError`` for a volume that is not in the dataset, or a UID that
+        several volumes share.
+        """
+        if series_row is None:
+            series_row = self._series_row(series_instance_uid)
+        elif series_instance_uid is not None:
+            raise TypeError("Name a volume by its UID or by its series_row, not by both.")
+        rows = self.rows_of(series_row)
+        return self.read(rows[self.is_ok[rows]])
+
+    def rows_of(self, series_row: int) -> NDArray[np.int64]:
+        """Return all rows of one volume, int64 ascending, also those without pixels; raises ``KeyError``."""
+        if not 0 <= series_row < len(self.series):
+            raise KeyError(f"No series_row {series_row} in {self.path}: it has 0..{len(self.series) - 1}.")
+        first, count = (int(self.series[name][series_row].as_py()) for name in ("first_row", "n_slices"))
+        return np.arange(first, first + count, dtype=np.int64)
+
+    def _series_row(self, uid: object) -> int:
+        if not isinstance(uid, str):
+            raise TypeError(
+                f"Expected a SeriesInstanceUID as text; got {uid!r}. For the volume of a line of dataset.series: "
+                f"dataset.volume(series_row={uid!r})."
+            )
+        rows = pc.indices_nonzero(pc.equal(self.series["series_instance_uid"], uid)).to_pylist()
+        if not rows:
+            raise KeyError(f"No series {uid!r} in {self.path}.")
+        if len(rows) > 1:
+            raise KeyError(f"{len(rows)} volumes of {self.path} share the UID {uid!r}: name one by series_row={rows}.")
+        return int(rows[0])
+
+    def _refuse_row(self, row: int) -> None:
+        status = self.slices["status"][row].as_py()
+        shard = row // self.spec.slices_per_shard
+        if status == OK:
+            raise CorruptionError(
+                f"Row {row} has status ok but no chunk in shard {shard} ({shard_path(self.path, shard)}). Run `ich-prep "
+                f"verify {self.path}`, then restore it, or build again with --overwrite."
+            )
+        raise DatasetError(
+            f"Row {row} has the status {status!r} and no pixels. Read only rows whose status is ok: "
+            "np.flatnonzero(dataset.is_ok)."
+        )
+
+

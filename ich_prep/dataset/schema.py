@@ -1,0 +1,333 @@
+"""The on-disk contract ``ich/1``: every name, type and column inside a dataset, and the typed root.
+
+docs/format.md is checked against this module. What a dataset is to a reader:
+
+    data.zarr/
+      zarr.json                  root group; its attribute ``ich`` describes the dataset; written last
+      images/zarr.json           array (slice, channel, y, x)
+      images/c/<k>/0/0/0         shard k
+      labels/zarr.json           a group, so that Zarr tools walk past the tables in it
+      labels/slices.parquet      line i is images[i]
+      labels/series.parquet      one line a volume
+      labels/shards.parquet      one line a shard: its length and fingerprint
+      labels/quarantine.parquet  files and slices that were quarantined, and why
+
+Readers are tolerant: they require what they use, and ignore keys, columns and words that they do not know.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from ich_prep.dataset.classes import RSNA_CLASSES, class_name_problem
+from ich_prep.dataset.windows import PRESETS, Window, parse_windows
+from ich_prep.errors import CorruptionError, DatasetError
+
+FORMAT = "ich/1"
+ROOT = "zarr.json"
+IMAGES, LABELS = "images", "labels"
+TABLES = ("slices", "series", "shards", "quarantine")
+HISTOGRAM_BINS = 64
+
+# The statuses of a row that are no quarantine reason. Readers take any other word for a row without pixels.
+OK = "ok"
+UNUSED = "unused"  # a row between two generations that no slice was given
+WITHDRAWN = "withdrawn"  # a slice that was dropped from the dataset
+
+_FORMAT = re.compile(r"ich/1(\.[0-9]+)?")  # a later 1.x may add keys and columns
+
+
+def table_name(table: str, generation: int) -> str:
+    """Return the name, relative to the dataset, that ``table`` has in a generation: the first has no number."""
+    return f"{LABELS}/{table}.parquet" if generation == 1 else f"{LABELS}/{table}.{generation}.parquet"
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def slice_schema(classes: Sequence[str] = RSNA_CLASSES) -> pa.Schema:
+    """Return the columns of the slice table of a dataset with these ``classes``."""
+    return pa.schema(
+        [
+            ("row", pa.int64()),
+            ("sop_instance_uid", pa.string()),
+            ("series_instance_uid", pa.string()),
+            ("study_instance_uid", pa.string()),
+            ("patient_id", pa.string()),
+            ("subset", pa.string()),
+            ("fold", pa.int8()),
+            ("fold_group", pa.string()),
+            ("status", pa.string()),
+            ("label_level", pa.string()),
+            *_class_fields(classes),
+            ("label_line", pa.int64()),
+            ("series_row", pa.int64()),
+            ("slice_index", pa.int32()),
+            ("position_mm", pa.float64()),
+            ("position_x_mm", pa.float64()),
+            ("position_y_mm", pa.float64()),
+            ("position_z_mm", pa.float64()),
+            ("turn", pa.string()),
+            ("slice_spacing_mm", pa.float64()),
+            ("pixel_spacing_y_mm", pa.float64()),
+            ("pixel_spacing_x_mm", pa.float64()),
+            ("source_rows", pa.int32()),
+            ("source_columns", pa.int32()),
+            ("rescale_slope", pa.float64()),
+            ("rescale_intercept", pa.float64()),
+            ("repairs", pa.list_(pa.string())),
+            ("flags", pa.list_(pa.string())),
+            ("hu_min", pa.float64()),
+            ("hu_max", pa.float64()),
+            ("hu_mean", pa.float64()),
+            ("share_air", pa.float32()),
+            ("share_soft", pa.float32()),
+            ("share_bone", pa.float32()),
+            ("content_hash", pa.string()),
+            ("chunk_crc32c", pa.uint32()),
+        ]
+    )
+
+
+def series_schema(classes: Sequence[str] = RSNA_CLASSES) -> pa.Schema:
+    """Return the columns of the series table, one line a volume, of a dataset with these ``classes``."""
+    return pa.schema(
+        [
+            ("series_row", pa.int64()),
+            ("series_instance_uid", pa.string()),
+            ("study_instance_uid", pa.string()),
+            ("patient_id", pa.string()),
+            ("acquisition", pa.string()),
+            ("volume_in_series", pa.int32()),
+            ("subset", pa.string()),
+            ("fold", pa.int8()),
+            ("fold_group", pa.string()),
+            ("first_row", pa.int64()),
+            ("n_slices", pa.int32()),
+            ("n_ok", pa.int32()),
+            ("label_level", pa.string()),
+            *_class_fields(classes),
+            ("scan_type", pa.string()),
+            ("flags", pa.list_(pa.string())),
+            ("orientation", pa.list_(pa.float64())),
+            ("tilt_degrees", pa.float64()),
+            ("slice_spacing_mm", pa.float64()),
+            ("pixel_spacing_y_mm", pa.float64()),
+            ("pixel_spacing_x_mm", pa.float64()),
+            ("source_rows", pa.int32()),
+            ("source_columns", pa.int32()),
+            ("study_year", pa.int32()),
+            ("patient_age", pa.float32()),
+            ("patient_sex", pa.string()),
+            ("manufacturer", pa.string()),
+            ("convolution_kernel", pa.string()),
+            ("kvp", pa.float32()),
+            ("slice_thickness_mm", pa.float64()),
+            ("series_description", pa.string()),
+            ("protocol_name", pa.string()),
+            ("body_part", pa.string()),
+            ("contrast_agent", pa.string()),
+            ("accession_number", pa.string()),
+        ]
+    )
+
+
+def _class_fields(classes: Sequence[str]) -> list[tuple[str, pa.DataType]]:
+    return [(name, pa.int8()) for name in classes]
+
+
+SHARD_SCHEMA = pa.schema(
+    [
+        ("shard", pa.int64()),
+        ("first_row", pa.int64()),
+        ("n_rows", pa.int32()),
+        ("n_ok", pa.int32()),
+        ("bytes", pa.int64()),
+        ("fingerprint", pa.string()),
+        ("hu_histogram", pa.list_(pa.int64())),
+    ]
+)
+QUARANTINE_SCHEMA = pa.schema(
+    [
+        ("path", pa.string()),
+        ("stage", pa.string()),
+        ("row", pa.int64()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+    ]
+)
+RESERVED_COLUMNS = frozenset((*slice_schema(()).names, *series_schema(()).names))
+
+# --- the spec --------------------------------------------------------------------------------------------------------
+
+
+class Stored(BaseModel):
+    """What a reader has to know of the pixels. Keys of a root's spec that are not here are ignored.
+
+    ``windows`` are what a "windows" store holds, one channel each, and what a reader of an "hu" store makes by default.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    size: int = Field(512, ge=16, le=4096, description="Rows and columns of a stored slice.")
+    store: Literal["windows", "hu"] = Field("windows", description="windows (uint8 codes) or hu (int16).")
+    windows: tuple[Window, ...] = Field(
+        (PRESETS["brain"], PRESETS["subdural"], PRESETS["bone"]),
+        min_length=1,
+        description="Of brain, subdural, bone, soft_tissue, stroke, or name=center/width in HU.",
+    )
+    slices_per_shard: int = Field(256, ge=1, le=65536, description="Slices in one file.")
+    codec: Literal["lz4", "zstd", "none"] = Field("lz4", description="lz4, zstd or none.")
+
+    @field_validator("windows", mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        value = _words(value)
+        if isinstance(value, list | tuple) and all(isinstance(part, str) for part in value):
+            return parse_windows(value)
+        return value
+
+    @property
+    def channels(self) -> int:
+        """The number of channels of a stored slice."""
+        return len(self.windows) if self.store == "windows" else 1
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The type of a stored pixel: uint8 window codes, or int16 HU."""
+        return np.dtype(np.uint8 if self.store == "windows" else np.int16)
+
+
+class Spec(Stored):
+    """All options of a build that change the bytes or rows of a dataset, and nothing else."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layout: str = Field("auto", description="auto, rsna, cq500 or folder.")
+    classes: tuple[str, ...] = Field(RSNA_CLASSES, description="Label columns of the folder layout, as a,b,c.")
+    folds: int = Field(5, ge=2, le=127, description="Number of folds, by patient.")
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return _words(value)
+
+    @field_validator("classes")
+    @classmethod
+    def _named(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        problem = class_name_problem(value, RESERVED_COLUMNS)
+        if problem:
+            raise ValueError(problem)
+        return value
+
+
+def _words(value: Any) -> Any:
+    """Return the words of a text that separates them by commas; anything else as it is."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+# --- the root --------------------------------------------------------------------------------------------------------
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class Counts(BaseModel):
+    """How many there are: ``rows`` is the length of the dataset; found = ok + quarantined."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    rows: Count
+    found: Count = 0
+    planned: Count = 0
+    ok: Count = 0
+    quarantined: Count = 0
+    series: Count = 0
+    patients: Count = 0
+    shards: Count = 0
+    bytes: Count = 0
+
+
+class TableNames(BaseModel):
+    """Where the tables of the current generation lie, relative to the dataset."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    slices: str
+    series: str
+    shards: str
+    quarantine: str
+
+
+class Event(BaseModel):
+    """One command that made a generation of the dataset: its counts and the digests of what it was given."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    command: str
+    generation: int
+    counts: dict[str, int] = {}
+    digests: dict[str, str | None] = {}
+
+
+class Root(BaseModel):
+    """The attribute ``ich`` of a dataset's root group, as far as this version reads it."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    format: str
+    spec: Stored
+    classes: tuple[str, ...]
+    counts: Counts
+    tables: TableNames
+    digests: dict[str, str] = {}
+    generation: Annotated[int, Field(ge=1)] = 1
+    labels_digest: str = ""
+    history: tuple[Event, ...] = ()
+    created_by: str = "unknown"
+    versions: dict[str, str | None] = {}
+    digest: str
+
+    @field_validator("spec", mode="before")
+    @classmethod
+    def _complete(cls, value: Any) -> Any:
+        # The defaults are those of a build; a reader must not guess.
+        missing = [name for name in Stored.model_fields if not isinstance(value, dict) or name not in value]
+        if missing:
+            raise ValueError(f"the spec lacks {', '.join(missing)}")
+        return value
+
+
+def parse_root(attributes: Any, path: Path) -> Root:
+    """Return the typed root of the dataset at ``path``, whose root group has these ``attributes``.
+
+    Raises ``DatasetError`` for another Zarr group or format, ``CorruptionError`` where a required part is missing.
+    """
+    ich = attributes.get("ich") if isinstance(attributes, dict) else None
+    if not isinstance(ich, dict):
+        raise DatasetError(f"{path} is a Zarr group, but not one that ich-prep wrote (it has no attribute 'ich').")
+    found = ich.get("format")
+    if not (isinstance(found, str) and _FORMAT.fullmatch(found)):
+        raise DatasetError(
+            f"{path} has format {found!r}, written by {ich.get('created_by', 'an unknown version')}; this version reads "
+            f"{FORMAT}. Install the version that wrote it, or build the dataset again."
+        )
+    try:
+        return Root.model_validate(ich)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CorruptionError(
+            f"{path / ROOT} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}. Restore it, or build again "
+            "with --overwrite."
+        ) from None
+
+
+def shard_path(out: Path, shard: int) -> Path:
+    """Return where shard number ``shard`` lies."""
+    return out / IMAGES / "c" / str(shard) / "0" / "0" / "0"

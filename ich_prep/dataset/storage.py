@@ -1,0 +1,89 @@
+"""Where files of a dataset lie: put whole, list, size, read. The one place that knows fsync and rename."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ich_prep.errors import UsageError
+
+_SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:/{1,2}")  # pathlib turns s3://bucket into s3:/bucket
+
+
+def local_path(given: str | Path, what: str) -> Path:
+    """Return ``given`` as an absolute path of this machine; ``what`` names it in the error, as ``--out``.
+
+    Raises ``UsageError`` for a URL: object stores are not supported.
+    """
+    if _SCHEME.match(str(given)):
+        raise UsageError(
+            f"{what} is a URL ({given}); only paths of a file system are supported. Mount the bucket, or copy the data to "
+            "a local disk."
+        )
+    return Path(given).absolute()
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` so that a reader sees all of it or nothing, also after a power cut."""
+    with renamed_when_whole(path) as temporary, temporary.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def renamed_when_whole(path: Path) -> Iterator[Path]:
+    """Yield a temporary path next to ``path``; rename it to ``path`` on success, delete it on failure."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def clear_leftovers(path: Path) -> None:
+    """Delete the temporary files that processes killed while writing ``path`` left next to it."""
+    for leftover in path.parent.glob(f".{path.name}.*"):
+        leftover.unlink()
+
+
+def remove_tree(folder: Path) -> None:
+    """Delete ``folder`` and what it holds, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(folder)
+
+
+def size_of(path: Path) -> int | None:
+    """Return the size of the file at ``path`` in bytes, None where there is none."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
+
+
+def sync_file(path: Path, *, folders: int) -> None:
+    """Wait until the file at ``path``, and its name in that many folders above it, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    for folder in path.parents[:folders]:
+        sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in ``folder`` are on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
