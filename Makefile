@@ -19,7 +19,7 @@ help:
 
 venv: $(VENV)/.installed ## install everything into .venv
 
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard ich_prep/native/*)
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard ich_prep/dataset/native/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,jpeg,dev]'
 	touch $@
@@ -51,7 +51,7 @@ format: venv ## write the code in the house's form
 
 bench-setup: $(BENCH_VENV)/.installed ## install the peers of the benchmarks into venvs of their own
 
-$(BENCH_VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard ich_prep/native/*)
+$(BENCH_VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard ich_prep/dataset/native/*)
 	$(PYTHON) -m venv $(BENCH_VENV)
 	$(BENCH_BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,jpeg,bench]'
 	$(PYTHON) -m venv $(BENCH_PINNED)
@@ -83,4 +83,4 @@ profile: bench-setup ## flame graphs of a build and of the loader in benchmarks/
 	$(BENCH_BIN)/python -m benchmarks.profile --data $(BENCH)
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) $(BENCH_VENV) $(BENCH_PINNED) $(DEMO) .ruff_cache .mypy_cache .hypothesis build ich_prep/_native*.so
+	rm -rf $(VENV) $(BENCH_VENV) $(BENCH_PINNED) $(DEMO) .ruff_cache .mypy_cache .hypothesis build ich_prep/dataset/_native*.so

@@ -30,13 +30,13 @@ if not asked_for and compiler != BUILT_WITH:
     # Flags that this Python was built with are for the compiler that it was built with.
     os.environ.setdefault("CFLAGS", "")
     os.environ.setdefault("LDSHARED", f"{compiler} -shared")
-native = Path("ich_prep/native")
+native = Path("ich_prep/dataset/native")
 
 setup(
     ext_modules=[
-        # No module: a library that ich_prep/compiled.py loads by its name, and that needs nothing of Python's headers.
+        # No module: a library that ich_prep/dataset/native.py loads by its name, and that needs nothing of Python's headers.
         Extension(
-            "ich_prep._native",
+            "ich_prep.dataset._native",
             sources=sorted(map(str, native.glob("*.c"))),
             depends=sorted(map(str, native.glob("*.h"))),
             extra_compile_args=["-std=c11", "-O3", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra"],

@@ -29,15 +29,15 @@ from numcodecs import blosc
 
 from ich_prep import Spec, build
 from ich_prep.build_dataset import Allowances
+from ich_prep.dataset.shard_format import BLOSC_LEVELS, ShardWriter, block_bytes
+from ich_prep.dataset.storage import sync_file
+from ich_prep.dataset.windows import AIR_HU, HIGHEST_HU, Window, window_codes
 from ich_prep.decode import JPEG_PLUGIN, PLUGINS, Decoder, PixelSource
 from ich_prep.header import read_header
 from ich_prep.hounsfield import apply_rescale, apply_rescale_and_windows, apply_windows, rescale_table
-from ich_prep.ledger import sync_file
 from ich_prep.resize import resize_hu
-from ich_prep.shard import FILES_AHEAD
-from ich_prep.sharding import BLOSC_LEVELS, ShardWriter, block_bytes
 from ich_prep.sources import read_ahead
-from ich_prep.windows import AIR_HU, HIGHEST_HU, Window, window_codes
+from ich_prep.stages.shard import FILES_AHEAD
 
 if TYPE_CHECKING:
     from multiprocessing.synchronize import Barrier

@@ -24,9 +24,9 @@ from benchmarks.files import REAL, cohort
 from benchmarks.measure import Section, publish, versions
 from ich_prep import Spec, build
 from ich_prep.build_dataset import Allowances
-from ich_prep.compiled import FrameEncoder, decode_frame
-from ich_prep.sharding import BLOSC_LEVELS, block_bytes
-from ich_prep.store import open_dataset
+from ich_prep.dataset.dataset import open_dataset
+from ich_prep.dataset.native import FrameEncoder, decode_frame
+from ich_prep.dataset.shard_format import BLOSC_LEVELS, block_bytes
 
 SLICES = 64
 FORMS = {"3 windows, 512": ("windows", 512), "3 windows, 256": ("windows", 256), "HU, 512": ("hu", 512)}

@@ -20,7 +20,7 @@ from benchmarks.forms import LZ4, prepare
 from benchmarks.measure import Section, publish, versions
 from benchmarks.racing import BATCH
 from ich_prep import Spec, build
-from ich_prep.store import Dataset, open_dataset
+from ich_prep.dataset.dataset import Dataset, open_dataset
 from ich_train.data import SliceLoader
 
 MANY_SHARDS = 3000

@@ -19,8 +19,8 @@ from benchmarks.measure import in_process
 from benchmarks.pinned_contenders import FORMS as PINNED_FORMS
 from benchmarks.pinned_contenders import PIXELS
 from ich_prep import Spec, build
+from ich_prep.dataset.dataset import open_dataset
 from ich_prep.execute import default_workers
-from ich_prep.store import open_dataset
 
 LZ4, NONE, ROWS, DICOM = "lz4.zarr", "none.zarr", PIXELS, "dicom.json"
 LMDB, PNG, HDF5, TAR, ARROW = "rows.lmdb", "png", "rows.h5", "tar", "arrow"

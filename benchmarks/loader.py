@@ -22,7 +22,7 @@ from benchmarks import loader_contenders, pinned_contenders
 from benchmarks.files import cohort, evict, warm
 from benchmarks.forms import LZ4, PINNED_PYTHON, bytes_of, files_of, prepare
 from benchmarks.measure import Run, compete, contest, in_process, publish, ratios, versions
-from ich_prep.store import open_dataset
+from ich_prep.dataset.dataset import open_dataset
 
 
 @dataclass(frozen=True)

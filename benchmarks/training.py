@@ -29,8 +29,8 @@ from benchmarks.forms import LZ4, PNG, ROWS, prepare
 from benchmarks.loader_contenders import LONG_EPOCH, MemmapRows, PngRows
 from benchmarks.measure import Found, Run, Section, compete, publish, ratio, ratios, versions
 from benchmarks.racing import BATCH, CORES
-from ich_prep.labels import CLASSES
-from ich_prep.store import open_dataset
+from ich_prep.dataset.classes import RSNA_CLASSES
+from ich_prep.dataset.dataset import open_dataset
 from ich_train.config import TrainConfig
 from ich_train.data import Batch, SliceLoader, on_device
 from ich_train.ranks import Ranks, join_ranks, own_stream
@@ -92,7 +92,7 @@ class Fed:
             drop_last=True,
             pin_memory=True,
         )
-        self.labels = torch.zeros((BATCH, len(CLASSES)), dtype=torch.int8)
+        self.labels = torch.zeros((BATCH, len(RSNA_CLASSES)), dtype=torch.int8)
         self.wait_seconds = 0.0
 
     def __iter__(self) -> Iterator[Batch]:

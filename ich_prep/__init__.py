@@ -1,27 +1,31 @@
 """Head-CT DICOM files in, one sharded Zarr v3 dataset with a label table out.
 
-``build`` makes a dataset, ``Spec`` says what it shall be; ``ich_prep.store.open_dataset`` opens one.
+``build`` makes a dataset from a ``Spec``; ``open_dataset`` opens one; ``Window`` is a window in HU.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ich_prep.build_dataset import build
-    from ich_prep.store import Spec
+    from ich_prep.dataset import open_dataset
+    from ich_prep.dataset.schema import Spec
+    from ich_prep.dataset.windows import Window
 
-__all__ = ["Spec", "build"]
+__all__ = ["Spec", "Window", "build", "open_dataset"]
+
+_HOMES = {
+    "Spec": "ich_prep.dataset.schema",
+    "Window": "ich_prep.dataset.windows",
+    "build": "ich_prep.build_dataset",
+    "open_dataset": "ich_prep.dataset",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when asked for: a training job that opens a dataset loads neither Dask nor pydicom.
-    if name == "build":
-        from ich_prep.build_dataset import build
-
-        return build
-    if name == "Spec":
-        from ich_prep.store import Spec
-
-        return Spec
+    # Imported on first use: a training job that opens a dataset loads neither Dask nor pydicom.
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'ich_prep' has no attribute {name!r}")

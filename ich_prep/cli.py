@@ -1,7 +1,6 @@
 """The command line: parses, calls one function, prints, sets the exit code.
 
-Exit codes: 0 done; 1 an error, or a dataset that does not hold; 2 a command or recipe that cannot be meant; 130 stopped
-by Ctrl-C.
+Exit codes: 0 success; 1 an error, or a failed verification; 2 an invalid command or recipe; 130 interrupted by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from ich_prep.errors import IchError, UsageError, words_of
+from ich_prep.errors import IchError, UsageError, describe_os_error
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,7 +56,7 @@ def synth(
 @app.command()
 def build(
     src: Annotated[Path, typer.Option(help="Folder with the DICOM files.")],
-    out: Annotated[Path, typer.Option(help="The dataset to build, or to go on with.")],
+    out: Annotated[Path, typer.Option(help="The dataset to build, or to resume.")],
     recipe: Annotated[Path | None, typer.Option(help="TOML file whose [build] holds any of these; flags win.")] = None,
     layout: Annotated[str | None, typer.Option(help="auto, rsna, cq500 or folder. [auto]")] = None,
     labels: Annotated[Path | None, typer.Option(help="Label CSV. [the one found in the tree]")] = None,
@@ -69,9 +68,15 @@ def build(
             help="Of brain, subdural, bone, soft_tissue, stroke, or name=center/width in HU. [brain,subdural,bone]"
         ),
     ] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="Label columns of the folder layout, as a,b,c. [RSNA's six]")
+    ] = None,
     slices_per_shard: Annotated[int | None, typer.Option(help="Slices in one file. [256]")] = None,
     codec: Annotated[str | None, typer.Option(help="lz4, zstd or none. [lz4]")] = None,
     folds: Annotated[int | None, typer.Option(help="Number of folds, by patient. [5]")] = None,
+    build_dir: Annotated[
+        Path | None, typer.Option(help="Working folder, needed to resume. [the dataset's path with .build appended]")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; 0: this one. [one a core]")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler to use instead.")] = None,
     max_quarantined: Annotated[float | None, typer.Option(help="Largest share of damaged files. [0.01]")] = None,
@@ -79,14 +84,14 @@ def build(
         bool | None, typer.Option("--allow-unlabelled", help="Keep slices without a label.")
     ] = None,
     allow_missing_images: Annotated[
-        bool | None, typer.Option("--allow-missing-images", help="Go on when labels have no image.")
+        bool | None, typer.Option("--allow-missing-images", help="Continue when labels have no image.")
     ] = None,
     allow_contradictions: Annotated[
         bool | None, typer.Option("--allow-contradictions", help="Take contradictory labels as unknown.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a dataset or build that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing dataset or build.")] = False,
 ) -> None:
-    """Build a dataset; run again after a stop, it goes on where it was."""
+    """Build a dataset. To resume an interrupted build, run the same command again."""
     from ich_prep.options import BuildOptions, resolve
 
     given = {
@@ -95,9 +100,11 @@ def build(
         "size": size,
         "store": store,
         "windows": windows,
+        "classes": classes,
         "slices_per_shard": slices_per_shard,
         "codec": codec,
         "folds": folds,
+        "build_dir": build_dir,
         "workers": workers,
         "scheduler": scheduler,
         "max_quarantined": max_quarantined,
@@ -108,15 +115,16 @@ def build(
     options: BuildOptions = resolve(recipe, given)
 
     from ich_prep import build_dataset
-    from ich_prep.terminal import Terminal
+    from ich_prep.progress import TerminalProgress
 
     try:
-        with Terminal() as progress:
+        with TerminalProgress() as progress:
             outcome = build_dataset.build(
                 src,
                 out,
                 options.spec(),
                 labels=options.labels,
+                build_dir=options.build_dir,
                 workers=options.workers,
                 scheduler=options.scheduler,
                 overwrite=overwrite,
@@ -129,21 +137,24 @@ def build(
                 progress=progress,
             )
     except KeyboardInterrupt:
-        replaced = overwrite and not (out / "zarr.json").exists()
-        again = "it without --overwrite" if replaced else "the same command"
-        goes_on = "nothing was replaced yet" if overwrite and not replaced else "it goes on where it was"
-        typer.echo(f"Stopped. Run {again} again: {goes_on}.", err=True)
+        if not overwrite:
+            hint = "Run the same command again to resume."
+        elif (out / "zarr.json").exists():
+            hint = "Nothing was replaced yet: run the same command again."
+        else:
+            hint = "Run the same command without --overwrite to resume."
+        typer.echo(f"Interrupted. {hint}", err=True)
         raise typer.Exit(130) from None
-    _tell_outcome(out, outcome)
+    _print_outcome(out, outcome)
 
 
-def _tell_outcome(out: Path, outcome: Outcome) -> None:
+def _print_outcome(out: Path, outcome: Outcome) -> None:
     counts = outcome.counts
     if outcome.already_finished:
-        typer.echo(f"{out} is finished already, with the same spec: nothing to do.")
+        typer.echo(f"{out} is already finished, with the same settings: nothing to do.")
     typer.echo(
-        f"{out}: {counts['ok']} slices in {counts['series']} series of {counts['patients']} patients; "
-        f"{counts['quarantined']} of {counts['found']} files set aside; {counts['shards']} shards, "
+        f"{out}: {_count(counts['ok'], 'slice')} in {counts['series']} series of {_count(counts['patients'], 'patient')}; "
+        f"{counts['quarantined']} of {_count(counts['found'], 'file')} quarantined; {_count(counts['shards'], 'shard')}, "
         f"{counts['bytes'] / 1e6:,.1f} MB."
     )
     work = sum(outcome.seconds.get(stage, 0.0) for stage in ("scan", "plan", "shards", "publish"))
@@ -154,13 +165,17 @@ def _tell_outcome(out: Path, outcome: Outcome) -> None:
         )
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 @app.command()
 def info(
     dataset: Annotated[Path, typer.Argument(help="A finished dataset.")],
     as_json: Json = False,
 ) -> None:
-    """Show what a dataset holds."""
-    from ich_prep.store import open_dataset
+    """Show a summary of a dataset: counts, labels by fold, quarantine, flags."""
+    from ich_prep.dataset.dataset import open_dataset
     from ich_prep.summary import summary_of
 
     summary = summary_of(open_dataset(dataset))
@@ -179,25 +194,23 @@ def _console() -> Console:
 def _show_summary(console: Console, summary: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from ich_prep.labels import CLASSES
-
-    spec, counts = summary["spec"], summary["counts"]
+    spec, counts, classes = summary["spec"], summary["counts"], summary["classes"]
     shown = ", ".join(f"{w['name']} {w['center']:g}/{w['width']:g}" for w in spec["windows"])
     stored = f"uint8 windows {shown}" if spec["store"] == "windows" else "int16 HU"
     console.print(f"{summary['path']}  ({summary['format']}, layout {spec['layout']})")
     console.print(f"  {' x '.join(map(str, summary['shape']))} (slice, channel, y, x), {stored}")
     console.print(
         f"  {counts['ok']} slices ok of {counts['planned']} planned, {counts['series']} series, "
-        f"{counts['patients']} patients, {counts['found']} files found, {counts['quarantined']} set aside"
+        f"{counts['patients']} patients, {counts['found']} files found, {counts['quarantined']} quarantined"
     )
     console.print(f"  {counts['shards']} shards, {counts['bytes'] / 1e6:,.1f} MB, codec {spec['codec']}")
     console.print(f"  digest {summary['digest']}")
-    table = Table("subset", "fold", "slices", *CLASSES, box=None, title="Positive slices", title_justify="left")
+    table = Table("subset", "fold", "slices", *classes, box=None, title="Positive slices", title_justify="left")
     for line in summary["folds"]:
-        table.add_row(line["subset"], line["fold"], *(str(line[name]) for name in ("slices", *CLASSES)))
+        table.add_row(line["subset"], line["fold"], *(str(line[name]) for name in ("slices", *classes)))
     console.print(table)
     for title, lines in (
-        ("Set aside", {f"{line['stage']}: {line['reason']}": line["files"] for line in summary["quarantine"]}),
+        ("Quarantined", {f"{line['stage']}: {line['reason']}": line["files"] for line in summary["quarantine"]}),
         ("Flags", summary["flags"]),
         ("Repairs", summary["repairs"]),
     ):
@@ -209,51 +222,69 @@ def _show_summary(console: Console, summary: dict[str, Any]) -> None:
 def verify(
     dataset: Annotated[Path, typer.Argument(help="A finished dataset.")],
     src: Annotated[Path | None, typer.Option(help="The sources, to compare a sample of the pixels.")] = None,
+    build_dir: Annotated[Path | None, typer.Option(help="Working folder. [DATASET.build]")] = None,
     sample: Annotated[float, typer.Option(help="Share of the slices to compare.")] = 0.01,
     seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Read a dataset back and name what does not hold."""
-    from ich_prep.progress import Silence
-    from ich_prep.terminal import Terminal
+    """Check a dataset's integrity and report every problem."""
+    from ich_prep.progress import NoProgress, TerminalProgress
     from ich_prep.verify import verify as run
 
     if as_json:
-        found = run(dataset, src=src, sample=sample, seed=seed, progress=Silence())
+        result = run(dataset, src=src, build_dir=build_dir, sample=sample, seed=seed, progress=NoProgress())
     else:
-        with Terminal() as progress:
-            found = run(dataset, src=src, sample=sample, seed=seed, progress=progress)
-    _tell_verification(dataset, found, as_json=as_json)
-    raise typer.Exit(1 if found.problems else 0)
+        with TerminalProgress() as progress:
+            result = run(dataset, src=src, build_dir=build_dir, sample=sample, seed=seed, progress=progress)
+    _print_verification(dataset, result, as_json=as_json)
+    raise typer.Exit(1 if result.problems else 0)
 
 
-def _tell_verification(dataset: Path, found: Verification, *, as_json: bool) -> None:
+def _print_verification(dataset: Path, result: Verification, *, as_json: bool) -> None:
     if as_json:
         from dataclasses import asdict
 
-        typer.echo(json.dumps({"dataset": str(dataset), "holds": not found.problems, **asdict(found)}, indent=2))
+        typer.echo(json.dumps({"dataset": str(dataset), "ok": not result.problems, **asdict(result)}, indent=2))
         return
-    for problem in found.problems:
+    for problem in result.problems:
         typer.echo(f"{problem.culprit}: {problem.what}", err=True)
-    if found.problems:
+    if result.problems:
         typer.echo(
-            f"{dataset} does not hold: {len(found.problems)} problems. Restore it, or build again with --overwrite.",
+            f"{dataset}: verification failed, {_count(len(result.problems), 'problem')}. Restore the dataset, or build it "
+            "again with --overwrite.",
             err=True,
         )
         return
-    compared = f", {found.compared} slices compared with their sources" if found.compared else ""
-    typer.echo(f"{dataset} holds: {found.shards} shards, {found.slices} slices{compared}.")
+    compared = f"; {_count(result.compared, 'slice')} compared with the sources" if result.compared else ""
+    typer.echo(f"{dataset}: OK ({_count(result.shards, 'shard')}, {_count(result.slices, 'slice')} verified{compared})")
+
+
+@app.command()
+def clean(
+    dataset: Annotated[Path, typer.Argument(help="A finished dataset.")],
+    build_dir: Annotated[Path | None, typer.Option(help="Working folder. [DATASET.build]")] = None,
+) -> None:
+    """Remove the working folder of a finished dataset: paths, identifiers, plan and log of its build."""
+    from ich_prep.dataset.storage import local_path
+    from ich_prep.stages import output
+    from ich_prep.stages.state import build_folder
+
+    out = local_path(dataset, "The dataset")
+    folder = build_folder(out, None if build_dir is None else local_path(build_dir, "--build-dir"))
+    freed = output.clean(out, folder)
+    done = f"Removed {folder.path} ({freed / 1e6:,.1f} MB)." if freed else f"There is no working folder {folder.path}."
+    typer.echo(f"{done} Resume and verify --src need it; the dataset does not.")
 
 
 def main() -> NoReturn:
-    """Run the command line; a known error, or one of the operating system, is one message without a traceback."""
+    """Run the command line. A known error, or one of the operating system, is one message without a traceback."""
     try:
         app(standalone_mode=True)
     except IchError as error:
         typer.echo(f"Error: {error}", err=True)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except OSError as error:
-        typer.echo(f"Error: {words_of(error)}. Mend the cause, then run the same command again.", err=True)
+        typer.echo(f"Error: {describe_os_error(error)}. Fix this, then run the same command again.", err=True)
         sys.exit(1)
     sys.exit(0)
 

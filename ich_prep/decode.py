@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from ich_prep.compiled import crc32c
+from ich_prep.dataset.native import crc32c
 from ich_prep.errors import Reason, SliceError
 from ich_prep.header import DEFLATED_LE, EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE, inflate, walk_meta
 

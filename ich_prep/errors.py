@@ -3,13 +3,13 @@
 ::
 
     IchError                      shown to the user as one message, exit code 1
-    ├── UsageError                a command, recipe or argument that cannot be meant (exit code 2)
+    ├── UsageError                an invalid command, recipe or argument (exit code 2)
     ├── SourceError               a source tree that no layout recognises, or labels that do not fit it
-    ├── BuildError                a build that cannot go on: other spec, too much quarantined, a task that keeps dying
+    ├── BuildError                a build that cannot continue: other spec, too much quarantined, a task that keeps dying
     ├── DatasetError              a directory that is not a finished dataset of a version this code reads
     │   └── CorruptionError       a dataset whose bytes are not the ones that were written
-    ├── TrainError                a training run that cannot start or go on
-    └── SliceError                one file or slice that must be set aside; carries its quarantine reason
+    ├── TrainError                a training run that cannot start or continue
+    └── SliceError                one file or slice to quarantine; carries its reason
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Reason(StrEnum):
     """Why a file or slice is in the quarantine table: a closed set of words, part of the on-disk contract."""
 
     # Found while reading headers.
-    UNREADABLE = "unreadable"  # the operating system would not give the bytes
+    UNREADABLE = "unreadable"  # the operating system could not read the bytes
     EMPTY_FILE = "empty_file"  # zero bytes
-    BAD_PATH = "bad_path"  # a name that is not valid UTF-8 and so cannot stand in a table
+    BAD_PATH = "bad_path"  # a name that is not valid UTF-8
     NOT_DICOM = "not_dicom"  # no DICOM file meta information, or no data set that parses
     NOT_CT = "not_ct"  # another modality or SOP class, a DICOMDIR, a presentation state
     LOCALIZER = "localizer"  # a scout
@@ -47,28 +47,28 @@ class Reason(StrEnum):
 
     @property
     def is_damage(self) -> bool:
-        """Whether a slice was lost to it; not so for a file that never was a slice of the dataset, or is there twice."""
+        """Whether a slice was lost: false for files that never were slices of the dataset, and for duplicates."""
         return self not in _NO_DAMAGE
 
     @property
-    def may_pass(self) -> bool:
-        """Whether it speaks of the machine rather than of the file: another run may find it mended."""
-        return self in _MAY_PASS
+    def is_transient(self) -> bool:
+        """True for transient failures (machine, missing decoder): the next run retries them."""
+        return self in _TRANSIENT
 
 
 _NO_DAMAGE = frozenset(
     (Reason.NOT_CT, Reason.LOCALIZER, Reason.DERIVED, Reason.MULTI_FRAME, Reason.NOT_MONOCHROME)
     + (Reason.DUPLICATE, Reason.SCAN_TYPE)
 )
-_MAY_PASS = frozenset((Reason.UNREADABLE, Reason.UNSUPPORTED_SYNTAX, Reason.DECODER_DIED))
+_TRANSIENT = frozenset((Reason.UNREADABLE, Reason.UNSUPPORTED_SYNTAX, Reason.DECODER_DIED))
 
 
 class IchError(Exception):
-    """Base of every error raised on purpose: its text says what was expected, what was found, what to do next."""
+    """Base of every error raised on purpose: its text says what was expected, what was found, and what to do next."""
 
 
 class UsageError(IchError):
-    """A command line, recipe or argument that cannot be meant."""
+    """An invalid command line, recipe or argument."""
 
 
 class SourceError(IchError):
@@ -76,7 +76,7 @@ class SourceError(IchError):
 
 
 class BuildError(IchError):
-    """A build that cannot go on."""
+    """A build that cannot continue."""
 
 
 class DatasetError(IchError):
@@ -88,17 +88,17 @@ class CorruptionError(DatasetError):
 
 
 class TrainError(IchError):
-    """A training run that cannot start or go on."""
+    """A training run that cannot start or continue."""
 
 
-def words_of(error: OSError) -> str:
-    """Return what the operating system refused, and of which file where that is known."""
+def describe_os_error(error: OSError) -> str:
+    """Return what the operating system reported, and for which file where that is known."""
     where = "" if error.filename is None else f" ({os.fsdecode(error.filename)})"
     return f"{error.strerror or error}{where}"
 
 
 class SliceError(IchError):
-    """One file or slice to set aside: ``reason`` is a word of the quarantine table, ``detail`` a sentence."""
+    """One file or slice to quarantine: ``reason`` is a word of the quarantine table, ``detail`` a sentence."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")

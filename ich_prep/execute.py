@@ -1,7 +1,7 @@
 """A function over integers on a Dask cluster: bounded, unordered. Dask lives here, and only here.
 
-Tasks carry an integer each and give back something small; what is large goes through files. Without workers the same
-function runs in this process, in order.
+Each task carries an integer and returns something small; large data goes through files. Without workers the same function
+runs in this process, in order.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ich_prep.errors import BuildError
-from ich_prep.releases import PACKAGE, all_releases
+from ich_prep.versions import PACKAGE, all_versions
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -29,7 +29,7 @@ T = TypeVar("T")
 IN_FLIGHT_PER_WORKER = 3
 # Arrays of a megabyte come and go in every task: keep glibc from handing their pages back to the kernel each time.
 MALLOC_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "268435456", "MALLOC_TRIM_THRESHOLD_": "1073741824"}
-# Dask looks at itself and at its memory 160 times a second in every process; for tasks of half a second that is wasted.
+# By default Dask profiles itself and checks its memory 160 times a second in every process: wasted on half-second tasks.
 QUIET = {
     "distributed.worker.profile.enabled": False,
     "distributed.admin.tick.interval": "1s",
@@ -37,8 +37,8 @@ QUIET = {
     "distributed.worker.memory.monitor-interval": "1s",
 }
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-# Tasks keep buffers from one to the next, and pydicom has settings for a whole process: no two at a time in one.
-_TURN = threading.Lock()
+# Tasks reuse buffers, and pydicom has process-wide settings: one task at a time in a process.
+_TASK_LOCK = threading.Lock()
 
 
 def run(
@@ -84,10 +84,10 @@ class Pool:
             self._starting.join()
         self._close.close()
 
-    def ready(self) -> int:
+    def wait_until_started(self) -> int:
         """Wait until every worker has started; return how many there are (1 where tasks run in this process).
 
-        0 where the ``scheduler`` has none as yet. Raises ``BuildError`` where workers do not start, or no scheduler answers.
+        0 where the ``scheduler`` has none yet. Raises ``BuildError`` where workers do not start, or no scheduler answers.
         """
         if self._starting is None:
             return 1
@@ -97,38 +97,41 @@ class Pool:
         assert self._client is not None
         return len(self._client.scheduler_info(n_workers=-1)["workers"])
 
-    def admit(self, *folders: Path, say: Callable[[str], None]) -> None:
-        """Wait for a worker of the ``scheduler``; see that those there are can work on ``folders``.
+    def check_workers(self, *folders: Path, say: Callable[[str], None]) -> None:
+        """Wait for a worker of the ``scheduler``, and check that its workers can work on ``folders``.
 
-        ``say`` is told where there is none as yet. Raises ``BuildError`` where the scheduler or a worker cannot load what
-        it is sent, is of another release or has other libraries, or does not see one of the folders. Our own workers need
-        none of this.
+        ``say`` reports that there is none yet. Raises ``BuildError`` where the scheduler or a worker cannot load what it
+        is sent, has another version of this package or of a library, or does not see one of the folders. Local workers
+        need no check.
         """
-        count = self.ready()
+        count = self.wait_until_started()
         if self._client is None or not self.scheduler:
             return
         if not count:
             say(f"The scheduler {self.scheduler} has no workers yet: waiting for the first.")
         try:
             self._client.submit(_load, self.modules, pure=False).result()  # where workers come as needed, one comes
-            releases = self._client.run(_load, self.modules)
+            versions = self._client.run(_load, self.modules)
         except Exception as error:  # whatever keeps a worker from loading what it is sent
             raise BuildError(
-                f"Expected the scheduler at {self.scheduler} and its workers to have this package; they cannot load it "
-                f"({type(error).__name__}: {error}). Install the release that is installed here, {all_releases()[PACKAGE]}."
+                f"The scheduler at {self.scheduler} and its workers cannot load this package ({type(error).__name__}: "
+                f"{error}). "
+                f"Install the version that is installed here, {all_versions()[PACKAGE]}."
             ) from error
-        for worker, there in releases.items():
-            for name, here in all_releases().items():
-                if there.get(name) != here:
+        for worker, installed in versions.items():
+            for name, here in all_versions().items():
+                if installed.get(name) != here:
                     raise BuildError(
-                        f"Expected release {here} of {name} on every worker of {self.scheduler}, as it is installed here: "
-                        f"others can make other bytes; {worker} has {there.get(name)}. Install the same on both."
+                        f"{worker} of {self.scheduler} has version {installed.get(name)} of {name}, and {here} is "
+                        "installed "
+                        "here: other versions can make other bytes. Install the same version on both."
                     )
         for worker, missing in self._client.run(_missing, folders).items():
             if missing:
                 raise BuildError(
-                    f"Expected every worker of {self.scheduler} to see the sources and the dataset under the same paths; "
-                    f"{worker} does not see {missing[0]}. Mount it there, or leave --scheduler out to use this machine."
+                    f"{worker} of {self.scheduler} does not see {missing[0]}: every worker must see the sources, the "
+                    "dataset and "
+                    "its working folder under the same paths. Mount it there, or omit --scheduler to use this machine."
                 )
 
     def map(self, task: Callable[[int], T], keys: Sequence[int]) -> Iterator[tuple[int, T]]:
@@ -137,10 +140,10 @@ class Pool:
         What ``task`` raises is raised here. Raises ``BuildError`` where a task kills its worker again and again, or the
         scheduler is lost.
         """
-        workers = max(1, self.ready())
+        workers = max(1, self.wait_until_started())
         if self._client is None:
             for key in keys:
-                yield key, _in_turn(task, key)
+                yield key, _one_at_a_time(task, key)
             return
         from distributed import CancelledError, KilledWorker, as_completed
 
@@ -150,7 +153,7 @@ class Pool:
         prefix = f"{_name(task)}-{uuid.uuid4().hex}"
 
         def submit(key: int) -> Any:
-            return client.submit(_in_turn, task, key, pure=False, key=f"{prefix}-{key}")
+            return client.submit(_one_at_a_time, task, key, pure=False, key=f"{prefix}-{key}")
 
         names: dict[str, int] = {}
         first = [submit(key) for key in islice(pending, IN_FLIGHT_PER_WORKER * workers)]
@@ -165,14 +168,17 @@ class Pool:
                     # Dask blames every task that the worker held, those that only waited there too.
                     held = ", ".join(map(str, sorted([key, *names.values()])))
                     raise BuildError(
-                        f"A worker process ended four times over one of these tasks of {_name(task)}: {held}. The "
-                        "kernel's log says whether memory ran out: try fewer --workers. To see the failure itself, run "
-                        "the same command with --workers 0; what is done stays done."
+                        f"A worker was killed four times while running one of these tasks of {_name(task)}: {held}. "
+                        "If the kernel "
+                        "log shows that memory ran out, use fewer --workers. To see the failure itself, run the same "
+                        "command "
+                        "with --workers 0; finished work is kept."
                     ) from None
                 except CancelledError as error:
                     raise BuildError(
-                        f"The Dask scheduler was lost while {_name(task)} {key} ran ({error}). What is finished is kept: "
-                        "start it again, then run the same command again."
+                        f"The Dask scheduler was lost while {_name(task)} {key} ran ({error}). Finished work is kept: "
+                        "start the "
+                        "scheduler, then run the same command again."
                     ) from None
                 future.release()
                 for following in islice(pending, 1):
@@ -200,8 +206,9 @@ class Pool:
                 self._client = Client(self.scheduler, timeout="10s", set_as_default=False)
             except (OSError, ValueError) as error:
                 raise BuildError(
-                    f"Expected a Dask scheduler at {self.scheduler}; none answered ({error}). Start one, or leave "
-                    "--scheduler out to use this machine's cores."
+                    f"No Dask scheduler answers at {self.scheduler} ({error}). Start one, or omit --scheduler to use "
+                    "this machine's "
+                    "cores."
                 ) from None
             self._close.callback(self._client.close)
             return
@@ -221,8 +228,8 @@ class Pool:
                 )
         except RuntimeError as error:
             raise BuildError(
-                f"Expected {self.workers} worker processes to start; they did not ({error}). In a script of your own, "
-                "call this below `if __name__ == '__main__':`, since each worker imports the script; or use workers=0."
+                f"The {self.workers} worker processes did not start ({error}). In your own script, call this below "
+                "`if __name__ == '__main__':`, because each worker imports the script; or use workers=0."
             ) from error
         self._client = Client(cluster, set_as_default=False)
         self._close.callback(self._client.close)
@@ -230,13 +237,13 @@ class Pool:
 
 
 def dask_setup(_: object) -> None:
-    """Leave Ctrl-C to the driver: called in each local worker as it starts, whom the terminal tells too."""
+    """Leave Ctrl-C to the driver: called in each local worker as it starts, since the terminal signals workers too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _in_turn(task: Callable[[int], T], key: int) -> T:
+def _one_at_a_time(task: Callable[[int], T], key: int) -> T:
     """Return ``task(key)``, run when no other task runs in this process."""
-    with _TURN:
+    with _TASK_LOCK:
         return task(key)
 
 
@@ -246,13 +253,13 @@ def _missing(folders: tuple[Path, ...]) -> list[Path]:
 
 
 def _load(modules: tuple[str, ...]) -> dict[str, str | None]:
-    """Import ``modules``, see that the compiled library is there, and return the releases of this package and others."""
-    from ich_prep.compiled import require
+    """Import ``modules``, check that the compiled library loads, and return the versions of this package and others."""
+    from ich_prep.dataset.native import require
 
     require()
     for name in modules:
         importlib.import_module(name)
-    return all_releases()
+    return all_versions()
 
 
 def _name(task: Callable[[int], object]) -> str:

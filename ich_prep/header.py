@@ -15,7 +15,7 @@ import zlib
 from dataclasses import dataclass
 from typing import BinaryIO, Final
 
-from ich_prep.compiled import crc32c
+from ich_prep.dataset.native import crc32c
 from ich_prep.errors import Reason, SliceError
 
 SKIM_BYTES: Final = 8 * 1024

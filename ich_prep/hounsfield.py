@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
-from ich_prep.compiled import MOST_WINDOWS, window_codes_by_table
-from ich_prep.windows import AIR_HU, HIGHEST_HU, Window, window_table
+from ich_prep.dataset.native import MOST_WINDOWS, window_codes_by_table
+from ich_prep.dataset.windows import AIR_HU, HIGHEST_HU, Window, window_table
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

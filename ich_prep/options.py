@@ -8,14 +8,15 @@ from typing import Any
 
 from pydantic import Field
 
+from ich_prep.dataset.schema import Spec
 from ich_prep.recipe import read_section, validate
-from ich_prep.store import Spec
 
 
 class BuildOptions(Spec):
     """What a recipe's ``[build]`` may say, and the command line too."""
 
     labels: Path | None = None
+    build_dir: Path | None = None
     workers: int | None = Field(default=None, ge=0, le=4096)
     scheduler: str | None = None
     max_quarantined: float = Field(default=0.01, ge=0, le=1)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
-from ich_prep.windows import AIR_HU
+from ich_prep.dataset.windows import AIR_HU
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -74,7 +74,8 @@ def list_files(root: Path) -> Listing:
                         sizes.append(entry.stat().st_size if entry.is_file() else 0)
         except OSError as error:
             raise SourceError(
-                f"Expected to be allowed to list {os.fsdecode(place)}; it cannot be read ({error.strerror}). Mend that, or "
+                f"Expected to be allowed to list {os.fsdecode(place)}; it cannot be read ({error.strerror}). Mend "
+                "that, or "
                 "point --src at a tree you may read."
             ) from None
         # Of a folder that is reached twice, the path that counts is the same on every machine.

@@ -1,4 +1,4 @@
-"""What a dataset holds, counted: by subset, fold and label, what was set aside, what was flagged."""
+"""A dataset in numbers: labels by subset and fold, what was quarantined, repaired and flagged."""
 
 from __future__ import annotations
 
@@ -7,39 +7,40 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ich_prep import store
-from ich_prep.labels import CLASSES
-
 if TYPE_CHECKING:
-    from ich_prep.store import Dataset
+    from ich_prep.dataset import Dataset
 
 
 def summary_of(dataset: Dataset) -> dict[str, Any]:
-    """Return what a dataset holds, for a person or as JSON: counts, spec, labels by fold, quarantine, flags."""
+    """Return the numbers of a dataset, for a person or as JSON: counts, spec, labels by fold, quarantine, flags."""
     slices = dataset.slices
     fold = pc.coalesce(pc.cast(slices["fold"], pa.string()), "-")
-    keys = pa.table({"subset": slices["subset"], "fold": fold, **{name: slices[name] for name in CLASSES}})
-    grouped = keys.group_by(["subset", "fold"]).aggregate([([], "count_all"), *[(name, "sum") for name in CLASSES]])
-    quarantine = dataset.read_table(store.QUARANTINE)
+    keys = pa.table({"subset": slices["subset"], "fold": fold, **{name: slices[name] for name in dataset.classes}})
+    grouped = keys.group_by(["subset", "fold"]).aggregate(
+        [([], "count_all"), *[(name, "sum") for name in dataset.classes]]
+    )
+    quarantine = dataset.read_table("quarantine")
     counted = quarantine.group_by(["stage", "reason"]).aggregate([([], "count_all")])
     flags = pc.value_counts(pc.list_flatten(slices["flags"])).to_pylist()
     repairs = pc.value_counts(pc.list_flatten(slices["repairs"])).to_pylist()
     levels = pc.value_counts(slices["label_level"]).to_pylist()
     return {
         "path": str(dataset.path),
-        "format": store.FORMAT,
-        "digest": dataset.ich["digest"],
+        "format": dataset.root.format,
+        "digest": dataset.digest,
         "shape": list(dataset.shape),
         "dtype": str(dataset.dtype),
-        "spec": dataset.ich["spec"],
-        "counts": dataset.ich["counts"],
+        "spec": dataset.attributes["spec"],
+        "classes": list(dataset.classes),
+        "generation": dataset.root.generation,
+        "counts": dataset.counts.model_dump(),
         "label_level": {line["values"]: line["counts"] for line in levels},
         "folds": [
             {
                 "subset": line["subset"],
                 "fold": line["fold"],
                 "slices": line["count_all"],
-                **{name: line[f"{name}_sum"] or 0 for name in CLASSES},
+                **{name: line[f"{name}_sum"] or 0 for name in dataset.classes},
             }
             for line in grouped.sort_by([("subset", "descending"), ("fold", "ascending")]).to_pylist()
         ],

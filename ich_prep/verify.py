@@ -1,8 +1,8 @@
-"""Read a finished dataset back and name what does not hold.
+"""Check the integrity of a finished dataset and report every problem.
 
 Three things are compared that were written at different moments: the bytes with their checksums and fingerprints, the
-tables with the pixels, and the counts with the ledger. With the sources at hand, a sample of slices is decoded once
-more by another route: pydicom alone, and the arithmetic of the definitions in float64.
+tables with the pixels, and the counts with the ledger. With the sources, a sample of slices is decoded again by another
+route: pydicom alone, and the arithmetic of the definitions in float64.
 """
 
 from __future__ import annotations
@@ -17,27 +17,32 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ich_prep import ledger, sharding, store
-from ich_prep.compiled import crc32c
+from ich_prep.dataset import open_dataset, shard_format
+from ich_prep.dataset.classes import SUBTYPES, is_rsna
+from ich_prep.dataset.native import crc32c
+from ich_prep.dataset.schema import IMAGES, ROOT, TABLES, shard_path
+from ich_prep.dataset.storage import local_path
+from ich_prep.dataset.tables import read_parquet
+from ich_prep.dataset.windows import AIR_HU, HIGHEST_HU, window_codes
 from ich_prep.decode import decode_with_pydicom
 from ich_prep.errors import CorruptionError, IchError, SliceError, UsageError
-from ich_prep.labels import CLASSES, SUBTYPES
 from ich_prep.layouts.rsna import SIGN_12BIT
-from ich_prep.publish import digest_of, root_document
 from ich_prep.resize import resize_hu
 from ich_prep.sources import require_folder
-from ich_prep.windows import AIR_HU, HIGHEST_HU, window_codes
+from ich_prep.stages import ledger
+from ich_prep.stages.publish import digest_of, root_document
+from ich_prep.stages.state import BuildFolder, build_folder, read_state
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from ich_prep.dataset import Dataset
     from ich_prep.progress import Progress
-    from ich_prep.store import Dataset
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that does not hold: the file, or the row, that is to blame, and what is wrong with it."""
+    """One problem: the file or row that is damaged, and what is wrong with it."""
 
     culprit: str
     what: str
@@ -45,7 +50,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was looked at, and what does not hold."""
+    """What was checked, and the problems found."""
 
     shards: int
     slices: int
@@ -57,76 +62,84 @@ def verify(
     path: str | Path,
     *,
     src: str | Path | None = None,
+    build_dir: str | Path | None = None,
     sample: float = 0.01,
     seed: int = 0,
     progress: Progress,
 ) -> Verification:
-    """Return what does not hold in the dataset at ``path``.
+    """Return the problems of the dataset at ``path``.
 
     With ``src``, the folder it was built from, the share ``sample`` of its slices (at least one) is decoded again by
-    pydicom alone and compared pixel by pixel. Raises ``DatasetError`` where there is no dataset, ``SourceError`` where
-    ``src`` is no folder, and ``UsageError`` where it has none of the files, or the plan that names them is gone.
+    pydicom alone and compared pixel by pixel; that needs the working folder of the build, ``build_dir`` or the one beside
+    the dataset. Raises ``DatasetError`` where there is no dataset, ``SourceError`` where ``src`` is not a folder, and
+    ``UsageError`` where it has none of the files, or the working folder is missing or belongs to another dataset.
     """
     if not 0 < sample <= 1:
         raise UsageError(f"Expected --sample within 0..1, the share of slices to compare; got {sample:g}.")
-    dataset = store.open_dataset(path)
-    plan = dataset.path / store.BUILD / store.PLAN
+    dataset = open_dataset(path)
+    folder = build_folder(dataset.path, None if build_dir is None else local_path(build_dir, "--build-dir"))
+    belongs = _belongs(folder, dataset)
     if src is not None:
         require_folder(Path(src))
-    if src is not None and not plan.exists():
-        raise UsageError(
-            f"Expected the plan of the build at {plan}, which names the source file of each row; it is gone. Verify "
-            "without --src, or build again with --overwrite."
-        )
+        if not belongs or not folder.plan.exists():
+            found = "belongs to another dataset" if folder.plan.exists() else "is missing"
+            raise UsageError(
+                "Comparing with the sources needs the working folder of the build, whose plan names the source file "
+                "of "
+                f"each row; {folder.path} {found}. Name it with --build-dir, or verify without --src."
+            )
     problems = [*_check_digest(dataset), *_check_files(dataset)]
     intact = not problems
-    witnesses = {str(dataset.path / name) for name in (store.ROOT, store.SLICES, store.SHARDS)}
+    witnesses = {str(dataset.path / ROOT), *(str(dataset.table_path(table)) for table in ("slices", "shards"))}
     if any(problem.culprit in witnesses for problem in problems):
-        # They are not the ones that were written, and cannot speak for the shards.
+        # They are not the ones that were written, and say nothing about the shards.
         return Verification(0, 0, 0, tuple(problems))
     if intact:
         problems += [*_check_root(dataset), *_check_tables(dataset), *_check_zarr(dataset)]
     problems += _check_shards(dataset, progress)
     problems += _check_strays(dataset)
-    if intact:
-        problems += _check_ledger(dataset)
+    if intact and belongs:
+        problems += _check_ledger(dataset, folder)
     compared = 0
     if src is not None:
         try:
-            lines = dataset.read_table(f"{store.BUILD}/{store.PLAN}")
-        except CorruptionError:
-            problems.append(Problem(str(plan), "cannot be read, and says where the source of each row lies"))
+            plan = read_parquet(folder.plan)
+        except (OSError, pa.ArrowException):
+            problems.append(Problem(str(folder.plan), "cannot be read: the source file of each row is not known"))
         else:
             rows = _sample(dataset, sample, seed)
-            sampled = lines.take(pa.array(rows)).to_pylist()
+            sampled = plan.take(pa.array(rows)).to_pylist()
             if sampled and not any((Path(src) / line["path"]).exists() for line in sampled):
                 raise UsageError(
-                    f"Expected the files that {dataset.path} was built from below {src}; found none of the {len(sampled)} "
-                    f"sampled (for one, {sampled[0]['path']}). Give the folder that `ich-prep build` was given."
+                    f"None of the {len(sampled)} sampled source files of {dataset.path} is below {src} (for example "
+                    f"{sampled[0]['path']}). Give the folder that `ich-prep build` was given."
                 )
             problems += _compare(dataset, Path(src), sampled, progress)
             compared = len(rows)
-    return Verification(dataset.ich["counts"]["shards"], len(dataset), compared, tuple(problems))
+    return Verification(dataset.counts.shards, len(dataset), compared, tuple(problems))
+
+
+def _belongs(folder: BuildFolder, dataset: Dataset) -> bool:
+    """Return whether ``folder`` is the working folder of the build that made ``dataset``."""
+    return folder.state.exists() and read_state(folder).published == dataset.digest
 
 
 def _check_digest(dataset: Dataset) -> Iterator[Problem]:
-    """Yield whether what the root says of the dataset was changed."""
-    if digest_of(dataset.ich) != dataset.digest:
-        yield Problem(
-            str(dataset.path / store.ROOT), "its digest is not that of what it says: a part of it was changed"
-        )
+    """Yield whether what the root records of the dataset was changed."""
+    if digest_of(dataset.attributes) != dataset.digest:
+        yield Problem(str(dataset.path / ROOT), "digest mismatch: a part of it was changed")
 
 
 def _check_root(dataset: Dataset) -> Iterator[Problem]:
-    """Yield whether the root's other bytes were changed: they are a function of what it and its members say."""
-    path = dataset.path / store.ROOT
-    if root_document(dataset.path, dataset.ich) != path.read_bytes():
-        yield Problem(str(path), "its bytes are not the ones that were written")
+    """Yield whether the root's other bytes were changed: they follow from its attributes and its members."""
+    path = dataset.path / ROOT
+    if root_document(dataset.path, dataset.attributes) != path.read_bytes():
+        yield Problem(str(path), "not the bytes that were written")
 
 
 def _check_files(dataset: Dataset) -> Iterator[Problem]:
     """Yield the tables and metadata whose bytes are not the ones that were published."""
-    for name, digest in sorted(dataset.ich["files"].items()):
+    for name, digest in sorted(dataset.root.digests.items()):
         path = dataset.path / name
         try:
             data = path.read_bytes()
@@ -134,71 +147,77 @@ def _check_files(dataset: Dataset) -> Iterator[Problem]:
             yield Problem(str(path), f"cannot be read: {error.strerror}")
             continue
         if hashlib.sha256(data).hexdigest() != digest:
-            yield Problem(str(path), f"its SHA-256 is not the one that was published ({len(data)} bytes)")
+            yield Problem(str(path), f"SHA-256 mismatch: not the file that was published ({len(data)} bytes)")
 
 
 def _check_tables(dataset: Dataset) -> Iterator[Problem]:
     """Yield where the tables contradict themselves, each other, or the counts."""
-    slices, series, counts = dataset.slices, dataset.series, dataset.ich["counts"]
-    culprit = str(dataset.path / store.SLICES)
+    slices, series, counts = dataset.slices, dataset.series, dataset.counts
+    culprit = str(dataset.table_path("slices"))
     if not np.array_equal(slices["row"].to_numpy(), np.arange(len(dataset))):
         yield Problem(culprit, "line i is not row i")
         return
-    ok = pc.equal(slices["status"], store.OK).to_numpy(zero_copy_only=False)
-    if int(ok.sum()) != counts["ok"]:
-        yield Problem(culprit, f"expected {counts['ok']} rows that are ok, found {int(ok.sum())}")
+    ok = dataset.is_ok
+    if int(ok.sum()) != counts.ok:
+        yield Problem(culprit, f"expected {counts.ok} rows with status ok, found {int(ok.sum())}")
     for number, first, length, n_ok in zip(
         *(series[name].to_pylist() for name in ("series_row", "first_row", "n_slices", "n_ok")), strict=True
     ):
         inside = slices["series_row"].slice(first, length).to_numpy()
         if not (inside == number).all() or int(ok[first : first + length].sum()) != n_ok:
             yield Problem(
-                str(dataset.path / store.SERIES), f"series {number} is not rows {first}..{first + length - 1}"
+                str(dataset.table_path("series")), f"series {number} is not rows {first}..{first + length - 1}"
             )
-    by_slice = pc.equal(slices["label_level"], "slice").to_numpy(zero_copy_only=False)
-    values = np.stack([slices[name].fill_null(-1).to_numpy() for name in CLASSES], axis=1)[by_slice]
-    known = (values >= 0).all(axis=1)
-    wrong = known & (values[:, : len(SUBTYPES)].max(axis=1, initial=0) != values[:, -1])
-    if wrong.any():
-        row = int(np.flatnonzero(by_slice)[np.argmax(wrong)])
-        yield Problem(culprit, f"row {row} has an 'any' that is not the or of the five subtypes")
+    yield from _check_any(dataset)
     folds = slices.filter(pc.is_valid(slices["fold"])).group_by("patient_id").aggregate([("fold", "count_distinct")])
     split = folds.filter(pc.greater(folds["fold_count_distinct"], 1))
     if len(split):
         yield Problem(
             culprit, f"patient {split['patient_id'][0].as_py()} is in {split['fold_count_distinct'][0]} folds"
         )
-    quarantine = dataset.read_table(store.QUARANTINE)
-    if len(quarantine) != counts["quarantined"] or counts["found"] != counts["ok"] + counts["quarantined"]:
+    quarantine = dataset.read_table("quarantine")
+    if len(quarantine) != counts.quarantined or counts.found != counts.ok + counts.quarantined:
         yield Problem(
-            str(dataset.path / store.QUARANTINE),
-            f"{counts['found']} files were found; {counts['ok']} slices are ok and {len(quarantine)} set aside",
+            str(dataset.table_path("quarantine")),
+            f"{counts.found} files were found; {counts.ok} slices are ok and {len(quarantine)} quarantined",
         )
 
 
+def _check_any(dataset: Dataset) -> Iterator[Problem]:
+    """Yield where a label by slice has an ``any`` that is not the or of the subtypes; only RSNA's classes have that rule."""
+    if not is_rsna(dataset.classes):
+        return
+    by_slice = pc.equal(dataset.slices["label_level"], "slice").to_numpy(zero_copy_only=False)
+    values = dataset.labels[by_slice]
+    known = (values >= 0).all(axis=1)
+    wrong = known & (values[:, : len(SUBTYPES)].max(axis=1, initial=0) != values[:, -1])
+    if wrong.any():
+        row = int(np.flatnonzero(by_slice)[np.argmax(wrong)])
+        yield Problem(str(dataset.table_path("slices")), f"row {row}: 'any' is not the or of the five subtypes")
+
+
 def _check_zarr(dataset: Dataset) -> Iterator[Problem]:
-    """Yield where zarr-python, who knows nothing of this project, sees another array."""
+    """Yield where zarr-python, which knows nothing of this project, sees another array."""
     import zarr
 
-    array = zarr.open_array(dataset.path / store.IMAGES, mode="r")
-    seen = (array.shape, array.dtype, array.shards, array.chunks)
+    array = zarr.open_array(dataset.path / IMAGES, mode="r")
+    seen = (array.shape[1:], array.dtype, array.shards, array.chunks)
     chunk = (1, *dataset.shape[1:])
-    expected = (dataset.shape, dataset.dtype, (dataset.spec.slices_per_shard, *chunk[1:]), chunk)
-    if seen != expected:
-        yield Problem(str(dataset.path / store.IMAGES / store.ROOT), f"expected {expected}, Zarr reads {seen}")
+    expected = (dataset.shape[1:], dataset.dtype, (dataset.spec.slices_per_shard, *chunk[1:]), chunk)
+    if seen != expected or array.shape[0] < len(dataset):
+        yield Problem(str(dataset.path / IMAGES / ROOT), f"expected {expected}, Zarr reads {seen} of {array.shape}")
 
 
 def _check_shards(dataset: Dataset, progress: Progress) -> Iterator[Problem]:
-    """Yield the shards that are missing, damaged, exchanged, or hold other slices than the table says."""
-    shards = dataset.read_table(store.SHARDS)
-    ok = pc.equal(dataset.slices["status"], store.OK).to_numpy(zero_copy_only=False)
+    """Yield the shards that are missing, damaged, swapped, or hold other slices than the table says."""
+    shards = dataset.read_table("shards")
     buffer = np.empty(int(np.prod(dataset.shape[1:])) * dataset.dtype.itemsize, np.uint8)
     progress.begin("Checking shards", len(dataset), "slices", 0)
     for line in shards.to_pylist():
-        path = store.shard_path(dataset.path, line["shard"])
+        path = shard_path(dataset.path, line["shard"])
         rows = np.arange(line["first_row"], line["first_row"] + line["n_rows"])
         try:
-            _check_shard(path, line, ok[rows], dataset, buffer)
+            _check_shard(path, line, dataset.is_ok[rows], dataset, buffer)
         except FileNotFoundError:
             yield Problem(str(path), f"shard {line['shard']} is missing")
         except (CorruptionError, OSError) as error:
@@ -208,13 +227,13 @@ def _check_shards(dataset: Dataset, progress: Progress) -> Iterator[Problem]:
 
 
 def _check_strays(dataset: Dataset) -> Iterator[Problem]:
-    """Yield the files that are no part of the dataset; what lies in the folder of the build is not looked at."""
-    expected = {dataset.path / name for name in (store.ROOT, *store.PUBLISHED)}
-    expected.update(store.shard_path(dataset.path, shard) for shard in range(dataset.ich["counts"]["shards"]))
+    """Yield the files that are not part of the dataset."""
+    expected = {dataset.path / name for name in (ROOT, *dataset.root.digests)}
+    expected.update(dataset.table_path(table) for table in TABLES)
+    expected.update(shard_path(dataset.path, shard) for shard in range(dataset.counts.shards))
     for path in sorted(dataset.path.rglob("*")):
-        inside = path.relative_to(dataset.path).parts[0] != store.BUILD
-        if inside and path not in expected and not path.is_dir():
-            yield Problem(str(path), "is no part of this dataset")
+        if path not in expected and not path.is_dir():
+            yield Problem(str(path), "is not part of this dataset")
 
 
 def _check_shard(
@@ -225,37 +244,36 @@ def _check_shard(
     if len(data) != line["bytes"]:
         raise CorruptionError(f"expected {line['bytes']} bytes, found {len(data)}")
     chunks = dataset.spec.slices_per_shard
-    body = len(data) - sharding.index_bytes(chunks)
+    body = len(data) - shard_format.index_bytes(chunks)
     tail = data[body:].tobytes()
-    index = sharding.parse_index(tail, chunks=chunks, body=body)
+    index = shard_format.parse_index(tail, chunks=chunks, body=body)
     checksums = []
     for inside, (offset, length) in enumerate(index.tolist()):
         row = line["first_row"] + inside
-        there = offset != sharding.MISSING
-        if there != (inside < len(ok) and bool(ok[inside])):
-            raise CorruptionError(f"row {row} is {'there' if there else 'a hole'}, against its status")
-        if not there:
+        present = offset != shard_format.MISSING
+        if present != (inside < len(ok) and bool(ok[inside])):
+            raise CorruptionError(
+                f"row {row} " + ("has a chunk but not status ok" if present else "has status ok but no chunk")
+            )
+        if not present:
             continue
         chunk = data[offset : offset + length]
         try:
-            sharding.decode_chunk(chunk, codec=dataset.spec.codec, out=buffer)
+            shard_format.decode_chunk(chunk, codec=dataset.spec.codec, out=buffer)
         except CorruptionError as error:
             raise CorruptionError(f"row {row}: {error}") from None
-        checksums.append(crc32c(chunk[: -sharding.CRC_BYTES]))
-    if sharding.fingerprint(np.array(checksums, np.uint32), tail) != line["fingerprint"]:
-        raise CorruptionError("it is a whole shard, and not the one that was written here: were shards exchanged?")
+        checksums.append(crc32c(chunk[: -shard_format.CRC_BYTES]))
+    if shard_format.fingerprint(np.array(checksums, np.uint32), tail) != line["fingerprint"]:
+        raise CorruptionError("valid, but not the shard written here (fingerprint differs): were shards swapped?")
 
 
-def _check_ledger(dataset: Dataset) -> Iterator[Problem]:
-    """Yield where the ledger, if the build folder is still there, says something else than the tables."""
-    folder = dataset.path / store.BUILD / store.DONE
-    if not folder.is_dir():
-        return
+def _check_ledger(dataset: Dataset, folder: BuildFolder) -> Iterator[Problem]:
+    """Yield where the ledger in the working folder differs from the tables."""
     status = dataset.slices["status"].to_pylist()
-    for line in dataset.read_table(store.SHARDS).to_pylist():
-        path = folder / f"{line['shard']:05d}.json"
+    for line in dataset.read_table("shards").to_pylist():
+        path = folder.done / f"{line['shard']:05d}.json"
         try:
-            entry = ledger.read(folder, line["shard"])
+            entry = ledger.read(folder.done, line["shard"])
             found = [row["status"] for row in entry["rows"]]
             same = entry["fingerprint"] == line["fingerprint"] and entry["bytes"] == line["bytes"]
         except (OSError, ValueError, KeyError, TypeError):
@@ -270,7 +288,7 @@ def _check_ledger(dataset: Dataset) -> Iterator[Problem]:
 
 def _sample(dataset: Dataset, share: float, seed: int) -> NDArray[np.int64]:
     """Return the rows to compare, ascending: a share of those that are ok, at least one."""
-    ok = np.flatnonzero(pc.equal(dataset.slices["status"], store.OK).to_numpy(zero_copy_only=False))
+    ok = np.flatnonzero(dataset.is_ok)
     count = min(len(ok), max(1, round(share * len(ok))))
     return np.sort(np.random.default_rng(seed).choice(ok, count, replace=False))
 

@@ -1,4 +1,4 @@
-"""Of what the bytes of a dataset depend besides its sources and its spec: the releases of what makes them."""
+"""Library versions that can change a dataset's bytes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 PACKAGE = "ich"
-# imagecodecs reads some kinds of JPEG, and need not be installed.
+# imagecodecs reads some kinds of JPEG and is optional.
 LIBRARIES = (
     "imagecodecs", "numcodecs", "numpy", "opencv-python-headless", "pyarrow", "pydicom", "pylibjpeg-openjpeg",
     "pylibjpeg-rle", "zarr",
@@ -14,18 +14,18 @@ LIBRARIES = (
 
 
 @cache
-def _release(name: str) -> str | None:
+def _version(name: str) -> str | None:
     try:
         return version(name)
     except PackageNotFoundError:
         return None
 
 
-def library_releases() -> dict[str, str | None]:
-    """Return the release of each library, None where it is not installed."""
-    return {name: _release(name) for name in LIBRARIES}
+def library_versions() -> dict[str, str | None]:
+    """Return the version of each library, None where it is not installed."""
+    return {name: _version(name) for name in LIBRARIES}
 
 
-def all_releases() -> dict[str, str | None]:
-    """Return the releases of this package and of each library."""
-    return {PACKAGE: _release(PACKAGE), **library_releases()}
+def all_versions() -> dict[str, str | None]:
+    """Return the versions of this package and of each library."""
+    return {PACKAGE: _version(PACKAGE), **library_versions()}

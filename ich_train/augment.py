@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from ich_prep.dataset.windows import Window, window_table
 from ich_prep.errors import UsageError
-from ich_prep.windows import Window, window_table
 from ich_train.config import TrainConfig
 
 # Mean and standard deviation of ImageNet, averaged over its colours: so weights from there meet inputs of the scale

@@ -19,7 +19,7 @@ from ich_train.config import MODELS, EvalConfig, TrainConfig
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ich_prep.store import Dataset
+    from ich_prep.dataset.dataset import Dataset
 
 Section = TypeVar("Section", TrainConfig, EvalConfig)
 
@@ -91,7 +91,7 @@ def run_command(
     settings = _section(recipe, "train", TrainConfig, given)
     evaluation = _section(recipe, "eval", EvalConfig, {})
 
-    from ich_prep.store import open_dataset
+    from ich_prep.dataset.dataset import open_dataset
     from ich_train.train import train
 
     console, dataset = _console(), open_dataset(settings.data)
@@ -126,7 +126,7 @@ def eval_command(
     given = {"subset": subset, "limit": limit, "seed": seed, "batch_size": batch_size}
     evaluation = _section(run / RECIPE, "eval", EvalConfig, given)
 
-    from ich_prep.store import open_dataset
+    from ich_prep.dataset.dataset import open_dataset
     from ich_train.evaluate import evaluate_run
     from ich_train.ranks import choose_device
 
@@ -157,7 +157,7 @@ def predict_command(
 
     settings, evaluation = settings_of(run)
 
-    from ich_prep.store import open_dataset
+    from ich_prep.dataset.dataset import open_dataset
     from ich_train.predict import write_submission
     from ich_train.ranks import choose_device
 
@@ -194,7 +194,7 @@ def _section(recipe: Path | None, section: str, model: type[Section], given: dic
 
 def _built_otherwise(recipe: Path, dataset: Dataset) -> str:
     """Say where ``dataset`` is not what the section [build] of ``recipe`` makes; nothing where it is."""
-    from ich_prep.store import Spec
+    from ich_prep.dataset.schema import Spec
 
     written, built = read_section(recipe, "build"), dataset.spec
     kept = ("size", "store") if built.store == "hu" else ("size", "store", "windows")  # HU are windowed as one likes

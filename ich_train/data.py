@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pyarrow.compute as pc
 import torch
+from ich_prep.store import SLICES
 
+from ich_prep.dataset.classes import RSNA_CLASSES, UNKNOWN
+from ich_prep.dataset.dataset import Dataset, open_dataset
+from ich_prep.dataset.schema import OK
 from ich_prep.errors import UsageError
-from ich_prep.labels import CLASSES, UNKNOWN
-from ich_prep.store import OK, SLICES, Dataset, open_dataset
 from ich_train.order import epoch_positions, rank_positions
 
 if TYPE_CHECKING:
@@ -70,8 +72,8 @@ def usable_rows(dataset: Dataset, *, allow_series_labels: bool = False) -> NDArr
 
 def read_labels(dataset: Dataset) -> NDArray[np.int8]:
     """Return the six labels of every row, int8 (slices, 6) in the order of ``CLASSES``, -1 where unknown."""
-    table = dataset.read_table(SLICES, list(CLASSES))
-    return np.stack([table[name].fill_null(UNKNOWN).to_numpy() for name in CLASSES], axis=1)
+    table = dataset.read_table(SLICES, list(RSNA_CLASSES))
+    return np.stack([table[name].fill_null(UNKNOWN).to_numpy() for name in RSNA_CLASSES], axis=1)
 
 
 def neighbours(dataset: Dataset, rows: NDArray[np.int64], context: int) -> NDArray[np.int64]:
@@ -233,7 +235,7 @@ class SliceLoader:
         images = torch.from_numpy(
             np.empty((self.batch_size, channels * (2 * self._context + 1), height, width), self.dataset.dtype)
         )
-        labels = torch.empty((self.batch_size, len(CLASSES)), dtype=torch.int8)
+        labels = torch.empty((self.batch_size, len(RSNA_CLASSES)), dtype=torch.int8)
         rows = torch.empty(self.batch_size, dtype=torch.int64)
         if pinned:
             images, labels = images.pin_memory(), labels.pin_memory()

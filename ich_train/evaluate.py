@@ -24,8 +24,8 @@ import pyarrow.parquet as pq
 import torch
 from pyarrow import csv
 
+from ich_prep.dataset.classes import RSNA_CLASSES
 from ich_prep.errors import UsageError
-from ich_prep.labels import CLASSES
 from ich_train.data import SliceLoader
 from ich_train.metrics import (
     POLICIES,
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
-    from ich_prep.store import Dataset
+    from ich_prep.dataset.dataset import Dataset
 
 PREDICTIONS, PICTURES, CURVES, REPORT = "predictions.parquet", "pictures", "curves", "report.html"
 SHEET_COLUMNS = 4  # slices in a line of a sheet
@@ -131,7 +131,7 @@ def evaluate_run(
 
     cases = _cases(dataset, rows, probabilities[np.searchsorted(needed, rows)])
     validation = _cases(dataset, split.val, probabilities[np.searchsorted(needed, split.val)])
-    training = _cases(dataset, split.train, np.empty((len(split.train), len(CLASSES)), np.float32))
+    training = _cases(dataset, split.train, np.empty((len(split.train), len(RSNA_CLASSES)), np.float32))
     baseline = position_scores(training.positions, training.labels, cases.positions)
     metrics = {
         "model": meta,
@@ -155,7 +155,7 @@ def evaluate_run(
     figures["roc"] = roc_panels(roc, view)
     figures["precision_recall"] = precision_recall_panels(precision_recall, view)
     figures |= {f"confusion_{policy}": confusion_panels(view, policy) for policy in POLICIES}
-    for name in CLASSES:
+    for name in RSNA_CLASSES:
         threshold = view["labels"][name]["at_best_f1"]["threshold"]
         figures[f"sheet_{name}"] = draw_sheet(dataset, predictor, cases, name, 0.5 if threshold is None else threshold)
     figures["feature_maps"] = draw_feature_maps(dataset, predictor, _most_certain(cases))
@@ -240,7 +240,7 @@ def draw_sheet(dataset: Dataset, predictor: Predictor, cases: Cases, label: str,
 
     At most one slice of a series in each of the four groups, so that one bleed does not fill the sheet.
     """
-    j = CLASSES.index(label)
+    j = RSNA_CLASSES.index(label)
     probability, truth = cases.probabilities[:, j], cases.labels[:, j]
     called = probability >= threshold
     groups = {}
@@ -291,7 +291,7 @@ def _windows(dataset: Dataset, predictor: Predictor, row: int) -> NDArray[np.uin
 
 def _most_certain(cases: Cases) -> int:
     """Return the row of the highest probability of any: among the slices that have a bleed, if one does."""
-    probability, truth = cases.probabilities[:, CLASSES.index("any")], cases.labels[:, CLASSES.index("any")]
+    probability, truth = cases.probabilities[:, RSNA_CLASSES.index("any")], cases.labels[:, RSNA_CLASSES.index("any")]
     return int(cases.rows[np.argmax(probability + (truth == 1))])
 
 
@@ -328,7 +328,7 @@ def _describe(dataset: Dataset, split: Split, meta: Mapping[str, Any]) -> dict[s
             "slices": len(rows),
             "series": pc.count_distinct(taken["series_row"]).as_py(),
             "patients": pc.count_distinct(taken["patient_id"]).as_py(),
-            "positives": dict(zip(CLASSES, positives.tolist(), strict=True)),
+            "positives": dict(zip(RSNA_CLASSES, positives.tolist(), strict=True)),
         }
     return {
         "name": dataset.path.name,
@@ -348,8 +348,8 @@ def _unnamed(dataset: Dataset, rows: NDArray[np.int64], split: Split) -> int:
 
 
 def _predictions(dataset: Dataset, cases: Cases) -> pa.Table:
-    taken = dataset.slices.select([*NAMED, *CLASSES]).take(pa.array(cases.rows))
-    for j, name in enumerate(CLASSES):
+    taken = dataset.slices.select([*NAMED, *RSNA_CLASSES]).take(pa.array(cases.rows))
+    for j, name in enumerate(RSNA_CLASSES):
         taken = taken.append_column(f"p_{name}", pa.array(cases.probabilities[:, j], pa.float32()))
     return taken
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
+from ich_prep.dataset.classes import RSNA_CLASSES
 from ich_prep.errors import UsageError
-from ich_prep.labels import CLASSES
 
 LOSSES = ("bce", "rsna")
 
@@ -30,7 +30,7 @@ def label_weights(loss: str) -> torch.Tensor:
     """
     if loss not in LOSSES:
         raise UsageError(f"expected a loss of {', '.join(LOSSES)}, found {loss!r}")
-    return torch.tensor([2.0 if loss == "rsna" and name == "any" else 1.0 for name in CLASSES])
+    return torch.tensor([2.0 if loss == "rsna" and name == "any" else 1.0 for name in RSNA_CLASSES])
 
 
 def loss_sums(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> Sums:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
-from ich_prep.labels import CLASSES
+from ich_prep.dataset.classes import RSNA_CLASSES
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
@@ -30,7 +30,7 @@ DECISION = ("accuracy", "precision", "recall", "f1")
 POLICIES = ("at_half", "at_best_f1")
 MEASURES = RANKING + tuple(f"{policy}.{name}" for policy in POLICIES for name in DECISION)
 
-RSNA_WEIGHTS: Floats = np.array([2.0 if name == "any" else 1.0 for name in CLASSES])
+RSNA_WEIGHTS: Floats = np.array([2.0 if name == "any" else 1.0 for name in RSNA_CLASSES])
 PROBABILITY_FLOOR = 1e-15  # the competition's clip; in float64 1 - 1e-15 is still below 1
 POSITION_BINS = 20
 INTERVAL_PERCENT = (2.5, 97.5)
@@ -38,7 +38,7 @@ INTERVAL_PERCENT = (2.5, 97.5)
 
 def best_f1_thresholds(labels: Labels, probabilities: Probabilities) -> Thresholds:
     """Return for each label the threshold that gives the highest F1: one of its probabilities, None where undefined."""
-    return tuple(_best_f1(*_known(labels[:, j], probabilities[:, j])) for j in range(len(CLASSES)))
+    return tuple(_best_f1(*_known(labels[:, j], probabilities[:, j])) for j in range(len(RSNA_CLASSES)))
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def rsna_log_loss(labels: Labels, probabilities: Probabilities) -> float | None:
 def roc_aucs(labels: Labels, scores: Probabilities) -> dict[str, float | None]:
     """Return the area under the ROC curve of each label by name, None where undefined or where scores are NaN."""
     areas: dict[str, float | None] = {}
-    for j, name in enumerate(CLASSES):
+    for j, name in enumerate(RSNA_CLASSES):
         truth, score = _known(labels[:, j], scores[:, j])
         areas[name] = None if np.isnan(score).any() else _plain(_ranking(truth, score)[0])
     return areas
@@ -93,7 +93,7 @@ def by_series(
     it has are known to be, else unknown. Its probability is the maximum or mean over the slices given.
     """
     names, first, code = np.unique(series, return_index=True, return_inverse=True)
-    shape = len(names), len(CLASSES)
+    shape = len(names), len(RSNA_CLASSES)
     positive, negatives = np.zeros(shape, bool), np.zeros(shape, np.int64)
     np.logical_or.at(positive, code, labels > 0)
     np.add.at(negatives, code, labels == 0)
@@ -115,8 +115,8 @@ def position_scores(known: Floats, known_labels: Labels, positions: Floats) -> F
     among the training slices ``known_labels`` (m, 6) in the same twentieth of the series, among all of them where that
     twentieth holds none, and NaN where the label is never known.
     """
-    scores = np.zeros((len(positions), len(CLASSES)))
-    for j in range(len(CLASSES)):
+    scores = np.zeros((len(positions), len(RSNA_CLASSES)))
+    for j in range(len(RSNA_CLASSES)):
         truth, where = _known(known_labels[:, j], known)
         cases = np.bincount(_position_bins(where), minlength=POSITION_BINS)
         positives = np.bincount(_position_bins(where), weights=truth, minlength=POSITION_BINS)
@@ -144,7 +144,7 @@ def measure(
     interval is None where that befell more than half of them, or where there are fewer than two patients.
     """
     names, owner = np.unique(patients, return_inverse=True)
-    columns = [(*_known(labels[:, j], probabilities[:, j]), owner[labels[:, j] >= 0]) for j in range(len(CLASSES))]
+    columns = [(*_known(labels[:, j], probabilities[:, j]), owner[labels[:, j] >= 0]) for j in range(len(RSNA_CLASSES))]
     truths, scores, owners = (np.concatenate(part) for part in zip(*columns, strict=True))
     columns.append((truths, scores, owners))  # micro
     sums = _PatientSums.of(labels, probabilities, owner, thresholds)
@@ -161,7 +161,7 @@ def measure(
         drawn[b] = np.column_stack([[column.ranking(weights) for column in ranked], _decisions(sums.counts(weights))])
         losses[b] = sums.log_loss(weights)
 
-    by_label = {name: _entry(values[j], drawn[:, j]) for j, name in enumerate(CLASSES)}
+    by_label = {name: _entry(values[j], drawn[:, j]) for j, name in enumerate(RSNA_CLASSES)}
     for entry, cases, threshold in zip(by_label.values(), counts[:-1], thresholds, strict=True):
         entry["positives"], entry["negatives"] = int(cases[0, 2:].sum()), int(cases[0, :2].sum())
         entry["at_half"] |= {"threshold": 0.5, **_count_words(cases[0])}
@@ -234,7 +234,7 @@ class _PatientSums:
     @classmethod
     def of(cls, labels: Labels, probabilities: Probabilities, owner: Integers, thresholds: Thresholds) -> _PatientSums:
         patients = int(owner.max(initial=-1)) + 1
-        shape = patients, len(CLASSES), len(POLICIES), len(COUNTS)
+        shape = patients, len(RSNA_CLASSES), len(POLICIES), len(COUNTS)
         counted = np.zeros(shape)
         for j, best in enumerate(thresholds):
             truth, score = _known(labels[:, j], probabilities[:, j])
@@ -251,7 +251,7 @@ class _PatientSums:
 
     def counts(self, weights: Floats) -> Floats:
         """Return (label or micro, policy, count) when patient p counts ``weights[p]`` times."""
-        labels = (weights @ self.counted).reshape(len(CLASSES), len(POLICIES), len(COUNTS))
+        labels = (weights @ self.counted).reshape(len(RSNA_CLASSES), len(POLICIES), len(COUNTS))
         return np.concatenate([labels, labels.sum(axis=0, keepdims=True)])
 
     def log_loss(self, weights: Floats) -> float:
@@ -280,7 +280,7 @@ def _ranking(truth: Labels, score: Floats) -> tuple[float, float]:
 
 
 def _two_class_columns(labels: Labels, scores: Probabilities) -> list[tuple[str, tuple[Labels, Floats]]]:
-    columns = [(name, _known(labels[:, j], scores[:, j])) for j, name in enumerate(CLASSES)]
+    columns = [(name, _known(labels[:, j], scores[:, j])) for j, name in enumerate(RSNA_CLASSES)]
     return [(name, column) for name, column in columns if column[0].any() and not column[0].all()]
 
 

@@ -21,7 +21,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from ich_prep.labels import CLASSES
+from ich_prep.dataset.classes import RSNA_CLASSES
 from ich_train.metrics import Curve
 
 INK, MUTED, FAINT = "#1f2933", "#66727f", "#d5dae0"
@@ -223,7 +223,7 @@ def _style(axes: Axes, *, x: str, y: str, unit_square: bool = False) -> None:
 
 
 def _label_panels(figure: Figure) -> Iterator[tuple[str, Axes]]:
-    return zip(CLASSES, figure.subplots(2, 3).flat, strict=True)
+    return zip(RSNA_CLASSES, figure.subplots(2, 3).flat, strict=True)
 
 
 def _curve_panel(

@@ -14,10 +14,10 @@ import torch
 from pyarrow import csv
 from torch import nn
 
+from ich_prep.dataset.classes import RSNA_CLASSES
+from ich_prep.dataset.schema import OK
+from ich_prep.dataset.windows import Window
 from ich_prep.errors import UsageError
-from ich_prep.labels import CLASSES
-from ich_prep.store import OK
-from ich_prep.windows import Window
 from ich_train.augment import Preprocess
 from ich_train.checkpoint import load_model
 from ich_train.data import SliceLoader, on_device
@@ -28,7 +28,7 @@ from ich_train.split import label_matrix, split_rows
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ich_prep.store import Dataset
+    from ich_prep.dataset.dataset import Dataset
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def predict_rows(
         context=context,
         pin=device.type == "cuda",
     )
-    probabilities = np.empty((len(rows), len(CLASSES)), np.float32)
+    probabilities = np.empty((len(rows), len(RSNA_CLASSES)), np.float32)
     with torch.inference_mode(), own_stream(device):
         found = [torch.sigmoid(model(preprocess(batch.images)).float()) for batch in on_device(loader, device)]
         if found:
@@ -128,7 +128,7 @@ def write_submission(
     # One line more than there are usable slices: for those without an image, found at index -1.
     place = pc.fill_null(pc.index_in(slice_ids, slices["sop_instance_uid"].take(pa.array(usable))), -1).to_numpy()
     missing = len(pc.unique(slice_ids.filter(pa.array(place < 0))))
-    shares = _training_shares(dataset, predictor.meta) if missing else np.zeros(len(CLASSES), np.float32)
+    shares = _training_shares(dataset, predictor.meta) if missing else np.zeros(len(RSNA_CLASSES), np.float32)
     out.parent.mkdir(parents=True, exist_ok=True)
 
     probabilities = predict_rows(
@@ -153,7 +153,7 @@ def write_submission(
     new = out.with_name(f"{out.name}.tmp")
     with new.open("w", encoding="utf-8", newline="\n") as file:
         file.write("ID,Label\n")
-        names = np.array(CLASSES)[classes]
+        names = np.array(RSNA_CLASSES)[classes]
         # Nine digits are what a float32 needs to read back as the same number.
         file.writelines(
             f"{slice_id}_{name},{value:.9g}\n"
@@ -175,8 +175,10 @@ def _ids_of(dataset: Dataset, rows: NDArray[np.int64]) -> tuple[pa.Array, NDArra
     """Return slice and class of each line for ``rows``, six lines a slice, in the order of the label file."""
     line = pc.fill_null(dataset.slices["label_line"].take(pa.array(rows)), np.iinfo(np.int64).max).to_numpy()
     ordered = rows[np.argsort(line, kind="stable")]
-    slice_ids = dataset.slices["sop_instance_uid"].take(pa.array(np.repeat(ordered, len(CLASSES)))).combine_chunks()
-    return slice_ids, np.tile(np.arange(len(CLASSES)), len(rows))
+    slice_ids = (
+        dataset.slices["sop_instance_uid"].take(pa.array(np.repeat(ordered, len(RSNA_CLASSES)))).combine_chunks()
+    )
+    return slice_ids, np.tile(np.arange(len(RSNA_CLASSES)), len(rows))
 
 
 def _ids_in(sample: Path) -> tuple[pa.Array, NDArray[np.int64]]:
@@ -189,11 +191,11 @@ def _ids_in(sample: Path) -> tuple[pa.Array, NDArray[np.int64]]:
     if table.column_names != ["ID", "Label"] or not len(table):
         raise UsageError(f"{wanted}; {sample} has {len(table)} lines of {', '.join(table.column_names)}.")
     ids = table["ID"].combine_chunks()
-    parts = pc.extract_regex(ids, f"(?s)^(?P<slice>.+)_(?P<class>{'|'.join(CLASSES)})$")
+    parts = pc.extract_regex(ids, f"(?s)^(?P<slice>.+)_(?P<class>{'|'.join(RSNA_CLASSES)})$")
     if parts.null_count:
         first = ids[pc.index(pc.is_null(parts), True).as_py()]
         raise UsageError(f"{wanted}; {sample} has {parts.null_count} lines of other names, the first {first!s}.")
-    classes = pc.index_in(parts.field("class"), pa.array(CLASSES)).to_numpy().astype(np.int64)
+    classes = pc.index_in(parts.field("class"), pa.array(RSNA_CLASSES)).to_numpy().astype(np.int64)
     return parts.field("slice"), classes
 
 

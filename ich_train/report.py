@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ich_prep.labels import CLASSES
+from ich_prep.dataset.classes import RSNA_CLASSES
 from ich_train.metrics import DECISION, POLICIES
 from ich_train.runs import Epoch, overfitting_since
 
@@ -114,7 +114,10 @@ def report_html(metrics: Mapping[str, Any], history: Sequence[Epoch], pictures: 
             *(_picture(f"confusion_{policy}", pictures) for policy in POLICIES),
         ),
         _section(
-            "slices", "Hits and errors", _sheets_text(model), *(_sheet(name, pictures) for name in reversed(CLASSES))
+            "slices",
+            "Hits and errors",
+            _sheets_text(model),
+            *(_sheet(name, pictures) for name in reversed(RSNA_CLASSES)),
         ),
         _section("network", "What the network makes of a slice", _picture("feature_maps", pictures, kind="tall")),
         f"<footer class='muted'>{NOTICE}</footer>",
@@ -217,7 +220,7 @@ def _facts(metrics: Mapping[str, Any]) -> str:
 
 
 def _parts(data: Mapping[str, Any]) -> str:
-    head = ["part", "slices", "series", "patients", *(f"{name}" for name in CLASSES)]
+    head = ["part", "slices", "series", "patients", *(f"{name}" for name in RSNA_CLASSES)]
     lines = [
         [
             name,
@@ -341,7 +344,7 @@ def _measured(entry: Mapping[str, Any], measure: str) -> str:
 
 def _averaged(entry: Mapping[str, Any], measure: str) -> str:
     """Return a measure of the macro or micro line with its interval and the number of labels that it is taken over."""
-    return f"{_measured(entry, measure)}<small>{entry['labels'][measure]} of {len(CLASSES)} labels</small>"
+    return f"{_measured(entry, measure)}<small>{entry['labels'][measure]} of {len(RSNA_CLASSES)} labels</small>"
 
 
 def _number(value: float | None) -> str:

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ich_prep.dataset.classes import RSNA_CLASSES
+from ich_prep.dataset.windows import Window, parse_windows
 from ich_prep.errors import TrainError, UsageError
-from ich_prep.labels import CLASSES
-from ich_prep.windows import Window, parse_windows
 from ich_train.augment import Augment, Preprocess
 from ich_train.data import SliceLoader
 from ich_train.loss import label_weights
@@ -25,7 +25,7 @@ from ich_train.step import Step
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ich_prep.store import Dataset
+    from ich_prep.dataset.dataset import Dataset
     from ich_train.config import TrainConfig
     from ich_train.ranks import Ranks
 
@@ -80,7 +80,7 @@ class Training:
             "context": self.settings.context,
             "store": self.dataset.spec.store,
             "windows": [asdict(window) for window in self.windows],
-            "classes": list(CLASSES),
+            "classes": list(RSNA_CLASSES),
             "epoch": len(self.history),
             "val_loss": self.history[-1].val_loss if self.history else None,
             "dataset_digest": self.dataset.digest,
@@ -172,7 +172,7 @@ def prepare(dataset: Dataset, settings: TrainConfig, ranks: Ranks, *, weights: P
         settings.model,
         channels=len(windows) * (2 * settings.context + 1),
         size=dataset.spec.size,
-        classes=len(CLASSES),
+        classes=len(RSNA_CLASSES),
         weights=weights,
         dropout=settings.dropout,
     )

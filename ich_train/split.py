@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ich_prep.dataset.classes import RSNA_CLASSES
 from ich_prep.errors import UsageError
-from ich_prep.labels import CLASSES
 from ich_train.data import read_labels, usable_rows
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from ich_prep.store import Dataset
+    from ich_prep.dataset.dataset import Dataset
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ def balanced_weights(labels: NDArray[np.int8]) -> NDArray[np.float64]:
     """
     positives = (labels == 1).sum(axis=0)
     rarest = np.where(labels == 1, positives, np.iinfo(np.int64).max).argmin(axis=1)
-    kind = np.where((labels == 1).any(axis=1), rarest, len(CLASSES))
-    weights: NDArray[np.float64] = 1 / np.sqrt(np.bincount(kind, minlength=len(CLASSES) + 1)[kind])
+    kind = np.where((labels == 1).any(axis=1), rarest, len(RSNA_CLASSES))
+    weights: NDArray[np.float64] = 1 / np.sqrt(np.bincount(kind, minlength=len(RSNA_CLASSES) + 1)[kind])
     return weights
 
 

@@ -30,7 +30,7 @@ from ich_train.setup import Training, prepare
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ich_prep.store import Dataset
+    from ich_prep.dataset.dataset import Dataset
     from ich_train.config import EvalConfig
 
 

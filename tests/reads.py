@@ -7,7 +7,7 @@ import signal
 import time
 from typing import Any
 
-from ich_prep.store import Dataset
+from ich_prep.dataset.dataset import Dataset
 
 
 def interrupt_at_read(dataset: Dataset, number: int) -> None:

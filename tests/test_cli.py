@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from ich_prep.cli import app
-from ich_prep.labels import CLASSES
-from ich_prep.store import open_dataset
-from ich_prep.windows import PRESETS
+from ich_prep.dataset.classes import RSNA_CLASSES
+from ich_prep.dataset.dataset import open_dataset
+from ich_prep.dataset.windows import PRESETS
 
 PREP = str(Path(sys.executable).with_name("ich-prep"))
 
@@ -97,7 +97,7 @@ def test_from_nothing_to_a_verified_dataset(tmp_path: Path) -> None:
     summary = json.loads(prep("info", out, "--json").stdout)
     assert summary["digest"] == dataset.ich["digest"]
     assert sum(line["slices"] for line in summary["folds"]) == len(dataset)
-    for name in CLASSES:
+    for name in RSNA_CLASSES:
         assert sum(line[name] for line in summary["folds"]) == sum(filter(None, dataset.slices[name].to_pylist()))
     assert sum(line["files"] for line in summary["quarantine"]) == dataset.ich["counts"]["quarantined"]
 

@@ -22,7 +22,7 @@ from page_cache import evict, pages_in_memory
 from pictures import SHAPES, picture
 
 from ich_prep import compiled
-from ich_prep.compiled import (
+from ich_prep.dataset.native import (
     ChunkFault,
     Codec,
     FrameEncoder,
@@ -32,8 +32,8 @@ from ich_prep.compiled import (
     scratch_bytes,
     window_codes_by_table,
 )
+from ich_prep.dataset.shard_format import block_bytes
 from ich_prep.errors import IchError
-from ich_prep.sharding import block_bytes
 
 NATIVE = Path(compiled.__file__).with_name("native")
 

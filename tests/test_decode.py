@@ -28,8 +28,8 @@ from ich_prep.decode import PLUGINS, Decoder, PixelSource, missing_decoder
 from ich_prep.errors import Reason, SliceError
 from ich_prep.header import DEFLATED_LE, EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE, INFLATED_LIMIT, read_header, walk_meta
 from ich_prep.hounsfield import rescale_table
-from ich_prep.scan import check_slice, scan_file
-from ich_prep.shard import extremes, fit_to_bits
+from ich_prep.stages.scan import check_slice, scan_file
+from ich_prep.stages.shard import extremes, fit_to_bits
 
 SliceBytes = Callable[..., bytes]
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ich_prep.folds import assign_folds, fold_of
+from ich_prep.stages.folds import assign_folds, fold_of
 
 patients = st.lists(st.text(max_size=12), min_size=1, max_size=30)
 fold_counts = st.integers(2, 127)

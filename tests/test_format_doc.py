@@ -9,9 +9,10 @@ import pyarrow as pa
 import pytest
 
 from ich_prep import store
+from ich_prep.dataset.classes import RSNA_CLASSES
+from ich_prep.dataset.dataset import open_dataset
+from ich_prep.dataset.schema import Spec
 from ich_prep.errors import Reason
-from ich_prep.labels import CLASSES
-from ich_prep.store import Spec, open_dataset
 
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "format.md").read_text(encoding="utf-8")
 
@@ -29,7 +30,7 @@ def table_of(text: str) -> list[list[str]]:
 
 def named(text: str) -> list[str]:
     """Return the words in backticks, the six labels written out."""
-    return re.findall(r"`([a-z_]+)`", text.replace("the six labels", ", ".join(f"`{name}`" for name in CLASSES)))
+    return re.findall(r"`([a-z_]+)`", text.replace("the six labels", ", ".join(f"`{name}`" for name in RSNA_CLASSES)))
 
 
 def shown(kind: pa.DataType) -> str:

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from ich_prep.dataset.windows import AIR_HU, HIGHEST_HU, PRESETS, Window, window_codes
 from ich_prep.hounsfield import apply_rescale, apply_rescale_and_windows, apply_windows, rescale_table
-from ich_prep.windows import AIR_HU, HIGHEST_HU, PRESETS, Window, window_codes
 
 ALL_WORDS = np.arange(65536, dtype=np.uint16).reshape(256, 256)
 WINDOWS = (*PRESETS.values(), Window("blood", center=75, width=215), Window("fine", center=35.5, width=3))

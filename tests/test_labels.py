@@ -8,19 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ich_prep.dataset.classes import RSNA_CLASSES, SUBTYPES, UNKNOWN
 from ich_prep.errors import SourceError
-from ich_prep.labels import CLASSES, SUBTYPES, UNKNOWN, Labels, complete_any, gather_long, join_labels, no_labels
+from ich_prep.layouts.labels import Labels, fill_any, join_labels, labels_from_long_table, no_labels
 
-EPIDURAL, ANY = CLASSES.index("epidural"), CLASSES.index("any")
+EPIDURAL, ANY = RSNA_CLASSES.index("epidural"), RSNA_CLASSES.index("any")
 NO_KEYS = pa.array([], pa.string())
 
 Line = tuple[str, int, int]
-lines = st.tuples(st.sampled_from("abcde"), st.integers(0, len(CLASSES) - 1), st.integers(0, 1))
+lines = st.tuples(st.sampled_from("abcde"), st.integers(0, len(RSNA_CLASSES) - 1), st.integers(0, 1))
 
 
 def gathered(given_lines: list[Line], *, allow_contradictions: bool = False) -> Labels:
     keys, classes, values = zip(*given_lines, strict=True) if given_lines else ((), (), ())
-    return gather_long(
+    return labels_from_long_table(
         pa.array(keys, pa.string()),
         np.array(classes, np.intp),
         np.array(values, np.int8),
@@ -34,7 +35,7 @@ def by_slice(*values: tuple[int, ...]) -> Labels:
 
 
 def test_the_classes_stand_in_the_order_of_the_contract() -> None:
-    assert CLASSES == ("epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural", "any")
+    assert RSNA_CLASSES == ("epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural", "any")
 
 
 @given(st.lists(lines, max_size=40))
@@ -45,7 +46,7 @@ def test_lines_are_gathered_as_a_dictionary_would(given_lines: list[Line]) -> No
     labels = gathered(given_lines, allow_contradictions=True)
     assert labels.keys.to_pylist() == list(dict.fromkeys(key for key, _, _ in given_lines))
     for place, key in enumerate(labels.keys.to_pylist()):
-        for label in range(len(CLASSES)):
+        for label in range(len(RSNA_CLASSES)):
             values = said.get((key, label), set())
             expected = values.copy().pop() if len(values) == 1 else UNKNOWN
             assert labels.values[place, label] == expected
@@ -75,14 +76,14 @@ def test_a_third_line_does_not_settle_a_contradiction() -> None:
 
 
 def test_equal_lines_are_counted() -> None:
-    once = [("a", number, 0) for number in range(len(CLASSES))]
+    once = [("a", number, 0) for number in range(len(RSNA_CLASSES))]
     assert gathered(once).notes == ()
     assert gathered(once + once).notes == ("6 label lines stand more than once",)
 
 
 def test_any_is_filled_in_from_the_subtypes() -> None:
     unknown = (UNKNOWN,)
-    labels = complete_any(
+    labels = fill_any(
         by_slice(
             (0, 0, 1, 0, 0, *unknown),
             (0, 0, 0, 0, 0, *unknown),
@@ -96,19 +97,19 @@ def test_any_is_filled_in_from_the_subtypes() -> None:
 @pytest.mark.parametrize("wrong", [(0, 0, 1, 0, 0, 0), (0, 0, 0, 0, 0, 1)])
 def test_any_that_is_not_the_or_of_the_subtypes_is_refused(wrong: tuple[int, ...]) -> None:
     with pytest.raises(SourceError, match=r"1 labels have an 'any'.*slice1"):
-        complete_any(by_slice((0, 0, 0, 0, 0, 0), wrong))
+        fill_any(by_slice((0, 0, 0, 0, 0, 0), wrong))
 
 
 def test_readers_of_a_scan_may_agree_on_a_bleed_and_not_on_its_type() -> None:
     only_any = np.array([[0] * len(SUBTYPES) + [1]], np.int8)
     labels = Labels("subject", pa.array(["CQ500-CT-0"]), only_any, NO_KEYS, NO_KEYS)
-    assert complete_any(labels).values.tolist() == only_any.tolist()
+    assert fill_any(labels).values.tolist() == only_any.tolist()
 
 
 @given(st.lists(st.lists(st.integers(-1, 1), min_size=5, max_size=5), min_size=1, max_size=10))
 def test_completing_twice_changes_nothing(subtypes: list[list[int]]) -> None:
-    once = complete_any(by_slice(*[(*values, UNKNOWN) for values in subtypes]))
-    assert complete_any(once).values.tolist() == once.values.tolist()
+    once = fill_any(by_slice(*[(*values, UNKNOWN) for values in subtypes]))
+    assert fill_any(once).values.tolist() == once.values.tolist()
     assert once.values[:, :-1].tolist() == subtypes
 
 

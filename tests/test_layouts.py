@@ -10,9 +10,10 @@ import pyarrow as pa
 import pytest
 
 from ich_prep import scan
+from ich_prep.dataset.classes import RSNA_CLASSES, UNKNOWN
 from ich_prep.errors import SourceError, UsageError
-from ich_prep.labels import CLASSES, UNKNOWN, complete_any
 from ich_prep.layouts import LAYOUTS, cq500, folder, recognise, rsna
+from ich_prep.layouts.labels import fill_any
 from ich_prep.phantom import synthesize
 from ich_prep.sources import Listing, list_files
 
@@ -29,7 +30,9 @@ def tree(root: Path, files: dict[str, str]) -> Listing:
 
 def long_csv(values: dict[str, Sequence[float | str]]) -> str:
     lines = [
-        f"{sop}_{name},{value}" for sop, labels in values.items() for name, value in zip(CLASSES, labels, strict=True)
+        f"{sop}_{name},{value}"
+        for sop, labels in values.items()
+        for name, value in zip(RSNA_CLASSES, labels, strict=True)
     ]
     return "\n".join(["ID,Label", *lines]) + "\n"
 
@@ -90,7 +93,7 @@ def test_the_phantom_of_each_layout_is_recognised(layout: str, tmp_path: Path) -
     listing = list_files(tmp_path / "tree")
     assert recognise(listing).name == layout
     labels = LAYOUTS[layout].read_labels(listing, None, allow_contradictions=False)
-    complete_any(labels)
+    fill_any(labels)
     assert (labels.values != UNKNOWN).all()
     assert len(labels.keys) > 0
 
@@ -215,9 +218,9 @@ def test_a_csv_by_slice_or_by_series(key: str, tmp_path: Path) -> None:
     labels = folder.read_labels(tree(tmp_path, {"1.dcm": "", "labels.csv": text}), None, allow_contradictions=False)
     assert labels.key == key
     assert labels.keys.to_pylist() == ["1.2.3", "1.2.4", "1.2.5"]
-    assert labels.values[:, CLASSES.index("subdural")].tolist() == [1, UNKNOWN, 0]
-    assert labels.values[:, CLASSES.index("any")].tolist() == [1, 0, UNKNOWN]
-    assert (labels.values[:, : CLASSES.index("subdural")] == UNKNOWN).all()
+    assert labels.values[:, RSNA_CLASSES.index("subdural")].tolist() == [1, UNKNOWN, 0]
+    assert labels.values[:, RSNA_CLASSES.index("any")].tolist() == [1, 0, UNKNOWN]
+    assert (labels.values[:, : RSNA_CLASSES.index("subdural")] == UNKNOWN).all()
 
 
 def test_uids_that_look_like_numbers_stay_text(tmp_path: Path) -> None:
@@ -312,7 +315,7 @@ def test_two_of_three_readers_make_a_label(tmp_path: Path) -> None:
     assert labels.key == "subject"
     assert labels.keys.to_pylist() == ["CQ500-CT-7", "CQ500-CT-0", "CQ500-CT-12"]
     assert labels.values.tolist() == [list(SUBDURAL), [0, 0, 0, 0, 0, 1], list(NEGATIVE)]
-    assert complete_any(labels).values.tolist() == labels.values.tolist()
+    assert fill_any(labels).values.tolist() == labels.values.tolist()
     assert labels.notes == ()
 
 
@@ -345,8 +348,8 @@ def test_a_subject_that_stands_twice_is_known_where_its_lines_agree(tmp_path: Pa
     listing = tree(tmp_path, {CQ500_SLICE: "", "reads.csv": text})
     labels = cq500.read_labels(listing, None, allow_contradictions=True)
     assert labels.keys.to_pylist() == labels.contradicted.to_pylist() == ["CQ500-CT-1"]
-    assert dict(zip(CLASSES, labels.values[0].tolist(), strict=True)) == {
-        **dict.fromkeys(CLASSES, 0),
+    assert dict(zip(RSNA_CLASSES, labels.values[0].tolist(), strict=True)) == {
+        **dict.fromkeys(RSNA_CLASSES, 0),
         **{"subdural": 1, "subarachnoid": -1, "any": 1},
     }
 
@@ -393,4 +396,4 @@ def test_values_of_labels_are_small_integers(tmp_path: Path) -> None:
         root = tmp_path / layout.__name__.rsplit(".", 1)[-1]
         labels = layout.read_labels(tree(root, files), None, allow_contradictions=False)
         assert labels.values.dtype == np.int8
-        assert labels.values.shape == (len(labels.keys), len(CLASSES))
+        assert labels.values.shape == (len(labels.keys), len(RSNA_CLASSES))

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from ich_prep.dataset.schema import Spec
+from ich_prep.dataset.windows import PRESETS, Window
 from ich_prep.errors import UsageError
 from ich_prep.options import BuildOptions, resolve
-from ich_prep.store import Spec
-from ich_prep.windows import PRESETS, Window
 
 
 def test_nothing_given_gives_the_defaults() -> None:

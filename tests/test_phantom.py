@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from pydicom import config
 from pydicom.dataset import Dataset
 
+from ich_prep.dataset.classes import RSNA_CLASSES, SUBTYPES
 from ich_prep.errors import UsageError
-from ich_prep.labels import CLASSES, SUBTYPES
 from ich_prep.phantom import DEFECTS, LAYOUTS, PhantomSummary, synthesize
 from ich_prep.phantom.bleeds import MIN_AREA_MM2
 from ich_prep.phantom.layouts import READER_FINDINGS, SECOND_SERIES
@@ -245,7 +245,7 @@ def test_rsna_labels_list_every_train_slice_and_no_test_slice(trees: dict[str, P
     table = lines(trees["rsna"] / "stage_2_train.csv")
     assert table[0] == ["ID", "Label"]
     names = [line[0].rsplit("_", 1) for line in table[1:]]
-    assert [name for _, name in names] == list(CLASSES) * (len(names) // 6)
+    assert [name for _, name in names] == list(RSNA_CLASSES) * (len(names) // 6)
     slices = [key for key, _ in names[::6]]
     files = {path.stem for path in (trees["rsna"] / "stage_2_train").iterdir()}
     assert set(slices) == files
@@ -283,7 +283,7 @@ def test_tissue_after_the_rescale(trees: dict[str, Path]) -> None:
 
 def test_folder_tree(trees: dict[str, Path]) -> None:
     table = lines(trees["folder"] / "labels.csv")
-    assert table[0] == ["sop_instance_uid", *CLASSES]
+    assert table[0] == ["sop_instance_uid", *RSNA_CLASSES]
     listed = {line[0] for line in table[1:]}
     padded = Counter()
     for path in sorted(trees["folder"].rglob("*.dcm")):

@@ -12,14 +12,16 @@ import pyarrow.compute as pc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ich_prep.layouts.placement import Placement
+from ich_prep.store import SERIES_SCHEMA, SLICE_SCHEMA
 
 from ich_prep import scan
+from ich_prep.dataset.classes import RSNA_CLASSES, UNKNOWN
+from ich_prep.dataset.schema import Spec
 from ich_prep.errors import Reason
-from ich_prep.folds import fold_of
-from ich_prep.labels import CLASSES, UNKNOWN, Key, Labels, no_labels
-from ich_prep.layouts.placement import Placement
-from ich_prep.plan import Plan, make_plan
-from ich_prep.store import SERIES_SCHEMA, SLICE_SCHEMA, Spec
+from ich_prep.layouts.labels import Key, Labels, no_labels
+from ich_prep.stages.folds import fold_of
+from ich_prep.stages.plan import Plan, make_plan
 
 UPRIGHT = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 File = dict[str, Any]
@@ -87,7 +89,7 @@ def labelled(key: Key, values: dict[str, tuple[int, ...]], listed: Sequence[str]
     return Labels(
         key,
         pa.array(list(values), pa.string()),
-        np.array(list(values.values()), np.int8).reshape(-1, len(CLASSES)),
+        np.array(list(values.values()), np.int8).reshape(-1, len(RSNA_CLASSES)),
         pa.array(list(listed), pa.string()),
         pa.array([], pa.string()),
     )
@@ -367,8 +369,8 @@ def test_labels_by_slice() -> None:
     labels = labelled("sop_instance_uid", {"b": SUBDURAL, "gone": NEGATIVE, "a": NEGATIVE}, listed=["y", "c"])
     plan = planned([file("a", 0.0), file("b", 5.0), file("c", 10.0, subset="test"), file("d", 10.0)], labels=labels)
     lines = {line["sop_instance_uid"]: line for line in plan.slices.to_pylist()}
-    assert [lines["b"][name] for name in CLASSES] == list(SUBDURAL)
-    assert [lines["c"][name] for name in CLASSES] == [None] * 6
+    assert [lines["b"][name] for name in RSNA_CLASSES] == list(SUBDURAL)
+    assert [lines["c"][name] for name in RSNA_CLASSES] == [None] * 6
     assert {name: line["label_level"] for name, line in lines.items()} == {
         "a": "slice",
         "b": "slice",
@@ -379,7 +381,7 @@ def test_labels_by_slice() -> None:
     assert plan.unlabelled.to_pylist() == ["d"]  # test slices need no label
     assert plan.without_image.to_pylist() == ["gone"]
     train = plan.series.filter(pc.equal(plan.series["subset"], "train")).to_pylist()
-    assert [train[0][name] for name in CLASSES] == list(SUBDURAL)
+    assert [train[0][name] for name in RSNA_CLASSES] == list(SUBDURAL)
 
 
 @pytest.mark.parametrize(("key", "value"), [("series_instance_uid", "s1"), ("subject", "CQ500-CT-0")])
@@ -411,7 +413,7 @@ def test_a_label_is_unknown_for_a_series_only_where_no_slice_knows() -> None:
     unknown = (UNKNOWN,) * 6
     labels = labelled("sop_instance_uid", {"a": unknown, "b": (0, UNKNOWN, 1, UNKNOWN, 0, 1), "c": unknown})
     plan = planned([file("a", 0.0, series="s1"), file("b", 5.0, series="s1"), file("c", series="s2")], labels=labels)
-    assert [[line[name] for name in CLASSES] for line in plan.series.to_pylist()] == [
+    assert [[line[name] for name in RSNA_CLASSES] for line in plan.series.to_pylist()] == [
         [0, None, 1, None, 0, 1],
         [None] * 6,
     ]

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from page_cache import evict
 
 from ich_prep import reader
-from ich_prep.compiled import ChunkFault, read_chunks
+from ich_prep.dataset.native import ChunkFault, read_chunks
+from ich_prep.dataset.shard_format import CODECS, ShardWriter, index_bytes
+from ich_prep.dataset.shard_reader import ShardReader
 from ich_prep.errors import CorruptionError
-from ich_prep.reader import ShardReader
-from ich_prep.sharding import CODECS, ShardWriter, index_bytes
 
 SLICES, PER_SHARD = 23, 5
 SLICE_BYTES = 96

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from ich_prep.dataset.windows import AIR_HU, HIGHEST_HU
 from ich_prep.resize import resize_hu
-from ich_prep.windows import AIR_HU, HIGHEST_HU
 
 
 def resized(hu: NDArray[np.int16], size: int) -> NDArray[np.int16]:

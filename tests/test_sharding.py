@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ich_prep.errors import CorruptionError
-from ich_prep.sharding import (
+from ich_prep.dataset.shard_format import (
     CODECS,
     CRC_BYTES,
     MISSING,
@@ -23,6 +22,7 @@ from ich_prep.sharding import (
     index_bytes,
     parse_index,
 )
+from ich_prep.errors import CorruptionError
 
 SLICE = (2, 5, 3)  # (channel, y, x)
 

@@ -24,10 +24,11 @@ from numpy.typing import NDArray
 
 from ich_prep import store
 from ich_prep.build_dataset import build
+from ich_prep.dataset.dataset import Dataset, open_dataset
+from ich_prep.dataset.schema import Spec
+from ich_prep.dataset.windows import window_codes
 from ich_prep.errors import CorruptionError, DatasetError
-from ich_prep.publish import digest_of
-from ich_prep.store import Dataset, Spec, open_dataset
-from ich_prep.windows import window_codes
+from ich_prep.stages.publish import digest_of
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ich_prep.dataset.windows import PRESETS, Window, window_codes
 from ich_prep.errors import UsageError
-from ich_prep.windows import PRESETS, Window, window_codes
 from ich_train.augment import MEAN, STD, Augment, Preprocess
 from ich_train.config import TrainConfig
 

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from ich_prep.dataset.classes import RSNA_CLASSES
 from ich_prep.errors import TrainError
-from ich_prep.labels import CLASSES
 from ich_train.checkpoint import has_checkpoint, load_model, load_parameters, load_state, save_checkpoint
 from ich_train.model import build_model
 
-META: dict[str, Any] = {"name": "baseline", "channels": 3, "size": 32, "classes": list(CLASSES), "epoch": 4}
+META: dict[str, Any] = {"name": "baseline", "channels": 3, "size": 32, "classes": list(RSNA_CLASSES), "epoch": 4}
 
 
 def model_of(value: float) -> torch.nn.Module:

@@ -10,8 +10,9 @@ import pytest
 from reads import interrupt_at_read
 
 from ich_prep.build_dataset import build
+from ich_prep.dataset.dataset import open_dataset
+from ich_prep.dataset.schema import Spec
 from ich_prep.phantom import synthesize
-from ich_prep.store import Spec, open_dataset
 from ich_train.cli import main
 from ich_train.config import MODELS, TrainConfig
 from ich_train.runs import read_history, settings_of

@@ -15,12 +15,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ich_prep.store import SLICES
 
 from ich_prep.build_dataset import Allowances, build
+from ich_prep.dataset.classes import RSNA_CLASSES
+from ich_prep.dataset.dataset import Dataset, open_dataset
+from ich_prep.dataset.schema import OK, Spec, shard_path
+from ich_prep.dataset.tables import write_table
 from ich_prep.errors import CorruptionError, UsageError
-from ich_prep.labels import CLASSES
 from ich_prep.phantom import synthesize
-from ich_prep.store import OK, SLICES, Dataset, Spec, open_dataset, shard_path, write_table
 from ich_train.data import SliceDataset, SliceLoader, neighbours, read_labels, usable_rows
 
 
@@ -223,4 +226,4 @@ def test_a_data_loader_of_ones_own(path: Path, dataset: Dataset, workers: int) -
     image, label, row = slices[3]
     assert row == rows[3]
     assert image.shape == dataset.shape[1:]
-    assert label.shape == (len(CLASSES),)
+    assert label.shape == (len(RSNA_CLASSES),)

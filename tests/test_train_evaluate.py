@@ -10,13 +10,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from ich_prep.store import SLICES
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 from ich_prep.build_dataset import Allowances, build
+from ich_prep.dataset.classes import RSNA_CLASSES
+from ich_prep.dataset.dataset import open_dataset
+from ich_prep.dataset.schema import Spec
+from ich_prep.dataset.tables import write_table
 from ich_prep.errors import TrainError, UsageError
-from ich_prep.labels import CLASSES
 from ich_prep.phantom import synthesize
-from ich_prep.store import SLICES, Spec, open_dataset, write_table
 from ich_train.augment import Preprocess
 from ich_train.checkpoint import load_model, save_checkpoint
 from ich_train.evaluate import draw_rows, evaluate_run
@@ -63,7 +66,7 @@ def make_run(folder, dataset, *, context=0):
         "context": context,
         "store": dataset.spec.store,
         "windows": [asdict(window) for window in dataset.spec.windows],
-        "classes": list(CLASSES),
+        "classes": list(RSNA_CLASSES),
         "epoch": 2,
         "val_loss": 0.4,
         "dataset_digest": dataset.digest,
@@ -88,9 +91,9 @@ def test_folder_holds_all_that_is_promised(evaluated):
     assert json.loads((run / "metrics.json").read_text()) == metrics
     assert {path.stem for path in (run / "pictures").iterdir()} == {
         *PICTURE_WORDS,
-        *(f"sheet_{name}" for name in CLASSES),
+        *(f"sheet_{name}" for name in RSNA_CLASSES),
     }
-    assert (run / "report.html").read_text().count("data:image/png;base64,") == len(PICTURE_WORDS) + len(CLASSES)
+    assert (run / "report.html").read_text().count("data:image/png;base64,") == len(PICTURE_WORDS) + len(RSNA_CLASSES)
     assert {path.name for path in (run / "curves").iterdir()} == {"roc.csv", "precision_recall.csv"}
 
 
@@ -99,10 +102,10 @@ def test_predictions_have_the_promised_columns_and_rows(evaluated, dataset):
     table = pq.read_table(run / "predictions.parquet")
     assert table.column_names == [
         *("row", "sop_instance_uid", "series_instance_uid", "patient_id", "subset", "fold"),
-        *CLASSES,
-        *(f"p_{name}" for name in CLASSES),
+        *RSNA_CLASSES,
+        *(f"p_{name}" for name in RSNA_CLASSES),
     ]
-    types = {str(table.schema.field(name).type) for name in CLASSES}
+    types = {str(table.schema.field(name).type) for name in RSNA_CLASSES}
     assert (types, str(table.schema.field("p_any").type)) == ({"int8"}, "float")
     rows = split_rows(dataset, **SPLIT, allow_series_labels=False).test
     assert table["row"].to_pylist() == rows.tolist()
@@ -113,13 +116,13 @@ def test_predictions_have_the_promised_columns_and_rows(evaluated, dataset):
 def test_metrics_are_those_of_the_predictions(evaluated):
     run, metrics = evaluated
     table = pq.read_table(run / "predictions.parquet")
-    labels = np.stack([table[name].to_numpy() for name in CLASSES], axis=1)
-    probabilities = np.stack([table[f"p_{name}"].to_numpy() for name in CLASSES], axis=1)
+    labels = np.stack([table[name].to_numpy() for name in RSNA_CLASSES], axis=1)
+    probabilities = np.stack([table[f"p_{name}"].to_numpy() for name in RSNA_CLASSES], axis=1)
     assert metrics["by_slice"]["log_loss"] == rsna_log_loss(labels, probabilities)
     frame = table.to_pandas()
     by_series = frame.groupby("series_instance_uid").max(numeric_only=True)
-    mean = frame.groupby("series_instance_uid")[[f"p_{name}" for name in CLASSES]].mean()
-    judged = [name for name in CLASSES if frame[name].nunique() == 2]
+    mean = frame.groupby("series_instance_uid")[[f"p_{name}" for name in RSNA_CLASSES]].mean()
+    judged = [name for name in RSNA_CLASSES if frame[name].nunique() == 2]
     assert {"any"} <= set(judged)
     for name in judged:
         entry = metrics["by_slice"]["labels"][name]
@@ -145,7 +148,7 @@ def test_thresholds_are_found_on_validation_alone(evaluated, dataset):
     rows = split_rows(dataset, **SPLIT, allow_series_labels=False).val
     probabilities = predict_rows(loaded.model, preprocess, dataset, rows, context=0)
     labels = label_matrix(dataset, rows)
-    for j, name in enumerate(CLASSES):
+    for j, name in enumerate(RSNA_CLASSES):
         threshold = metrics["by_slice"]["labels"][name]["at_best_f1"]["threshold"]
         assert (threshold is None) == (len(set(labels[:, j])) == 1)
         if threshold is None:
@@ -219,13 +222,13 @@ def test_a_series_of_which_a_slice_has_no_label_is_not_known_to_be_negative(eval
     frame = dataset.slices.to_pandas().loc[split_rows(dataset, **SPLIT, allow_series_labels=False).test]
     positive = frame.groupby("series_row")["any"].max()
     row = frame.index[frame["series_row"] == positive.index[positive == 0][0]][3]
-    columns = {name: dataset.slices[name].to_pylist() for name in ("label_level", *CLASSES)}
+    columns = {name: dataset.slices[name].to_pylist() for name in ("label_level", *RSNA_CLASSES)}
     columns["label_level"][row] = "none"
-    for name in CLASSES:
+    for name in RSNA_CLASSES:
         columns[name][row] = None
     after = evaluate_run(run, relabelled(**columns), bootstrap=0, out=tmp_path / "judged")
     for view in ("by_series_max", "by_series_mean"):
-        for name in CLASSES:
+        for name in RSNA_CLASSES:
             entry, was = after[view]["labels"][name], before[view]["labels"][name]
             assert (entry["positives"], entry["negatives"]) == (was["positives"], was["negatives"] - 1)
 
@@ -281,7 +284,7 @@ def test_all_of_a_dataset_is_judged_where_parts_of_the_split_are_empty(evaluated
     for view in ("by_slice", "by_series_max", "by_series_mean"):
         assert metrics[view]["labels"]["any"]["roc_auc"] is not None
         assert metrics[view]["labels"]["any"]["at_best_f1"]["threshold"] is None
-        assert metrics[view]["position_only"] == dict.fromkeys(CLASSES)
+        assert metrics[view]["position_only"] == dict.fromkeys(RSNA_CLASSES)
     with pytest.raises(UsageError, match="none for val"):
         evaluate_run(run, other, subset="val", out=tmp_path / "val")
 

@@ -14,9 +14,10 @@ from reads import interrupt_at_read, slow_down
 from rich.console import Console
 
 from ich_prep.build_dataset import build
+from ich_prep.dataset.dataset import Dataset, open_dataset
+from ich_prep.dataset.schema import Spec
 from ich_prep.errors import TrainError
 from ich_prep.phantom import synthesize
-from ich_prep.store import Dataset, Spec, open_dataset
 from ich_train.config import EvalConfig, TrainConfig
 from ich_train.data import SliceLoader, on_device
 from ich_train.predict import predict_rows

@@ -15,14 +15,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 import torch
+from ich_prep.store import SLICES
 from reads import interrupt_at_read
 from rich.console import Console
 
 from ich_prep.build_dataset import build
+from ich_prep.dataset.classes import RSNA_CLASSES
+from ich_prep.dataset.dataset import Dataset, open_dataset
+from ich_prep.dataset.schema import Spec
+from ich_prep.dataset.tables import write_table
 from ich_prep.errors import TrainError, UsageError
-from ich_prep.labels import CLASSES
 from ich_prep.phantom import synthesize
-from ich_prep.store import SLICES, Dataset, Spec, open_dataset, write_table
 from ich_train.checkpoint import load_model
 from ich_train.config import EvalConfig, TrainConfig
 from ich_train.evaluate import evaluate_run
@@ -265,7 +268,7 @@ def with_unknown_labels(path: Path, copy: Path) -> Path:
     shutil.copytree(path, copy)
     slices = open_dataset(path).slices
     bare = pa.array(np.random.default_rng(0).random(len(slices)) < 2 / 3)
-    for name in CLASSES[:-1]:
+    for name in RSNA_CLASSES[:-1]:
         values = pc.if_else(bare, pa.scalar(None, pa.int8()), slices[name])
         slices = slices.set_column(slices.schema.get_field_index(name), slices.schema.field(name), values)
     write_table(copy / SLICES, slices)
@@ -442,7 +445,7 @@ def test_from_shuffled_labels_there_is_nothing_to_learn(sixty: Path, tmp_path: P
     train_rows = np.flatnonzero(pc.equal(slices["subset"], "train").to_numpy())
     source = np.arange(len(slices))
     source[train_rows] = np.random.default_rng(0).permutation(train_rows)
-    for name in CLASSES:
+    for name in RSNA_CLASSES:
         slices = slices.set_column(slices.schema.get_field_index(name), name, slices[name].take(pa.array(source)))
     write_table(copy / SLICES, slices)
     aucs = held_out_aucs(copy, tmp_path / "run", seed=0)

@@ -16,7 +16,7 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
-from ich_prep.labels import CLASSES
+from ich_prep.dataset.classes import RSNA_CLASSES
 from ich_train.metrics import (
     DECISION,
     MEASURES,
@@ -31,7 +31,7 @@ from ich_train.metrics import (
     rsna_log_loss,
 )
 
-NO_THRESHOLDS = (None,) * len(CLASSES)
+NO_THRESHOLDS = (None,) * len(RSNA_CLASSES)
 
 
 @st.composite
@@ -84,7 +84,7 @@ def test_every_measure_is_that_of_scikit_learn(given_cases, thresholds):
     assert found["patients"] == len(np.unique(patients))
     flat = {name: [] for name in MEASURES}
     pooled = {"at_half": ([], []), "at_best_f1": ([], [])}
-    for j, name in enumerate(CLASSES):
+    for j, name in enumerate(RSNA_CLASSES):
         known = labels[:, j] >= 0
         truth, score = labels[known, j], probabilities[known, j]
         entry = found["labels"][name]
@@ -144,7 +144,7 @@ def test_intervals_are_those_of_explicitly_resampled_cases(given_cases):
         chosen = names[rng.integers(len(names), size=len(names))]
         lines = np.concatenate([np.flatnonzero(patients == name) for name in chosen])
         drawn.append(measure(labels[lines], probabilities[lines], patients[lines], thresholds, resamples=0, seed=0))
-    for entry in (*(("labels", name) for name in CLASSES), ("micro",)):
+    for entry in (*(("labels", name) for name in RSNA_CLASSES), ("micro",)):
         for name in MEASURES:
             values = [look_up(one, ".".join((*entry, name))) for one in drawn]
             defined = [value for value in values if value is not None]
@@ -198,7 +198,7 @@ def test_log_loss_is_the_direct_formula(given_cases):
     labels, probabilities, _ = given_cases
     total = weight = 0.0
     for line, chances in zip(labels, probabilities, strict=True):
-        for name, label, chance in zip(CLASSES, line, chances, strict=True):
+        for name, label, chance in zip(RSNA_CLASSES, line, chances, strict=True):
             if label >= 0:
                 clipped = min(max(float(chance), 1e-15), 1 - 1e-15)
                 total -= (2 if name == "any" else 1) * math.log(clipped if label else 1 - clipped)
@@ -250,7 +250,7 @@ def test_one_class_is_undefined_in_every_measure():
     assert found["macro"]["labels"]["roc_auc"] == 0
     assert found["micro"]["labels"]["roc_auc"] == 5
     assert found["log_loss"] > 0
-    assert roc_aucs(labels, np.full((10, 6), 0.7)) == dict.fromkeys(CLASSES)
+    assert roc_aucs(labels, np.full((10, 6), 0.7)) == dict.fromkeys(RSNA_CLASSES)
     assert best_f1_thresholds(labels, np.full((10, 6), 0.7)) == NO_THRESHOLDS
 
 
@@ -259,7 +259,7 @@ def test_one_class_is_undefined_in_every_measure():
 def test_curves_pass_through_what_their_thresholds_call(given_cases):
     labels, probabilities, _ = given_cases
     roc, precision_recall = roc_curves(labels, probabilities), precision_recall_curves(labels, probabilities)
-    for j, name in enumerate(CLASSES):
+    for j, name in enumerate(RSNA_CLASSES):
         known = labels[:, j] >= 0
         truth, score = labels[known, j], probabilities[known, j]
         assert (name in roc) == (name in precision_recall) == two_classes(truth)

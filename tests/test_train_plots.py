@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from ich_prep.labels import CLASSES
+from ich_prep.dataset.classes import RSNA_CLASSES
 from ich_train import plots
 from ich_train.metrics import best_f1_thresholds, measure, precision_recall_curves, roc_curves
 
@@ -64,7 +64,7 @@ def test_history_of_one_epoch_is_drawn():
 def test_panels_name_every_label_and_say_what_is_undefined(measures, draw, curves, word):
     figure = draw(curves(LABELS, PROBABILITIES), measures)
     found = texts(figure)
-    assert set(CLASSES) <= set(found)
+    assert set(RSNA_CLASSES) <= set(found)
     assert found.count(f"{word} undefined") == 1
     name = {"AUC": "roc_auc", "AP": "average_precision"}[word]
     assert any(text.startswith(f"{word} {measures['labels']['any'][name]:.3f} (") for text in found)

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from ich_prep.build_dataset import Allowances, build
+from ich_prep.dataset.classes import RSNA_CLASSES
+from ich_prep.dataset.dataset import open_dataset
+from ich_prep.dataset.schema import Spec
 from ich_prep.errors import UsageError
-from ich_prep.labels import CLASSES
 from ich_prep.phantom import synthesize
-from ich_prep.store import Spec, open_dataset
 from ich_train.checkpoint import save_checkpoint
 from ich_train.data import SliceLoader
 from ich_train.model import build_model
@@ -48,7 +49,7 @@ def run(dataset, tmp_path_factory):
         "context": 1,
         "store": "windows",
         "windows": [asdict(window) for window in dataset.spec.windows],
-        "classes": list(CLASSES),
+        "classes": list(RSNA_CLASSES),
         "split": SPLIT,
     }
     save_checkpoint(folder / "best", build_model("baseline", channels=9, size=64), meta)
@@ -90,7 +91,7 @@ def test_sample_decides_lines_and_order(source, dataset, run, tmp_path, caplog):
     expected = {
         f"{uid}_{name}": probabilities[k, j]
         for k, uid in enumerate(test["sop_instance_uid"])
-        for j, name in enumerate(CLASSES)
+        for j, name in enumerate(RSNA_CLASSES)
     }
     missing = [line for line in found if line[0] not in expected]
     assert len(missing) == 6
@@ -120,7 +121,7 @@ def test_without_a_sample_the_label_file_decides_the_order(source, dataset, run,
     present = set(dataset.slices["sop_instance_uid"].to_pylist())
     wanted = [line[0] for line in read(source / "stage_2_sample_submission.csv")]
     order = dict.fromkeys(name.rsplit("_", 1)[0] for name in wanted)
-    expected = [f"{uid}_{name}" for uid in order if uid in present for name in CLASSES]
+    expected = [f"{uid}_{name}" for uid in order if uid in present for name in RSNA_CLASSES]
     assert [line[0] for line in read(out)] == expected
     assert lines == len(expected)
     assert not caplog.records

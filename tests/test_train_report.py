@@ -6,13 +6,13 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from ich_prep.labels import CLASSES
+from ich_prep.dataset.classes import RSNA_CLASSES
 from ich_train.metrics import best_f1_thresholds, measure, roc_aucs
 from ich_train.report import NOTICE, PICTURE_WORDS, report_html
 from ich_train.runs import Epoch
 
 VOID = {"meta", "img"}
-PICTURES = {name: name.encode() for name in (*PICTURE_WORDS, *(f"sheet_{name}" for name in CLASSES))}
+PICTURES = {name: name.encode() for name in (*PICTURE_WORDS, *(f"sheet_{name}" for name in RSNA_CLASSES))}
 
 
 class Page(HTMLParser):
@@ -58,7 +58,7 @@ def metrics():
     view = measure(
         labels, probabilities, np.arange(60) // 6, best_f1_thresholds(labels, probabilities), resamples=9, seed=0
     ) | {"position_only": roc_aucs(labels, rng.random((60, 6)))}
-    part = {"slices": 60, "series": 10, "patients": 10, "positives": dict.fromkeys(CLASSES, 3)}
+    part = {"slices": 60, "series": 10, "patients": 10, "positives": dict.fromkeys(RSNA_CLASSES, 3)}
     return {
         "model": {
             "name": "baseline",
@@ -95,7 +95,7 @@ def test_page_is_whole_and_holds_every_picture(metrics):
     page = parse(report_html(metrics, HISTORY, PICTURES))
     assert [base64.b64decode(source.removeprefix("data:image/png;base64,")) for source in page.sources] == [
         *(PICTURES[name] for name in PICTURE_WORDS if name != "feature_maps"),
-        *(PICTURES[f"sheet_{name}"] for name in reversed(CLASSES)),
+        *(PICTURES[f"sheet_{name}"] for name in reversed(RSNA_CLASSES)),
         PICTURES["feature_maps"],
     ]
     text = "".join(page.text)

@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from ich_prep.store import SLICES
 
+from ich_prep.dataset.classes import RSNA_CLASSES
+from ich_prep.dataset.dataset import Dataset, open_dataset
+from ich_prep.dataset.tables import write_table
 from ich_prep.errors import UsageError
-from ich_prep.labels import CLASSES
-from ich_prep.store import SLICES, Dataset, open_dataset, write_table
 from ich_train.split import balanced_weights, column, label_matrix, split_rows
 
 Change = Callable[[pa.Table], pa.Table]
@@ -61,7 +63,7 @@ def test_parts_are_folds_of_labelled_slices(dataset_path: Path) -> None:
 
 def test_a_labelled_test_subset_is_the_test_part(changed: Callable[[Change], Dataset]) -> None:
     def label_test_subset(table: pa.Table) -> pa.Table:
-        for name in CLASSES:
+        for name in RSNA_CLASSES:
             table = replaced(table, name, pc.fill_null(table[name], 0).to_pylist())
         return replaced(table, "label_level", ["slice"] * len(table))
 
@@ -76,7 +78,7 @@ def test_a_patient_of_a_labelled_test_subset_is_in_no_other_part(changed: Callab
     def label_test_subset(table: pa.Table) -> pa.Table:
         patients, subsets = (table[name].to_pylist() for name in ("patient_id", "subset"))
         moved, taken = (patients[subsets.index(subset)] for subset in ("test", "train"))
-        for name in CLASSES:
+        for name in RSNA_CLASSES:
             table = replaced(table, name, pc.fill_null(table[name], 0).to_pylist())
         table = replaced(table, "patient_id", [taken if patient == moved else patient for patient in patients])
         return replaced(table, "label_level", ["slice"] * len(table))
@@ -137,7 +139,7 @@ def test_labels_come_in_the_order_of_the_classes(dataset_path: Path) -> None:
     assert labels.dtype == np.int8
     for row, line in zip(rows.tolist(), labels.tolist(), strict=True):
         stored = dataset.slices.slice(row, 1).to_pylist()[0]
-        assert line == [-1 if stored[name] is None else stored[name] for name in CLASSES]
+        assert line == [-1 if stored[name] is None else stored[name] for name in RSNA_CLASSES]
 
 
 @given(labels=arrays(np.int8, st.tuples(st.integers(1, 60), st.just(6)), elements=st.integers(-1, 1)))

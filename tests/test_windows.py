@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from ich_prep.dataset.windows import PRESETS, Window, parse_window, parse_windows, window_codes, window_table
 from ich_prep.errors import UsageError
-from ich_prep.windows import PRESETS, Window, parse_window, parse_windows, window_codes, window_table
 
 ALL_HU = np.arange(-32768, 32768).astype(np.int16)
 CUSTOM = ("blood=75/215", "narrow=35.5/1", "odd=1/3", "wide=0/65535", "low=-600/1500", "fine=50.25/0.125")

@@ -43,7 +43,8 @@ def _read_attributes(root: Path) -> Any:
         document = json.loads((root / ROOT).read_bytes())
     except PermissionError as error:
         raise DatasetError(
-            f"Cannot read {root / ROOT}: {(error.strerror or '').lower()}. Fix its permissions, or run as a user who can "
+            f"Cannot read {root / ROOT}: {(error.strerror or '').lower()}. Fix its permissions, or run as a user who "
+            "can "
             "read it."
         ) from None
     except (FileNotFoundError, NotADirectoryError):
@@ -128,7 +129,8 @@ class Dataset:
             return read_parquet(path, columns)
         except (OSError, pa.ArrowException) as error:
             raise CorruptionError(
-                f"{path} cannot be read: {error}. Run `ich-prep verify {self.path}`, then restore it, or build again with "
+                f"{path} cannot be read: {error}. Run `ich-prep verify {self.path}`, then restore it, or build again "
+                "with "
                 "--overwrite."
             ) from None
 
@@ -195,12 +197,11 @@ class Dataset:
         shard = row // self.spec.slices_per_shard
         if status == OK:
             raise CorruptionError(
-                f"Row {row} has status ok but no chunk in shard {shard} ({shard_path(self.path, shard)}). Run `ich-prep "
+                f"Row {row} has status ok but no chunk in shard {shard} ({shard_path(self.path, shard)}). Run "
+                "`ich-prep "
                 f"verify {self.path}`, then restore it, or build again with --overwrite."
             )
         raise DatasetError(
             f"Row {row} has the status {status!r} and no pixels. Read only rows whose status is ok: "
             "np.flatnonzero(dataset.is_ok)."
         )
-
-

@@ -85,7 +85,8 @@ def require() -> ctypes.CDLL:
     except (OSError, AttributeError) as error:
         what = f"one that cannot be used ({error})"
     raise IchError(
-        f"Expected the compiled library of this release in {Path(__file__).parent}; found {what}. Install the package with "
+        f"Expected the compiled library of this release in {Path(__file__).parent}; found {what}. Install the package "
+        "with "
         "pip, which compiles it: `pip install .` (or `make venv`) in its folder."
     )
 
@@ -111,7 +112,8 @@ class FrameEncoder:
         item, size = dtype.itemsize, int(np.prod(shape)) * dtype.itemsize
         if item not in (1, 2) or block_bytes % (shape[-1] * item) or not 0 < block_bytes <= size <= MOST_BYTES:
             raise ValueError(
-                f"Expected a slice of 1 to {MOST_BYTES} bytes, of items of 1 or 2, in blocks of whole rows; got {shape} of "
+                f"Expected a slice of 1 to {MOST_BYTES} bytes, of items of 1 or 2, in blocks of whole rows; got "
+                f"{shape} of "
                 f"{dtype} in blocks of {block_bytes} bytes."
             )
         self._shape, self._dtype, self._block = shape, dtype, block_bytes

@@ -176,15 +176,15 @@ class Stored(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    size: int = Field(512, ge=16, le=4096, description="Rows and columns of a stored slice.")
-    store: Literal["windows", "hu"] = Field("windows", description="windows (uint8 codes) or hu (int16).")
+    size: int = Field(default=512, ge=16, le=4096, description="Rows and columns of a stored slice.")
+    store: Literal["windows", "hu"] = Field(default="windows", description="windows (uint8 codes) or hu (int16).")
     windows: tuple[Window, ...] = Field(
-        (PRESETS["brain"], PRESETS["subdural"], PRESETS["bone"]),
+        default=(PRESETS["brain"], PRESETS["subdural"], PRESETS["bone"]),
         min_length=1,
         description="Of brain, subdural, bone, soft_tissue, stroke, or name=center/width in HU.",
     )
-    slices_per_shard: int = Field(256, ge=1, le=65536, description="Slices in one file.")
-    codec: Literal["lz4", "zstd", "none"] = Field("lz4", description="lz4, zstd or none.")
+    slices_per_shard: int = Field(default=256, ge=1, le=65536, description="Slices in one file.")
+    codec: Literal["lz4", "zstd", "none"] = Field(default="lz4", description="lz4, zstd or none.")
 
     @field_validator("windows", mode="before")
     @classmethod
@@ -210,9 +210,9 @@ class Spec(Stored):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    layout: str = Field("auto", description="auto, rsna, cq500 or folder.")
-    classes: tuple[str, ...] = Field(RSNA_CLASSES, description="Label columns of the folder layout, as a,b,c.")
-    folds: int = Field(5, ge=2, le=127, description="Number of folds, by patient.")
+    layout: str = Field(default="auto", description="auto, rsna, cq500 or folder.")
+    classes: tuple[str, ...] = Field(default=RSNA_CLASSES, description="Label columns of the folder layout, as a,b,c.")
+    folds: int = Field(default=5, ge=2, le=127, description="Number of folds, by patient.")
 
     @field_validator("classes", mode="before")
     @classmethod
@@ -315,7 +315,8 @@ def parse_root(attributes: Any, path: Path) -> Root:
     found = ich.get("format")
     if not (isinstance(found, str) and _FORMAT.fullmatch(found)):
         raise DatasetError(
-            f"{path} has format {found!r}, written by {ich.get('created_by', 'an unknown version')}; this version reads "
+            f"{path} has format {found!r}, written by {ich.get('created_by', 'an unknown version')}; this version "
+            "reads "
             f"{FORMAT}. Install the version that wrote it, or build the dataset again."
         )
     try:

@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 from numcodecs import blosc
 
-from ich_prep.compiled import FrameEncoder, crc32c, decode_frame
+from ich_prep.dataset.native import FrameEncoder, crc32c, decode_frame
 from ich_prep.errors import CorruptionError
 
 if TYPE_CHECKING:

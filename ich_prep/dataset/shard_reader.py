@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ich_prep.compiled import Codec, read_chunks, scratch_bytes
+from ich_prep.dataset.native import Codec, read_chunks, scratch_bytes
+from ich_prep.dataset.shard_format import CRC_BYTES, MISSING, decode_payload, index_bytes, parse_index
 from ich_prep.errors import CorruptionError
-from ich_prep.sharding import CRC_BYTES, MISSING, decode_payload, index_bytes, parse_index
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -181,7 +181,8 @@ class ShardReader:
     def _corrupt(self, shard: int, what: str, row: int | None = None) -> CorruptionError:
         where = f"Shard {shard} ({self._path_of(shard)})" + (f", row {row}" if row is not None else "")
         return CorruptionError(
-            f"{where}: {what}. The dataset's bytes are not the ones that were written: run `ich-prep verify` to see all "
+            f"{where}: {what}. The dataset's bytes are not the ones that were written: run `ich-prep verify` to see "
+            "all "
             "that is damaged, then restore it or build again with --overwrite."
         )
 

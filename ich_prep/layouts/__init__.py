@@ -3,30 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from ich_prep.dataset.classes import is_rsna
+from ich_prep.errors import UsageError
 from ich_prep.layouts import cq500, folder, rsna
-from ich_prep.layouts.placement import Placement
+from ich_prep.layouts.assignment import Assignment
+from ich_prep.recipe import refuse_unknown
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from ich_prep.labels import Labels
+    from ich_prep.dataset.schema import Spec
+    from ich_prep.layouts.labels import LabelTable
+    from ich_prep.progress import Progress
     from ich_prep.sources import Listing
 
 
 class Layout(Protocol):
-    """What a layout knows. Its functions take values and open nothing but label files."""
+    """What a layout knows. Its functions take values and open only label files."""
 
     def recognise(self, listing: Listing) -> str | None:
         """Return why the tree is of this layout, or None."""
 
-    def read_labels(self, listing: Listing, given: Path | None, *, allow_contradictions: bool) -> Labels:
-        """Return the labels found in the tree, or in the file ``given``; raises ``SourceError``."""
+    def read_labels(
+        self,
+        listing: Listing,
+        given: Path | None,
+        *,
+        classes: tuple[str, ...],
+        allow_contradictions: bool,
+        allow_unlabelled: bool,
+    ) -> LabelTable:
+        """Return the labels found in the tree, or in the file ``given``; raises ``SourceError``.
 
-    def place(self, slices: pa.Table, root: str) -> Placement:
+        A tree without a label file has no labels where ``allow_unlabelled``, and is an error in layouts that need one.
+        """
+
+    def assign(self, slices: pa.Table, root: str) -> Assignment:
         """Return what the layout says of each file (a line of ``scan.SCHEMA``, most of it null where no header was read).
 
         ``root`` is the name of the source folder, to which the paths are relative.
@@ -34,20 +49,31 @@ class Layout(Protocol):
 
 
 LAYOUTS: Mapping[str, Layout] = {"rsna": rsna, "cq500": cq500, "folder": folder}
+AUTO = "auto"
 
 
-@dataclass(frozen=True)
-class Recognised:
-    """A layout's name, and why it was taken."""
+def choose_layout(spec: Spec, listing: Listing, progress: Progress) -> tuple[Layout, Spec]:
+    """Return the layout of ``spec`` and the spec that names it; for ``auto`` the first that recognises the tree.
 
-    name: str
-    why: str
+    Raises ``UsageError`` for an unknown layout, and for classes of one's own in a layout that brings its classes.
+    """
+    refuse_unknown([spec.layout], [AUTO, *LAYOUTS], where="layout")
+    if spec.layout == AUTO:
+        name, why = _recognise(listing)
+        progress.say(f"Layout: {name}, because {why}.")
+        spec = spec.model_copy(update={"layout": name})
+    if spec.layout != "folder" and not is_rsna(spec.classes):
+        raise UsageError(
+            f"The layout {spec.layout} has RSNA's six classes; --classes {','.join(spec.classes)} needs --layout "
+            "folder."
+        )
+    return LAYOUTS[spec.layout], spec
 
 
-def recognise(listing: Listing) -> Recognised:
-    """Return the first layout that recognises the tree; ``folder`` recognises any."""
+def _recognise(listing: Listing) -> tuple[str, str]:
+    """Return the first layout that recognises the tree, and why; ``folder`` recognises any."""
     for name, layout in LAYOUTS.items():
         why = layout.recognise(listing)
         if why is not None:
-            return Recognised(name, why)
+            return name, why
     raise AssertionError("the layout 'folder' recognises any tree")

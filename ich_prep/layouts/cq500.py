@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ich_prep.dataset.classes import RSNA_CLASSES
 from ich_prep.errors import SourceError
-from ich_prep.labels import CLASSES, Labels, gather_long
-from ich_prep.layouts.placement import Placement, no_repairs, only_one, read_csv, tables_with
+from ich_prep.layouts.assignment import Assignment, no_repairs, read_csv, require_single, tables_with
+from ich_prep.layouts.labels import LabelTable, labels_from_long_table, no_labels
 
 if TYPE_CHECKING:
     from ich_prep.sources import Listing
@@ -42,13 +43,23 @@ def recognise(listing: Listing) -> str | None:
     return None
 
 
-def read_labels(listing: Listing, given: Path | None, *, allow_contradictions: bool) -> Labels:
+def read_labels(
+    listing: Listing,
+    given: Path | None,
+    *,
+    classes: tuple[str, ...],
+    allow_contradictions: bool,
+    allow_unlabelled: bool,
+) -> LabelTable:
     """Return the consensus of the readers, at least two of three, for each subject: labels of a scan, not of a slice.
 
     Readers may agree on a bleed and not on its type: then ``any`` is 1 and no subtype is. Where a consensus on a
     subtype stands beside none on ICH, ``any`` is 1, and a note counts it.
     """
-    path = given or only_one(tables_with(listing, HEADER), "reads.csv with the header name,Category,R1:ICH,...")
+    found = tables_with(listing, HEADER)
+    if given is None and allow_unlabelled and not found:
+        return replace(no_labels(classes), key="subject")
+    path = given or require_single(found, "reads.csv with the header name,Category,R1:ICH,...")
     columns = [f"{reader}:{short}" for reader in READERS for short in COLUMNS.values()]
     table = read_csv(path, {"name": pa.string(), **dict.fromkeys(columns, pa.int8())})
     missing = [name for name in ("name", *columns) if name not in table.column_names]
@@ -59,15 +70,15 @@ def read_labels(listing: Listing, given: Path | None, *, allow_contradictions: b
     for name in columns:
         if not pc.all(pc.is_in(table[name], value_set=pa.array([0, 1], pa.int8()))).as_py():
             raise SourceError(f"Expected votes of 0 or 1 in column {name} of {path}; found others. Correct the file.")
-    votes = [sum(table[f"{reader}:{COLUMNS[name]}"].to_numpy() for reader in READERS) for name in CLASSES]
+    votes = [sum(table[f"{reader}:{COLUMNS[name]}"].to_numpy() for reader in READERS) for name in RSNA_CLASSES]
     values = (np.stack(votes, axis=1) >= 2).astype(np.int8)
     implied = values[:, :-1].max(axis=1)
     raised = int((implied > values[:, -1]).sum())
     values[:, -1] = np.maximum(values[:, -1], implied)
     subjects = pa.array([_subject(name) or name for name in table["name"].to_pylist()], pa.string())
-    labels = gather_long(
-        subjects.take(pa.array(np.repeat(np.arange(len(subjects)), len(CLASSES)))),
-        np.tile(np.arange(len(CLASSES)), len(subjects)),
+    labels = labels_from_long_table(
+        subjects.take(pa.array(np.repeat(np.arange(len(subjects)), len(RSNA_CLASSES)))),
+        np.tile(np.arange(len(RSNA_CLASSES)), len(subjects)),
         values.reshape(-1),
         allow_contradictions=allow_contradictions,
     )
@@ -83,17 +94,17 @@ def _subject(name: str) -> str | None:
     return None if found is None else f"CQ500-CT-{int(found[1])}"
 
 
-def place(slices: pa.Table, root: str) -> Placement:
+def assign(slices: pa.Table, root: str) -> Assignment:
     """Return each slice under its subject, and series that are no plain CT as left out."""
     paths, ids = slices["path"].to_pylist(), slices["patient_id"].to_pylist()
     subjects = [_subject(path) or _subject(patient or "") for path, patient in zip(paths, ids, strict=True)]
     types = [path.rsplit("/", 2)[-2] if "/" in path else "" for path in paths]
-    left_out = [f"the scan type {name!r} is no plain CT" if _NOT_PLAIN.search(name) else None for name in types]
+    excluded_because = [f"the scan type {name!r} is no plain CT" if _NOT_PLAIN.search(name) else None for name in types]
     named = pa.array(subjects, pa.string())
-    return Placement(
+    return Assignment(
         subset=pa.array(["train"] * len(paths), pa.string()),
         patient_id=named,
         subject=named,
         repairs=no_repairs(len(paths)),
-        left_out=pa.array(left_out, pa.string()),
+        excluded_because=pa.array(excluded_because, pa.string()),
     )

@@ -10,9 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ich_prep.dataset.classes import UNKNOWN
 from ich_prep.errors import SourceError
-from ich_prep.labels import CLASSES, UNKNOWN, Key, Labels, gather_long, no_labels
-from ich_prep.layouts.placement import Placement, header_of, no_repairs, nulls, only_one, read_csv
+from ich_prep.layouts.assignment import Assignment, header_of, no_repairs, nulls, read_csv, require_single
+from ich_prep.layouts.labels import Key, LabelTable, labels_from_long_table, no_labels
 from ich_prep.recipe import refuse_unknown
 
 if TYPE_CHECKING:
@@ -26,11 +27,18 @@ def recognise(listing: Listing) -> str | None:
     return f"no other layout knows the names of the {len(listing.files)} files"
 
 
-def read_labels(listing: Listing, given: Path | None, *, allow_contradictions: bool) -> Labels:
+def read_labels(
+    listing: Listing,
+    given: Path | None,
+    *,
+    classes: tuple[str, ...],
+    allow_contradictions: bool,
+    allow_unlabelled: bool,
+) -> LabelTable:
     """Return the labels of the CSV ``given``, or of the one in the tree that has a UID column; none, and a note
     of each CSV that is there, where none has.
 
-    Columns: ``sop_instance_uid`` or ``series_instance_uid``, and any of the six label names; values 0, 1 or empty.
+    Columns: ``sop_instance_uid`` or ``series_instance_uid``, and any of ``classes``; values 0, 1 or empty.
     """
     if given is None:
         known = [listing.root / table for table in listing.tables if _key_of(header_of(listing.root / table))]
@@ -40,20 +48,20 @@ def read_labels(listing: Listing, given: Path | None, *, allow_contradictions: b
                 f"{table} is not read: it has no column {expected}, but {', '.join(header_of(listing.root / table))}"
                 for table in listing.tables
             )
-            return replace(no_labels(), notes=others)
-        given = only_one(known, "CSV of labels")
+            return replace(no_labels(classes), notes=others)
+        given = require_single(known, "CSV of labels")
     if not given.is_file():
         raise SourceError(f"Expected a CSV of labels at {given}; there is no such file.")
-    columns = header_of(given)
-    key = _key_of(columns)
+    header = header_of(given)
+    key = _key_of(header)
     if key is None:
         raise SourceError(
-            f"Expected a column {' or '.join(KEYS)} in {given}; found {', '.join(columns) or 'no header line'}."
+            f"Expected a column {' or '.join(KEYS)} in {given}; found {', '.join(header) or 'no header line'}."
         )
-    named = [name for name in columns if name != key]
-    refuse_unknown(named, CLASSES, where=f"{given}: label column")
+    named = [name for name in header if name != key]
+    refuse_unknown(named, classes, where=f"{given}: label column")
     if not named:
-        raise SourceError(f"Expected label columns in {given}, some of {', '.join(CLASSES)}; found none.")
+        raise SourceError(f"Expected label columns in {given}, some of {', '.join(classes)}; found none.")
     table = read_csv(given, {key: pa.string(), **dict.fromkeys(named, pa.int8())})
     lines = []
     for name in named:
@@ -62,32 +70,33 @@ def read_labels(listing: Listing, given: Path | None, *, allow_contradictions: b
         wrong = ~np.isin(values, (0, 1))
         if wrong.any():
             raise SourceError(f"Expected 0, 1 or nothing in column {name} of {given}; found {values[wrong][0]}.")
-        lines.append((stated[key].combine_chunks(), np.full(len(stated), CLASSES.index(name)), values))
-    keys, classes, values = (list(parts) for parts in zip(*lines, strict=True))
-    everything = gather_long(
+        lines.append((stated[key].combine_chunks(), np.full(len(stated), classes.index(name)), values))
+    keys, columns, values = (list(parts) for parts in zip(*lines, strict=True))
+    everything = labels_from_long_table(
         pa.chunked_array(keys, pa.string()).combine_chunks(),
-        np.concatenate(classes),
+        np.concatenate(columns),
         np.concatenate(values),
+        classes=classes,
         allow_contradictions=allow_contradictions,
     )
     # In the order of the file, whatever the column that first names a slice.
     order = pc.unique(table[key].combine_chunks())
     places = pc.index_in(order, value_set=everything.keys).fill_null(-1).to_numpy(zero_copy_only=False)
-    padded = np.concatenate([everything.values, np.full((1, len(CLASSES)), UNKNOWN, np.int8)])
-    return Labels(key, order, padded[places], everything.listed, everything.contradicted, everything.notes)
+    padded = np.concatenate([everything.values, np.full((1, len(classes)), UNKNOWN, np.int8)])
+    return replace(everything, key=key, keys=order, values=padded[places])
 
 
 def _key_of(columns: tuple[str, ...]) -> Key | None:
     return next((key for key in KEYS if key in columns), None)
 
 
-def place(slices: pa.Table, root: str) -> Placement:
+def assign(slices: pa.Table, root: str) -> Assignment:
     """Return every slice as a training slice of its PatientID."""
     count = len(slices)
-    return Placement(
+    return Assignment(
         subset=pa.array(["train"] * count, pa.string()),
         patient_id=slices["patient_id"].combine_chunks(),
         subject=nulls(count),
         repairs=no_repairs(count),
-        left_out=nulls(count),
+        excluded_because=nulls(count),
     )

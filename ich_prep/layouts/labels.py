@@ -1,38 +1,34 @@
-"""The six labels: their order, the rule ``any`` = or of the others, and the join of labels to slices.
+"""Label tables: keys and values of classes, the rule ``any`` = or of the subtypes, and the join of labels to slices.
 
 Everything here is tables in, tables out: no file is opened.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ich_prep.dataset.classes import RSNA_CLASSES, SUBTYPES, UNKNOWN, is_rsna
 from ich_prep.errors import SourceError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-SUBTYPES = ("epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural")
-ANY = "any"
-CLASSES = (*SUBTYPES, ANY)
-UNKNOWN = -1
-
 Key = Literal["sop_instance_uid", "series_instance_uid", "subject"]
 
 
 @dataclass(frozen=True)
-class Labels:
+class LabelTable:
     """What a source says about its slices, one line for each thing that is labelled.
 
     ``keys`` (string, unique) are SOP Instance UIDs, Series Instance UIDs or subjects, as ``key`` says. ``values`` is
-    int8 (len(keys), 6) in the order of ``CLASSES``, -1 where unknown. ``listed`` are keys that the source names without
-    a label, in the order in which it names them (RSNA's sample submission). ``contradicted`` are keys of which two lines
-    say different things, their class then unknown. ``notes`` are countable remarks for the log.
+    int8 (len(keys), len(classes)) in the order of ``classes``, -1 where unknown. ``listed`` are keys that the source
+    names without a label, in the order in which it names them (RSNA's sample submission). ``contradicted`` are keys for
+    which two lines disagree, their class then unknown. ``notes`` are countable remarks for the log.
     """
 
     key: Key
@@ -41,48 +37,59 @@ class Labels:
     listed: pa.Array
     contradicted: pa.Array
     notes: tuple[str, ...] = ()
+    classes: tuple[str, ...] = RSNA_CLASSES
 
 
-def no_labels() -> Labels:
-    """Return labels that say nothing about anything."""
+def no_labels(classes: tuple[str, ...] = RSNA_CLASSES) -> LabelTable:
+    """Return an empty label table."""
     empty = pa.array([], pa.string())
-    return Labels("sop_instance_uid", empty, np.empty((0, len(CLASSES)), np.int8), empty, empty)
+    values = np.empty((0, len(classes)), np.int8)
+    return LabelTable("sop_instance_uid", empty, values, empty, empty, classes=classes)
 
 
-def gather_long(
-    keys: pa.Array, classes: NDArray[np.intp], values: NDArray[np.int8], *, allow_contradictions: bool = False
-) -> Labels:
+def labels_from_long_table(
+    keys: pa.Array,
+    columns: NDArray[np.intp],
+    values: NDArray[np.int8],
+    *,
+    classes: tuple[str, ...] = RSNA_CLASSES,
+    allow_contradictions: bool = False,
+) -> LabelTable:
     """Return labels from lines of (key, class, value), each class of each key once or several times with one value.
 
-    ``keys`` string (n,), ``classes`` (n,) indices into ``CLASSES``, ``values`` (n,) of 0 or 1. Keys keep the order of
+    ``keys`` string (n,), ``columns`` (n,) indices into ``classes``, ``values`` (n,) of 0 or 1. Keys keep the order of
     their first line. Raises ``SourceError`` where two lines contradict each other, unless that is allowed.
     """
     encoded = keys.dictionary_encode()
     codes = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
     unique = encoded.dictionary
-    table = np.full((len(unique), len(CLASSES)), UNKNOWN, np.int8)
-    table[codes, classes] = values
-    clash = np.flatnonzero(table[codes, classes] != values)
+    table = np.full((len(unique), len(classes)), UNKNOWN, np.int8)
+    table[codes, columns] = values
+    clash = np.flatnonzero(table[codes, columns] != values)
     if len(clash) and not allow_contradictions:
-        named = sorted({f"{keys[int(i)].as_py()} ({CLASSES[classes[i]]})" for i in clash[:5]})
+        named = sorted({f"{keys[int(i)].as_py()} ({classes[columns[i]]})" for i in clash[:5]})
         raise SourceError(
             f"{len(clash)} label lines contradict another line of the same key and class, among them "
-            f"{', '.join(named)}. Expected equal values wherever one stands twice: correct the label file, or take such "
+            f"{', '.join(named)}. Expected equal values wherever one stands twice: correct the label file, or take "
+            "such "
             "labels as unknown with --allow-contradictions."
         )
     surplus = len(codes) - int((table != UNKNOWN).sum())
-    table[codes[clash], classes[clash]] = UNKNOWN
+    table[codes[clash], columns[clash]] = UNKNOWN
     contradicted = unique.take(pa.array(np.unique(codes[clash])))
     notes = (f"{surplus} label lines stand more than once",) if surplus else ()
-    return Labels("sop_instance_uid", unique, table, pa.array([], pa.string()), contradicted, notes)
+    return LabelTable("sop_instance_uid", unique, table, pa.array([], pa.string()), contradicted, notes, classes)
 
 
-def complete_any(labels: Labels) -> Labels:
+def fill_any(labels: LabelTable) -> LabelTable:
     """Return ``labels`` with ``any`` filled in as the or of the five subtypes where it was unknown, and checked elsewhere.
 
+    Labels of other classes than RSNA's are returned as they are.
     Raises ``SourceError`` where ``any`` is 0 beside a positive subtype, or 1 with all five subtypes 0 in labels by slice.
     Labels by series or subject may say ``any`` without a subtype: readers who agree on a bleed can differ on its type.
     """
+    if not is_rsna(labels.classes):
+        return labels
     subtypes, stated = labels.values[:, : len(SUBTYPES)], labels.values[:, -1]
     positive = (subtypes == 1).any(axis=1)
     negative = (subtypes == 0).all(axis=1)
@@ -98,15 +105,15 @@ def complete_any(labels: Labels) -> Labels:
     implied = np.where(positive, 1, np.where(negative, 0, UNKNOWN)).astype(np.int8)
     values = labels.values.copy()
     values[:, -1] = np.where(stated == UNKNOWN, implied, stated)
-    return Labels(labels.key, labels.keys, values, labels.listed, labels.contradicted, labels.notes)
+    return replace(labels, values=values)
 
 
 @dataclass(frozen=True)
 class Joined:
     """Labels brought into the order of the slices.
 
-    ``values`` int8 (n, 6); ``label_line`` int64 (n,), the place of the slice's key among the keys and listed keys of its
-    subset's file, -1 where it is not named; ``unlabelled`` bool (n,); ``without_image`` the keys no slice answers to.
+    ``values`` int8 (n, classes); ``label_line`` int64 (n,), the place of the slice's key among the keys and listed keys of
+    its subset's file, -1 where it is not named; ``unlabelled`` bool (n,); ``without_image`` the keys without a slice.
     """
 
     values: NDArray[np.int8]
@@ -115,11 +122,11 @@ class Joined:
     without_image: pa.Array
 
 
-def join_labels(labels: Labels, keys: pa.ChunkedArray | pa.Array) -> Joined:
+def join_labels(labels: LabelTable, keys: pa.ChunkedArray | pa.Array) -> Joined:
     """Return the labels of each of ``keys`` (string, (n,)), a slice's own key of the kind ``labels.key``."""
     found = pc.index_in(keys, value_set=labels.keys).fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
     listed = pc.index_in(keys, value_set=labels.listed).fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
-    padded = np.concatenate([labels.values, np.full((1, len(CLASSES)), UNKNOWN, np.int8)])
+    padded = np.concatenate([labels.values, np.full((1, len(labels.classes)), UNKNOWN, np.int8)])
     values = padded[found]  # -1 picks the line of unknowns at the end
     used = np.zeros(len(labels.keys), bool)
     used[found[found >= 0]] = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ich_prep.dataset.classes import RSNA_CLASSES
 from ich_prep.errors import SourceError
-from ich_prep.labels import CLASSES, Labels, gather_long
-from ich_prep.layouts.placement import Placement, nulls, only_one, read_csv, tables_with
+from ich_prep.layouts.assignment import Assignment, nulls, read_csv, require_single, tables_with
+from ich_prep.layouts.labels import LabelTable, labels_from_long_table, no_labels
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,7 +38,14 @@ def recognise(listing: Listing) -> str | None:
     return None
 
 
-def read_labels(listing: Listing, given: Path | None, *, allow_contradictions: bool) -> Labels:
+def read_labels(
+    listing: Listing,
+    given: Path | None,
+    *,
+    classes: tuple[str, ...],
+    allow_contradictions: bool,
+    allow_unlabelled: bool,
+) -> LabelTable:
     """Return the labels of the training slices, and the slices that the sample submission lists.
 
     The label file is ``given``, or the one CSV with the header ``ID,Label`` that is no sample submission. A line is
@@ -44,22 +53,27 @@ def read_labels(listing: Listing, given: Path | None, *, allow_contradictions: b
     """
     found = tables_with(listing, HEADER)
     samples = [path for path in found if _SAMPLE in path.name]
-    path = given or only_one([path for path in found if path not in samples], "label file with the header ID,Label")
-    keys, classes, values = _read_long(path)
+    if given is None and allow_unlabelled and not found:
+        return no_labels(classes)
+    path = given or require_single(
+        [path for path in found if path not in samples], "label file with the header ID,Label"
+    )
+    keys, columns, values = _read_long(path)
     whole = np.isin(values, (0, 1))
     if not whole.all():
         raise SourceError(
             f"Expected labels of 0 or 1 in {path}; found {values[~whole][0]:g} in line {int(np.argmin(whole)) + 2}. "
             "Give the training labels with --labels (a sample submission has none)."
         )
-    labels = gather_long(keys, classes, values.astype(np.int8), allow_contradictions=allow_contradictions)
+    labels = labels_from_long_table(keys, columns, values.astype(np.int8), allow_contradictions=allow_contradictions)
     if len(samples) > 1:
         raise SourceError(
-            f"Expected one sample submission in the tree; found {', '.join(map(str, samples))}. Move all but that of the "
+            f"Expected one sample submission in the tree; found {', '.join(map(str, samples))}. Move all but that of "
+            "the "
             "stage whose files are there out of the tree."
         )
     listed = pc.unique(_read_long(samples[0])[0]) if samples else pa.array([], pa.string())
-    return Labels(labels.key, labels.keys, labels.values, listed, labels.contradicted, labels.notes)
+    return replace(labels, listed=listed)
 
 
 def _read_long(path: Path) -> tuple[pa.Array, NDArray[np.intp], NDArray[np.float64]]:
@@ -74,20 +88,20 @@ def _read_long(path: Path) -> tuple[pa.Array, NDArray[np.intp], NDArray[np.float
     # The class is what follows the last '_', and no class name holds one: so each is a fixed number of characters.
     classes = np.full(len(names), -1, np.intp)
     keys: pa.Array = names
-    for number, name in enumerate(CLASSES):
+    for number, name in enumerate(RSNA_CLASSES):
         ends = pc.ends_with(names, pattern=f"_{name}")
         classes[ends.to_numpy(zero_copy_only=False)] = number
         keys = pc.if_else(ends, pc.utf8_slice_codeunits(names, 0, -len(name) - 1), keys)
     if (classes < 0).any():
         line = int(np.argmax(classes < 0))
         raise SourceError(
-            f"Expected each ID of {path} to end in _<class>, one of {', '.join(CLASSES)}; line {line + 2} has "
+            f"Expected each ID of {path} to end in _<class>, one of {', '.join(RSNA_CLASSES)}; line {line + 2} has "
             f"{names[line].as_py()!r}."
         )
     return keys, classes, table["Label"].to_numpy()
 
 
-def place(slices: pa.Table, root: str) -> Placement:
+def assign(slices: pa.Table, root: str) -> Assignment:
     """Return subset by folder, patient by PatientID, and the sign defect as a repair.
 
     The defect: 12 bits stored, unsigned, an intercept above -100. Such values were shifted by 1000 and wrapped at 4096;
@@ -101,10 +115,10 @@ def place(slices: pa.Table, root: str) -> Placement:
         & ~slices["signed"].fill_null(True).to_numpy()
         & (slices["rescale_intercept"].to_numpy() > -100)
     )
-    return Placement(
+    return Assignment(
         subset=pa.array(np.where(test, "test", "train"), pa.string()),
         patient_id=slices["patient_id"].combine_chunks(),
         subject=nulls(count),
         repairs=pa.array([[SIGN_12BIT] if sign else [] for sign in wrapped.tolist()], pa.list_(pa.string())),
-        left_out=nulls(count),
+        excluded_because=nulls(count),
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ich_prep.labels import CLASSES
+from ich_prep.dataset.classes import RSNA_CLASSES
 from ich_prep.phantom.bleeds import Bleed
 from ich_prep.phantom.dicom import (
     CT_IMAGE,
@@ -75,7 +75,7 @@ _ORDER_STREAM, _READER_STREAM = 100, 101
 
 @dataclass(frozen=True)
 class Listed:
-    """What the label files say about one slice: 0 or 1 for each of CLASSES; ``test`` slices have no label at RSNA."""
+    """What the label files say about one slice: 0 or 1 for each of RSNA_CLASSES; ``test`` slices have no label at RSNA."""
 
     sop_instance_uid: str
     labels: tuple[int, ...]
@@ -123,7 +123,7 @@ def write_labels(layout: str, out: Path, seed: int, places: Sequence[Place], lis
         return 2
     if layout == "folder":
         lines = [(line.sop_instance_uid, *line.labels) for line in listed]
-        _write_lines(out / "labels.csv", [("sop_instance_uid", *CLASSES), *lines])
+        _write_lines(out / "labels.csv", [("sop_instance_uid", *RSNA_CLASSES), *lines])
     else:
         _write_reads(out, seed, places)
     return 1
@@ -251,12 +251,14 @@ def _write_rsna_labels(out: Path, seed: int, listed: Sequence[Listed]) -> None:
     lines = [
         (f"{line.sop_instance_uid}_{name}", value)
         for line in shuffled
-        for name, value in zip(CLASSES, line.labels, strict=True)
+        for name, value in zip(RSNA_CLASSES, line.labels, strict=True)
     ]
     _write_lines(out / "stage_2_train.csv", [("ID", "Label"), *lines])
     test = [line for line in listed if line.test]
     asked = [
-        (f"{test[k].sop_instance_uid}_{name}", "0.5") for k in rng.permutation(len(test)).tolist() for name in CLASSES
+        (f"{test[k].sop_instance_uid}_{name}", "0.5")
+        for k in rng.permutation(len(test)).tolist()
+        for name in RSNA_CLASSES
     ]
     _write_lines(out / "stage_2_sample_submission.csv", [("ID", "Label"), *asked])
 

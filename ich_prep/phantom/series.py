@@ -13,7 +13,7 @@ from math import cos, radians, sin, tan
 import numpy as np
 from numpy.typing import NDArray
 
-from ich_prep.labels import SUBTYPES
+from ich_prep.dataset.classes import SUBTYPES
 from ich_prep.phantom.anatomy import (
     AIR_HU,
     HIGHEST_MM,

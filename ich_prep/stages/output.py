@@ -1,133 +1,211 @@
-"""What lies where a dataset is to be built: whether it may be taken, is this dataset already, or is being built.
+"""The output of a build: whether the folder may be used, and whether it holds this dataset, another one, or a build.
 
-What is no dataset or build of ours is not touched.
+What is neither a dataset nor a build of this project is left untouched.
 """
 
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from ich_prep import ledger, store
-from ich_prep.errors import BuildError, UsageError, words_of
+from ich_prep.dataset.dataset import open_dataset
+from ich_prep.dataset.schema import IMAGES, LABELS, ROOT, Spec
+from ich_prep.dataset.storage import remove_tree, sync_folder
+from ich_prep.dataset.tables import read_parquet
+from ich_prep.errors import BuildError, UsageError, describe_os_error
 from ich_prep.sources import Listing
-from ich_prep.store import Spec, State
+from ich_prep.stages.state import BuildFolder, State, read_state
 
 
-def refuse_foreign(target: Path, source: Path) -> None:
-    """Raise where ``target`` lies in the source tree, or is neither a dataset, nor a build in progress, nor empty."""
-    if source.resolve() in (target.resolve(), *target.resolve().parents):
+def check_output_folder(out: Path, folder: BuildFolder, sources: Sequence[Path]) -> None:
+    """Raise ``UsageError`` unless a build may write to ``out`` and to its working ``folder``.
+
+    They must lie outside of the ``sources``, and each must be new, empty, or what a build made.
+    """
+    for path, option in ((out, "--out"), (folder.path, "--build-dir")):
+        for source in sources:
+            if source.resolve() in (path.resolve(), *path.resolve().parents):
+                raise UsageError(
+                    f"{option} {path} lies inside the source {source}: its files would become sources of the next "
+                    "build. "
+                    "Give another folder."
+                )
+    if out == folder.path:
+        raise UsageError(f"--build-dir must not be the dataset itself: {out}. Give another folder.")
+    strangers = folder.strangers()
+    if strangers or (folder.path.exists() and not folder.path.is_dir()):
+        found = f"it holds {strangers[0].name}" if strangers else "it is a file"
         raise UsageError(
-            f"Expected --out outside of the source tree {source}, whose files it would join; found {target}. Give "
-            "another folder."
+            f"The working folder {folder.path} is not one of ich-prep ({found}), and was left untouched. Name another "
+            "one "
+            "with --build-dir."
         )
-    if not target.exists() or (target.is_dir() and all(path.is_dir() for path in target.rglob("*"))):
+    if not out.exists() or (out.is_dir() and all(path.is_dir() for path in out.rglob("*"))):
         return
-    begun = any((target / store.BUILD / name).exists() for name in (store.STATE, store.LOCK))
-    names = (store.ROOT, store.BUILD, store.IMAGES, store.LABELS)
-    if begun and all(path.name in names or path.name.startswith(".") for path in target.iterdir()):
+    if (out / ROOT).exists():
+        open_dataset(out)  # raises for another Zarr store
         return
-    if (target / store.ROOT).exists():
-        store.open_dataset(target)  # raises for a store that is not ours
+    begun = folder.state.exists() or folder.lock.exists()
+    if begun and out.is_dir() and all(p.name in (IMAGES, LABELS) or p.name.startswith(".") for p in out.iterdir()):
         return
     raise UsageError(
-        f"Expected --out to be new, a dataset, or a build to go on with; {target} is none of them. Nothing in it was "
-        "touched: give another folder, or remove it yourself."
+        f"--out must be a new folder, a dataset or an unfinished build (with its working folder {folder.path}); {out} "
+        "is "
+        "something else and was left untouched. Give another folder, or remove it."
     )
 
 
-def is_finished(target: Path, state: State, listing: Listing) -> bool:
-    """Return whether the dataset that this build would make is there; raises where another one, or another's build is.
+def check_existing(out: Path, folder: BuildFolder, state: State, listing: Listing) -> bool:
+    """Return whether the dataset that this build would make is at ``out`` already.
 
-    A build without a plan is anyone's: of what it has made so far, headers, the next run keeps what it can use.
+    Raises ``BuildError`` where another dataset is, or the unfinished build of another one. A build without a plan
+    belongs to any spec: the next run keeps the headers that it read where it can.
     """
-    folder = target / store.BUILD
-    finished = (target / store.ROOT).exists()
-    if not (folder / store.STATE).exists():
-        if not finished:
-            return False
-        there = store.open_dataset(target)  # its build folder was removed: of the sources only the number is known
-        differences = _spec_differences(there.spec, state.spec)
-        found = int(there.ich["counts"]["found"])
-        if found != len(listing.files):
-            differences.append(f"it was made of {found} files and there are {len(listing.files)} now")
+    finished = (out / ROOT).exists()
+    before = read_state(folder) if folder.state.exists() else None
+    if finished:
+        differences = _dataset_differences(out, folder, before, state, listing)
+    elif before is None or before.plan is None:
+        return False
     else:
-        before = store.read_state(folder)
-        if before.plan is None:
-            return False
-        differences = _spec_differences(before.spec, state.spec)
-        if before.sources != state.sources:
-            differences.append(_listing_difference(folder, listing))
-        if before.labels != state.labels:
-            differences.append("the labels are not the same")
-        if not finished:
-            differences += _differences(before.releases, state.releases)
+        differences = _spec_differences(before.spec.model_dump(mode="json"), state.spec)
+        differences += _input_differences(folder, before.sources, before.labels, state, listing)
+        differences += _differences(before.versions, state.versions)
     if differences:
+        what = "was built" if finished else "is an unfinished build"
         raise BuildError(
-            f"{target} {'is a dataset' if finished else 'is the build'} of something else: {'; '.join(differences)}. "
-            "Build into another folder, or replace this one with --overwrite."
+            f"{out} {what} with other settings or sources: {'; '.join(differences)}. Build into another folder, or "
+            "replace "
+            "this one with --overwrite."
         )
     return finished
 
 
-def _spec_differences(there: Spec, here: Spec) -> list[str]:
-    before, now = (spec.model_dump(mode="json").items() for spec in (there, here))
-    return _differences({name: repr(value) for name, value in before}, {name: repr(value) for name, value in now})
+def _dataset_differences(
+    out: Path, folder: BuildFolder, before: State | None, state: State, listing: Listing
+) -> list[str]:
+    """Return how the finished dataset at ``out`` differs from the one that a build with ``state`` would make."""
+    dataset = open_dataset(out)
+    if before is not None and before.published != dataset.digest:
+        raise BuildError(
+            f"The working folder {folder.path} belongs to another dataset than {out}. Name the right one with "
+            "--build-dir, "
+            "remove this one, or replace the dataset with --overwrite."
+        )
+    recorded = {**dataset.attributes["spec"], "classes": list(dataset.classes)}
+    differences = _spec_differences(recorded, state.spec)
+    sources = dataset.root.history[-1].digests.get("sources") if dataset.root.history else None
+    return differences + _input_differences(folder, sources, dataset.root.labels_digest, state, listing)
+
+
+def _input_differences(
+    folder: BuildFolder, sources: str | None, labels: str, state: State, listing: Listing
+) -> list[str]:
+    differences = [] if sources == state.sources else [_listing_difference(folder, listing)]
+    return differences if labels == state.labels else [*differences, "the labels have changed"]
+
+
+def _spec_differences(before: Mapping[str, object], spec: Spec) -> list[str]:
+    now = spec.model_dump(mode="json")
+    return _differences({name: repr(value) for name, value in before.items()}, {k: repr(v) for k, v in now.items()})
 
 
 def _differences(before: Mapping[str, str | None], now: Mapping[str, str | None]) -> list[str]:
     names = {**now, **before}
     return [
-        f"{name} was {before.get(name)} and is now {now.get(name)}"
-        for name in names
-        if before.get(name) != now.get(name)
+        f"{name} was {before.get(name)}, now {now.get(name)}" for name in names if before.get(name) != now.get(name)
     ]
 
 
-def _listing_difference(folder: Path, listing: Listing) -> str:
-    table = store.read_parquet(folder / store.FILES)
+def _listing_difference(folder: BuildFolder, listing: Listing) -> str:
+    """Return in words how the sources differ from those that were listed; less exact where the working folder is gone."""
+    if not folder.files.exists():
+        return f"the source files have changed (which ones is known only with the working folder {folder.path})"
+    table = read_parquet(folder.files)
     before = dict(zip(table["path"].to_pylist(), table["size"].to_pylist(), strict=True))
     now = dict(zip(listing.files["path"].to_pylist(), listing.files["size"].to_pylist(), strict=True))
     added, removed = sorted(now.keys() - before.keys()), sorted(before.keys() - now.keys())
     resized = sorted(path for path in now.keys() & before.keys() if now[path] != before[path])
-    example = (added or removed or resized)[0].decode(errors="backslashreplace")
+    example = (added or removed or resized or [b""])[0].decode(errors="backslashreplace")
     return (
         f"of the {len(before)} source files {len(removed)} are gone, {len(resized)} have another size and {len(added)} "
-        f"are new (for one, {example})"
+        f"are new (for example {example})"
     )
 
 
-def disown(target: Path) -> None:
-    """Make a dataset or build of ours one that nobody can take for a dataset, and that the next step clears away."""
-    for path in (target / store.ROOT, target / store.BUILD / store.STATE):
-        path.unlink(missing_ok=True)
-        ledger.sync_folder(path.parent)
+def invalidate(out: Path, folder: BuildFolder) -> None:
+    """Invalidate the dataset: remove the files that make it readable, so that a crash cannot leave a half-replaced one."""
+    for path in (out / ROOT, folder.state):
+        if path.parent.is_dir():
+            path.unlink(missing_ok=True)
+            sync_folder(path.parent)
+
+
+def reset(out: Path, folder: BuildFolder) -> None:
+    """Remove what an earlier build left, but for the lock that this one holds; make the folders of a new build."""
+    for path in (out / IMAGES, out / LABELS):
+        remove_tree(path)
+    for path in folder.path.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path != folder.lock:
+            path.unlink(missing_ok=True)
+    for path in (folder.scan, folder.done, out / IMAGES / "c"):
+        path.mkdir(parents=True)
+
+
+def clean(out: Path, folder: BuildFolder) -> int:
+    """Remove the working folder of the finished dataset ``out``; return how many bytes that freed.
+
+    Raises ``DatasetError`` where the dataset is not finished, ``UsageError`` where the folder holds files of somebody
+    else, ``BuildError`` where it belongs to another dataset or a process is building.
+    """
+    dataset = open_dataset(out)
+    if not folder.path.is_dir():
+        return 0
+    strangers = folder.strangers()
+    if strangers or not folder.state.exists():
+        found = strangers[0].name if strangers else "no state.json"
+        raise UsageError(f"{folder.path} is not the working folder of a build (found {found}); nothing was removed.")
+    if read_state(folder).published != dataset.digest:
+        raise BuildError(
+            f"The working folder {folder.path} belongs to another dataset than {out}, or to a build that is not "
+            "finished; "
+            "nothing was removed."
+        )
+    with build_lock(folder):
+        freed = sum(path.stat().st_size for path in folder.path.rglob("*") if path.is_file())
+        folder.state.unlink()  # first: half a working folder must not be taken for a whole one
+        shutil.rmtree(folder.path)
+    return freed
 
 
 @contextmanager
-def only_one(folder: Path) -> Iterator[None]:
+def build_lock(folder: BuildFolder) -> Iterator[None]:
     """Hold the build's lock; raises ``BuildError`` where another process does."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / store.LOCK).open("wb") as file:
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with folder.lock.open("wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BuildError(
-                f"Another process is building {folder.parent} at this moment. Wait for it, or stop it, then run this "
-                "command again."
+                f"Another process is building with the working folder {folder.path}. Wait for it, or stop it, then run "
+                "this command again."
             ) from None
         yield
 
 
 @contextmanager
-def explained(target: Path) -> Iterator[None]:
-    """Turn what the operating system refuses into a message that says what to do."""
+def os_errors_explained(out: Path) -> Iterator[None]:
+    """Turn an error of the operating system during a build of ``out`` into a ``BuildError`` that says what to do."""
     try:
         yield
     except OSError as error:
         raise BuildError(
-            f"Writing {target} failed: {words_of(error)}. What is finished is kept: make room or mend the "
-            "cause, then run the same command again, without --overwrite."
+            f"Building {out} failed: {describe_os_error(error)}. Finished work is kept: free space or fix the cause, "
+            "then "
+            "run the same command again without --overwrite."
         ) from error

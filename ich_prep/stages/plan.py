@@ -13,16 +13,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ich_prep import store
+from ich_prep.dataset import schema
+from ich_prep.dataset.classes import UNKNOWN
 from ich_prep.errors import Reason
-from ich_prep.folds import assign_folds
-from ich_prep.labels import CLASSES, UNKNOWN, Joined, Labels, join_labels
+from ich_prep.layouts.labels import Joined, LabelTable, join_labels
+from ich_prep.stages.folds import assign_folds
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ich_prep.layouts.placement import Placement
-    from ich_prep.store import Spec
+    from ich_prep.dataset.schema import Spec
+    from ich_prep.layouts.assignment import Assignment
 
 SAME_POSITION_MM = 0.01
 GAP_SPACINGS = 1.5
@@ -50,17 +51,17 @@ class Plan:
     unlabelled: pa.Array
 
 
-def make_plan(scanned: pa.Table, *, placement: Placement, labels: Labels, spec: Spec) -> Plan:
+def make_plan(scanned: pa.Table, *, assignment: Assignment, labels: LabelTable, spec: Spec) -> Plan:
     """Return the plan of the files in ``scanned`` (``scan.SCHEMA``, sorted by path).
 
-    ``placement`` says what the layout knows of each line of ``scanned``.
+    ``assignment`` says what the layout knows of each line of ``scanned``.
     """
-    placed = _with_placement(scanned, placement)
+    placed = _with_assignment(scanned, assignment)
     is_slice = pc.is_null(scanned["reason"])
     set_aside, slices = placed.filter(pc.invert(is_slice)), placed.filter(is_slice)
 
-    left_out = pc.is_valid(slices["left_out"])
-    excluded, slices = slices.filter(left_out), slices.filter(pc.invert(left_out))
+    excluded_because = pc.is_valid(slices["excluded_because"])
+    excluded, slices = slices.filter(excluded_because), slices.filter(pc.invert(excluded_because))
     repeated, kept_path = _repeats(slices)
     duplicates, slices = slices.filter(pa.array(repeated)), slices.filter(pa.array(~repeated))
 
@@ -70,7 +71,7 @@ def make_plan(scanned: pa.Table, *, placement: Placement, labels: Labels, spec: 
     quarantine = pa.concat_tables(
         [
             _quarantine(set_aside["path"], "scan", set_aside["reason"], set_aside["detail"]),
-            _quarantine(excluded["path"], "plan", _all(excluded, Reason.SCAN_TYPE), excluded["left_out"]),
+            _quarantine(excluded["path"], "plan", _all(excluded, Reason.SCAN_TYPE), excluded["excluded_because"]),
             _quarantine(duplicates["path"], "plan", _all(duplicates, Reason.DUPLICATE), kept_path),
         ]
     ).sort_by("path")
@@ -86,16 +87,16 @@ def make_plan(scanned: pa.Table, *, placement: Placement, labels: Labels, spec: 
     )
 
 
-def _with_placement(slices: pa.Table, placement: Placement) -> pa.Table:
+def _with_assignment(slices: pa.Table, assignment: Assignment) -> pa.Table:
     """Return ``slices`` with what the layout knows; a slice without a patient is a patient by its study, or series."""
-    patient = pc.coalesce(placement.patient_id, slices["study_instance_uid"], slices["series_instance_uid"])
+    patient = pc.coalesce(assignment.patient_id, slices["study_instance_uid"], slices["series_instance_uid"])
     slices = slices.set_column(slices.column_names.index("patient_id"), "patient_id", patient)
-    unnamed = pc.is_null(placement.patient_id)
+    unnamed = pc.is_null(assignment.patient_id)
     return (
-        slices.append_column("subset", placement.subset)
-        .append_column("subject", placement.subject)
-        .append_column("repairs", placement.repairs)
-        .append_column("left_out", placement.left_out)
+        slices.append_column("subset", assignment.subset)
+        .append_column("subject", assignment.subject)
+        .append_column("repairs", assignment.repairs)
+        .append_column("excluded_because", assignment.excluded_because)
         .append_column("unnamed_patient", unnamed)
     )
 
@@ -118,19 +119,19 @@ def _repeats(slices: pa.Table) -> tuple[NDArray[np.bool_], pa.Array]:
 
 def _quarantine(path: pa.ChunkedArray, stage: str, reason: object, detail: object) -> pa.Table:
     columns = [path, pa.array([stage] * len(path), pa.string()), pa.nulls(len(path), pa.int64()), reason, detail]
-    return pa.table(columns, schema=store.QUARANTINE_SCHEMA)
+    return pa.table(columns, schema=schema.QUARANTINE_SCHEMA)
 
 
 def _all(table: pa.Table, reason: Reason) -> pa.Array:
     return pa.array([str(reason)] * len(table), pa.string())
 
 
-def _level(labels: Labels) -> str:
+def _level(labels: LabelTable) -> str:
     """Return what one label speaks of: a slice, or a whole series."""
     return "slice" if labels.key == "sop_instance_uid" else "series"
 
 
-def _accounted(labels: Labels, *tables: pa.Table) -> pa.Array:
+def _accounted(labels: LabelTable, *tables: pa.Table) -> pa.Array:
     """Return the label keys of files that were set aside: by their header, or by a file name that is their UID."""
     known: list[str] = []
     for table in tables:
@@ -264,7 +265,8 @@ def _measure(slices: pa.Table, level: str, joined: Joined, spec: Spec) -> tuple[
         mask=pc.equal(slices["subset"], "test").to_numpy(),
     )
     spacings = _matrix(slices["pixel_spacing"], 2)
-    labelled = _label_columns(joined.values)
+    places = _matrix(slices["position"], 3)
+    labelled = _label_columns(joined.values, spec.classes)
     columns = {
         "row": np.arange(count),
         **{name: slices[name] for name in ("sop_instance_uid", "series_instance_uid", "study_instance_uid")},
@@ -278,6 +280,7 @@ def _measure(slices: pa.Table, level: str, joined: Joined, spec: Spec) -> tuple[
         "series_row": number,
         "slice_index": np.arange(count) - first,
         "position_mm": slices["position_mm"],
+        **{f"position_{axis}_mm": _nullable(places[:, i]) for i, axis in enumerate("xyz")},
         "slice_spacing_mm": _nullable(spacing),
         "pixel_spacing_y_mm": _nullable(spacings[:, 0]),
         "pixel_spacing_x_mm": _nullable(spacings[:, 1]),
@@ -287,17 +290,14 @@ def _measure(slices: pa.Table, level: str, joined: Joined, spec: Spec) -> tuple[
         "rescale_intercept": slices["rescale_intercept"],
         "repairs": slices["repairs"],
         "flags": _flag_lists(flags),
-        **{name: pa.nulls(count, pa.float64()) for name in ("hu_min", "hu_max", "hu_mean")},
-        "content_hash": pa.nulls(count, pa.string()),
     }
-    arrays = [_cast(columns[field.name], field.type) for field in store.SLICE_SCHEMA]
-    table = pa.table(arrays, schema=store.SLICE_SCHEMA)
+    table = _table_of(columns, schema.slice_schema(spec.classes))
     planned = table
     for name in PIXEL_COLUMNS:
         planned = planned.append_column(name, slices[name])
     unlabelled = np.logical_and.reduceat(joined.unlabelled, begins) if count else joined.unlabelled
     levels = pa.array(np.where(unlabelled, "none", level), pa.string())
-    return planned, _series_table(table, slices, begins, lengths, typical, levels)
+    return planned, _series_table(table, slices, begins, lengths, typical, levels, spec.classes)
 
 
 def _median_spacing(steps: NDArray[np.float64]) -> float:
@@ -315,8 +315,8 @@ def _cast(values: object, kind: pa.DataType) -> pa.Array:
     return column.cast(kind)
 
 
-def _label_columns(values: NDArray[np.int8]) -> dict[str, pa.Array]:
-    return {name: pa.array(values[:, i], mask=values[:, i] == UNKNOWN) for i, name in enumerate(CLASSES)}
+def _label_columns(values: NDArray[np.int8], classes: tuple[str, ...]) -> dict[str, pa.Array]:
+    return {name: pa.array(values[:, i], mask=values[:, i] == UNKNOWN) for i, name in enumerate(classes)}
 
 
 def _flag_lists(flags: dict[str, NDArray[np.bool_]]) -> pa.Array:
@@ -335,11 +335,12 @@ def _series_table(
     lengths: NDArray[np.int64],
     typical: NDArray[np.float64],
     levels: pa.Array,
+    classes: tuple[str, ...],
 ) -> pa.Table:
     """Return one line a series: what its slices share, the level of its labels, and for each whether a slice has it."""
     heads = table.take(pa.array(begins, pa.int64()))
     labels: dict[str, pa.Array] = {}
-    for name in CLASSES:
+    for name in classes:
         stated = table[name].fill_null(UNKNOWN).to_numpy()
         highest = np.maximum.reduceat(stated, begins) if len(begins) else np.empty(0, np.int8)
         labels[name] = pa.array(highest, mask=highest == UNKNOWN)
@@ -349,7 +350,7 @@ def _series_table(
         across = np.cross(cosines[:, :3], cosines[:, 3:])
         tilt = np.degrees(np.arccos(np.clip(np.abs(across[:, 2]) / np.linalg.norm(across, axis=1), 0, 1)))
     columns = {
-        **{name: heads[name] for name in heads.column_names},
+        **{name: heads[name] for name in heads.column_names if name != "flags"},
         **labels,
         "label_level": levels,
         "first_row": begins,
@@ -359,5 +360,11 @@ def _series_table(
         "tilt_degrees": _nullable(tilt),
         "slice_spacing_mm": _nullable(typical),
     }
-    arrays = [_cast(columns[field.name], field.type) for field in store.SERIES_SCHEMA]
-    return pa.table(arrays, schema=store.SERIES_SCHEMA)
+    return _table_of(columns, schema.series_schema(classes))
+
+
+def _table_of(columns: dict[str, object], form: pa.Schema) -> pa.Table:
+    """Return the table of ``form`` with these ``columns``; those that nothing fills are null."""
+    length = max(len(values) for values in columns.values())  # type: ignore[arg-type]
+    arrays = [_cast(columns.get(field.name, pa.nulls(length)), field.type) for field in form]
+    return pa.table(arrays, schema=form)

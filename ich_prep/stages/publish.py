@@ -1,6 +1,6 @@
-"""Make a finished build visible: gather the ledger into the tables, write these, then every ``zarr.json``, the root last.
+"""Make a finished build visible: collect the ledger into tables, write these, then every ``zarr.json``, the root last.
 
-The metadata is what zarr-python itself writes for such an array. zarr lives here, and in ``verify``.
+The metadata is what zarr-python itself writes for such an array. zarr is imported here and in ``verify`` only.
 """
 
 from __future__ import annotations
@@ -15,20 +15,26 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ich_prep import ledger, store
+from ich_prep.dataset import schema
+from ich_prep.dataset.schema import FORMAT, IMAGES, LABELS, OK, QUARANTINE_SCHEMA, ROOT, SHARD_SCHEMA, TABLES
+from ich_prep.dataset.shard_format import BLOSC_LEVELS, block_bytes
+from ich_prep.dataset.storage import clear_leftovers, size_of, sync_folder, write_whole
+from ich_prep.dataset.tables import read_parquet, write_table
+from ich_prep.dataset.windows import AIR_HU
 from ich_prep.errors import BuildError
-from ich_prep.plan import PIXEL_COLUMNS
-from ich_prep.releases import PACKAGE, all_releases, library_releases
-from ich_prep.sharding import BLOSC_LEVELS, block_bytes
-from ich_prep.windows import AIR_HU
+from ich_prep.stages import ledger
+from ich_prep.stages.plan import PIXEL_COLUMNS
+from ich_prep.stages.state import write_state
+from ich_prep.versions import PACKAGE, all_versions, library_versions
 
 if TYPE_CHECKING:
-    from ich_prep.store import Spec, State
+    from ich_prep.dataset.schema import Spec
+    from ich_prep.stages.state import BuildFolder, State
 
 
 @dataclass(frozen=True)
 class Tables:
-    """The published tables, as ``store`` has their columns."""
+    """The published tables, as ``dataset.schema`` has their columns."""
 
     slices: pa.Table
     series: pa.Table
@@ -36,29 +42,28 @@ class Tables:
     quarantine: pa.Table
 
 
-def gather(target: Path, state: State) -> Tables:
-    """Return the tables of the build at ``target``, of which every shard has its entry in the ledger.
+def collect_tables(out: Path, folder: BuildFolder, state: State) -> Tables:
+    """Return the tables of the build of ``out``, of which every shard has its entry in the ledger.
 
-    Raises ``BuildError`` where a shard is not there as its entry says.
+    Raises ``BuildError`` where a shard does not have the length that its entry records.
     """
-    folder = target / store.BUILD
-    plan = store.read_parquet(folder / store.PLAN)
+    plan = read_parquet(folder.plan)
     per_shard = state.spec.slices_per_shard
     starts = np.arange(0, len(plan), per_shard)
-    entries = [_entry(target, number) for number in range(len(starts))]
+    entries = [_entry(out, folder, number) for number in range(len(starts))]
     lines = [line for entry in entries for line in entry["rows"]]
     status = pa.array([line["status"] for line in lines], pa.string())
-    ok = pc.equal(status, store.OK).to_numpy(zero_copy_only=False)
+    ok = pc.equal(status, OK).to_numpy(zero_copy_only=False)
 
     failed = plan.filter(pa.array(~ok))
-    lost = [
+    quarantined = [
         failed["path"],
         pa.array(["shard"] * len(failed), pa.string()),
         failed["row"],
         status.filter(pa.array(~ok)),
-        pa.array([line["detail"] for line in lines if line["status"] != store.OK], pa.string()),
+        pa.array([line["detail"] for line in lines if line["status"] != OK], pa.string()),
     ]
-    series = store.read_parquet(folder / store.PLANNED_SERIES)
+    series = read_parquet(folder.series)
     place = series.schema.get_field_index("n_ok")
     counted = np.add.reduceat(ok.astype(np.int64), series["first_row"].to_numpy())
     shards = [
@@ -68,65 +73,61 @@ def gather(target: Path, state: State) -> Tables:
         pa.array(np.add.reduceat(ok.astype(np.int64), starts), pa.int32()),
         pa.array([entry["bytes"] for entry in entries], pa.int64()),
         pa.array([entry["fingerprint"] for entry in entries], pa.string()),
+        pa.array([entry.get("hu_histogram") for entry in entries], pa.list_(pa.int64())),
     ]
     return Tables(
         slices=_with_results(plan.drop_columns(list(PIXEL_COLUMNS)), lines, status),
         series=series.set_column(place, series.schema.field(place), pa.array(counted, pa.int32())),
-        shards=pa.table(shards, schema=store.SHARD_SCHEMA),
-        quarantine=pa.concat_tables(
-            [store.read_parquet(folder / store.PLANNED_QUARANTINE), pa.table(lost, schema=store.QUARANTINE_SCHEMA)]
-        ),
+        shards=pa.table(shards, schema=SHARD_SCHEMA),
+        quarantine=pa.concat_tables([read_parquet(folder.quarantine), pa.table(quarantined, schema=QUARANTINE_SCHEMA)]),
     )
 
 
-def _entry(target: Path, number: int) -> dict[str, Any]:
-    """Return what the ledger says of shard ``number``, once it is certain that the shard is there."""
-    path = store.shard_path(target, number)
-    entry = ledger.read(target / store.BUILD / store.DONE, number)
-    found = store.shard_bytes(target, number)
+def _entry(out: Path, folder: BuildFolder, number: int) -> dict[str, Any]:
+    """Return the ledger's entry of shard ``number``, after checking that the shard has the length that it records."""
+    path = schema.shard_path(out, number)
+    entry = ledger.read(folder.done, number)
+    found = size_of(path)
     if found != entry["bytes"]:
         raise BuildError(
-            f"Expected shard {number} of {entry['bytes']} bytes at {path}, as it was written; found "
-            f"{'nothing' if found is None else f'{found} bytes'}. Run the same command again, without --overwrite: it is "
-            "written anew."
+            f"Shard {number} was written with {entry['bytes']} bytes; {path} now has "
+            f"{'none' if found is None else found}. Run the same command again, without --overwrite, to write it again."
         )
-    ledger.clear_leftovers(path)
+    clear_leftovers(path)
     return entry
 
 
 def _with_results(slices: pa.Table, lines: list[dict[str, Any]], status: pa.Array) -> pa.Table:
-    """Return the slice table with what the shards found: status, flags, extremes, hash."""
+    """Return the slice table with what the shards reported: status, flags, extremes, hash, checksum."""
     flags = [
         sorted({*planned, *line.get("flags", ())})
         for planned, line in zip(slices["flags"].to_pylist(), lines, strict=True)
     ]
     results = {"status": status, "flags": pa.array(flags, pa.list_(pa.string()))}
-    for name in ("hu_min", "hu_max", "hu_mean", "content_hash"):
-        results[name] = pa.array([line.get(name) for line in lines], store.SLICE_SCHEMA.field(name).type)
-    columns = [results.get(field.name, slices[field.name]) for field in store.SLICE_SCHEMA]
-    return pa.table(columns, schema=store.SLICE_SCHEMA)
+    for name in ("hu_min", "hu_max", "hu_mean", "content_hash", "chunk_crc32c"):
+        results[name] = pa.array([line.get(name) for line in lines], slices.schema.field(name).type)
+    columns = [results.get(field.name, slices[field.name]) for field in slices.schema]
+    return pa.table(columns, schema=slices.schema)
 
 
-def publish(target: Path, *, spec: Spec, tables: Tables, found: int) -> dict[str, Any]:
-    """Write ``tables`` and the metadata of the dataset at ``target``, the root's last; return its counts.
+def publish(out: Path, folder: BuildFolder, *, state: State, tables: Tables, found: int) -> dict[str, int]:
+    """Write ``tables`` and the metadata of the dataset ``out``, the root's last; return its counts.
 
-    ``found`` is the number of files of the source. Every shard must be on disk.
+    ``found`` is the number of files of the source. Every shard must be on disk. The working ``folder`` records the
+    dataset's digest just before the root is written, which binds the two.
     """
-    (target / store.LABELS).mkdir(exist_ok=True)
-    for name in (*store.PUBLISHED, store.ROOT):
-        ledger.clear_leftovers(target / name)
-    for name, table in (
-        (store.SLICES, tables.slices),
-        (store.SERIES, tables.series),
-        (store.SHARDS, tables.shards),
-        (store.QUARANTINE, tables.quarantine),
-    ):
-        store.write_table(target / name, table)
-    ledger.sync_folder(target / store.IMAGES / "c")
-    for folder, document in _metadata(spec, len(tables.slices)).items():
-        ledger.write_whole(target / folder / store.ROOT, document)
-        ledger.sync_folder(target / folder)
+    (out / LABELS).mkdir(exist_ok=True)
+    names = {table: schema.table_name(table, generation=1) for table in TABLES}
+    for name in (*names.values(), ROOT, f"{IMAGES}/{ROOT}", f"{LABELS}/{ROOT}"):
+        clear_leftovers(out / name)
+    for table, name in names.items():
+        write_table(out / name, getattr(tables, table))
+    sync_folder(out / IMAGES / "c")
+    for group, document in _metadata(state.spec, len(tables.slices)).items():
+        write_whole(out / group / ROOT, document)
+        sync_folder(out / group)
     counts = {
+        "rows": len(tables.slices),
         "found": found,
         "planned": len(tables.slices),
         "ok": pc.sum(tables.shards["n_ok"]).as_py(),
@@ -137,16 +138,33 @@ def publish(target: Path, *, spec: Spec, tables: Tables, found: int) -> dict[str
         "bytes": pc.sum(tables.shards["bytes"]).as_py(),
     }
     ich: dict[str, Any] = {
-        "format": store.FORMAT,
-        "spec": spec.model_dump(mode="json"),
+        "format": FORMAT,
+        "spec": state.spec.model_dump(mode="json", exclude={"classes"}),
+        "classes": list(state.spec.classes),
         "counts": counts,
-        "created_by": f"ich-prep {all_releases()[PACKAGE]}",
-        "versions": library_releases(),
-        "files": {name: _sha256((target / name).read_bytes()) for name in store.PUBLISHED},
+        "tables": names,
+        "digests": {
+            name: _sha256((out / name).read_bytes())
+            for name in sorted((*names.values(), f"{IMAGES}/{ROOT}", f"{LABELS}/{ROOT}"))
+        },
+        "generation": 1,
+        "labels_digest": state.labels,
+        "history": [
+            {
+                "command": "build",
+                "generation": 1,
+                "counts": counts,
+                "digests": {"sources": state.sources, "labels": state.labels},
+            }
+        ],
+        "created_by": f"ich-prep {all_versions()[PACKAGE]}",
+        "versions": library_versions(),
     }
     ich["digest"] = digest_of(ich)
-    ledger.write_whole(target / store.ROOT, root_document(target, ich))
-    ledger.sync_folder(target)
+    write_state(folder, state.model_copy(update={"published": ich["digest"]}))
+    sync_folder(folder.path)
+    write_whole(out / ROOT, root_document(out, ich))
+    sync_folder(out)
     return counts
 
 
@@ -155,7 +173,7 @@ def _sha256(data: bytes) -> str:
 
 
 def digest_of(ich: dict[str, Any]) -> str:
-    """Return the SHA-256 of all that the root says, which names the digest of every table, and so every shard."""
+    """Return the SHA-256 of all that the root records, which includes the digest of every table, and so every shard."""
     rest = {key: value for key, value in ich.items() if key != "digest"}
     return _sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
 
@@ -164,15 +182,13 @@ def root_document(out: Path, ich: dict[str, Any]) -> bytes:
     """Return the bytes of the root's ``zarr.json``: a group with the attribute ``ich``.
 
     It repeats the metadata of the images and the labels, as zarr-python's consolidated metadata does: xarray looks for
-    that first, and warns where it is not there.
+    that first, and warns where it is missing.
     """
     document = {
         "attributes": {"ich": ich},
         "consolidated_metadata": {
             "kind": "inline",
-            "metadata": {
-                name: json.loads((out / name / store.ROOT).read_bytes()) for name in (store.IMAGES, store.LABELS)
-            },
+            "metadata": {name: json.loads((out / name / ROOT).read_bytes()) for name in (IMAGES, LABELS)},
             "must_understand": False,
         },
         "node_type": "group",
@@ -190,8 +206,7 @@ def _metadata(spec: Spec, slices: int) -> dict[str, bytes]:
     written: dict[str, Any] = {}
     memory = MemoryStore(written)
     root = zarr.create_group(memory, zarr_format=3)
-    for name in (store.BUILD, store.LABELS):
-        root.create_group(name)
+    root.create_group(LABELS)
     compressors: list[Any] = [Crc32cCodec()]
     if spec.codec != "none":
         blosc = BloscCodec(
@@ -204,7 +219,7 @@ def _metadata(spec: Spec, slices: int) -> dict[str, bytes]:
         compressors.insert(0, blosc)
     chunk = (1, spec.channels, spec.size, spec.size)
     root.create_array(
-        store.IMAGES,
+        IMAGES,
         shape=(slices, *chunk[1:]),
         dtype=spec.dtype,
         chunks=chunk,
@@ -219,6 +234,6 @@ def _metadata(spec: Spec, slices: int) -> dict[str, bytes]:
         else {"channels": ["hu"], "units": "HU"},
     )
     return {
-        folder: json.dumps(json.loads(written[f"{folder}/{store.ROOT}"].to_bytes()), indent=2, sort_keys=True).encode()
-        for folder in (store.BUILD, store.IMAGES, store.LABELS)
+        folder: json.dumps(json.loads(written[f"{folder}/{ROOT}"].to_bytes()), indent=2, sort_keys=True).encode()
+        for folder in (IMAGES, LABELS)
     }

@@ -10,12 +10,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ich_prep import store
+from ich_prep.dataset.storage import write_whole
 from ich_prep.decode import NATIVE, missing_decoder
 from ich_prep.errors import Reason, SliceError
 from ich_prep.header import DEFLATED_LE, EXPLICIT_BE, SKIM_BYTES, Header, read_header
-from ich_prep.ledger import write_whole
 from ich_prep.sources import read_ahead
+from ich_prep.stages.state import BuildFolder
 
 FILES_PER_BATCH = 512
 FILES_AHEAD = 64  # at a tenth of a millisecond a header: what hides the latency of a remote disk
@@ -58,22 +58,22 @@ SCHEMA = pa.schema(
 )
 
 
-def scan_batch(out: str, src: str, batch: int) -> tuple[int, int]:
-    """Read the headers of files ``batch`` x 512 and following; write ``build/scan/<batch>.parquet``.
+def scan_batch(folder: str, src: str, batch: int) -> tuple[int, int]:
+    """Read the headers of files ``batch`` x 512 and following; write ``scan/<batch>.parquet`` in the working folder.
 
     Returns how many slices and how many quarantined files there are among them.
     """
-    build = Path(out) / store.BUILD
-    listed = pq.ParquetFile(build / store.FILES)  # opened anew: a worker may outlive the build that wrote it
+    build = BuildFolder(Path(folder))
+    listed = pq.ParquetFile(build.files)  # opened anew: a worker may outlive the build that wrote it
     paths = listed.read_row_group(batch, columns=["path"])["path"].to_pylist()
-    folder = os.fsencode(src)
-    ahead = read_ahead(paths, lambda path: os.path.join(folder, path), files=FILES_AHEAD, length=SKIM_BYTES)
+    root = os.fsencode(src)
+    ahead = read_ahead(paths, lambda path: os.path.join(root, path), files=FILES_AHEAD, length=SKIM_BYTES)
     lines = [scan_file(src, path) for path in ahead]
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(lines, SCHEMA), sink, write_statistics=False)
-    write_whole(build / store.SCAN / f"{batch:05d}.parquet", sink.getvalue().to_pybytes())
-    set_aside = sum(line.get("reason") is not None for line in lines)
-    return len(lines) - set_aside, set_aside
+    write_whole(build.batch(batch), sink.getvalue().to_pybytes())
+    quarantined = sum(line.get("reason") is not None for line in lines)
+    return len(lines) - quarantined, quarantined
 
 
 def scan_file(src: str, name: bytes) -> dict[str, Any]:

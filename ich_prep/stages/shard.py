@@ -13,21 +13,22 @@ import numpy as np
 import pyarrow.parquet as pq
 import xxhash
 
-from ich_prep import store
+from ich_prep.dataset.schema import OK, shard_path
+from ich_prep.dataset.shard_format import ShardWriter
+from ich_prep.dataset.storage import renamed_when_whole
+from ich_prep.dataset.windows import HIGHEST_HU
 from ich_prep.decode import Decoder, PixelSource
 from ich_prep.errors import SliceError
 from ich_prep.hounsfield import apply_rescale, apply_rescale_and_windows, apply_windows
 from ich_prep.layouts.rsna import SIGN_12BIT
-from ich_prep.ledger import renamed_when_whole
 from ich_prep.resize import resize_hu
-from ich_prep.sharding import ShardWriter
 from ich_prep.sources import read_ahead
-from ich_prep.windows import HIGHEST_HU
+from ich_prep.stages.state import BuildFolder, read_state
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ich_prep.store import Spec
+    from ich_prep.dataset.schema import Spec
 
 FILES_AHEAD = 8
 NOISE_ROWS = 16
@@ -45,16 +46,15 @@ class Audit:
     flags: list[str]
 
 
-def write_shard(out: str, src: str, digest: str, number: int) -> dict[str, Any]:
+def write_shard(out: str, folder: str, src: str, digest: str, number: int) -> dict[str, Any]:
     """Write shard ``number`` of the plan whose digest is ``digest``, under its name when whole; return its ledger entry.
 
     The entry has the plan's digest, the shard's ``bytes`` and ``fingerprint``, and for each of its rows the status with
     what the audit found, or the reason's detail. It may go into the ledger once the shard is on disk.
     """
-    root = Path(out)
-    spec, plan = _opened(out, digest)
+    spec, plan = _opened(folder, digest)
     rows = plan.read_row_group(number).to_pylist()
-    path = store.shard_path(root, number)
+    path = shard_path(Path(out), number)
     path.parent.mkdir(parents=True, exist_ok=True)
     decoder = _decoder()
     lines: list[dict[str, Any]] = []
@@ -71,17 +71,17 @@ def write_shard(out: str, src: str, digest: str, number: int) -> dict[str, Any]:
                 lines.append({"status": error.reason, "detail": error.detail})
                 continue
             writer.append(pixels.out)
-            lines.append({"status": store.OK, **{name: getattr(audit, name) for name in Audit.__slots__}})
+            lines.append({"status": OK, **{name: getattr(audit, name) for name in Audit.__slots__}})
         size, fingerprint = writer.finish()
     return {"plan": digest, "bytes": size, "fingerprint": fingerprint, "rows": lines}
 
 
 @lru_cache(maxsize=1)
-def _opened(out: str, digest: str) -> tuple[Spec, pq.ParquetFile]:
-    """Return the spec and the open plan of the build; ``digest`` tells one plan at ``out`` from the next."""
+def _opened(folder: str, digest: str) -> tuple[Spec, pq.ParquetFile]:
+    """Return the spec and the open plan of the build; ``digest`` distinguishes its plan from a later one in ``folder``."""
     cv2.setNumThreads(1)
-    build = Path(out) / store.BUILD
-    return store.read_state(build).spec, pq.ParquetFile(build / store.PLAN)
+    build = BuildFolder(Path(folder))
+    return read_state(build).spec, pq.ParquetFile(build.plan)
 
 
 @cache

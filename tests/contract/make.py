@@ -17,8 +17,9 @@ import pydicom
 from pydicom.encaps import encapsulate
 
 from ich_prep.build_dataset import Allowances, build
+from ich_prep.dataset.dataset import open_dataset
+from ich_prep.dataset.schema import Spec
 from ich_prep.phantom import synthesize
-from ich_prep.store import Spec, open_dataset
 
 HERE = Path(__file__).parent
 SPECS = {

@@ -12,8 +12,8 @@ import pytest
 import zarr
 
 from ich_prep import store
-from ich_prep.progress import Silence
-from ich_prep.store import open_dataset
+from ich_prep.dataset.dataset import open_dataset
+from ich_prep.progress import NoProgress
 from ich_prep.summary import summary_of
 from ich_prep.verify import verify
 
@@ -49,7 +49,7 @@ def test_zarr_reads_the_same_pixels(name: str) -> None:
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_what_was_written_still_holds(name: str) -> None:
-    found = verify(HERE / f"{name}.zarr", progress=Silence())
+    found = verify(HERE / f"{name}.zarr", progress=NoProgress())
     assert found.problems == ()
     assert found.slices == EXPECTED[name]["shape"][0]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
 
-from ich_prep.store import Spec
+from ich_prep.dataset.schema import Spec
 
 SMALL = Spec(size=64, slices_per_shard=16)
 PREP = str(Path(sys.executable).with_name("ich-prep"))

@@ -18,7 +18,8 @@ from typing import Any
 from commands import published
 
 from ich_prep.build_dataset import build
-from ich_prep.store import Spec, open_dataset
+from ich_prep.dataset.dataset import open_dataset
+from ich_prep.dataset.schema import Spec
 
 SPEC = Spec(size=32, slices_per_shard=16)
 

@@ -17,9 +17,10 @@ from commands import SMALL, prep, published, start, train_file, wait_for
 from distributed import LocalCluster
 
 from ich_prep.build_dataset import build
+from ich_prep.dataset.dataset import open_dataset
+from ich_prep.dataset.schema import Spec
 from ich_prep.errors import BuildError, DatasetError, SourceError, UsageError
 from ich_prep.phantom import synthesize
-from ich_prep.store import Spec, open_dataset
 
 # --- equal bytes -----------------------------------------------------------------------------------------------------
 

@@ -19,11 +19,11 @@ from commands import PREP, SMALL, prep, published, start, train_file, wait_for
 
 from ich_prep import build_dataset, store
 from ich_prep.build_dataset import Allowances, build
+from ich_prep.dataset.dataset import open_dataset
 from ich_prep.errors import BuildError, DatasetError, SourceError
 from ich_prep.phantom import synthesize
-from ich_prep.progress import Silence
-from ich_prep.publish import Tables
-from ich_prep.store import open_dataset
+from ich_prep.progress import NoProgress
+from ich_prep.stages.publish import Tables
 from ich_prep.verify import verify
 
 ANYTHING = Allowances(max_quarantined=1.0)
@@ -48,7 +48,7 @@ def test_every_file_is_a_row_or_a_line_of_the_quarantine(layout: str, tmp_path: 
     assert dataset.series.schema == store.SERIES_SCHEMA
     assert quarantine.schema == store.QUARANTINE_SCHEMA
     assert dataset.read_table(store.SHARDS).schema == store.SHARD_SCHEMA
-    assert not verify(out, src=src, sample=1.0, progress=Silence()).problems
+    assert not verify(out, src=src, sample=1.0, progress=NoProgress()).problems
 
 
 def test_known_defects_are_flagged_or_repaired(damaged_tree: Path, tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_a_file_that_changes_or_vanishes_after_the_scan_keeps_its_row(tree: Path
     assert sum(dataset.series["n_ok"].to_pylist()) == counts["ok"]
     with pytest.raises(DatasetError, match="was set aside with the status 'changed'"):
         dataset.read([lines[0]["row"]])
-    assert not verify(out, src=tree, sample=1.0, progress=Silence()).problems
+    assert not verify(out, src=tree, sample=1.0, progress=NoProgress()).problems
 
 
 def test_too_many_damaged_files_end_the_build_and_may_be_allowed(damaged_tree: Path, tmp_path: Path) -> None:
@@ -257,14 +257,14 @@ def test_a_disk_that_is_full_gives_a_message_and_the_build_goes_on_later(
         open_dataset(out)
     assert not [path for path in (out / "images").rglob("*") if path.is_file()]  # nothing that fills the disk further
     assert prep(*words, "--workers", 0).returncode == 0
-    assert not verify(out, src=phantom_tree, sample=0.1, progress=Silence()).problems
+    assert not verify(out, src=phantom_tree, sample=0.1, progress=NoProgress()).problems
 
 
 MEASURE = """
 import json, sys
 from pathlib import Path
 from ich_prep import build_dataset, execute
-from ich_prep.store import Spec
+from ich_prep.dataset.schema import Spec
 
 def peak(_=0):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -13,9 +13,10 @@ from commands import SMALL, prep
 
 from ich_prep import store
 from ich_prep.build_dataset import Allowances, build
-from ich_prep.labels import CLASSES
-from ich_prep.progress import Silence
-from ich_prep.store import Spec, open_dataset
+from ich_prep.dataset.classes import RSNA_CLASSES
+from ich_prep.dataset.dataset import open_dataset
+from ich_prep.dataset.schema import Spec
+from ich_prep.progress import NoProgress
 from ich_prep.verify import verify
 
 Codec = Literal["lz4", "zstd", "none"]
@@ -33,7 +34,7 @@ def test_every_store_holds_what_the_definitions_give(
         spec = Spec(size=size, store=kind, codec=codec, slices_per_shard=32)
         build(phantom_tree, tmp_path / kind, spec, workers=0)
         stores[kind] = open_dataset(tmp_path / kind)
-        assert not verify(tmp_path / kind, src=phantom_tree, sample=0.1, progress=Silence()).problems
+        assert not verify(tmp_path / kind, src=phantom_tree, sample=0.1, progress=NoProgress()).problems
     windows, hu = stores["windows"], stores["hu"]
     rows = range(len(hu))
     codes, values = windows.read(rows), hu.read(rows)
@@ -59,10 +60,10 @@ def test_the_label_table_says_what_the_csv_says(phantom_tree: Path, dataset_path
     for line in open_dataset(dataset_path).slices.to_pylist():
         sop = line["sop_instance_uid"]
         if line["subset"] == "train":
-            assert {name: line[name] for name in CLASSES} == {name: said[sop, name] for name in CLASSES}
+            assert {name: line[name] for name in RSNA_CLASSES} == {name: said[sop, name] for name in RSNA_CLASSES}
             assert line["fold"] is not None
         else:
-            assert [line[name] for name in CLASSES] == [None] * 6
+            assert [line[name] for name in RSNA_CLASSES] == [None] * 6
             assert order[line["label_line"]] == sop
             assert line["fold"] is None
 

@@ -14,11 +14,12 @@ from commands import prep
 
 from ich_prep import store
 from ich_prep.build_dataset import build
+from ich_prep.dataset.dataset import open_dataset
+from ich_prep.dataset.schema import Spec
+from ich_prep.dataset.shard_format import index_bytes
 from ich_prep.errors import DatasetError, SourceError, UsageError
 from ich_prep.phantom import synthesize
-from ich_prep.progress import Silence
-from ich_prep.sharding import index_bytes
-from ich_prep.store import Spec, open_dataset
+from ich_prep.progress import NoProgress
 from ich_prep.verify import Verification, verify
 
 FILES = [store.ROOT, *store.PUBLISHED]
@@ -40,7 +41,7 @@ def flip(path: Path, at: int) -> None:
 def checked(dataset: Path) -> Verification | DatasetError:
     """Return what verify finds; a dataset too damaged to be opened is an error that the command line shows."""
     try:
-        return verify(dataset, progress=Silence())
+        return verify(dataset, progress=NoProgress())
     except DatasetError as error:
         return error
 
@@ -176,7 +177,7 @@ def test_a_damaged_plan_hides_nothing_else(dataset: Path, phantom_tree: Path) ->
     plan = dataset / "build" / "plan.parquet"
     plan.write_bytes(b"PAR1")
     flip(dataset / SHARD, 100)
-    found = verify(dataset, src=phantom_tree, progress=Silence())
+    found = verify(dataset, src=phantom_tree, progress=NoProgress())
     assert [problem.culprit for problem in found.problems] == [str(dataset / SHARD), str(plan)]
     assert found.compared == 0
 
@@ -203,7 +204,7 @@ def test_a_source_that_is_not_the_one_is_found(dataset: Path, phantom_tree: Path
     flip(src / plan[3], -(64 * 64) + 64)  # the pixel in the middle, by 16 HU
     (src / plan[5]).write_bytes(b"not DICOM")
     (src / plan[7]).unlink()
-    found = verify(dataset, src=src, sample=1.0, progress=Silence())
+    found = verify(dataset, src=src, sample=1.0, progress=NoProgress())
     assert [problem.culprit for problem in found.problems] == ["row 3", "row 5", "row 7"]
     assert "pixels differ" in found.problems[0].what
     assert found.compared == len(plan)
@@ -211,14 +212,14 @@ def test_a_source_that_is_not_the_one_is_found(dataset: Path, phantom_tree: Path
 
 def test_a_folder_that_has_none_of_the_sources_is_no_damage(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"found none of the \d+ sampled \(for one, stage_2_t"):
-        verify(dataset, src=tmp_path, sample=1.0, progress=Silence())
+        verify(dataset, src=tmp_path, sample=1.0, progress=NoProgress())
     with pytest.raises(SourceError, match="Expected a folder of DICOM files"):
-        verify(dataset, src=tmp_path / "nowhere", progress=Silence())
+        verify(dataset, src=tmp_path / "nowhere", progress=NoProgress())
 
 
 def test_the_sample_is_drawn_by_its_seed(dataset_path: Path, phantom_tree: Path) -> None:
     compared = [
-        verify(dataset_path, src=phantom_tree, sample=share, seed=3, progress=Silence()).compared
+        verify(dataset_path, src=phantom_tree, sample=share, seed=3, progress=NoProgress()).compared
         for share in (1e-9, 0.1)
     ]
     assert compared == [1, round(0.1 * len(open_dataset(dataset_path)))]
@@ -227,10 +228,10 @@ def test_the_sample_is_drawn_by_its_seed(dataset_path: Path, phantom_tree: Path)
 @pytest.mark.parametrize("sample", [0.0, -1.0, 1.5, float("nan")])
 def test_a_sample_that_cannot_be_meant(sample: float, dataset_path: Path) -> None:
     with pytest.raises(UsageError, match=r"within 0..1"):
-        verify(dataset_path, sample=sample, progress=Silence())
+        verify(dataset_path, sample=sample, progress=NoProgress())
 
 
 def test_without_the_plan_nothing_can_be_compared(dataset: Path, phantom_tree: Path) -> None:
     shutil.rmtree(dataset / "build")
     with pytest.raises(UsageError, match="plan of the build"):
-        verify(dataset, src=phantom_tree, progress=Silence())
+        verify(dataset, src=phantom_tree, progress=NoProgress())

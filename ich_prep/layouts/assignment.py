@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Placement:
+class Assignment:
     """One value a slice in each array.
 
     ``subset`` is train or test; ``patient_id`` may be null; ``subject`` is the key of labels by subject, else null;
-    ``repairs`` names known defects to put right while decoding; ``left_out`` is why the slice has no place in the
+    ``repairs`` names known defects to put right while decoding; ``excluded_because`` is why the slice has no place in the
     dataset, null where it has one.
     """
 
@@ -30,7 +30,7 @@ class Placement:
     patient_id: pa.Array
     subject: pa.Array
     repairs: pa.Array
-    left_out: pa.Array
+    excluded_because: pa.Array
 
 
 def nulls(count: int, kind: pa.DataType | None = None) -> pa.Array:
@@ -72,7 +72,7 @@ def tables_with(listing: Listing, columns: Sequence[str]) -> list[Path]:
     ]
 
 
-def only_one(tables: Sequence[Path], what: str) -> Path:
+def require_single(tables: Sequence[Path], what: str) -> Path:
     """Return the only one of ``tables``; raises ``SourceError`` for none and for several."""
     if len(tables) != 1:
         found = ", ".join(map(str, tables)) or "none"

@@ -1,0 +1,131 @@
+"""The working folder of a build: what it decided, what it read, and which shards are done.
+
+It lies beside the dataset (``data.zarr.build``) or where ``--build-dir`` says, holds paths and identifiers, and is not
+meant to be shared. A dataset is complete without it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ich_prep.dataset.dataset import BUILD_SUFFIX, STATE
+from ich_prep.dataset.schema import FORMAT, Spec
+from ich_prep.dataset.storage import write_whole
+from ich_prep.errors import DatasetError
+
+
+@dataclass(frozen=True)
+class BuildFolder:
+    """Where the files of a build in progress lie, below ``path``."""
+
+    path: Path
+
+    @property
+    def state(self) -> Path:
+        """What the build decided: a ``State``."""
+        return self.path / STATE
+
+    @property
+    def files(self) -> Path:
+        """The listing, one row group a batch of the scan."""
+        return self.path / "files.parquet"
+
+    @property
+    def scan(self) -> Path:
+        """The folder of the headers, one file a batch."""
+        return self.path / "scan"
+
+    def batch(self, number: int) -> Path:
+        """The headers of one batch of files."""
+        return self.scan / f"{number:05d}.parquet"
+
+    @property
+    def plan(self) -> Path:
+        """The plan, one row group a shard."""
+        return self.path / "plan.parquet"
+
+    @property
+    def series(self) -> Path:
+        """The planned series table."""
+        return self.path / "series.parquet"
+
+    @property
+    def quarantine(self) -> Path:
+        """The files quarantined before any pixel was decoded."""
+        return self.path / "quarantine.parquet"
+
+    @property
+    def done(self) -> Path:
+        """The ledger: the folder of one entry a finished shard."""
+        return self.path / "shards"
+
+    @property
+    def label_problems(self) -> Path:
+        """The labels and slices that do not fit each other."""
+        return self.path / "label_problems.parquet"
+
+    @property
+    def log(self) -> Path:
+        """One line an event."""
+        return self.path / "log.jsonl"
+
+    @property
+    def lock(self) -> Path:
+        """The lock that the process which builds holds."""
+        return self.path / "lock"
+
+    def members(self) -> tuple[Path, ...]:
+        """All that a build may keep in the folder."""
+        return (
+            self.state, self.files, self.scan, self.plan, self.series, self.quarantine, self.done, self.label_problems,
+            self.log, self.lock,
+        )  # fmt: skip
+
+    def strangers(self) -> list[Path]:
+        """Return what lies in the folder that no build put there; temporary files of killed builds are not strangers."""
+        known = {path.name for path in self.members()}
+        if not self.path.is_dir():
+            return []
+        return sorted(path for path in self.path.iterdir() if path.name not in known and not path.name.startswith("."))
+
+
+def build_folder(out: Path, given: Path | None = None) -> BuildFolder:
+    """Return the working folder of the dataset ``out``: the one ``given``, else the one beside it."""
+    return BuildFolder(out.with_name(out.name + BUILD_SUFFIX) if given is None else given)
+
+
+class State(BaseModel):
+    """What a build in progress has decided.
+
+    ``sources`` and ``labels`` are digests of the file listing and of the labels, ``versions`` those of the libraries that
+    make the bytes, ``plan`` the digest of the plan once there is one, ``published`` that of the dataset it became.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: str = FORMAT
+    spec: Spec
+    sources: str
+    labels: str
+    versions: dict[str, str | None]
+    plan: str | None = None
+    published: str | None = None
+
+
+def read_state(folder: BuildFolder) -> State:
+    """Return the state of the build in ``folder``; raises ``DatasetError`` where it cannot be read."""
+    try:
+        return State.model_validate_json(folder.state.read_bytes())
+    except (OSError, ValidationError) as error:
+        what = error.strerror if isinstance(error, OSError) else "it is not what this version writes"
+        raise DatasetError(
+            f"Cannot read the state of a build at {folder.state}: {what}. Build again with --overwrite."
+        ) from None
+
+
+def write_state(folder: BuildFolder, state: State) -> None:
+    """Write the state of the build in ``folder``, whole or not at all."""
+    write_whole(folder.state, state.model_dump_json(indent=2).encode())
