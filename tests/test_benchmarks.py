@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from reads import slow_down
 
 from benchmarks import agree, document, files, measure, racing, scaling, training
 from benchmarks.measure import Found, compete, contest, in_process, publish, ratios
@@ -28,6 +27,7 @@ from ich_train.config import TrainConfig
 from ich_train.data import Batch, SliceLoader
 from ich_train.ranks import Ranks
 from ich_train.setup import prepare
+from tests.support.slow_reads import slow_down
 
 
 @pytest.fixture

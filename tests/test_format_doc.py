@@ -8,10 +8,20 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from ich_prep import store
 from ich_prep.dataset.classes import RSNA_CLASSES
 from ich_prep.dataset.dataset import open_dataset
-from ich_prep.dataset.schema import Spec
+from ich_prep.dataset.schema import (
+    FORMAT,
+    QUARANTINE_SCHEMA,
+    ROOT,
+    SHARD_SCHEMA,
+    TABLES,
+    Counts,
+    Spec,
+    series_schema,
+    slice_schema,
+    table_name,
+)
 from ich_prep.errors import Reason
 
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "format.md").read_text(encoding="utf-8")
@@ -40,45 +50,50 @@ def shown(kind: pa.DataType) -> str:
 
 
 def test_the_page_is_about_this_format() -> None:
-    assert DOCUMENT.startswith(f"# The on-disk format `{store.FORMAT}`\n")
+    assert DOCUMENT.startswith(f"# The on-disk format `{FORMAT}`\n")
 
 
 def test_every_published_file_stands_in_the_tree() -> None:
     tree = DOCUMENT.split("```")[1]
     listed = set(re.findall(r"^  (\S+)", tree, re.MULTILINE))
-    assert listed == {store.ROOT, "images/c/<k>/0/0/0", f"{store.BUILD}/", *store.PUBLISHED}
+    assert listed == {
+        ROOT, "images/zarr.json", "images/c/<k>/0/0/0", "labels/zarr.json", *(table_name(table, 1) for table in TABLES)
+    }  # fmt: skip
 
 
 def test_every_column_of_the_slices_has_its_type() -> None:
-    columns = [line[:2] for line in table_of(section(f"`{store.SLICES}`"))]
-    assert columns == [[field.name, shown(field.type)] for field in store.SLICE_SCHEMA]
+    columns = [line[:2] for line in table_of(section(f"`{table_name('slices', 1)}`"))]
+    assert columns == [[field.name, shown(field.type)] for field in slice_schema()]
 
 
-@pytest.mark.parametrize(("name", "schema"), [(store.SERIES, store.SERIES_SCHEMA), (store.SHARDS, store.SHARD_SCHEMA)])
+@pytest.mark.parametrize(
+    ("name", "schema"), [("labels/series.parquet", series_schema()), ("labels/shards.parquet", SHARD_SCHEMA)]
+)
 def test_every_column_of_the_other_tables(name: str, schema: pa.Schema) -> None:
-    assert named(section(f"`{name}`")) == schema.names
+    assert named(section(f"`labels/{name}.parquet`")) == schema.names
 
 
 def test_every_column_and_reason_of_the_quarantine() -> None:
-    text = section(f"`{store.QUARANTINE}`")
+    text = section(f"`{table_name('quarantine', 1)}`")
     columns, rest = text.split("| reason | what |", 1)
-    assert named(columns) == store.QUARANTINE_SCHEMA.names
+    assert named(columns) == QUARANTINE_SCHEMA.names
     assert [line[0] for line in table_of(rest)] == [str(reason) for reason in Reason]
     spared = rest.split("count against `--max-quarantined`", 1)[1]
     assert named(spared) == [str(reason) for reason in Reason if not reason.is_damage]
 
 
 def test_every_key_of_the_root(dataset_path: Path) -> None:
-    ich = open_dataset(dataset_path).ich
+    attributes = open_dataset(dataset_path).attributes
     lines = re.findall(r"^\| (`.*?`) \| (.*) \|$", section("The root's attribute `ich`"), re.MULTILINE)
     said = {name: what for names, what in lines for name in re.findall(r"`(\w+)`", names)}
-    assert said.keys() == ich.keys()
-    assert said["spec"].split(", ") == list(Spec.model_fields)
-    assert ich["spec"].keys() == Spec.model_fields.keys()
-    assert set(said["counts"].split(", ")) == ich["counts"].keys()
+    assert said.keys() == attributes.keys()
+    assert said["spec"].split(", ") == [name for name in Spec.model_fields if name != "classes"]
+    assert set(attributes["spec"]) == set(said["spec"].split(", "))
+    assert said["counts"].split(", ") == list(Counts.model_fields)
+    assert attributes["counts"].keys() == Counts.model_fields.keys()
 
 
 def test_every_flag_and_repair_that_a_dataset_carries_is_explained(dataset_path: Path) -> None:
     slices = open_dataset(dataset_path).slices
     words = {word for name in ("flags", "repairs") for line in slices[name].to_pylist() for word in line}
-    assert words <= set(named(section(f"`{store.SLICES}`")))
+    assert words <= set(named(section(f"`{table_name('slices', 1)}`")))

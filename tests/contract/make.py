@@ -20,6 +20,7 @@ from ich_prep.build_dataset import Allowances, build
 from ich_prep.dataset.dataset import open_dataset
 from ich_prep.dataset.schema import Spec
 from ich_prep.phantom import synthesize
+from tests.support.cli import working
 
 HERE = Path(__file__).parent
 SPECS = {
@@ -61,13 +62,13 @@ def main() -> None:
             out = HERE / f"{name}.zarr"
             shutil.rmtree(out, ignore_errors=True)
             build(tree, out, spec, workers=0, allow=Allowances(missing_images=True, max_quarantined=1.0))
-            shutil.rmtree(out / "build")
+            shutil.rmtree(working(out))
             dataset = open_dataset(out)
             status = dataset.slices["status"].to_pylist()
             rows = [row for row, word in enumerate(status) if word == "ok"]
             pixels = np.ascontiguousarray(dataset.read(rows))
             expected[name] = {
-                "digest": dataset.ich["digest"],
+                "digest": dataset.digest,
                 "shape": dataset.shape,
                 "status": status,
                 "any": dataset.slices["any"].to_pylist(),

@@ -15,11 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from commands import published
-
 from ich_prep.build_dataset import build
 from ich_prep.dataset.dataset import open_dataset
 from ich_prep.dataset.schema import Spec
+from tests.support.cli import published
 
 SPEC = Spec(size=32, slices_per_shard=16)
 

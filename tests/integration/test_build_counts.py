@@ -15,16 +15,18 @@ from typing import Any
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from commands import PREP, SMALL, prep, published, start, train_file, wait_for
 
-from ich_prep import build_dataset, store
+from ich_prep import build_dataset
 from ich_prep.build_dataset import Allowances, build
 from ich_prep.dataset.dataset import open_dataset
+from ich_prep.dataset.schema import QUARANTINE_SCHEMA, SHARD_SCHEMA, series_schema, shard_path, slice_schema
 from ich_prep.errors import BuildError, DatasetError, SourceError
 from ich_prep.phantom import synthesize
 from ich_prep.progress import NoProgress
 from ich_prep.stages.publish import Tables
+from ich_prep.stages.state import BuildFolder, State
 from ich_prep.verify import verify
+from tests.support.cli import PREP, SMALL, prep, published, start, train_file, wait_for, working
 
 ANYTHING = Allowances(max_quarantined=1.0)
 
@@ -37,17 +39,17 @@ def test_every_file_is_a_row_or_a_line_of_the_quarantine(layout: str, tmp_path: 
         src, out, SMALL, workers=0, allow=Allowances(max_quarantined=1.0, missing_images=layout == "cq500")
     ).counts
     dataset = open_dataset(out)
-    quarantine = dataset.read_table(store.QUARANTINE)
+    quarantine = dataset.read_table("quarantine")
     files = {str(path.relative_to(src)) for path in src.rglob("*") if path.is_file() and path.suffix != ".csv"}
-    kept = set(pq.read_table(out / "build" / "plan.parquet", columns=["path"])["path"].to_pylist())
+    kept = set(pq.read_table(working(out) / "plan.parquet", columns=["path"])["path"].to_pylist())
     assert counts["found"] == len(files) == counts["ok"] + counts["quarantined"]
     assert counts["planned"] == len(dataset) == counts["ok"]
     assert kept | set(quarantine["path"].to_pylist()) == files
     assert len(kept) + len(quarantine) == len(files)
-    assert dataset.slices.schema == store.SLICE_SCHEMA
-    assert dataset.series.schema == store.SERIES_SCHEMA
-    assert quarantine.schema == store.QUARANTINE_SCHEMA
-    assert dataset.read_table(store.SHARDS).schema == store.SHARD_SCHEMA
+    assert dataset.slices.schema == slice_schema()
+    assert dataset.series.schema == series_schema()
+    assert quarantine.schema == QUARANTINE_SCHEMA
+    assert dataset.read_table("shards").schema == SHARD_SCHEMA
     assert not verify(out, src=src, sample=1.0, progress=NoProgress()).problems
 
 
@@ -68,7 +70,7 @@ def test_a_file_that_changes_or_vanishes_after_the_scan_keeps_its_row(tree: Path
     out = tmp_path / "data.zarr"
     more = ["--slices-per-shard", 2, "--workers", 0, "--max-quarantined", 0.1]
     building = start("build", "--src", tree, "--out", out, "--size", 64, *more)
-    plan = out / "build" / "plan.parquet"
+    plan = working(out) / "plan.parquet"
     wait_for(plan.exists, building)
     os.killpg(building.pid, signal.SIGSTOP)  # the plan is written, the last shards are not
     lines = pq.read_table(plan, columns=["row", "path"]).to_pylist()[-20:-5:5]
@@ -86,15 +88,15 @@ def test_a_file_that_changes_or_vanishes_after_the_scan_keeps_its_row(tree: Path
     status = dict(enumerate(dataset.slices["status"].to_pylist()))
     words = ["changed", "unreadable", "changed"]
     assert {row: word for row, word in status.items() if word != "ok"} == dict(zip(lost, words, strict=True))
-    quarantine = dataset.read_table(store.QUARANTINE).to_pylist()
+    quarantine = dataset.read_table("quarantine").to_pylist()
     assert [(line["stage"], line["row"], line["path"], line["reason"]) for line in quarantine] == [
         ("shard", row, path, word) for (row, path), word in zip(lost.items(), words, strict=True)
     ]
-    counts = dataset.ich["counts"]
+    counts = dataset.counts.model_dump()
     assert counts["found"] == counts["planned"] == counts["ok"] + counts["quarantined"]
     assert counts["quarantined"] == 3
     assert sum(dataset.series["n_ok"].to_pylist()) == counts["ok"]
-    with pytest.raises(DatasetError, match="was set aside with the status 'changed'"):
+    with pytest.raises(DatasetError, match="has the status 'changed'"):
         dataset.read([lines[0]["row"]])
     assert not verify(out, src=tree, sample=1.0, progress=NoProgress()).problems
 
@@ -105,7 +107,7 @@ def test_too_many_damaged_files_end_the_build_and_may_be_allowed(damaged_tree: P
     assert refused.returncode == 1
     # Two that are no DICOM, one empty, one truncated, one that lies about its size; a scout is no damage.
     assert "5 of " in refused.stderr
-    assert "; for one, stage_2_train/" in refused.stderr
+    assert "; for example stage_2_train/" in refused.stderr
     assert "2 not_dicom" in refused.stderr
     assert "localizer" not in refused.stderr
     assert "--max-quarantined" in refused.stderr
@@ -118,7 +120,7 @@ def test_a_damaged_file_that_was_fetched_again_is_read_again(tree: Path, dataset
     broken = [content[:-100], content[:132] + bytes(len(content) - 132)]  # shorter than it was, and as long
     for damaged in broken:
         cut.write_bytes(damaged)
-        with pytest.raises(BuildError, match=r"1 of .* are .*run the same command again"):
+        with pytest.raises(BuildError, match=r"1 of .* files are damaged.*run the same command again"):
             build(tree, out, SMALL, workers=0, allow=Allowances(max_quarantined=0.0))
     cut.write_bytes(content)
     build(tree, out, SMALL, workers=0)
@@ -133,13 +135,13 @@ def test_a_file_that_could_not_be_read_is_read_once_it_can_be(
     out, lost, opened = tmp_path / "data.zarr", str(train_file(tree)), os.open
 
     def fail(path: Any, *rest: Any, **more: Any) -> int:
-        if path == lost and (stage == "scan" or (out / "build" / "plan.parquet").exists()):
+        if path == lost and (stage == "scan" or (working(out) / "plan.parquet").exists()):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return opened(path, *rest, **more)
 
     with (
         monkeypatch.context() as broken,
-        pytest.raises(BuildError, match=f"1 unreadable; for one, .*{Path(lost).name}"),
+        pytest.raises(BuildError, match=f"1 unreadable; for example .*{Path(lost).name}"),
     ):
         broken.setattr(os, "open", fail)
         build(tree, out, SMALL, workers=0, allow=Allowances(max_quarantined=0.0))
@@ -151,9 +153,9 @@ def test_shards_that_went_away_between_two_runs_are_written_anew(
     phantom_tree: Path, dataset_path: Path, unfinished: Path
 ) -> None:
     out = unfinished
-    store.shard_path(out, 1).unlink()
-    os.truncate(store.shard_path(out, 3), 1000)
-    store.shard_path(out, 1).with_name(".0.killed").write_bytes(b"what a killed worker left")
+    shard_path(out, 1).unlink()
+    os.truncate(shard_path(out, 3), 1000)
+    shard_path(out, 1).with_name(".0.killed").write_bytes(b"what a killed worker left")
     build(phantom_tree, out, SMALL, workers=0)
     assert published(out) == published(dataset_path)
 
@@ -161,14 +163,17 @@ def test_shards_that_went_away_between_two_runs_are_written_anew(
 def test_a_shard_that_goes_away_before_the_end_is_never_published(
     phantom_tree: Path, dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, gather = tmp_path / "data.zarr", build_dataset.gather
+    out, collect = tmp_path / "data.zarr", build_dataset.collect_tables
 
-    def lose_one(target: Path, state: store.State) -> Tables:
-        store.shard_path(target, 1).unlink()
-        return gather(target, state)
+    def lose_one(target: Path, folder: BuildFolder, state: State) -> Tables:
+        shard_path(target, 1).unlink()
+        return collect(target, folder, state)
 
-    with monkeypatch.context() as losing, pytest.raises(BuildError, match=r"Expected shard 1 of \d+ .* found nothing"):
-        losing.setattr(build_dataset, "gather", lose_one)
+    with (
+        monkeypatch.context() as losing,
+        pytest.raises(BuildError, match=r"Shard 1 was written with \d+ .* now has none"),
+    ):
+        losing.setattr(build_dataset, "collect_tables", lose_one)
         build(phantom_tree, out, SMALL, workers=0)
     build(phantom_tree, out, SMALL, workers=0)
     assert published(out) == published(dataset_path)
@@ -177,9 +182,9 @@ def test_a_shard_that_goes_away_before_the_end_is_never_published(
 def test_labels_that_do_not_fit_are_refused_listed_and_allowed(tree: Path, tmp_path: Path) -> None:
     out, lost = tmp_path / "data.zarr", train_file(tree)
     lost.unlink()
-    with pytest.raises(SourceError, match=f"1 labels have no image .for one, {lost.stem}"):
+    with pytest.raises(SourceError, match=f"1 labels have no image .for example, {lost.stem}"):
         build(tree, out, SMALL, workers=0)
-    listed = pq.read_table(out / "build" / "label_problems.parquet").to_pylist()
+    listed = pq.read_table(working(out) / "label_problems.parquet").to_pylist()
     assert listed == [{"problem": "missing_image", "key": lost.stem}]
     build(tree, out, SMALL, workers=0, allow=Allowances(missing_images=True))
     assert len(open_dataset(out)) == len(list(tree.rglob("*.dcm")))
@@ -203,10 +208,10 @@ def test_labels_that_are_given_after_a_refusal_need_no_header_read_again(tmp_pat
     labels = (src / "labels.csv").rename(tmp_path / "labels.csv")
     with pytest.raises(SourceError, match="slices have no label"):
         build(src, out, SMALL, workers=0)
-    scanned = {path: path.stat().st_mtime_ns for path in (out / "build" / "scan").iterdir()}
+    scanned = {path: path.stat().st_mtime_ns for path in (working(out) / "scan").iterdir()}
     build(src, out, SMALL, workers=0, labels=labels)
     assert scanned
-    assert {path: path.stat().st_mtime_ns for path in (out / "build" / "scan").iterdir()} == scanned
+    assert {path: path.stat().st_mtime_ns for path in (working(out) / "scan").iterdir()} == scanned
     assert open_dataset(out).slices["any"].null_count == 0
 
 
@@ -226,7 +231,7 @@ def test_contradicting_labels_are_refused_or_unknown(tree: Path, tmp_path: Path)
 def test_a_tree_without_slices_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tree").mkdir()
     (tmp_path / "tree" / "notes.txt").write_text("none")
-    with pytest.raises(SourceError, match="every one of the 1 files was set aside: 1 not_dicom"):
+    with pytest.raises(SourceError, match="all 1 files were quarantined: 1 not_dicom"):
         build(tmp_path / "tree", tmp_path / "data.zarr", SMALL, workers=0, allow=ANYTHING)
 
 
@@ -251,7 +256,7 @@ def test_a_disk_that_is_full_gives_a_message_and_the_build_goes_on_later(
         preexec_fn=small_files_only,
     )
     assert full.returncode == 1
-    assert f"Error: Writing {out} failed: File too large. What is finished is kept" in full.stderr
+    assert f"Error: Building {out} failed: File too large. Finished work is kept" in full.stderr
     assert "Traceback" not in full.stderr
     with pytest.raises(DatasetError, match="not finished"):
         open_dataset(out)

@@ -9,15 +9,14 @@ from typing import Literal
 import numpy as np
 import pyarrow.compute as pc
 import pytest
-from commands import SMALL, prep
 
-from ich_prep import store
 from ich_prep.build_dataset import Allowances, build
 from ich_prep.dataset.classes import RSNA_CLASSES
 from ich_prep.dataset.dataset import open_dataset
 from ich_prep.dataset.schema import Spec
 from ich_prep.progress import NoProgress
 from ich_prep.verify import verify
+from tests.support.cli import SMALL, prep
 
 Codec = Literal["lz4", "zstd", "none"]
 ANYTHING = Allowances(max_quarantined=1.0)
@@ -103,7 +102,7 @@ def test_real_heads(real_data: Path, tmp_path: Path) -> None:
     dataset = open_dataset(out)
     assert len(dataset) == 56
     assert dataset.series["n_ok"].to_pylist() == [28, 28]
-    quarantine = dataset.read_table(store.QUARANTINE).to_pylist()
+    quarantine = dataset.read_table("quarantine").to_pylist()
     reasons = {(line["path"].split("/")[1].split("_")[0], line["reason"]) for line in quarantine}
     assert {reason for _, reason in reasons} == {"localizer", "derived", "not_ct"}
     assert all(line["stage"] == "scan" for line in quarantine)

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numcodecs import blosc
-from pictures import SHAPES, picture
 
-from ich_prep import compiled
+from ich_prep.dataset import native
+from tests.support.images import SHAPES, picture
 
-NATIVE = Path(compiled.__file__).with_name("native")
+NATIVE = Path(native.__file__).with_name("native")
 SANITIZED = """
 import os
 import sys
@@ -23,10 +23,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ich_prep import compiled
+from ich_prep.dataset import native
 
 library, folder = sys.argv[1:]
-compiled.EXTENSION_SUFFIXES, compiled.__file__ = [".so"], library
+native.EXTENSION_SUFFIXES, native.__file__ = [".so"], library
 rng = np.random.default_rng(0)
 
 slices = [np.load(path) for path in sorted(Path(folder).glob("slice-*.npy"))]
@@ -34,12 +34,12 @@ frames = [np.load(path) for path in sorted(Path(folder).glob("blosc-*.npy"))]
 for one in slices:
     row, rows = one.shape[-1] * one.itemsize, one.size // one.shape[-1]
     for blocks in (1, rows // 3 + 1, rows):
-        encoder = compiled.FrameEncoder(one.shape, one.dtype, blocks * row)
+        encoder = native.FrameEncoder(one.shape, one.dtype, blocks * row)
         frames.append(encoder.encode(one).copy())
         out = np.empty(one.nbytes, np.uint8)
-        assert compiled.decode_frame(frames[-1], out) and out.tobytes() == one.tobytes()
+        assert native.decode_frame(frames[-1], out) and out.tobytes() == one.tobytes()
     words = one[0].astype(np.uint16)
-    compiled.window_codes_by_table(words, np.arange(65536, dtype=np.uint32), out=np.empty((3, *words.shape), np.uint8))
+    native.window_codes_by_table(words, np.arange(65536, dtype=np.uint32), out=np.empty((3, *words.shape), np.uint8))
 
 
 def damaged(frame):
@@ -55,23 +55,23 @@ for _ in range(3000):
     frame = damaged(frames[rng.integers(len(frames))])
     size = int.from_bytes(frame[4:8].tobytes(), "little")
     if 0 < size < 1 << 20:
-        compiled.decode_frame(frame, np.empty(size, np.uint8))
+        native.decode_frame(frame, np.empty(size, np.uint8))
 
 path = Path(folder) / "chunks"
 for _ in range(600):
     frame = frames[rng.integers(len(frames))]
     size = int.from_bytes(frame[4:8].tobytes(), "little")
     payload = (damaged(frame) if rng.integers(2) else frame).tobytes()
-    chunk = payload + compiled.crc32c(payload).to_bytes(4, "little")
+    chunk = payload + native.crc32c(payload).to_bytes(4, "little")
     if not rng.integers(4):
         chunk = chunk[: rng.integers(len(chunk))]
     path.write_bytes(chunk[:-1] if not rng.integers(8) else chunk)
     file = os.open(path, os.O_RDONLY)
-    for codec in compiled.Codec:
-        room = len(chunk) if codec == compiled.Codec.OTHER else size
-        scratch = np.empty(compiled.scratch_bytes(codec, longest_chunk=len(chunk), slice_bytes=size), np.uint8)
+    for codec in native.Codec:
+        room = len(chunk) if codec == native.Codec.OTHER else size
+        scratch = np.empty(native.scratch_bytes(codec, longest_chunk=len(chunk), slice_bytes=size), np.uint8)
         requests = np.array([[file, 0, len(chunk), 0]], np.int64)
-        compiled.read_chunks(requests, codec, out=np.empty(room, np.uint8), slice_bytes=size, scratch=scratch)
+        native.read_chunks(requests, codec, out=np.empty(room, np.uint8), slice_bytes=size, scratch=scratch)
     os.close(file)
 print("done")
 """

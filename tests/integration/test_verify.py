@@ -10,19 +10,19 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from commands import prep
 
-from ich_prep import store
 from ich_prep.build_dataset import build
 from ich_prep.dataset.dataset import open_dataset
-from ich_prep.dataset.schema import Spec
+from ich_prep.dataset.schema import ROOT, TABLES, Spec, shard_path, table_name
 from ich_prep.dataset.shard_format import index_bytes
+from ich_prep.dataset.tables import write_table
 from ich_prep.errors import DatasetError, SourceError, UsageError
 from ich_prep.phantom import synthesize
 from ich_prep.progress import NoProgress
 from ich_prep.verify import Verification, verify
+from tests.support.cli import prep, working
 
-FILES = [store.ROOT, *store.PUBLISHED]
+FILES = [ROOT, "images/zarr.json", "labels/zarr.json", *(table_name(table, 1) for table in TABLES)]
 SHARD = "images/c/1/0/0/0"
 
 
@@ -113,11 +113,11 @@ def lengthen(path: Path) -> None:
 @pytest.mark.parametrize("name", [*FILES, SHARD])
 def test_other_lengths_are_found_in_every_file(name: str, harm: Callable[[Path], None], dataset: Path) -> None:
     harm(dataset / name)
-    assert str(dataset if name == store.ROOT else dataset / name) in blamed(dataset)
+    assert str(dataset if name == ROOT else dataset / name) in blamed(dataset)
 
 
 def test_exchanged_shards_are_found_both(dataset: Path) -> None:
-    one, other = store.shard_path(dataset, 0), store.shard_path(dataset, 1)
+    one, other = shard_path(dataset, 0), shard_path(dataset, 1)
     one.rename(dataset / "aside")
     other.rename(one)
     (dataset / "aside").rename(other)
@@ -133,7 +133,7 @@ def test_the_same_shard_of_another_dataset_is_found(dataset: Path, tmp_path: Pat
         synthesize(src, series=1, size=32, seed=seed)
         build(src, tmp_path / f"{seed}.zarr", spec, workers=0)
         shutil.rmtree(src)
-        pair.append(store.shard_path(tmp_path / f"{seed}.zarr", 0))
+        pair.append(shard_path(tmp_path / f"{seed}.zarr", 0))
     shutil.copy(pair[1], pair[0])
     found = checked(tmp_path / "0.zarr")
     assert isinstance(found, Verification)
@@ -152,29 +152,29 @@ def test_a_file_that_does_not_belong_is_found(name: str, dataset: Path) -> None:
 
 
 def test_what_lies_in_the_folder_of_the_build_is_nobodys_business(dataset: Path) -> None:
-    (dataset / "build" / "notes.txt").write_text("mine")
+    (working(dataset) / "notes.txt").write_text("mine")
     assert blamed(dataset) == ""
-    shutil.rmtree(dataset / "build")
+    shutil.rmtree(working(dataset))
     assert blamed(dataset) == ""
 
 
 def test_a_table_that_was_edited_is_found_though_it_is_well_formed(dataset: Path) -> None:
-    path = dataset / store.SLICES
+    path = dataset / table_name("slices", 1)
     table = pq.read_table(path)
     place = table.schema.get_field_index("any")
     flipped = [None if value is None else 1 - value for value in table["any"].to_pylist()]
-    store.write_table(path, table.set_column(place, table.schema.field(place), pa.array(flipped, pa.int8())))
+    write_table(path, table.set_column(place, table.schema.field(place), pa.array(flipped, pa.int8())))
     assert blamed(dataset) == str(path)
 
 
 def test_a_damaged_table_hides_no_damaged_shard(dataset: Path) -> None:
-    flip(dataset / store.QUARANTINE, 40)
+    flip(dataset / table_name("quarantine", 1), 40)
     flip(dataset / SHARD, 100)
-    assert blamed(dataset).splitlines() == [str(dataset / store.QUARANTINE), str(dataset / SHARD)]
+    assert blamed(dataset).splitlines() == [str(dataset / table_name("quarantine", 1)), str(dataset / SHARD)]
 
 
 def test_a_damaged_plan_hides_nothing_else(dataset: Path, phantom_tree: Path) -> None:
-    plan = dataset / "build" / "plan.parquet"
+    plan = working(dataset) / "plan.parquet"
     plan.write_bytes(b"PAR1")
     flip(dataset / SHARD, 100)
     found = verify(dataset, src=phantom_tree, progress=NoProgress())
@@ -183,7 +183,7 @@ def test_a_damaged_plan_hides_nothing_else(dataset: Path, phantom_tree: Path) ->
 
 
 def test_a_root_that_was_edited_is_found_though_it_is_well_formed(dataset: Path) -> None:
-    path = dataset / store.ROOT
+    path = dataset / ROOT
     document = json.loads(path.read_text())
     document["attributes"]["ich"]["counts"]["ok"] += 1
     path.write_text(json.dumps(document, indent=2, sort_keys=True))
@@ -191,7 +191,7 @@ def test_a_root_that_was_edited_is_found_though_it_is_well_formed(dataset: Path)
 
 
 def test_a_ledger_that_disagrees_is_found(dataset: Path) -> None:
-    path = dataset / "build" / "shards" / "00001.json"
+    path = working(dataset) / "shards" / "00001.json"
     path.write_text(path.read_text().replace('"ok"', '"changed"', 1))
     assert blamed(dataset) == str(path)
     path.write_text("{")
@@ -200,7 +200,7 @@ def test_a_ledger_that_disagrees_is_found(dataset: Path) -> None:
 
 def test_a_source_that_is_not_the_one_is_found(dataset: Path, phantom_tree: Path, tmp_path: Path) -> None:
     src = Path(shutil.copytree(phantom_tree, tmp_path / "tree"))
-    plan = pq.read_table(dataset / "build" / "plan.parquet", columns=["path"])["path"].to_pylist()
+    plan = pq.read_table(working(dataset) / "plan.parquet", columns=["path"])["path"].to_pylist()
     flip(src / plan[3], -(64 * 64) + 64)  # the pixel in the middle, by 16 HU
     (src / plan[5]).write_bytes(b"not DICOM")
     (src / plan[7]).unlink()
@@ -232,6 +232,6 @@ def test_a_sample_that_cannot_be_meant(sample: float, dataset_path: Path) -> Non
 
 
 def test_without_the_plan_nothing_can_be_compared(dataset: Path, phantom_tree: Path) -> None:
-    shutil.rmtree(dataset / "build")
+    shutil.rmtree(working(dataset))
     with pytest.raises(UsageError, match="plan of the build"):
         verify(dataset, src=phantom_tree, progress=NoProgress())

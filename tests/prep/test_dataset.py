@@ -22,10 +22,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ich_prep import store
 from ich_prep.build_dataset import build
 from ich_prep.dataset.dataset import Dataset, open_dataset
-from ich_prep.dataset.schema import Spec
+from ich_prep.dataset.schema import Spec, series_schema, shard_path, slice_schema, table_name
 from ich_prep.dataset.windows import window_codes
 from ich_prep.errors import CorruptionError, DatasetError
 from ich_prep.stages.publish import digest_of
@@ -54,9 +53,9 @@ def blocks_path(phantom_tree: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def copy(dataset_path: Path, tmp_path: Path) -> Path:
-    """A copy of the dataset to damage, without its build folder."""
+    """A copy of the dataset to damage, without its working folder."""
     out = tmp_path / "data.zarr"
-    shutil.copytree(dataset_path, out, ignore=shutil.ignore_patterns("build"))
+    shutil.copytree(dataset_path, out)
     return out
 
 
@@ -72,11 +71,11 @@ def test_a_dataset_says_what_it_is(dataset: Dataset) -> None:
     assert dataset.shape == (dataset.slices.num_rows, 3, 64, 64)
     assert len(dataset) == dataset.shape[0] > 100
     assert dataset.dtype == np.uint8
-    assert dataset.slices.schema.equals(store.SLICE_SCHEMA) and dataset.series.schema.equals(store.SERIES_SCHEMA)
+    assert dataset.slices.schema.equals(slice_schema()) and dataset.series.schema.equals(series_schema())
     assert dataset.slices["row"].to_pylist() == list(range(len(dataset)))
     assert [window.name for window in dataset.spec.windows] == ["brain", "subdural", "bone"]
-    assert dataset.ich["format"] == "ich/1"
-    assert dataset.ich["digest"] == digest_of(dataset.ich)
+    assert dataset.root.format == "ich/1"
+    assert dataset.digest == digest_of(dataset.attributes)
     assert "windows" in repr(dataset)
 
 
@@ -277,7 +276,7 @@ def test_an_unfinished_build_says_how_to_go_on(dataset_path: Path, tmp_path: Pat
 
 
 def test_a_missing_shard_is_an_error_and_never_zeros(copy: Path) -> None:
-    store.shard_path(copy, 1).unlink()
+    shard_path(copy, 1).unlink()
     assert not by_zarr_python(copy)[16:32].any()  # what every Zarr reader makes of it
     damaged = open_dataset(copy)
     with pytest.raises(CorruptionError, match=r"Shard 1 .*there is no such file"):
@@ -296,13 +295,13 @@ def test_a_hole_in_a_row_that_is_ok_is_damage(copy: Path) -> None:
 
 def test_a_row_that_was_set_aside_is_refused_by_its_status(copy: Path) -> None:
     zarr.open_group(copy, mode="r+")["images"][5] = 0
-    slices = pq.read_table(copy / store.SLICES)
+    slices = pq.read_table(copy / table_name("slices", 1))
     status = slices["status"].to_pylist()
     status[5] = "truncated"
     place = slices.schema.get_field_index("status")
-    pq.write_table(slices.set_column(place, slices.schema.field(place), [status]), copy / store.SLICES)
+    pq.write_table(slices.set_column(place, slices.schema.field(place), [status]), copy / table_name("slices", 1))
     changed = open_dataset(copy)
-    with pytest.raises(DatasetError, match=r"Row 5 was set aside with the status 'truncated'") as caught:
+    with pytest.raises(DatasetError, match=r"Row 5 has the status 'truncated'") as caught:
         changed.read([5])
     assert not isinstance(caught.value, CorruptionError)
     first = changed.series.to_pylist()[0]
@@ -322,7 +321,7 @@ def flip_middle(path: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", [cut, flip_middle, lambda path: path.write_bytes(b""), Path.unlink])
-@pytest.mark.parametrize("name", [store.SLICES, store.SERIES])
+@pytest.mark.parametrize("name", [table_name("slices", 1), table_name("series", 1)])
 def test_a_damaged_table_is_an_error_that_names_it(spoil: Callable[[Path], Any], name: str, copy: Path) -> None:
     spoil(copy / name)
     with pytest.raises(CorruptionError, match=f"{name} cannot be read"):

@@ -68,7 +68,7 @@ def die_always(number: int) -> int:
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Pool]:
     with Pool(workers=2) as workers:
-        workers.ready()
+        workers.wait_until_started()
         yield workers
 
 
@@ -85,7 +85,7 @@ def test_no_workers_run_in_this_process_in_order() -> None:
     assert list(run(square, range(4), workers=0)) == [(0, 0), (1, 1), (2, 4), (3, 9)]
     assert next(run(where, [0], workers=0))[1][0] == os.getpid()
     with Pool(workers=0) as pool:
-        assert pool.ready() == 1
+        assert pool.wait_until_started() == 1
 
 
 def test_without_workers_a_task_starts_when_its_result_is_asked_for(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_without_workers_a_task_starts_when_its_result_is_asked_for(tmp_path: Pa
 
 
 def test_workers_give_the_same_as_none(pool: Pool) -> None:
-    assert pool.ready() == 2
+    assert pool.wait_until_started() == 2
     for task in (square, partial(shift, 7)):
         assert dict(pool.map(task, range(30))) == dict(run(task, range(30), workers=0))
 
@@ -164,7 +164,7 @@ def test_workers_end_with_the_pool() -> None:
 def test_an_existing_scheduler_is_used_and_left_running(scheduler: str) -> None:
     for _ in range(2):
         with Pool(workers=0, scheduler=scheduler) as guest:
-            assert guest.ready() == 2
+            assert guest.wait_until_started() == 2
             assert dict(guest.map(square, range(5))) == {number: number * number for number in range(5)}
 
 
@@ -187,9 +187,9 @@ def test_threads_of_one_worker_take_turns(tmp_path: Path) -> None:
 
 def test_a_folder_that_a_worker_does_not_see_is_named(scheduler: str, tmp_path: Path) -> None:
     with Pool(workers=0, scheduler=scheduler) as guest:
-        guest.admit(tmp_path, say=pytest.fail)
+        guest.check_workers(tmp_path, say=pytest.fail)
         with pytest.raises(BuildError, match=r"does not see .*elsewhere"):
-            guest.admit(tmp_path, tmp_path / "elsewhere", say=pytest.fail)
+            guest.check_workers(tmp_path, tmp_path / "elsewhere", say=pytest.fail)
 
 
 def test_a_worker_that_cannot_load_what_it_is_sent_is_refused(scheduler: str) -> None:
@@ -197,17 +197,17 @@ def test_a_worker_that_cannot_load_what_it_is_sent_is_refused(scheduler: str) ->
         Pool(workers=0, scheduler=scheduler, modules=("ich_prep.nothing",)) as guest,
         pytest.raises(BuildError, match=rf"{scheduler} and its workers to have this package.*ich_prep\.nothing"),
     ):
-        guest.admit(say=pytest.fail)
+        guest.check_workers(say=pytest.fail)
 
 
 def test_a_worker_of_another_release_is_refused(scheduler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with Pool(workers=0, scheduler=scheduler) as guest:
-        guest.ready()
+        guest.wait_until_started()
         # The workers of this cluster are threads of this process: each asks for its release once, here it is asked last.
         releases = iter([{"ich": "0.1", "numpy": "0.0"}] * 3)
-        monkeypatch.setattr("ich_prep.execute.all_releases", lambda: next(releases, {"ich": "0.1", "numpy": "9.9"}))
+        monkeypatch.setattr("ich_prep.execute.all_versions", lambda: next(releases, {"ich": "0.1", "numpy": "9.9"}))
         with pytest.raises(BuildError, match=r"release 9\.9 of numpy .* has 0\.0"):
-            guest.admit(say=pytest.fail)
+            guest.check_workers(say=pytest.fail)
 
 
 def test_a_scheduler_without_workers_is_waited_for() -> None:
@@ -216,14 +216,14 @@ def test_a_scheduler_without_workers_is_waited_for() -> None:
         LocalCluster(n_workers=0, processes=False, dashboard_address="127.0.0.1:0") as cluster,
         Pool(workers=0, scheduler=cluster.scheduler_address) as guest,
     ):
-        assert guest.ready() == 0
+        assert guest.wait_until_started() == 0
 
         def start_one(text: str) -> None:
             told.append(text)
             cluster.scale(1)
 
-        guest.admit(say=start_one)
-        assert guest.ready() == 1
+        guest.check_workers(say=start_one)
+        assert guest.wait_until_started() == 1
         assert dict(guest.map(square, range(4))) == {0: 0, 1: 1, 2: 4, 3: 9}
     assert told == [f"The scheduler {cluster.scheduler_address} has no workers yet: waiting for the first."]
 
@@ -245,7 +245,7 @@ def test_a_scheduler_that_is_lost_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("address", [pytest.param("tcp://127.0.0.1:9", marks=pytest.mark.slow), "nowhere://there"])
 def test_a_scheduler_that_does_not_answer_is_named(address: str) -> None:
     with Pool(workers=0, scheduler=address) as pool, pytest.raises(BuildError, match=address):
-        pool.ready()
+        pool.wait_until_started()
 
 
 def test_the_default_is_the_cores_that_this_process_may_use() -> None:

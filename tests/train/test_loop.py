@@ -16,7 +16,6 @@ import pyarrow.compute as pc
 import pytest
 import torch
 from ich_prep.store import SLICES
-from reads import interrupt_at_read
 from rich.console import Console
 
 from ich_prep.build_dataset import build
@@ -34,6 +33,7 @@ from ich_train.runs import Epoch, read_history, settings_of
 from ich_train.setup import prepare
 from ich_train.split import split_rows
 from ich_train.train import Result, learning_rate, step_seed, train
+from tests.support.slow_reads import interrupt_at_read
 
 TIMES = {"seconds", "slices_per_s", "wait_share"}
 QUICK = EvalConfig(bootstrap=20)

@@ -17,14 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom.dataset import Dataset
 
-from ich_prep import scan, store
 from ich_prep.decode import PLUGINS
 from ich_prep.errors import Reason, SliceError
 from ich_prep.header import DEFLATED_LE, EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE, Header, read_header
 from ich_prep.phantom import synthesize
 from ich_prep.phantom.dicom import CT_IMAGE
 from ich_prep.sources import list_files
+from ich_prep.stages import scan
 from ich_prep.stages.scan import ENHANCED_CT, SECONDARY_CAPTURE, check_slice, scan_batch, scan_file
+from ich_prep.stages.state import BuildFolder
 
 SliceBytes = Callable[..., bytes]
 
@@ -312,12 +313,12 @@ def test_a_batch_writes_one_line_a_file(
         (src / f"{number}.dcm").write_bytes(slice_bytes(PIXELS, SOPInstanceUID=f"2.25.{number}"))
     (src / "3.dcm").write_bytes(b"")
     shutil.copy(src / "0.dcm", src / "9.dcm")
-    (out / store.BUILD / store.SCAN).mkdir(parents=True)
+    (BuildFolder(out).scan).mkdir(parents=True)
     files = list_files(src).files
-    pq.write_table(files, out / store.BUILD / store.FILES, row_group_size=4)
+    pq.write_table(files, BuildFolder(out).files, row_group_size=4)
     assert scan_batch(str(out), str(src), 0) == (3, 1)
     assert scan_batch(str(out), str(src), 1) == (2, 0)
-    written = sorted((out / store.BUILD / store.SCAN).iterdir())
+    written = sorted((BuildFolder(out).scan).iterdir())
     assert [path.name for path in written] == ["00000.parquet", "00001.parquet"]
     table = pa.concat_tables([pq.read_table(path) for path in written])
     assert table.schema.equals(scan.SCHEMA)
@@ -329,10 +330,10 @@ def test_a_batch_writes_one_line_a_file(
 
 
 def test_a_process_that_scans_another_source_reads_its_own_listing(slice_bytes: SliceBytes, tmp_path: Path) -> None:
-    out = tmp_path / "data.zarr" / store.BUILD
-    (out / store.SCAN).mkdir(parents=True)
+    out = tmp_path / "data.zarr.build"
+    (BuildFolder(out).scan).mkdir(parents=True)
     for name in (b"first", b"second"):
         (tmp_path / name.decode()).write_bytes(slice_bytes())
-        pq.write_table(pa.table({"path": pa.array([name], pa.binary())}), out / store.FILES)
-        scan_batch(str(out.parent), str(tmp_path), 0)
-        assert pq.read_table(out / store.SCAN / "00000.parquet")["path"].to_pylist() == [name.decode()]
+        pq.write_table(pa.table({"path": pa.array([name], pa.binary())}), BuildFolder(out).files)
+        scan_batch(str(out), str(tmp_path), 0)
+        assert pq.read_table(BuildFolder(out).scan / "00000.parquet")["path"].to_pylist() == [name.decode()]

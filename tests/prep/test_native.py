@@ -18,10 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numcodecs import blosc
 from numpy.typing import NDArray
-from page_cache import evict, pages_in_memory
-from pictures import SHAPES, picture
 
-from ich_prep import compiled
+from ich_prep.dataset import native
 from ich_prep.dataset.native import (
     ChunkFault,
     Codec,
@@ -34,8 +32,10 @@ from ich_prep.dataset.native import (
 )
 from ich_prep.dataset.shard_format import block_bytes
 from ich_prep.errors import IchError
+from tests.support.images import SHAPES, picture
+from tests.support.page_cache import evict, pages_in_memory
 
-NATIVE = Path(compiled.__file__).with_name("native")
+NATIVE = Path(native.__file__).with_name("native")
 
 
 @pytest.fixture(scope="module", params=["as installed", "portable"])
@@ -51,11 +51,11 @@ def _library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     words = ["-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-DICH_PORTABLE", "-shared", "-fPIC", "-pthread"]
     subprocess.run([compiler, *words, "-o", str(target), *map(str, NATIVE.glob("*.c"))], check=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled, "EXTENSION_SUFFIXES", [".so"])
-        patch.setattr(compiled, "__file__", str(target))
-        compiled.require.cache_clear()
+        patch.setattr(native, "EXTENSION_SUFFIXES", [".so"])
+        patch.setattr(native, "__file__", str(target))
+        native.require.cache_clear()
         yield
-    compiled.require.cache_clear()
+    native.require.cache_clear()
 
 
 pytestmark = pytest.mark.usefixtures("_library")
@@ -388,10 +388,10 @@ def test_a_library_that_does_not_fit_is_named(
     if there == "no library":
         (tmp_path / "_native.so").write_bytes(b"no library")
     if there == "another":
-        monkeypatch.setattr(compiled, "INTERFACE", 0)
+        monkeypatch.setattr(native, "INTERFACE", 0)
     else:
-        monkeypatch.setattr(compiled, "__file__", str(tmp_path / "compiled.py"))
-    compiled.require.cache_clear()
+        monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    native.require.cache_clear()
     with pytest.raises(IchError, match=rf"{said}.*Install the package"):
         crc32c(b"123")
-    compiled.require.cache_clear()
+    native.require.cache_clear()

@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from page_cache import evict, pages_in_memory
 
 from ich_prep.errors import SourceError
 from ich_prep.sources import list_files, read_ahead
+from tests.support.page_cache import evict, pages_in_memory
 
 
 def paths(root: Path) -> list[bytes]:

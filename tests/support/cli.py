@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -28,11 +29,11 @@ def start(*words: object) -> subprocess.Popen[bytes]:
 
 
 def published(dataset: Path) -> Mapping[str, str]:
-    """Return the digest of each file of a dataset, by relative path; the folder of the build is left out."""
+    """Return the digest of each file of a dataset, by relative path."""
     return {
         str(path.relative_to(dataset)): sha256(path.read_bytes()).hexdigest()
         for path in sorted(dataset.rglob("*"))
-        if path.is_file() and path.relative_to(dataset).parts[0] != "build"
+        if path.is_file()
     }
 
 
@@ -48,3 +49,14 @@ def wait_for(happened: Callable[[], bool], process: subprocess.Popen[bytes]) -> 
 def train_file(tree: Path) -> Path:
     """Return the first training slice of a tree in the layout of RSNA."""
     return sorted((tree / "stage_2_train").glob("*.dcm"))[0]
+
+
+def working(dataset: Path) -> Path:
+    """Return the working folder beside a dataset."""
+    return dataset.with_name(f"{dataset.name}.build")
+
+
+def copy_with_working_folder(dataset: Path, target: Path) -> Path:
+    """Copy a dataset and its working folder; return the copy."""
+    shutil.copytree(working(dataset), working(target))
+    return Path(shutil.copytree(dataset, target))

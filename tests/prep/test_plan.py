@@ -12,14 +12,14 @@ import pyarrow.compute as pc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ich_prep.layouts.placement import Placement
 from ich_prep.store import SERIES_SCHEMA, SLICE_SCHEMA
 
-from ich_prep import scan
 from ich_prep.dataset.classes import RSNA_CLASSES, UNKNOWN
 from ich_prep.dataset.schema import Spec
 from ich_prep.errors import Reason
+from ich_prep.layouts.assignment import Assignment
 from ich_prep.layouts.labels import Key, Labels, no_labels
+from ich_prep.stages import scan
 from ich_prep.stages.folds import fold_of
 from ich_prep.stages.plan import Plan, make_plan
 
@@ -57,7 +57,7 @@ def file(sop: str, z: float | None = 0.0, *, series: str = "series", **values: A
         "subset": "train",
         "subject": None,
         "repairs": [],
-        "left_out": None,
+        "excluded_because": None,
     }
     return usual | values
 
@@ -74,15 +74,15 @@ def planned(files: Sequence[File], *, labels: Labels | None = None, spec: Spec |
         return pa.array([line.get(name) for line in lines], kind)
 
     text = pa.string()
-    placement = Placement(
+    assignment = Assignment(
         subset=column("subset", text),
         patient_id=column("patient_id", text),
         subject=column("subject", text),
         repairs=column("repairs", pa.list_(text)),
-        left_out=column("left_out", text),
+        excluded_because=column("excluded_because", text),
     )
     scanned = pa.Table.from_pylist(lines, scan.SCHEMA)
-    return make_plan(scanned, placement=placement, labels=labels or no_labels(), spec=spec or Spec(layout="folder"))
+    return make_plan(scanned, assignment=assignment, labels=labels or no_labels(), spec=spec or Spec(layout="folder"))
 
 
 def labelled(key: Key, values: dict[str, tuple[int, ...]], listed: Sequence[str] = ()) -> Labels:
@@ -253,7 +253,7 @@ headers = st.builds(
     subset=st.sampled_from(["train", "test"]),
     patient_id=st.sampled_from(["p1", "p2", None]),
     orientation=st.sampled_from([list(UPRIGHT), list(tilted(15)), None]),
-    left_out=st.sampled_from([None, None, None, "not plain"]),
+    excluded_because=st.sampled_from([None, None, None, "not plain"]),
 )
 listings = st.lists(headers, max_size=20, unique_by=lambda line: line["path"])
 
@@ -346,7 +346,7 @@ def test_a_slice_that_is_in_training_and_in_the_test_is_kept_in_training() -> No
 
 
 def test_what_the_scan_and_the_layout_set_aside_is_listed_with_its_stage() -> None:
-    plan = planned([file("a"), file("b", left_out="the scan type 'CT BONE'"), aside("x.txt", Reason.NOT_DICOM)])
+    plan = planned([file("a"), file("b", excluded_because="the scan type 'CT BONE'"), aside("x.txt", Reason.NOT_DICOM)])
     assert names(plan) == ["a"]
     assert [tuple(line.values()) for line in plan.quarantine.to_pylist()] == [
         ("series/b.dcm", "plan", None, "scan_type", "the scan type 'CT BONE'"),
@@ -401,7 +401,7 @@ def test_a_label_of_a_file_that_was_set_aside_has_its_image() -> None:
     labels = labelled("sop_instance_uid", dict.fromkeys(["a", "by_header", "by_name", "odd_name", "bone"], NEGATIVE))
     files = [
         file("a"),
-        file("bone", left_out="bone"),
+        file("bone", excluded_because="bone"),
         aside("x/1.dcm", Reason.TRUNCATED, sop_instance_uid="by_header"),
         aside("x/by_name.dcm", Reason.EMPTY_FILE),
         aside("x/odd_name\n.dcm", Reason.EMPTY_FILE),

@@ -18,6 +18,7 @@ from ich_prep.cli import app
 from ich_prep.dataset.classes import RSNA_CLASSES
 from ich_prep.dataset.dataset import open_dataset
 from ich_prep.dataset.windows import PRESETS
+from tests.support.cli import working
 
 PREP = str(Path(sys.executable).with_name("ich-prep"))
 
@@ -95,11 +96,11 @@ def test_from_nothing_to_a_verified_dataset(tmp_path: Path) -> None:
     assert shown.returncode == 0, shown.stderr
     assert f"{len(dataset)} x 3 x 32 x 32 (slice, channel, y, x)" in shown.stdout
     summary = json.loads(prep("info", out, "--json").stdout)
-    assert summary["digest"] == dataset.ich["digest"]
+    assert summary["digest"] == dataset.digest
     assert sum(line["slices"] for line in summary["folds"]) == len(dataset)
     for name in RSNA_CLASSES:
         assert sum(line[name] for line in summary["folds"]) == sum(filter(None, dataset.slices[name].to_pylist()))
-    assert sum(line["files"] for line in summary["quarantine"]) == dataset.ich["counts"]["quarantined"]
+    assert sum(line["files"] for line in summary["quarantine"]) == dataset.counts.quarantined
 
     held = prep("verify", out, "--src", src, "--sample", 1)
     assert held.returncode == 0, held.stderr
@@ -119,7 +120,7 @@ def test_ctrl_c_ends_with_one_message_and_the_build_goes_on(workers: int, phanto
         start_new_session=True,
     )
     signal.signal(signal.SIGINT, before)
-    while len(list((out / "build" / "shards").glob("*.json"))) < 3:
+    while len(list((working(out) / "shards").glob("*.json"))) < 3:
         assert building.poll() is None
         time.sleep(0.002)
     os.killpg(building.pid, signal.SIGINT)  # as a terminal does: to everybody
@@ -130,7 +131,7 @@ def test_ctrl_c_ends_with_one_message_and_the_build_goes_on(workers: int, phanto
     assert stdout == ""
     resumed = prep(*words, 0)
     assert resumed.returncode == 0, resumed.stderr
-    assert "Writing slices: going on after" in resumed.stderr
+    assert "Writing slices: resuming after" in resumed.stderr
 
 
 def test_a_terminal_gets_a_bar_and_a_pipe_gets_lines(phantom_tree: Path, tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from reads import interrupt_at_read, slow_down
 from rich.console import Console
 
 from ich_prep.build_dataset import build
@@ -25,6 +24,7 @@ from ich_train.ranks import Ranks, own_stream
 from ich_train.setup import Training, prepare
 from ich_train.step import UNRECORDED_STEPS
 from ich_train.train import train
+from tests.support.slow_reads import interrupt_at_read, slow_down
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU: what runs on one is NOT tested here"

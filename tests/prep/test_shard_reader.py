@@ -13,13 +13,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from page_cache import evict
 
-from ich_prep import reader
 from ich_prep.dataset.native import ChunkFault, read_chunks
 from ich_prep.dataset.shard_format import CODECS, ShardWriter, index_bytes
 from ich_prep.dataset.shard_reader import ShardReader
 from ich_prep.errors import CorruptionError
+from tests.support.page_cache import evict
 
 SLICES, PER_SHARD = 23, 5
 SLICE_BYTES = 96

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from reads import interrupt_at_read
 
 from ich_prep.build_dataset import build
 from ich_prep.dataset.dataset import open_dataset
@@ -16,6 +15,7 @@ from ich_prep.phantom import synthesize
 from ich_train.cli import main
 from ich_train.config import MODELS, TrainConfig
 from ich_train.runs import read_history, settings_of
+from tests.support.slow_reads import interrupt_at_read
 
 Call = Callable[..., int]
 
@@ -86,7 +86,7 @@ def test_ctrl_c_says_how_to_go_on(
     stopping = open_dataset(path)
     interrupt_at_read(stopping, 50)
     with monkeypatch.context() as patched:
-        patched.setattr("ich_prep.store.open_dataset", lambda _: stopping)
+        patched.setattr("ich_prep.dataset.open_dataset", lambda _: stopping)
         assert call("run", "--recipe", "quick.toml", "--data", path, "--out", "runs/mine") == 130
     run = tmp_path / "runs" / "mine"
     assert "Stopped. Go on with: ich-train run --resume --out runs/mine\n" in capsys.readouterr().err

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import stat
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from ich_prep import ledger
+from ich_prep.stages import ledger
 
 KILLED_IN_WRITE = """
 import os, signal, sys
 from pathlib import Path
-from ich_prep import ledger
+from ich_prep.stages import ledger
 os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
 ledger.record(Path(sys.argv[1]), 3, {"bytes": 2})
 """
@@ -50,19 +46,3 @@ def test_a_process_killed_while_it_writes_leaves_the_entry_as_it_was(tmp_path: P
     assert killed.returncode == -9
     assert ledger.read(tmp_path, 3) == {"bytes": 1}
     assert ledger.done(tmp_path) == {3}
-
-
-def test_a_write_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
-    (tmp_path / "taken").mkdir()
-    with pytest.raises(IsADirectoryError):
-        ledger.write_whole(tmp_path / "taken", b"data")
-    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
-
-
-def test_files_get_the_permissions_that_the_user_asked_for(tmp_path: Path) -> None:
-    before = os.umask(0o027)
-    try:
-        ledger.write_whole(tmp_path / "file", b"data")
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640

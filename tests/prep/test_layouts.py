@@ -9,13 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from ich_prep import scan
 from ich_prep.dataset.classes import RSNA_CLASSES, UNKNOWN
 from ich_prep.errors import SourceError, UsageError
 from ich_prep.layouts import LAYOUTS, cq500, folder, recognise, rsna
 from ich_prep.layouts.labels import fill_any
 from ich_prep.phantom import synthesize
 from ich_prep.sources import Listing, list_files
+from ich_prep.stages import scan
 
 READERS = ("R1", "R2", "R3")
 
@@ -63,14 +63,14 @@ def test_every_spelling_of_the_rsna_folders_is_recognised(place: str, tmp_path: 
 
 @pytest.mark.parametrize("place", RSNA_FOLDERS)
 def test_the_rsna_folder_says_the_subset(place: str) -> None:
-    placed = rsna.place(scanned([{"path": f"{place}/ID_1.dcm"}]), "rsna")
+    placed = rsna.assign(scanned([{"path": f"{place}/ID_1.dcm"}]), "rsna")
     assert placed.subset.to_pylist() == ["test" if "test" in place else "train"]
 
 
 @pytest.mark.parametrize(("name", "subset"), [("stage_2_train", "train"), ("stage_2_test_images", "test")])
 def test_an_rsna_folder_may_itself_be_the_source(name: str, subset: str, tmp_path: Path) -> None:
     assert recognise(tree(tmp_path / name, {"ID_1.dcm": ""})).name == "rsna"
-    assert rsna.place(scanned([{"path": "ID_1.dcm"}]), name).subset.to_pylist() == [subset]
+    assert rsna.assign(scanned([{"path": "ID_1.dcm"}]), name).subset.to_pylist() == [subset]
 
 
 @pytest.mark.parametrize(
@@ -194,10 +194,10 @@ def test_a_label_file_that_is_given_is_the_one_that_is_read(tmp_path: Path) -> N
     ],
 )
 def test_the_sign_defect_is_told_by_bits_sign_and_intercept(header: dict[str, object], repaired: bool) -> None:
-    placed = rsna.place(scanned([{"path": SLICE, "patient_id": "p", **header}]), "rsna")
+    placed = rsna.assign(scanned([{"path": SLICE, "patient_id": "p", **header}]), "rsna")
     assert placed.repairs.to_pylist() == [[rsna.SIGN_12BIT] if repaired else []]
     assert placed.patient_id.to_pylist() == ["p"]
-    assert placed.left_out.to_pylist() == [None]
+    assert placed.excluded_because.to_pylist() == [None]
 
 
 # --- a folder and a CSV ----------------------------------------------------------------------------------------------
@@ -280,11 +280,11 @@ def test_a_given_csv_without_a_key_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_places_every_slice_in_training() -> None:
-    placed = folder.place(scanned([{"path": "a/test/1", "patient_id": "p"}, {"path": "2"}]), "tree")
+    placed = folder.assign(scanned([{"path": "a/test/1", "patient_id": "p"}, {"path": "2"}]), "tree")
     assert placed.subset.to_pylist() == ["train", "train"]
     assert placed.patient_id.to_pylist() == ["p", None]
     assert placed.repairs.to_pylist() == [[], []]
-    assert placed.left_out.to_pylist() == [None, None]
+    assert placed.excluded_because.to_pylist() == [None, None]
 
 
 # --- CQ500 -----------------------------------------------------------------------------------------------------------
@@ -366,7 +366,7 @@ def test_a_subject_that_stands_twice_is_known_where_its_lines_agree(tmp_path: Pa
     ],
 )
 def test_a_cq500_slice_is_under_its_subject(path: str, patient_id: str | None, subject: str | None) -> None:
-    placed = cq500.place(scanned([{"path": path, "patient_id": patient_id}]), "tree")
+    placed = cq500.assign(scanned([{"path": path, "patient_id": patient_id}]), "tree")
     assert placed.subject.to_pylist() == [subject]
     assert placed.patient_id.to_pylist() == [subject]
     assert placed.subset.to_pylist() == ["train"]
@@ -379,9 +379,9 @@ NOT_PLAIN += ["CT 4cc sec 150cc D3D on-2", "CT 3D CT HEADORBIT", "CT BONE-3"]
 
 
 @pytest.mark.parametrize("kind", PLAIN + NOT_PLAIN)
-def test_series_that_are_no_plain_ct_are_left_out(kind: str) -> None:
-    placed = cq500.place(scanned([{"path": f"CQ500CT0 CQ500CT0/Unknown Study/{kind}/CT000000.dcm"}]), "tree")
-    (why,) = placed.left_out.to_pylist()
+def test_series_that_are_no_plain_ct_are_excluded_because(kind: str) -> None:
+    placed = cq500.assign(scanned([{"path": f"CQ500CT0 CQ500CT0/Unknown Study/{kind}/CT000000.dcm"}]), "tree")
+    (why,) = placed.excluded_because.to_pylist()
     assert (why is not None) == (kind in NOT_PLAIN)
     assert why is None or kind in why
 
