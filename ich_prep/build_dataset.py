@@ -28,7 +28,7 @@ from ich_prep.dataset.storage import clear_leftovers, local_path, size_of, sync_
 from ich_prep.dataset.tables import read_parquet, write_table
 from ich_prep.errors import BuildError, Reason, SourceError
 from ich_prep.execute import Pool, default_workers
-from ich_prep.layouts import choose_layout
+from ich_prep.layouts import check_layout, choose_layout
 from ich_prep.layouts.labels import LabelTable, fill_any
 from ich_prep.progress import NoProgress, Progress
 from ich_prep.sources import Listing, list_files, require_folder
@@ -92,11 +92,12 @@ def build(
     all in this process), ``scheduler`` the address of a Dask cluster whose workers see all folders under the same
     paths. Raises ``SourceError``, ``BuildError`` or ``UsageError``; finished work is kept for the next run.
     """
-    source, out = local_path(src, "--src"), local_path(out, "--out")
-    folder = build_folder(out, None if build_dir is None else local_path(build_dir, "--build-dir"))
+    source, out = local_path(src, "--src").absolute(), local_path(out, "--out").absolute()
+    folder = build_folder(out, build_dir)
     spec, allow, progress = spec or Spec(), allow or Allowances(), progress or NoProgress()
     count = default_workers() if workers is None else workers
     seconds: dict[str, float] = {}
+    check_layout(spec)
     native.require()
     require_folder(source)
     check_output_folder(out, folder, [source])

@@ -265,13 +265,11 @@ def clean(
     build_dir: Annotated[Path | None, typer.Option(help="Working folder. [DATASET.build]")] = None,
 ) -> None:
     """Remove the working folder of a finished dataset: paths, identifiers, plan and log of its build."""
-    from ich_prep.dataset.storage import local_path
     from ich_prep.stages import output
     from ich_prep.stages.state import build_folder
 
-    out = local_path(dataset, "The dataset")
-    folder = build_folder(out, None if build_dir is None else local_path(build_dir, "--build-dir"))
-    freed = output.clean(out, folder)
+    folder = build_folder(dataset.absolute(), build_dir)
+    freed = output.clean(dataset, folder)
     done = f"Removed {folder.path} ({freed / 1e6:,.1f} MB)." if freed else f"There is no working folder {folder.path}."
     typer.echo(f"{done} Resume and verify --src need it; the dataset does not.")
 

@@ -21,7 +21,6 @@ from ich_prep.dataset import open_dataset, shard_format
 from ich_prep.dataset.classes import SUBTYPES, is_rsna
 from ich_prep.dataset.native import crc32c
 from ich_prep.dataset.schema import IMAGES, ROOT, TABLES, shard_path
-from ich_prep.dataset.storage import local_path
 from ich_prep.dataset.tables import read_parquet
 from ich_prep.dataset.windows import AIR_HU, HIGHEST_HU, window_codes
 from ich_prep.decode import decode_with_pydicom
@@ -77,7 +76,7 @@ def verify(
     if not 0 < sample <= 1:
         raise UsageError(f"Expected --sample within 0..1, the share of slices to compare; got {sample:g}.")
     dataset = open_dataset(path)
-    folder = build_folder(dataset.path, None if build_dir is None else local_path(build_dir, "--build-dir"))
+    folder = build_folder(dataset.path.absolute(), build_dir)
     belongs = _belongs(folder, dataset)
     if src is not None:
         require_folder(Path(src))

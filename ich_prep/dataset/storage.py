@@ -17,7 +17,7 @@ _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:/{1,2}")  # pathlib turns s3://b
 
 
 def local_path(given: str | Path, what: str) -> Path:
-    """Return ``given`` as an absolute path of this machine; ``what`` names it in the error, as ``--out``.
+    """Return ``given`` as a path of this machine; ``what`` names it in the error, as ``--out``.
 
     Raises ``UsageError`` for a URL: object stores are not supported.
     """
@@ -27,7 +27,7 @@ def local_path(given: str | Path, what: str) -> Path:
             "data to "
             "a local disk."
         )
-    return Path(given).absolute()
+    return Path(given)
 
 
 def write_whole(path: Path, data: bytes) -> None:

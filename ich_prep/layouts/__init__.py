@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from ich_prep.dataset.classes import is_rsna
+from ich_prep.dataset.classes import RSNA_CLASSES, is_rsna
 from ich_prep.errors import UsageError
 from ich_prep.layouts import cq500, folder, rsna
 from ich_prep.layouts.assignment import Assignment
@@ -32,9 +32,9 @@ class Layout(Protocol):
         listing: Listing,
         given: Path | None,
         *,
-        classes: tuple[str, ...],
-        allow_contradictions: bool,
-        allow_unlabelled: bool,
+        classes: tuple[str, ...] = RSNA_CLASSES,
+        allow_contradictions: bool = False,
+        allow_unlabelled: bool = False,
     ) -> LabelTable:
         """Return the labels found in the tree, or in the file ``given``; raises ``SourceError``.
 
@@ -52,25 +52,29 @@ LAYOUTS: Mapping[str, Layout] = {"rsna": rsna, "cq500": cq500, "folder": folder}
 AUTO = "auto"
 
 
+def check_layout(spec: Spec) -> None:
+    """Raise ``UsageError`` for an unknown layout, and for other classes than RSNA's in a layout that has those."""
+    refuse_unknown([spec.layout], [AUTO, *LAYOUTS], where="layout")
+    if spec.layout not in (AUTO, "folder") and not is_rsna(spec.classes):
+        raise UsageError(
+            f"The layout {spec.layout} has RSNA's six classes; --classes {','.join(spec.classes)} needs --layout folder."
+        )
+
+
 def choose_layout(spec: Spec, listing: Listing, progress: Progress) -> tuple[Layout, Spec]:
     """Return the layout of ``spec`` and the spec that names it; for ``auto`` the first that recognises the tree.
 
-    Raises ``UsageError`` for an unknown layout, and for classes of one's own in a layout that brings its classes.
+    Raises ``UsageError`` for what ``check_layout`` refuses.
     """
-    refuse_unknown([spec.layout], [AUTO, *LAYOUTS], where="layout")
     if spec.layout == AUTO:
-        name, why = _recognise(listing)
+        name, why = recognise(listing)
         progress.say(f"Layout: {name}, because {why}.")
         spec = spec.model_copy(update={"layout": name})
-    if spec.layout != "folder" and not is_rsna(spec.classes):
-        raise UsageError(
-            f"The layout {spec.layout} has RSNA's six classes; --classes {','.join(spec.classes)} needs --layout "
-            "folder."
-        )
+        check_layout(spec)
     return LAYOUTS[spec.layout], spec
 
 
-def _recognise(listing: Listing) -> tuple[str, str]:
+def recognise(listing: Listing) -> tuple[str, str]:
     """Return the first layout that recognises the tree, and why; ``folder`` recognises any."""
     for name, layout in LAYOUTS.items():
         why = layout.recognise(listing)

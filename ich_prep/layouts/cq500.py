@@ -47,9 +47,9 @@ def read_labels(
     listing: Listing,
     given: Path | None,
     *,
-    classes: tuple[str, ...],
-    allow_contradictions: bool,
-    allow_unlabelled: bool,
+    classes: tuple[str, ...] = RSNA_CLASSES,
+    allow_contradictions: bool = False,
+    allow_unlabelled: bool = False,
 ) -> LabelTable:
     """Return the consensus of the readers, at least two of three, for each subject: labels of a scan, not of a slice.
 

@@ -31,9 +31,9 @@ def read_labels(
     listing: Listing,
     given: Path | None,
     *,
-    classes: tuple[str, ...],
-    allow_contradictions: bool,
-    allow_unlabelled: bool,
+    classes: tuple[str, ...] = RSNA_CLASSES,
+    allow_contradictions: bool = False,
+    allow_unlabelled: bool = False,
 ) -> LabelTable:
     """Return the labels of the CSV ``given``, or of the one in the tree that has a UID column; none, and a note
     of each CSV that is there, where none has.

@@ -42,9 +42,9 @@ def read_labels(
     listing: Listing,
     given: Path | None,
     *,
-    classes: tuple[str, ...],
-    allow_contradictions: bool,
-    allow_unlabelled: bool,
+    classes: tuple[str, ...] = RSNA_CLASSES,
+    allow_contradictions: bool = False,
+    allow_unlabelled: bool = False,
 ) -> LabelTable:
     """Return the labels of the training slices, and the slices that the sample submission lists.
 

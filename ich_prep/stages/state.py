@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ich_prep.dataset.dataset import BUILD_SUFFIX, STATE
 from ich_prep.dataset.schema import FORMAT, Spec
-from ich_prep.dataset.storage import write_whole
+from ich_prep.dataset.storage import local_path, write_whole
 from ich_prep.errors import DatasetError
 
 
@@ -92,9 +92,11 @@ class BuildFolder:
         return sorted(path for path in self.path.iterdir() if path.name not in known and not path.name.startswith("."))
 
 
-def build_folder(out: Path, given: Path | None = None) -> BuildFolder:
+def build_folder(out: Path, given: str | Path | None = None) -> BuildFolder:
     """Return the working folder of the dataset ``out``: the one ``given``, else the one beside it."""
-    return BuildFolder(out.with_name(out.name + BUILD_SUFFIX) if given is None else given)
+    if given is None:
+        return BuildFolder(out.with_name(out.name + BUILD_SUFFIX))
+    return BuildFolder(local_path(given, "--build-dir").absolute())
 
 
 class State(BaseModel):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ich_prep.phantom import synthesize
+from tests.support.cli import copy_with_working_folder
 
 
 @pytest.fixture
@@ -27,6 +28,6 @@ def damaged_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def unfinished(dataset_path: Path, tmp_path: Path) -> Path:
     """A build that was stopped just before its last step."""
-    out = Path(shutil.copytree(dataset_path, tmp_path / "data.zarr"))
+    out = copy_with_working_folder(dataset_path, tmp_path / "data.zarr")
     (out / "zarr.json").unlink()
     return out

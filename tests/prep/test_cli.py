@@ -44,7 +44,7 @@ def test_help_names_every_preset() -> None:
 def test_help_names_every_command() -> None:
     text = prep("--help").stdout
     commands = [command.callback.__name__ for command in app.registered_commands if command.callback]
-    assert commands == ["synth", "build", "info", "verify"]
+    assert commands == ["synth", "build", "info", "verify", "clean"]
     assert all(name in text for name in commands)
 
 
@@ -52,8 +52,15 @@ def test_help_names_every_command() -> None:
     ("words", "code", "message"),
     [
         (["build", "--src", "nowhere", "--out", "x.zarr", "--workers", "0"], 1, "Expected a folder of DICOM files"),
-        (["build", "--src", ".", "--out", ".", "--workers", "0"], 2, "outside of the source tree"),
+        (["build", "--src", ".", "--out", ".", "--workers", "0"], 2, "lies inside the source"),
         (["build", "--src", ".", "--out", "x.zarr", "--codec", "gzip"], 2, "codec: "),
+        (["build", "--src", ".", "--out", "x.zarr", "--layout", "rsn"], 2, "Did you mean 'rsna'?"),
+        (["build", "--src", ".", "--out", "x.zarr", "--classes", "any,Any"], 2, "'Any' is not a class name"),
+        (["build", "--src", ".", "--out", "x.zarr", "--classes", "a,row", "--layout", "folder"], 2, "another column"),
+        (["build", "--src", ".", "--out", "x.zarr", "--classes", "a", "--layout", "rsna"], 2, "needs --layout folder"),
+        (["build", "--src", ".", "--out", "s3://bucket/x.zarr"], 2, "--out is a URL"),
+        (["build", "--src", "s3://bucket/rsna", "--out", "x.zarr"], 2, "--src is a URL"),
+        (["clean", "nowhere.zarr"], 1, "Expected a dataset at nowhere.zarr"),
         (["build", "--src", ".", "--out", "x.zarr", "--windows", "brian"], 2, "Did you mean 'brain'?"),
         (["build", "--src", ".", "--out", "x.zarr", "--recipe", "none.toml"], 2, "there is no such file"),
         (["build", "--src", ".", "--out", "x.zarr", "--recipe", "."], 2, "it cannot be read (Is a directory)"),
@@ -126,7 +133,7 @@ def test_ctrl_c_ends_with_one_message_and_the_build_goes_on(workers: int, phanto
     os.killpg(building.pid, signal.SIGINT)  # as a terminal does: to everybody
     stdout, stderr = building.communicate(timeout=60)
     assert building.returncode == 130, stderr
-    assert stderr.endswith("Stopped. Run the same command again: it goes on where it was.\n")
+    assert stderr.endswith("Interrupted. Run the same command again to resume.\n")
     assert "Traceback" not in stderr
     assert stdout == ""
     resumed = prep(*words, 0)

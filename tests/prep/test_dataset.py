@@ -28,6 +28,7 @@ from ich_prep.dataset.schema import Spec, series_schema, shard_path, slice_schem
 from ich_prep.dataset.windows import window_codes
 from ich_prep.errors import CorruptionError, DatasetError
 from ich_prep.stages.publish import digest_of
+from tests.support.cli import copy_with_working_folder
 
 
 @pytest.fixture(scope="module")
@@ -232,27 +233,27 @@ def test_what_is_no_dataset_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"a folder without a zarr.json.*ich-prep build --src"):
         open_dataset(tmp_path)
     zarr.create_group(tmp_path / "other.zarr")
-    with pytest.raises(DatasetError, match="another Zarr group"):
+    with pytest.raises(DatasetError, match="not one that ich-prep wrote"):
         open_dataset(tmp_path / "other.zarr")
 
 
 @pytest.mark.parametrize("text", ["[]", "null", "3", '{"attributes": null}', '{"attributes": []}', "{}"])
 def test_json_of_another_kind_is_refused(text: str, copy: Path) -> None:
     (copy / "zarr.json").write_text(text)
-    with pytest.raises(DatasetError, match="without 'ich'"):
+    with pytest.raises(DatasetError, match="no attribute 'ich'"):
         open_dataset(copy)
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe", b'{"attributes": {"ich": {"format": "ich/1"'])
 def test_a_root_that_is_no_json_is_damage(data: bytes, copy: Path) -> None:
     (copy / "zarr.json").write_bytes(data)
-    with pytest.raises(CorruptionError, match="is not JSON"):
+    with pytest.raises(CorruptionError, match="it is not JSON"):
         open_dataset(copy)
 
 
 def test_another_version_is_refused_by_name(copy: Path) -> None:
     rewrite_root(copy, lambda ich: ich.update(format="ich/2", created_by="ich-prep 9.0"))
-    with pytest.raises(DatasetError, match=r"Expected format ich/1.*'ich/2'.*ich-prep 9.0") as caught:
+    with pytest.raises(DatasetError, match=r"has format 'ich/2', written by ich-prep 9.0.*reads ich/1") as caught:
         open_dataset(copy)
     assert not isinstance(caught.value, CorruptionError)
 
@@ -260,15 +261,14 @@ def test_another_version_is_refused_by_name(copy: Path) -> None:
 @pytest.mark.parametrize("key", ["spec", "counts"])
 def test_a_root_that_lacks_a_part_is_damage(key: str, copy: Path) -> None:
     rewrite_root(copy, lambda ich: ich.pop(key) and None)
-    with pytest.raises(CorruptionError, match="lacks parts"):
+    with pytest.raises(CorruptionError, match=rf"is damaged: {key}: Field required"):
         open_dataset(copy)
 
 
-def test_an_unfinished_build_says_how_to_go_on(dataset_path: Path, tmp_path: Path) -> None:
-    out = tmp_path / "data.zarr"
-    shutil.copytree(dataset_path, out)
+def test_an_unfinished_build_says_how_to_resume(dataset_path: Path, tmp_path: Path) -> None:
+    out = copy_with_working_folder(dataset_path, tmp_path / "data.zarr")
     (out / "zarr.json").unlink()
-    with pytest.raises(DatasetError, match=r"was not finished.*goes on where it stopped"):
+    with pytest.raises(DatasetError, match=r"is not finished.*to resume"):
         open_dataset(out)
 
 
@@ -289,7 +289,7 @@ def test_a_missing_shard_is_an_error_and_never_zeros(copy: Path) -> None:
 def test_a_hole_in_a_row_that_is_ok_is_damage(copy: Path) -> None:
     images = zarr.open_group(copy, mode="r+")["images"]
     images[5] = 0  # zarr-python leaves out a chunk that holds nothing but the fill value
-    with pytest.raises(CorruptionError, match=r"Row 5 has status ok, and shard 0 .* holds no slice for it"):
+    with pytest.raises(CorruptionError, match=r"Row 5 has status ok but no chunk in shard 0"):
         open_dataset(copy).read([4, 5, 6])
 
 
@@ -321,11 +321,11 @@ def flip_middle(path: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", [cut, flip_middle, lambda path: path.write_bytes(b""), Path.unlink])
-@pytest.mark.parametrize("name", [table_name("slices", 1), table_name("series", 1)])
-def test_a_damaged_table_is_an_error_that_names_it(spoil: Callable[[Path], Any], name: str, copy: Path) -> None:
-    spoil(copy / name)
-    with pytest.raises(CorruptionError, match=f"{name} cannot be read"):
-        open_dataset(copy).read_table(name)
+@pytest.mark.parametrize("table", ["slices", "series"])
+def test_a_damaged_table_is_an_error_that_names_it(spoil: Callable[[Path], Any], table: str, copy: Path) -> None:
+    spoil(copy / "labels" / f"{table}.parquet")
+    with pytest.raises(CorruptionError, match=rf"labels/{table}\.parquet cannot be read"):
+        open_dataset(copy).read_table(table)
 
 
 # --- the spec --------------------------------------------------------------------------------------------------------

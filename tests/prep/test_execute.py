@@ -195,7 +195,7 @@ def test_a_folder_that_a_worker_does_not_see_is_named(scheduler: str, tmp_path: 
 def test_a_worker_that_cannot_load_what_it_is_sent_is_refused(scheduler: str) -> None:
     with (
         Pool(workers=0, scheduler=scheduler, modules=("ich_prep.nothing",)) as guest,
-        pytest.raises(BuildError, match=rf"{scheduler} and its workers to have this package.*ich_prep\.nothing"),
+        pytest.raises(BuildError, match=rf"{scheduler} and its workers cannot load this package.*ich_prep\.nothing"),
     ):
         guest.check_workers(say=pytest.fail)
 
@@ -206,7 +206,7 @@ def test_a_worker_of_another_release_is_refused(scheduler: str, monkeypatch: pyt
         # The workers of this cluster are threads of this process: each asks for its release once, here it is asked last.
         releases = iter([{"ich": "0.1", "numpy": "0.0"}] * 3)
         monkeypatch.setattr("ich_prep.execute.all_versions", lambda: next(releases, {"ich": "0.1", "numpy": "9.9"}))
-        with pytest.raises(BuildError, match=r"release 9\.9 of numpy .* has 0\.0"):
+        with pytest.raises(BuildError, match=r"has version 0\.0 of numpy, and 9\.9"):
             guest.check_workers(say=pytest.fail)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ich_prep.dataset.classes import RSNA_CLASSES, SUBTYPES, UNKNOWN
 from ich_prep.errors import SourceError
-from ich_prep.layouts.labels import Labels, fill_any, join_labels, labels_from_long_table, no_labels
+from ich_prep.layouts.labels import LabelTable, fill_any, join_labels, labels_from_long_table, no_labels
 
 EPIDURAL, ANY = RSNA_CLASSES.index("epidural"), RSNA_CLASSES.index("any")
 NO_KEYS = pa.array([], pa.string())
@@ -19,7 +19,7 @@ Line = tuple[str, int, int]
 lines = st.tuples(st.sampled_from("abcde"), st.integers(0, len(RSNA_CLASSES) - 1), st.integers(0, 1))
 
 
-def gathered(given_lines: list[Line], *, allow_contradictions: bool = False) -> Labels:
+def gathered(given_lines: list[Line], *, allow_contradictions: bool = False) -> LabelTable:
     keys, classes, values = zip(*given_lines, strict=True) if given_lines else ((), (), ())
     return labels_from_long_table(
         pa.array(keys, pa.string()),
@@ -29,9 +29,9 @@ def gathered(given_lines: list[Line], *, allow_contradictions: bool = False) -> 
     )
 
 
-def by_slice(*values: tuple[int, ...]) -> Labels:
+def by_slice(*values: tuple[int, ...]) -> LabelTable:
     keys = pa.array([f"slice{number}" for number in range(len(values))], pa.string())
-    return Labels("sop_instance_uid", keys, np.array(values, np.int8), NO_KEYS, NO_KEYS)
+    return LabelTable("sop_instance_uid", keys, np.array(values, np.int8), NO_KEYS, NO_KEYS)
 
 
 def test_the_classes_stand_in_the_order_of_the_contract() -> None:
@@ -102,7 +102,7 @@ def test_any_that_is_not_the_or_of_the_subtypes_is_refused(wrong: tuple[int, ...
 
 def test_readers_of_a_scan_may_agree_on_a_bleed_and_not_on_its_type() -> None:
     only_any = np.array([[0] * len(SUBTYPES) + [1]], np.int8)
-    labels = Labels("subject", pa.array(["CQ500-CT-0"]), only_any, NO_KEYS, NO_KEYS)
+    labels = LabelTable("subject", pa.array(["CQ500-CT-0"]), only_any, NO_KEYS, NO_KEYS)
     assert fill_any(labels).values.tolist() == only_any.tolist()
 
 
@@ -114,7 +114,7 @@ def test_completing_twice_changes_nothing(subtypes: list[list[int]]) -> None:
 
 
 def test_labels_are_joined_in_the_order_of_the_slices() -> None:
-    labels = Labels(
+    labels = LabelTable(
         "sop_instance_uid",
         pa.array(["a", "b", "c"]),
         np.array([[0] * 6, [1] * 6, [UNKNOWN] * 6], np.int8),

@@ -56,9 +56,9 @@ RSNA_FOLDERS = [
 @pytest.mark.parametrize("place", RSNA_FOLDERS)
 def test_every_spelling_of_the_rsna_folders_is_recognised(place: str, tmp_path: Path) -> None:
     listing = tree(tmp_path, {f"{place}/ID_1.dcm": ""})
-    found = recognise(listing)
-    assert found.name == "rsna"
-    assert place.rsplit("/", 1)[-1] in found.why
+    name, why = recognise(listing)
+    assert name == "rsna"
+    assert place.rsplit("/", 1)[-1] in why
 
 
 @pytest.mark.parametrize("place", RSNA_FOLDERS)
@@ -69,7 +69,7 @@ def test_the_rsna_folder_says_the_subset(place: str) -> None:
 
 @pytest.mark.parametrize(("name", "subset"), [("stage_2_train", "train"), ("stage_2_test_images", "test")])
 def test_an_rsna_folder_may_itself_be_the_source(name: str, subset: str, tmp_path: Path) -> None:
-    assert recognise(tree(tmp_path / name, {"ID_1.dcm": ""})).name == "rsna"
+    assert recognise(tree(tmp_path / name, {"ID_1.dcm": ""}))[0] == "rsna"
     assert rsna.assign(scanned([{"path": "ID_1.dcm"}]), name).subset.to_pylist() == [subset]
 
 
@@ -84,15 +84,15 @@ def test_an_rsna_folder_may_itself_be_the_source(name: str, subset: str, tmp_pat
     ],
 )
 def test_other_trees_are_recognised(name: str, layout: str, tmp_path: Path) -> None:
-    assert recognise(tree(tmp_path, {name: ""})).name == layout
+    assert recognise(tree(tmp_path, {name: ""}))[0] == layout
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_phantom_of_each_layout_is_recognised(layout: str, tmp_path: Path) -> None:
     synthesize(tmp_path / "tree", series=1, size=32, layout=layout)
     listing = list_files(tmp_path / "tree")
-    assert recognise(listing).name == layout
-    labels = LAYOUTS[layout].read_labels(listing, None, allow_contradictions=False)
+    assert recognise(listing)[0] == layout
+    labels = LAYOUTS[layout].read_labels(listing, None)
     fill_any(labels)
     assert (labels.values != UNKNOWN).all()
     assert len(labels.keys) > 0
@@ -108,7 +108,7 @@ SAMPLE = long_csv({"ID_z": [0.5] * 6, "ID_y": [0.5] * 6})
 def test_the_long_csv_is_read_in_its_order_and_doubles_are_counted(tmp_path: Path) -> None:
     text = long_csv({"ID_b": SUBDURAL, "ID_a": NEGATIVE}) + long_csv({"ID_b": SUBDURAL}).split("\n", 1)[1]
     listing = tree(tmp_path, {SLICE: "", "stage_2_train.csv": text})
-    labels = rsna.read_labels(listing, None, allow_contradictions=False)
+    labels = rsna.read_labels(listing, None)
     assert labels.key == "sop_instance_uid"
     assert labels.keys.to_pylist() == ["ID_b", "ID_a"]
     assert labels.values.tolist() == [list(SUBDURAL), list(NEGATIVE)]
@@ -127,7 +127,7 @@ def test_the_label_file_may_lie_in_a_nested_folder_beside_the_sample_submission(
             "notes.csv": "name,remark\n",
         },
     )
-    labels = rsna.read_labels(listing, None, allow_contradictions=False)
+    labels = rsna.read_labels(listing, None)
     assert labels.keys.to_pylist() == ["ID_a"]
     assert labels.listed.to_pylist() == ["ID_z", "ID_y"]  # in the order of the file, each once
 
@@ -136,7 +136,7 @@ def test_contradicting_rsna_lines_are_refused_or_unknown(tmp_path: Path) -> None
     other = long_csv({"ID_a": SUBDURAL}).split("\n", 1)[1]
     listing = tree(tmp_path, {SLICE: "", "train.csv": long_csv({"ID_a": NEGATIVE}) + other})
     with pytest.raises(SourceError, match=r"2 label lines contradict.*ID_a \(any\), ID_a \(subdural\)"):
-        rsna.read_labels(listing, None, allow_contradictions=False)
+        rsna.read_labels(listing, None)
     labels = rsna.read_labels(listing, None, allow_contradictions=True)
     assert labels.values.tolist() == [[0, 0, 0, 0, UNKNOWN, UNKNOWN]]
     assert labels.contradicted.to_pylist() == ["ID_a"]
@@ -144,7 +144,7 @@ def test_contradicting_rsna_lines_are_refused_or_unknown(tmp_path: Path) -> None
 
 def test_a_uid_may_hold_underscores_and_class_names(tmp_path: Path) -> None:
     listing = tree(tmp_path, {SLICE: "", "train.csv": long_csv({"ID_any_subdural": NEGATIVE})})
-    assert rsna.read_labels(listing, None, allow_contradictions=False).keys.to_pylist() == ["ID_any_subdural"]
+    assert rsna.read_labels(listing, None).keys.to_pylist() == ["ID_any_subdural"]
 
 
 @pytest.mark.parametrize(
@@ -166,20 +166,20 @@ def test_a_uid_may_hold_underscores_and_class_names(tmp_path: Path) -> None:
 def test_label_files_that_do_not_fit_rsna_are_refused(files: dict[str, str], message: str, tmp_path: Path) -> None:
     listing = tree(tmp_path, {SLICE: "", **files})
     with pytest.raises(SourceError, match=message):
-        rsna.read_labels(listing, None, allow_contradictions=False)
+        rsna.read_labels(listing, None)
 
 
 def test_a_label_file_that_is_given_is_the_one_that_is_read(tmp_path: Path) -> None:
     given = tmp_path / "mine.csv"
     given.write_text(long_csv({"ID_a": SUBDURAL}), encoding="utf-8")
     listing = tree(tmp_path / "tree", {SLICE: "", "train.csv": long_csv({"ID_a": NEGATIVE})})
-    labels = rsna.read_labels(listing, given, allow_contradictions=False)
+    labels = rsna.read_labels(listing, given)
     assert labels.values.tolist() == [list(SUBDURAL)]
     with pytest.raises(SourceError, match=r"gone\.csv; it cannot be read"):
-        rsna.read_labels(listing, tmp_path / "gone.csv", allow_contradictions=False)
+        rsna.read_labels(listing, tmp_path / "gone.csv")
     given.write_text("Image,any,subdural\nID_a,1,1\n", encoding="utf-8")
     with pytest.raises(SourceError, match=r"columns ID,Label in .*mine\.csv.* found Image,any,subdural"):
-        rsna.read_labels(listing, given, allow_contradictions=False)
+        rsna.read_labels(listing, given)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_the_sign_defect_is_told_by_bits_sign_and_intercept(header: dict[str, ob
 
 def test_a_folder_without_a_csv_has_no_labels(tmp_path: Path) -> None:
     listing = tree(tmp_path, {"1.dcm": "", "remarks.csv": "file,remark\n"})
-    labels = folder.read_labels(listing, None, allow_contradictions=False)
+    labels = folder.read_labels(listing, None)
     assert len(labels.keys) == 0
     (note,) = labels.notes
     assert "remarks.csv is not read: it has no column sop_instance_uid" in note
@@ -215,7 +215,7 @@ def test_a_folder_without_a_csv_has_no_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["sop_instance_uid", "series_instance_uid"])
 def test_a_csv_by_slice_or_by_series(key: str, tmp_path: Path) -> None:
     text = f"subdural,{key},any\n1,1.2.3,1\n,1.2.4,0\n0,1.2.5,\n"
-    labels = folder.read_labels(tree(tmp_path, {"1.dcm": "", "labels.csv": text}), None, allow_contradictions=False)
+    labels = folder.read_labels(tree(tmp_path, {"1.dcm": "", "labels.csv": text}), None)
     assert labels.key == key
     assert labels.keys.to_pylist() == ["1.2.3", "1.2.4", "1.2.5"]
     assert labels.values[:, RSNA_CLASSES.index("subdural")].tolist() == [1, UNKNOWN, 0]
@@ -225,20 +225,20 @@ def test_a_csv_by_slice_or_by_series(key: str, tmp_path: Path) -> None:
 
 def test_uids_that_look_like_numbers_stay_text(tmp_path: Path) -> None:
     text = "sop_instance_uid,any\n1.20,1\n007,0\n"
-    labels = folder.read_labels(tree(tmp_path, {"1.dcm": "", "labels.csv": text}), None, allow_contradictions=False)
+    labels = folder.read_labels(tree(tmp_path, {"1.dcm": "", "labels.csv": text}), None)
     assert labels.keys.to_pylist() == ["1.20", "007"]
 
 
 def test_a_csv_as_spreadsheets_write_it(tmp_path: Path) -> None:
     text = '\ufeff"sop_instance_uid","any"\r\n"a",1\r\n'
-    labels = folder.read_labels(tree(tmp_path, {"1.dcm": "", "labels.csv": text}), None, allow_contradictions=False)
+    labels = folder.read_labels(tree(tmp_path, {"1.dcm": "", "labels.csv": text}), None)
     assert labels.keys.to_pylist() == ["a"]
 
 
 def test_a_space_before_a_column_name_is_not_passed_over(tmp_path: Path) -> None:
     listing = tree(tmp_path, {"1.dcm": "", "labels.csv": "sop_instance_uid, any\na, 1\n"})
     with pytest.raises(UsageError, match=r"' any' is unknown.*Did you mean 'any'"):
-        folder.read_labels(listing, None, allow_contradictions=False)
+        folder.read_labels(listing, None)
 
 
 @pytest.mark.parametrize(
@@ -254,21 +254,21 @@ def test_a_space_before_a_column_name_is_not_passed_over(tmp_path: Path) -> None
 def test_csvs_that_make_no_labels_are_refused(text: str, message: str, tmp_path: Path) -> None:
     listing = tree(tmp_path, {"1.dcm": "", "labels.csv": text})
     with pytest.raises(SourceError, match=message):
-        folder.read_labels(listing, None, allow_contradictions=False)
+        folder.read_labels(listing, None)
 
 
 def test_an_unknown_label_column_names_the_nearest(tmp_path: Path) -> None:
     listing = tree(tmp_path, {"1.dcm": "", "labels.csv": "sop_instance_uid,subdual\na,1\n"})
     with pytest.raises(UsageError, match=r"'subdual' is unknown.*Did you mean 'subdural'"):
-        folder.read_labels(listing, None, allow_contradictions=False)
+        folder.read_labels(listing, None)
 
 
 def test_two_csvs_with_labels_are_one_too_many(tmp_path: Path) -> None:
     text = "sop_instance_uid,any\na,1\n"
     listing = tree(tmp_path, {"1.dcm": "", "one.csv": text, "two.csv": text})
     with pytest.raises(SourceError, match=r"one\.csv, .*two\.csv.*--labels"):
-        folder.read_labels(listing, None, allow_contradictions=False)
-    labels = folder.read_labels(listing, tmp_path / "two.csv", allow_contradictions=False)
+        folder.read_labels(listing, None)
+    labels = folder.read_labels(listing, tmp_path / "two.csv")
     assert labels.keys.to_pylist() == ["a"]
 
 
@@ -276,7 +276,7 @@ def test_a_given_csv_without_a_key_is_refused(tmp_path: Path) -> None:
     listing = tree(tmp_path, {"1.dcm": ""})
     (tmp_path / "mine.csv").write_text("patient,any\na,1\n", encoding="utf-8")
     with pytest.raises(SourceError, match=r"Expected a column sop_instance_uid or series_instance_uid.*patient, any"):
-        folder.read_labels(listing, tmp_path / "mine.csv", allow_contradictions=False)
+        folder.read_labels(listing, tmp_path / "mine.csv")
 
 
 def test_a_folder_places_every_slice_in_training() -> None:
@@ -311,7 +311,7 @@ def test_two_of_three_readers_make_a_label(tmp_path: Path) -> None:
             "CQ500-CT-12": {"ICH": (0, 0, 1)},
         }
     )
-    labels = cq500.read_labels(tree(tmp_path, {CQ500_SLICE: "", "reads.csv": text}), None, allow_contradictions=False)
+    labels = cq500.read_labels(tree(tmp_path, {CQ500_SLICE: "", "reads.csv": text}), None)
     assert labels.key == "subject"
     assert labels.keys.to_pylist() == ["CQ500-CT-7", "CQ500-CT-0", "CQ500-CT-12"]
     assert labels.values.tolist() == [list(SUBDURAL), [0, 0, 0, 0, 0, 1], list(NEGATIVE)]
@@ -321,7 +321,7 @@ def test_two_of_three_readers_make_a_label(tmp_path: Path) -> None:
 
 def test_a_subtype_by_majority_without_ich_raises_any(tmp_path: Path) -> None:
     text = reads_csv({"CQ500-CT-1": {"ICH": (1, 0, 0), "SDH": (1, 1, 0)}})
-    labels = cq500.read_labels(tree(tmp_path, {CQ500_SLICE: "", "reads.csv": text}), None, allow_contradictions=False)
+    labels = cq500.read_labels(tree(tmp_path, {CQ500_SLICE: "", "reads.csv": text}), None)
     assert labels.values.tolist() == [list(SUBDURAL)]
     assert len(labels.notes) == 1
     assert labels.notes[0].startswith("1 subjects have a subtype by majority")
@@ -340,7 +340,7 @@ def test_a_subtype_by_majority_without_ich_raises_any(tmp_path: Path) -> None:
 def test_reads_that_make_no_labels_are_refused(text: str, message: str, tmp_path: Path) -> None:
     listing = tree(tmp_path, {CQ500_SLICE: "", "reads.csv": text})
     with pytest.raises(SourceError, match=message):
-        cq500.read_labels(listing, None, allow_contradictions=False)
+        cq500.read_labels(listing, None)
 
 
 def test_a_subject_that_stands_twice_is_known_where_its_lines_agree(tmp_path: Path) -> None:
@@ -394,6 +394,6 @@ def test_values_of_labels_are_small_integers(tmp_path: Path) -> None:
         (cq500, {CQ500_SLICE: "", "reads.csv": text}),
     ):
         root = tmp_path / layout.__name__.rsplit(".", 1)[-1]
-        labels = layout.read_labels(tree(root, files), None, allow_contradictions=False)
+        labels = layout.read_labels(tree(root, files), None)
         assert labels.values.dtype == np.int8
         assert labels.values.shape == (len(labels.keys), len(RSNA_CLASSES))

@@ -12,13 +12,12 @@ import pyarrow.compute as pc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ich_prep.store import SERIES_SCHEMA, SLICE_SCHEMA
 
 from ich_prep.dataset.classes import RSNA_CLASSES, UNKNOWN
-from ich_prep.dataset.schema import Spec
+from ich_prep.dataset.schema import Spec, series_schema, slice_schema
 from ich_prep.errors import Reason
 from ich_prep.layouts.assignment import Assignment
-from ich_prep.layouts.labels import Key, Labels, no_labels
+from ich_prep.layouts.labels import Key, LabelTable, no_labels
 from ich_prep.stages import scan
 from ich_prep.stages.folds import fold_of
 from ich_prep.stages.plan import Plan, make_plan
@@ -66,7 +65,7 @@ def aside(path: str, reason: Reason, **values: Any) -> File:
     return {"path": path, "reason": str(reason), "detail": "why", **values}
 
 
-def planned(files: Sequence[File], *, labels: Labels | None = None, spec: Spec | None = None) -> Plan:
+def planned(files: Sequence[File], *, labels: LabelTable | None = None, spec: Spec | None = None) -> Plan:
     """Return the plan of files in the order of their paths, as a listing gives them."""
     lines = sorted(files, key=lambda line: line["path"])
 
@@ -85,8 +84,8 @@ def planned(files: Sequence[File], *, labels: Labels | None = None, spec: Spec |
     return make_plan(scanned, assignment=assignment, labels=labels or no_labels(), spec=spec or Spec(layout="folder"))
 
 
-def labelled(key: Key, values: dict[str, tuple[int, ...]], listed: Sequence[str] = ()) -> Labels:
-    return Labels(
+def labelled(key: Key, values: dict[str, tuple[int, ...]], listed: Sequence[str] = ()) -> LabelTable:
+    return LabelTable(
         key,
         pa.array(list(values), pa.string()),
         np.array(list(values.values()), np.int8).reshape(-1, len(RSNA_CLASSES)),
@@ -273,8 +272,8 @@ def test_every_file_has_a_row_or_a_line_in_the_quarantine(files: list[File]) -> 
 @settings(max_examples=40)
 def test_the_slices_of_a_series_are_contiguous_and_in_order(files: list[File]) -> None:
     plan = planned(files)
-    slices = plan.slices.select(SLICE_SCHEMA.names).to_pylist()
-    assert plan.series.schema == SERIES_SCHEMA
+    slices = plan.slices.select(slice_schema().names).to_pylist()
+    assert plan.series.schema == series_schema()
     assert [line["row"] for line in slices] == list(range(len(slices)))
     series = plan.series.to_pylist()
     assert [line["series_row"] for line in series] == list(range(len(series)))

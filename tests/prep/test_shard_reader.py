@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from ich_prep.dataset import shard_reader
 from ich_prep.dataset.native import ChunkFault, read_chunks
 from ich_prep.dataset.shard_format import CODECS, ShardWriter, index_bytes
 from ich_prep.dataset.shard_reader import ShardReader
@@ -107,7 +108,7 @@ def test_a_batch_is_one_call(codec: str, monkeypatch: pytest.MonkeyPatch, tmp_pa
         counted.append(len(requests))
         return read_chunks(requests, *asked, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(reader, "read_chunks", read)
+    monkeypatch.setattr(shard_reader, "read_chunks", read)
     out = np.empty((len(rows), SIZES[1]), np.uint8)
     assert shared.read(rows, out) == []
     np.testing.assert_array_equal(out, some_pixels(SIZES[1])[rows])
@@ -143,8 +144,8 @@ def test_a_part_of_a_batch_may_lie_on_the_disk(codec: str, tmp_path: Path) -> No
 def test_many_threads_of_the_caller_share_one_reader(
     most_open: int, folder: Path, pixels: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reader, "MOST_OPEN", most_open)
-    monkeypatch.setattr(reader, "LEAST_SCRATCH", 1)
+    monkeypatch.setattr(shard_reader, "MOST_OPEN", most_open)
+    monkeypatch.setattr(shard_reader, "LEAST_SCRATCH", 1)
     there = np.setdiff1d(np.arange(SLICES), HOLES)
 
     def read(seed: int) -> bool:
@@ -162,7 +163,7 @@ def test_many_threads_of_the_caller_share_one_reader(
 def test_shards_are_closed_when_many_are_open(
     monkeypatch: pytest.MonkeyPatch, folder: Path, pixels: NDArray[np.uint8]
 ) -> None:
-    monkeypatch.setattr(reader, "MOST_OPEN", 2)
+    monkeypatch.setattr(shard_reader, "MOST_OPEN", 2)
     small = open_reader(folder)
     before = len(list(Path("/proc/self/fd").iterdir()))
     rows = np.setdiff1d(np.arange(SLICES), HOLES)
@@ -174,7 +175,7 @@ def test_shards_are_closed_when_many_are_open(
         most = max(most, len(list(Path("/proc/self/fd").iterdir())))
         return read_chunks(*asked, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(reader, "read_chunks", read)
+    monkeypatch.setattr(shard_reader, "read_chunks", read)
     for _ in range(3):
         small.read(rows, out)
         np.testing.assert_array_equal(out, pixels[rows])
