@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ich_prep.dataset.classes import UNKNOWN
+from ich_prep.dataset.classes import RSNA_CLASSES, UNKNOWN
 from ich_prep.errors import SourceError
 from ich_prep.layouts.assignment import Assignment, header_of, no_repairs, nulls, read_csv, require_single
 from ich_prep.layouts.labels import Key, LabelTable, labels_from_long_table, no_labels

@@ -20,7 +20,7 @@ from ich_prep.dataset.dataset import open_dataset
 from ich_prep.dataset.schema import Spec
 from ich_prep.errors import BuildError, DatasetError, SourceError, UsageError
 from ich_prep.phantom import synthesize
-from tests.support.cli import SMALL, prep, published, start, train_file, wait_for, working
+from tests.support.cli import SMALL, copy_with_working_folder, prep, published, start, train_file, wait_for, working
 
 # --- equal bytes -----------------------------------------------------------------------------------------------------
 
@@ -118,23 +118,81 @@ def test_a_plain_second_run_says_finished_and_does_nothing(phantom_tree: Path, d
     assert {path: path.stat().st_mtime_ns for path in dataset_path.rglob("*")} == before
 
 
-def test_a_dataset_without_its_build_folder_is_not_taken_for_one_of_other_files(
+def test_a_dataset_without_its_working_folder_is_not_taken_for_one_of_other_files(
     tree: Path, dataset_path: Path, tmp_path: Path
 ) -> None:
     out = Path(shutil.copytree(dataset_path, tmp_path / "data.zarr"))
-    shutil.rmtree(working(out))
     shutil.copy(train_file(tree), tree / "stage_2_train" / "ID_new.dcm")
-    with pytest.raises(BuildError, match=r"it was made of (\d+) files and there are \d+ now"):
+    with pytest.raises(BuildError, match=r"the source files have changed .*only with the working folder"):
         build(tree, out, SMALL, workers=0)
 
 
-def test_a_finished_dataset_needs_no_build_folder(phantom_tree: Path, dataset_path: Path, tmp_path: Path) -> None:
+def test_a_finished_dataset_needs_no_working_folder(phantom_tree: Path, dataset_path: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(dataset_path, tmp_path / "data.zarr"))
-    shutil.rmtree(working(out))
     assert build(phantom_tree, out, SMALL, workers=0).already_finished
     with pytest.raises(BuildError, match="size was 64, now 32"):
         build(phantom_tree, out, Spec(size=32, slices_per_shard=16), workers=0)
     assert published(out) == published(dataset_path)
+
+
+def test_the_working_folder_may_lie_elsewhere(phantom_tree: Path, dataset_path: Path, tmp_path: Path) -> None:
+    out, elsewhere = tmp_path / "data.zarr", tmp_path / "private" / "work"
+    words = ["build", "--src", phantom_tree, "--out", out, "--build-dir", elsewhere, "--size", 64]
+    built = prep(*words, "--slices-per-shard", 16, "--workers", 0)
+    assert built.returncode == 0, built.stderr
+    assert published(out) == published(dataset_path)
+    assert (elsewhere / "plan.parquet").exists() and not working(out).exists()
+    checked = prep("verify", out, "--src", phantom_tree, "--build-dir", elsewhere)
+    assert checked.returncode == 0, checked.stderr
+    without = prep("verify", out, "--src", phantom_tree)
+    assert without.returncode == 2 and "needs the working folder" in without.stderr
+
+
+def test_a_dataset_and_its_working_folder_may_be_renamed(
+    phantom_tree: Path, dataset_path: Path, tmp_path: Path
+) -> None:
+    out = copy_with_working_folder(dataset_path, tmp_path / "renamed.zarr")
+    assert build(phantom_tree, out, SMALL, workers=0).already_finished
+    checked = prep("verify", out, "--src", phantom_tree)
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_a_working_folder_of_another_dataset_is_refused(phantom_tree: Path, dataset_path: Path, tmp_path: Path) -> None:
+    out = copy_with_working_folder(dataset_path, tmp_path / "data.zarr")
+    build(phantom_tree, tmp_path / "other.zarr", Spec(size=32), workers=0)
+    shutil.rmtree(working(out))
+    working(tmp_path / "other.zarr").rename(working(out))
+    with pytest.raises(BuildError, match="belongs to another dataset"):
+        build(phantom_tree, out, SMALL, workers=0)
+    for command in (["verify", out, "--src", phantom_tree], ["clean", out]):
+        refused = prep(*command)
+        assert refused.returncode != 0 and "belongs to another dataset" in refused.stderr
+    assert (working(out) / "plan.parquet").exists()
+
+
+def test_nothing_private_lies_in_the_dataset(phantom_tree: Path, dataset_path: Path) -> None:
+    assert sorted(path.name for path in dataset_path.iterdir()) == ["images", "labels", "zarr.json"]
+    published_bytes = b"".join(path.read_bytes() for path in dataset_path.rglob("*.json"))
+    assert str(phantom_tree).encode() not in published_bytes
+    assert not [path for path in dataset_path.rglob("*") if path.suffix in (".jsonl", ".lock")]
+
+
+def test_clean_removes_the_working_folder_and_nothing_else(dataset_path: Path, tmp_path: Path) -> None:
+    out = copy_with_working_folder(dataset_path, tmp_path / "data.zarr")
+    cleaned = prep("clean", out)
+    assert cleaned.returncode == 0, cleaned.stderr
+    assert f"Removed {working(out)}" in cleaned.stdout
+    assert not working(out).exists()
+    assert published(out) == published(dataset_path)
+    assert prep("clean", out).returncode == 0
+
+
+def test_clean_touches_no_folder_of_somebody_else(dataset_path: Path, tmp_path: Path) -> None:
+    out = copy_with_working_folder(dataset_path, tmp_path / "data.zarr")
+    (working(out) / "thesis.tex").write_text("mine")
+    refused = prep("clean", out)
+    assert refused.returncode == 2 and "thesis.tex" in refused.stderr
+    assert (working(out) / "thesis.tex").exists() and (working(out) / "plan.parquet").exists()
 
 
 def test_another_spec_is_refused_and_named(phantom_tree: Path, dataset_path: Path) -> None:
@@ -185,7 +243,7 @@ def test_a_build_that_has_a_plan_is_refused_to_another_spec(phantom_tree: Path, 
         build(phantom_tree, unfinished, SMALL.model_copy(update={"folds": 3}), workers=0)
 
 
-def test_a_build_of_other_releases_is_refused(phantom_tree: Path, dataset_path: Path, unfinished: Path) -> None:
+def test_a_build_of_other_versions_is_refused(phantom_tree: Path, dataset_path: Path, unfinished: Path) -> None:
     path = working(unfinished) / "state.json"
     state = json.loads(path.read_text())
     here = state["versions"]["numpy"]
@@ -195,17 +253,6 @@ def test_a_build_of_other_releases_is_refused(phantom_tree: Path, dataset_path: 
     path.write_text(json.dumps(state))
     build(phantom_tree, unfinished, SMALL, workers=0)
     assert published(unfinished) == published(dataset_path)
-
-
-def test_a_dataset_whose_build_kept_no_releases_is_finished(
-    phantom_tree: Path, dataset_path: Path, tmp_path: Path
-) -> None:
-    out = Path(shutil.copytree(dataset_path, tmp_path / "data.zarr"))
-    path = working(out) / "state.json"
-    state = json.loads(path.read_text())
-    del state["versions"]
-    path.write_text(json.dumps(state))
-    assert build(phantom_tree, out, SMALL, workers=0).already_finished
 
 
 def test_a_shard_of_another_plan_is_written_anew(phantom_tree: Path, dataset_path: Path, unfinished: Path) -> None:
@@ -283,17 +330,27 @@ def test_two_builds_of_one_dataset_at_a_time_are_refused(
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("names", [["summer.jpg"], ["build/summer.jpg"], ["build/lock", "build/state.json", "main.c"]])
+@pytest.mark.parametrize("names", [["summer.jpg"], ["build/summer.jpg"], ["images/c/0", "labels/x", "main.c"]])
 def test_a_folder_that_is_not_ours_is_not_touched(
     names: list[str], overwrite: bool, phantom_tree: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "project"
-    (working(out)).mkdir(parents=True)
     for name in names:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text("mine")
-    with pytest.raises(UsageError, match="Nothing in it was touched"):
+    with pytest.raises(UsageError, match="left untouched"):
         build(phantom_tree, out, SMALL, workers=0, overwrite=overwrite)
-    assert {str(path.relative_to(out)) for path in out.rglob("*")} == {"build", *names}
+    assert {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} == {*names}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_working_folder_that_is_not_ours_is_not_touched(overwrite: bool, phantom_tree: Path, tmp_path: Path) -> None:
+    out = tmp_path / "data.zarr"
+    working(out).mkdir()
+    (working(out) / "main.c").write_text("mine")
+    with pytest.raises(UsageError, match=r"not one of ich-prep \(it holds main\.c\).*--build-dir"):
+        build(phantom_tree, out, SMALL, workers=0, overwrite=overwrite)
+    assert [path.name for path in working(out).iterdir()] == ["main.c"]
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -301,7 +358,7 @@ def test_another_zarr_group_is_not_touched(overwrite: bool, phantom_tree: Path, 
     out = tmp_path / "other.zarr"
     out.mkdir()
     (out / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group", "attributes": {}}')
-    with pytest.raises(DatasetError, match="another Zarr group"):
+    with pytest.raises(DatasetError, match="not one that ich-prep wrote"):
         build(phantom_tree, out, SMALL, workers=0, overwrite=overwrite)
     assert [path.name for path in out.rglob("*")] == ["zarr.json"]
 
@@ -309,6 +366,7 @@ def test_another_zarr_group_is_not_touched(overwrite: bool, phantom_tree: Path, 
 def test_an_empty_folder_may_be_built_into(phantom_tree: Path, dataset_path: Path, tmp_path: Path) -> None:
     build(phantom_tree, tmp_path, SMALL, workers=0)
     assert published(tmp_path) == published(dataset_path)
+    shutil.rmtree(working(tmp_path))
 
 
 @pytest.mark.parametrize("below", [".", "data.zarr", "stage_2_train/data.zarr"])
@@ -317,7 +375,7 @@ def test_the_dataset_may_not_lie_among_its_sources(below: str, tree: Path, tmp_p
     for place in (tree / below, tmp_path / "link" / below):
         with pytest.raises(UsageError, match="inside the source"):
             build(tree, place, SMALL, workers=0)
-    assert not list(tree.rglob("build"))
+    assert not list(tree.rglob("*.build"))
 
 
 def test_a_place_where_no_folder_can_be_made(phantom_tree: Path, tmp_path: Path) -> None:

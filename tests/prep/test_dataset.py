@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import warnings
@@ -12,6 +13,7 @@ from typing import Any
 import dask.array
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tensorstore
@@ -25,9 +27,12 @@ from numpy.typing import NDArray
 from ich_prep.build_dataset import build
 from ich_prep.dataset.dataset import Dataset, open_dataset
 from ich_prep.dataset.schema import Spec, series_schema, shard_path, slice_schema, table_name
+from ich_prep.dataset.tables import write_table
 from ich_prep.dataset.windows import window_codes
 from ich_prep.errors import CorruptionError, DatasetError
 from ich_prep.stages.publish import digest_of
+from ich_prep.summary import summary_of
+from ich_train.data import SliceLoader, usable_rows
 from tests.support.cli import copy_with_working_folder
 
 
@@ -263,6 +268,102 @@ def test_a_root_that_lacks_a_part_is_damage(key: str, copy: Path) -> None:
     rewrite_root(copy, lambda ich: ich.pop(key) and None)
     with pytest.raises(CorruptionError, match=rf"is damaged: {key}: Field required"):
         open_dataset(copy)
+
+
+def reseal(path: Path) -> None:
+    """Make the digests of a dataset those of its files as they are now."""
+
+    def change(ich: dict[str, Any]) -> None:
+        for name in ich["digests"]:
+            ich["digests"][name] = hashlib.sha256((path / name).read_bytes()).hexdigest()
+        ich["digest"] = digest_of(ich)
+
+    rewrite_root(path, change)
+
+
+def test_readers_ignore_what_they_do_not_know(copy: Path, pixels: NDArray[Any]) -> None:
+    """A dataset of a later version of the same format: one unknown of each kind."""
+    table = pq.read_table(copy / "labels/slices.parquet")
+    words = {
+        "status": ["expired"] + table["status"].to_pylist()[1:],
+        "label_level": ["lesion"] + table["label_level"].to_pylist()[1:],
+        "turn": ["sideways"] + table["turn"].to_pylist()[1:],
+        "flags": [["new_flag"]] + table["flags"].to_pylist()[1:],
+        "repairs": [["new_repair"]] + table["repairs"].to_pylist()[1:],
+    }
+    for name, values in words.items():
+        place = table.schema.get_field_index(name)
+        table = table.set_column(place, table.schema.field(place), pa.array(values, table.schema.field(place).type))
+    table = table.append_column("later_column", pa.array([1] * len(table)))
+    write_table(copy / "labels/slices.9.parquet", table)
+    quarantine = pq.read_table(copy / "labels/quarantine.parquet")
+    line = [{"path": "x", "stage": "later", "row": None, "reason": "new_reason", "detail": ""}]
+    write_table(copy / "labels/quarantine.parquet", pa.Table.from_pylist(line, quarantine.schema))
+    (copy / "labels/slices.parquet").unlink()
+
+    def change(ich: dict[str, Any]) -> None:
+        ich["format"] = "ich/1.4"
+        ich["spec"] |= {"layout": "mimic", "orientation": "patient"}
+        ich["later_key"] = {"a": [1]}
+        ich["counts"] |= {"later": 3}
+        ich["tables"] |= {"slices": "labels/slices.9.parquet", "lesions": "labels/lesions.parquet"}
+        ich["digests"]["labels/slices.9.parquet"] = ich["digests"].pop("labels/slices.parquet")
+        ich["history"].append({"command": "annotate", "generation": 9, "reader": "x"})
+        ich["generation"] = 9
+
+    rewrite_root(copy, change)
+    images = json.loads((copy / "images/zarr.json").read_text())
+    images["shape"][0] += 100
+    (copy / "images/zarr.json").write_text(json.dumps(images))
+    reseal(copy)
+    opened = open_dataset(copy)
+    assert len(opened) == len(pixels) and opened.root.generation == 9
+    assert not opened.is_ok[0] and opened.is_ok[1:].all()
+    assert opened.slices["later_column"].to_pylist() == [1] * len(opened)
+    np.testing.assert_array_equal(opened.read([1, 40]), pixels[[1, 40]])
+    assert len(opened.volume(series_row=0)) == opened.series["n_slices"][0].as_py() - 1
+    assert summary_of(opened)["flags"]["new_flag"] == 1
+    rows = usable_rows(opened)
+    assert 0 not in rows and len(rows)
+    assert [batch.rows.tolist() for batch in SliceLoader(opened, batch_size=8, order="sequential")][0] == rows[
+        :8
+    ].tolist()
+
+
+@pytest.mark.parametrize("key", ["size", "store", "windows", "slices_per_shard", "codec"])
+def test_a_spec_without_what_a_reader_needs_is_damage_and_not_guessed(key: str, copy: Path) -> None:
+    rewrite_root(copy, lambda ich: ich["spec"].pop(key) and None)
+    with pytest.raises(CorruptionError, match=f"the spec lacks {key}"):
+        open_dataset(copy)
+
+
+def test_a_root_needs_no_more_than_a_reader_uses(copy: Path, pixels: NDArray[Any]) -> None:
+    def change(ich: dict[str, Any]) -> None:
+        for key in ("digests", "generation", "labels_digest", "history", "created_by", "versions"):
+            del ich[key]
+        ich["counts"] = {"rows": ich["counts"]["rows"]}
+
+    rewrite_root(copy, change)
+    np.testing.assert_array_equal(open_dataset(copy).read([3]), pixels[[3]])
+
+
+def test_volumes_are_named_by_row_or_by_a_uid_of_one_volume(copy: Path, pixels: NDArray[Any]) -> None:
+    opened = open_dataset(copy)
+    line = opened.series.to_pylist()[1]
+    at = slice(line["first_row"], line["first_row"] + line["n_slices"])
+    np.testing.assert_array_equal(opened.volume(series_row=1), pixels[at])
+    with pytest.raises(TypeError, match=r"got 0\..*volume\(series_row=0\)"):
+        opened.volume(0)  # type: ignore[arg-type]
+    with pytest.raises(KeyError, match="No series_row 99"):
+        opened.volume(series_row=99)
+    with pytest.raises(TypeError, match="not by both"):
+        opened.volume("uid", series_row=1)
+    series = opened.series
+    uids = pa.array(["same"] * len(series), pa.string())
+    place = series.schema.get_field_index("series_instance_uid")
+    write_table(copy / "labels/series.parquet", series.set_column(place, "series_instance_uid", uids))
+    with pytest.raises(KeyError, match="volumes of .* share the UID 'same'"):
+        open_dataset(copy).volume("same")
 
 
 def test_an_unfinished_build_says_how_to_resume(dataset_path: Path, tmp_path: Path) -> None:
