@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ich_prep import ledger, store
+from ich_prep.codecs import CODECS
 from ich_prep.errors import BuildError
 from ich_prep.plan import PIXEL_COLUMNS
 from ich_prep.releases import PACKAGE, all_releases, library_releases
-from ich_prep.sharding import BLOSC_LEVELS, block_bytes
 from ich_prep.windows import AIR_HU
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def root_document(out: Path, ich: dict[str, Any]) -> bytes:
 def _metadata(spec: Spec, slices: int) -> dict[str, bytes]:
     """Return the ``zarr.json`` of each folder below the root, as zarr-python writes them."""
     import zarr
-    from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
+    from zarr.codecs import BytesCodec
     from zarr.storage import MemoryStore
 
     written: dict[str, Any] = {}
@@ -192,17 +192,8 @@ def _metadata(spec: Spec, slices: int) -> dict[str, bytes]:
     root = zarr.create_group(memory, zarr_format=3)
     for name in (store.BUILD, store.LABELS):
         root.create_group(name)
-    compressors: list[Any] = [Crc32cCodec()]
-    if spec.codec != "none":
-        blosc = BloscCodec(
-            cname=spec.codec,
-            clevel=BLOSC_LEVELS[spec.codec],
-            shuffle="shuffle",
-            blocksize=block_bytes((spec.channels, spec.size, spec.size), spec.dtype.itemsize),
-            typesize=spec.dtype.itemsize,
-        )
-        compressors.insert(0, blosc)
     chunk = (1, spec.channels, spec.size, spec.size)
+    compressors: list[Any] = [*CODECS[spec.codec].zarr_metadata(chunk[1:], spec.dtype), {"name": "crc32c"}]
     root.create_array(
         store.IMAGES,
         shape=(slices, *chunk[1:]),

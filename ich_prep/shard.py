@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from ich_prep import store
+from ich_prep.codecs import CODECS
 from ich_prep.decode import Decoder, PixelSource
 from ich_prep.errors import SliceError
 from ich_prep.hounsfield import apply_rescale, apply_rescale_and_windows, apply_windows
@@ -59,7 +60,7 @@ def write_shard(out: str, src: str, digest: str, number: int) -> dict[str, Any]:
     decoder = _decoder()
     lines: list[dict[str, Any]] = []
     with renamed_when_whole(path) as partial, open(partial, "wb", buffering=0) as file:
-        writer = ShardWriter(file, spec.slices_per_shard, spec.codec)
+        writer = ShardWriter(file, spec.slices_per_shard, CODECS[spec.codec])
         pixels = _Pixels(spec)
         sources = [_pixel_source(src, row) for row in rows]
         ahead = read_ahead(sources, lambda source: source.path, files=FILES_AHEAD)
@@ -72,8 +73,8 @@ def write_shard(out: str, src: str, digest: str, number: int) -> dict[str, Any]:
                 continue
             writer.append(pixels.out)
             lines.append({"status": store.OK, **{name: getattr(audit, name) for name in Audit.__slots__}})
-        size, fingerprint = writer.finish()
-    return {"plan": digest, "bytes": size, "fingerprint": fingerprint, "rows": lines}
+        written = writer.finish()
+    return {"plan": digest, "bytes": written.size, "fingerprint": written.fingerprint, "rows": lines}
 
 
 @lru_cache(maxsize=1)

@@ -27,6 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from ich_prep.codecs import CODECS
 from ich_prep.errors import CorruptionError, DatasetError
 from ich_prep.labels import CLASSES
 from ich_prep.ledger import write_whole
@@ -288,7 +289,7 @@ class Dataset:
             slices=slices,
             slice_bytes=int(np.prod(self.shape[1:])) * spec.dtype.itemsize,
             slices_per_shard=spec.slices_per_shard,
-            codec=spec.codec,
+            codec=CODECS[spec.codec],
         )
 
     def __len__(self) -> int:

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ich_prep import ledger, sharding, store
+from ich_prep.codecs import CODECS
 from ich_prep.compiled import crc32c
 from ich_prep.decode import decode_with_pydicom
 from ich_prep.errors import CorruptionError, IchError, SliceError, UsageError
@@ -238,7 +239,7 @@ def _check_shard(
             continue
         chunk = data[offset : offset + length]
         try:
-            sharding.decode_chunk(chunk, codec=dataset.spec.codec, out=buffer)
+            sharding.decode_chunk(chunk, codec=CODECS[dataset.spec.codec], out=buffer)
         except CorruptionError as error:
             raise CorruptionError(f"row {row}: {error}") from None
         checksums.append(crc32c(chunk[: -sharding.CRC_BYTES]))
