@@ -53,10 +53,6 @@ class Codec:
         """
         return self._make_encoder(shape, dtype)
 
-    def encode(self, pixels: NDArray[Any]) -> NDArray[np.uint8]:
-        """Return the payload of one slice, (channel, y, x), C-contiguous, as uint8 (n,)."""
-        return self.encoder(pixels.shape, pixels.dtype)(pixels)
-
     def decode(self, payload: NDArray[np.uint8], *, out: NDArray[np.uint8]) -> None:
         """Decode a payload, uint8 (n,), into ``out``: the bytes of one slice, uint8 (slice_bytes,).
 

@@ -124,7 +124,8 @@ def _unusable(what: str) -> IchError:
 
 
 def _address(array: NDArray[Any]) -> int:
-    return int(array.__array_interface__["data"][0])
+    plain = array if array.dtype.fields is None else array.view(np.uint8)  # the interface of records is slow to make
+    return int(plain.__array_interface__["data"][0])
 
 
 def crc32c(data: bytes | bytearray | memoryview | NDArray[np.uint8]) -> int:

@@ -93,7 +93,7 @@ class ShardReader:
         raise TypeError("An open dataset cannot be pickled; pass its path and open it in the other process.")
 
     def close(self) -> None:
-        """Finish the reads in progress, end the threads and close the files; further reads raise ``ValueError``."""
+        """End the threads and close the files, once reads in progress are done; further reads raise ``ValueError``."""
         with self._lock:
             self._closed = True
             pools, self._pools = self._pools, {}
