@@ -29,7 +29,8 @@ from numcodecs import blosc
 
 from ich_prep import Spec, build
 from ich_prep.build_dataset import Allowances
-from ich_prep.dataset.shard_format import BLOSC_LEVELS, ShardWriter, block_bytes
+from ich_prep.dataset.codecs import CODECS, block_bytes
+from ich_prep.dataset.shard_format import ShardWriter
 from ich_prep.dataset.storage import sync_file
 from ich_prep.dataset.windows import AIR_HU, HIGHEST_HU, Window, window_codes
 from ich_prep.decode import JPEG_PLUGIN, PLUGINS, Decoder, PixelSource
@@ -124,7 +125,7 @@ def _write_shards(
 
 def _window_and_encode(file: Any, spec: Spec) -> tuple[Write, Callable[[], object]]:
     """With what a build of ours calls."""
-    writer = ShardWriter(file, spec.slices_per_shard, spec.codec)
+    writer = ShardWriter(file, spec.slices_per_shard, CODECS[spec.codec])
     pixels = np.empty((spec.channels, spec.size, spec.size), spec.dtype)
 
     def write(values: np.ndarray, rescale: dict[str, Any] | None) -> None:
@@ -160,7 +161,7 @@ def _window_and_encode_by_libraries(file: Any, spec: Spec) -> tuple[Write, Calla
                 cv2.LUT(values[lines].view(np.uint16), table, dst=strip)
                 some = [*pixels[:, lines], *(plane[: lines.stop - top] for plane in planes[spec.channels :])]
                 cv2.split(strip.view(np.uint8).reshape(*strip.shape, 4), some)
-        frame = blosc.compress(pixels, spec.codec.encode(), BLOSC_LEVELS[spec.codec], blosc.SHUFFLE, blocks)
+        frame = blosc.compress(pixels, spec.codec.encode(), CODECS[spec.codec].blosc_level, blosc.SHUFFLE, blocks)
         ends.append(file.write(frame + google_crc32c.value(frame).to_bytes(4, "little")))
 
     return write, lambda: file.write(np.array(ends, "<u8").tobytes())

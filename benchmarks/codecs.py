@@ -24,9 +24,9 @@ from benchmarks.files import REAL, cohort
 from benchmarks.measure import Section, publish, versions
 from ich_prep import Spec, build
 from ich_prep.build_dataset import Allowances
+from ich_prep.dataset.codecs import ZSTD, block_bytes
 from ich_prep.dataset.dataset import open_dataset
 from ich_prep.dataset.native import FrameEncoder, decode_frame
-from ich_prep.dataset.shard_format import BLOSC_LEVELS, block_bytes
 
 SLICES = 64
 FORMS = {"3 windows, 512": ("windows", 512), "3 windows, 256": ("windows", 256), "HU, 512": ("hu", 512)}
@@ -36,8 +36,8 @@ OF_BLOSC = [
     ("lz4", 5, blosc.BITSHUFFLE),
     ("lz4", 1, blosc.SHUFFLE),
     ("lz4", 9, blosc.SHUFFLE),
-    ("zstd", BLOSC_LEVELS["zstd"], blosc.SHUFFLE),
-    ("zstd", BLOSC_LEVELS["zstd"], blosc.BITSHUFFLE),
+    ("zstd", ZSTD.blosc_level, blosc.SHUFFLE),
+    ("zstd", ZSTD.blosc_level, blosc.BITSHUFFLE),
     ("zstd", 5, blosc.SHUFFLE),
 ]
 SHUFFLES = {blosc.SHUFFLE: "byte shuffle", blosc.BITSHUFFLE: "bit shuffle"}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
-from ich_prep.dataset.native import MOST_WINDOWS, window_codes_by_table
+from ich_prep.dataset.native import MAX_WINDOWS, window_codes_by_table
 from ich_prep.dataset.windows import AIR_HU, HIGHEST_HU, Window, window_table
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def _packed_codes(windows: tuple[Window, ...], rescale: _Rescale | None) -> NDAr
 
     The words are stored values with a ``rescale`` of signed, slope, intercept and padding, and HU without one.
     """
-    codes = np.zeros((65536, MOST_WINDOWS), np.uint8)
+    codes = np.zeros((65536, MAX_WINDOWS), np.uint8)
     for index, window in enumerate(windows):
         codes[:, index] = window_table(window)
     if rescale is not None:
@@ -63,8 +63,8 @@ def _apply_packed(
 ) -> None:
     if len(out) != len(windows):
         raise ValueError(f"Expected out to be uint8 {(len(windows), *words.shape)}; got {out.dtype} {out.shape}.")
-    for first in range(0, len(windows), MOST_WINDOWS):
-        some = slice(first, first + MOST_WINDOWS)
+    for first in range(0, len(windows), MAX_WINDOWS):
+        some = slice(first, first + MAX_WINDOWS)
         window_codes_by_table(words, _packed_codes(windows[some], rescale), out=out[some])
 
 

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 
 from ich_prep.dataset import open_dataset, shard_format
 from ich_prep.dataset.classes import SUBTYPES, is_rsna
+from ich_prep.dataset.codecs import CODECS
 from ich_prep.dataset.native import crc32c
 from ich_prep.dataset.schema import IMAGES, ROOT, TABLES, shard_path
 from ich_prep.dataset.tables import read_parquet
@@ -258,7 +259,7 @@ def _check_shard(
             continue
         chunk = data[offset : offset + length]
         try:
-            shard_format.decode_chunk(chunk, codec=dataset.spec.codec, out=buffer)
+            shard_format.decode_chunk(chunk, codec=CODECS[dataset.spec.codec], out=buffer)
         except CorruptionError as error:
             raise CorruptionError(f"row {row}: {error}") from None
         checksums.append(crc32c(chunk[: -shard_format.CRC_BYTES]))

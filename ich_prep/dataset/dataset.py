@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from ich_prep.dataset.classes import UNKNOWN
+from ich_prep.dataset.codecs import CODECS
 from ich_prep.dataset.schema import OK, ROOT, Root, parse_root, shard_path
 from ich_prep.dataset.shard_reader import ShardReader, require_out
 from ich_prep.dataset.storage import local_path
@@ -81,8 +82,18 @@ class Dataset:
             slices=len(self),
             slice_bytes=int(np.prod(self.shape[1:])) * self.dtype.itemsize,
             slices_per_shard=self.spec.slices_per_shard,
-            codec=self.spec.codec,
+            codec=CODECS[self.spec.codec],
         )
+
+    def close(self) -> None:
+        """Close the shards and end the threads that read them; a closed dataset opens them again on the next read."""
+        self._reader.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -1,7 +1,7 @@
-"""The compiled library: slices to frames and back, many chunks in one call, words to window codes.
+"""The compiled library: frames of slices, many chunks in one call, stored values to window codes.
 
-Its source is in ``native/``, what each function promises in ``native/ich.h``. None of them holds Python's lock. Memory is
-the caller's, and what the caller hands over is checked here: a function in C believes what it is told.
+The C sources are in ``native/``; ``native/ich.h`` documents each function, ``native/README.md`` the rules. Every call
+releases the GIL. C trusts its arguments: buffers belong to the caller, and their sizes are checked here.
 """
 
 from __future__ import annotations
@@ -22,40 +22,64 @@ from ich_prep.errors import IchError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-INTERFACE = 1  # ICH_INTERFACE of ich.h
-MOST_WINDOWS = 4  # in one table
-MOST_BYTES = (1 << 31) - 17  # of a slice: BLOSC_MAX_BUFFERSIZE of c-blosc
+# As in ich.h: the version of the functions and structs, and that of the frames that they make.
+INTERFACE = 2
+ENCODER = 1
+MAX_WINDOWS = 4  # in one table
+MAX_SLICE_BYTES = (1 << 31) - 17  # BLOSC_MAX_BUFFERSIZE of c-blosc
+
+# struct ich_request: ``out_offset`` is where in ``out`` a slice goes; ``crc32c`` is compared if ``check_crc`` is 1.
+REQUEST = np.dtype(
+    [
+        ("fd", "<i8"),
+        ("offset", "<i8"),
+        ("length", "<i8"),
+        ("out_offset", "<i8"),
+        ("crc32c", "<u4"),
+        ("check_crc", "<u4"),
+    ]
+)
+# struct ich_fault.
+FAULT = np.dtype([("request", "<i8"), ("status", "<i8"), ("expected", "<i8"), ("found", "<i8")])
 
 
-class Codec(IntEnum):
-    """What ``read_chunks`` does with a chunk once its checksum fits."""
+class ChunkCodec(IntEnum):
+    """What ``read_chunks`` does with a chunk after its checksum is verified: ``enum ich_codec``."""
 
-    NONE = 0  # copy it
-    LZ4 = 1  # decode it
-    OTHER = 2  # leave it as it is, checksum and all
+    RAW = 0  # copy the payload
+    LZ4 = 1  # decode the payload
+    UNDECODED = 2  # leave the chunk as it is, checksum included
 
 
-class Fault(IntEnum):
-    """What can be wrong with a chunk; a negative number is an errno."""
+class Status(IntEnum):
+    """What is wrong with a chunk: ``enum ich_status``; a negative number is a negated errno."""
 
-    ENDS_EARLY = 1
+    TRUNCATED = 1
     CHECKSUM = 2
     LENGTH = 3
     FRAME = 4
+    OTHER_CHUNK = 5
 
 
-_WORDS = {
-    Fault.ENDS_EARLY: "it ends early",
-    Fault.CHECKSUM: "its checksum does not fit",
-    Fault.LENGTH: "expected {expected} bytes, found {found}",
-    Fault.FRAME: "it is no blosc frame of lz4",
+INVALID_FRAME = "not a valid LZ4 blosc frame"
+_MESSAGES = {
+    Status.TRUNCATED: "truncated: the file ends inside this chunk",
+    Status.CHECKSUM: "checksum mismatch (stored 0x{expected:08x}, computed 0x{found:08x})",
+    Status.LENGTH: "expected {expected} bytes, found {found}",
+    Status.FRAME: INVALID_FRAME,
+    Status.OTHER_CHUNK: (
+        "this is not the chunk that was written here (checksum 0x{found:08x}, expected 0x{expected:08x})"
+    ),
 }
 
 _Pointer, _Size = ctypes.c_void_p, ctypes.c_size_t
 _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "ich_interface": ([], ctypes.c_int),
+    "ich_encoder": ([], ctypes.c_int),
+    "ich_request_bytes": ([], _Size),
+    "ich_fault_bytes": ([], _Size),
     "ich_crc32c": ([ctypes.c_uint32, _Pointer, _Size], ctypes.c_uint32),
-    "ich_frame_room": ([_Size] * 3, _Size),
+    "ich_frame_bound": ([_Size] * 3, _Size),
     "ich_encode_scratch": ([_Size], _Size),
     "ich_encode": ([_Pointer, _Size, _Size, _Size, _Size, _Pointer, _Pointer], _Size),
     "ich_decode": ([_Pointer, _Size, _Pointer, _Size, _Pointer], ctypes.c_int),
@@ -70,29 +94,38 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
 
 @cache
 def require() -> ctypes.CDLL:
-    """Return the library; raises ``IchError`` where it is not there, or is not the one that this module is written for."""
-    found = [path for suffix in EXTENSION_SUFFIXES if (path := Path(__file__).with_name(f"_native{suffix}")).exists()]
+    """Return the library; raises ``IchError`` if it is missing or was compiled from the sources of another version."""
+    candidates = [Path(__file__).with_name(f"_native{suffix}") for suffix in EXTENSION_SUFFIXES]
+    path = next((path for path in candidates if path.exists()), None)
+    if path is None:
+        raise _unusable("none was compiled for this Python")
     try:
-        library = ctypes.CDLL(str(found[0]))
+        library = ctypes.CDLL(str(path))
         for name, (arguments, result) in _SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, result
-        if library.ich_interface() == INTERFACE:
-            return library
-        what = "one of another release"
-    except IndexError:
-        what = "none for this Python"
     except (OSError, AttributeError) as error:
-        what = f"one that cannot be used ({error})"
-    raise IchError(
-        f"Expected the compiled library of this release in {Path(__file__).parent}; found {what}. Install the package "
-        "with "
-        "pip, which compiles it: `pip install .` (or `make venv`) in its folder."
+        raise _unusable(f"{path.name} cannot be used ({error})") from None
+    versions = (library.ich_interface(), library.ich_encoder())
+    sizes = (library.ich_request_bytes(), library.ich_fault_bytes())
+    if versions != (INTERFACE, ENCODER) or sizes != (REQUEST.itemsize, FAULT.itemsize):
+        raise _unusable(
+            f"{path.name} is of another version (interface and encoder {versions}, expected {(INTERFACE, ENCODER)}; "
+            f"structs of {sizes} bytes, expected {(REQUEST.itemsize, FAULT.itemsize)})"
+        )
+    return library
+
+
+def _unusable(what: str) -> IchError:
+    return IchError(
+        f"Cannot load the compiled library in {Path(__file__).parent}: {what}. Install the package with pip, which "
+        "compiles it: `pip install .` (or `make venv`) in the project's folder."
     )
 
 
 def _address(array: NDArray[Any]) -> int:
-    return int(array.__array_interface__["data"][0])
+    plain = array if array.dtype.fields is None else array.view(np.uint8)  # the interface of records is slow to make
+    return int(plain.__array_interface__["data"][0])
 
 
 def crc32c(data: bytes | bytearray | memoryview | NDArray[np.uint8]) -> int:
@@ -102,35 +135,30 @@ def crc32c(data: bytes | bytearray | memoryview | NDArray[np.uint8]) -> int:
 
 
 class FrameEncoder:
-    """Makes blosc frames (lz4, byte shuffle) of slices of one ``shape`` and ``dtype`` (1 or 2 bytes), in one buffer.
+    """Encodes slices of one ``shape`` and ``dtype`` (1 or 2 bytes) as blosc frames (LZ4, byte shuffle), in one buffer.
 
-    Blocks are whole rows, ``block_bytes`` of them. Equal pixels give equal frames, which any reader of blosc can decode.
-    Raises ``ValueError`` for a shape, type or blocks that no frame can have.
+    Blocks are whole rows, ``block_bytes`` long. Equal pixels give equal frames on every processor; any blosc can decode
+    them. Raises ``ValueError`` for a shape, dtype or block size that a frame cannot have.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], block_bytes: int) -> None:
         item, size = dtype.itemsize, int(np.prod(shape)) * dtype.itemsize
-        if item not in (1, 2) or block_bytes % (shape[-1] * item) or not 0 < block_bytes <= size <= MOST_BYTES:
+        if item not in (1, 2) or block_bytes % (shape[-1] * item) or not 0 < block_bytes <= size <= MAX_SLICE_BYTES:
             raise ValueError(
-                f"Expected a slice of 1 to {MOST_BYTES} bytes, of items of 1 or 2, in blocks of whole rows; got "
-                f"{shape} of "
-                f"{dtype} in blocks of {block_bytes} bytes."
+                f"Expected a slice of 1 to {MAX_SLICE_BYTES} bytes, items of 1 or 2 bytes, and blocks of whole rows; got "
+                f"{shape} {dtype} in blocks of {block_bytes} bytes."
             )
         self._shape, self._dtype, self._block = shape, dtype, block_bytes
         self._bytes = size
-        self._out = np.empty(require().ich_frame_room(size, block_bytes, item), np.uint8)
+        self._out = np.empty(require().ich_frame_bound(size, block_bytes, item), np.uint8)
         self._scratch = np.empty(require().ich_encode_scratch(block_bytes), np.uint8)
-
-    def takes(self, pixels: NDArray[Any]) -> bool:
-        """Return whether ``pixels`` are of the shape and type that this encoder is for."""
-        return pixels.shape == self._shape and pixels.dtype == self._dtype
 
     def encode(self, pixels: NDArray[Any]) -> NDArray[np.uint8]:
         """Return the frame of ``pixels``, valid until the next call: uint8 (n,).
 
-        Raises ``ValueError`` where they are of another shape or type, or not C-contiguous.
+        Raises ``ValueError`` for another shape or dtype, or an array that is not C-contiguous.
         """
-        if not self.takes(pixels):
+        if pixels.shape != self._shape or pixels.dtype != self._dtype:
             raise ValueError(f"Expected {self._dtype} of shape {self._shape}; got {pixels.dtype} of {pixels.shape}.")
         item = self._dtype.itemsize
         length = require().ich_encode(
@@ -146,9 +174,10 @@ class FrameEncoder:
 
 
 def decode_frame(frame: NDArray[np.uint8], out: NDArray[np.uint8]) -> bool:
-    """Inflate ``frame``, uint8 (n,), into ``out``, uint8 (slice_bytes,); return whether it is a frame of so many bytes.
+    """Decode ``frame``, uint8 (n,), into ``out``, uint8 (slice_bytes,); return whether it is a valid frame of that size.
 
-    A damaged frame harms nothing but ``out``. Raises ``ValueError`` for memory that cannot be written to as a whole.
+    An invalid frame may leave anything in ``out``, and changes no other memory. Raises ``ValueError`` if ``out`` is
+    read-only or either array is not C-contiguous.
     """
     scratch = np.empty(out.nbytes, np.uint8)
     return not require().ich_decode(
@@ -158,37 +187,42 @@ def decode_frame(frame: NDArray[np.uint8], out: NDArray[np.uint8]) -> bool:
 
 @dataclass(frozen=True)
 class ChunkFault:
-    """Which of the requests of a call has what wrong with it."""
+    """The first invalid chunk of a call: the index of its request, and what is wrong with it."""
 
     request: int
     what: str
 
 
-def scratch_bytes(codec: Codec, *, longest_chunk: int, slice_bytes: int) -> int:
-    """Return how much scratch ``read_chunks`` needs for chunks of up to ``longest_chunk`` bytes."""
-    return int(require().ich_read_scratch(codec, longest_chunk, slice_bytes))
+def scratch_bytes(codec: ChunkCodec, *, max_chunk: int, slice_bytes: int) -> int:
+    """Return how much scratch memory ``read_chunks`` needs for chunks of up to ``max_chunk`` bytes."""
+    return int(require().ich_read_scratch(codec, max_chunk, slice_bytes))
 
 
 def read_chunks(
-    requests: NDArray[np.int64], codec: Codec, *, out: NDArray[np.uint8], slice_bytes: int, scratch: NDArray[np.uint8]
+    requests: NDArray[np.void],
+    codec: ChunkCodec,
+    *,
+    out: NDArray[np.uint8],
+    slice_bytes: int,
+    scratch: NDArray[np.uint8],
 ) -> ChunkFault | None:
-    """Read chunks, compare their checksums and decode each into its place; return what is wrong with one, or None.
+    """Read chunks, verify their checksums and decode each to its place; return the first fault, or None.
 
-    ``requests``, int64 (n, 4), n > 0: descriptor of an open file, first byte, length with checksum, and where in ``out``,
-    uint8 (m,), the slice goes (with ``Codec.OTHER`` the chunk). Chunks that lie in memory are read while the disk fetches
-    the others. ``scratch``, uint8, is as long as ``scratch_bytes`` says. Raises ``ValueError`` where memory is too small.
+    ``requests``: ``REQUEST`` (n,), n > 0. ``out``: uint8 (m,); a slice of ``slice_bytes`` bytes (of ``UNDECODED`` chunks
+    the whole chunk) goes to each ``out_offset``. ``scratch``: uint8, at least ``scratch_bytes`` long. Chunks in the page
+    cache are read while the disk fetches the others. Raises ``ValueError`` if a buffer is too small.
     """
-    if requests.dtype != np.int64 or requests.shape[1:] != (4,):
-        raise ValueError(f"Expected requests as int64 (n, 4); got {requests.dtype} of {requests.shape}.")
-    lengths, places = requests[:, 2], requests[:, 3]
+    if requests.dtype != REQUEST or requests.ndim != 1:
+        raise ValueError(f"Expected requests as {REQUEST} (n,); got {requests.dtype} {requests.shape}.")
+    lengths, out_offsets = requests["length"], requests["out_offset"]
     longest = int(lengths.max())
-    needed = scratch_bytes(codec, longest_chunk=longest, slice_bytes=slice_bytes)
-    room = out.nbytes - (lengths if codec == Codec.OTHER else slice_bytes)
-    if int(lengths.min()) < 0 or int(places.min()) < 0 or (places > room).any() or needed > scratch.nbytes:
+    needed = scratch_bytes(codec, max_chunk=longest, slice_bytes=slice_bytes)
+    last = out.nbytes - (lengths if codec == ChunkCodec.UNDECODED else slice_bytes)
+    if int(lengths.min()) < 0 or int(out_offsets.min()) < 0 or (out_offsets > last).any() or needed > scratch.nbytes:
         raise ValueError(
             f"Expected room for each chunk in {out.nbytes} bytes, and {needed} bytes of scratch; got {scratch.nbytes}."
         )
-    late, trouble = np.empty(len(requests), np.uint8), np.zeros(3, np.int64)
+    deferred, fault = np.empty(len(requests), np.uint8), np.zeros(1, FAULT)
     failed = require().ich_read(
         _address(_contiguous(requests)),
         len(requests),
@@ -197,30 +231,36 @@ def read_chunks(
         slice_bytes,
         longest,
         _address(_writeable(scratch)),
-        _address(late),
-        _address(trouble),
+        _address(deferred),
+        _address(fault),
     )
     if not failed:
         return None
-    request, fault, found = trouble.tolist()
-    if fault < 0:
-        return ChunkFault(request, f"it cannot be read: {os.strerror(-fault)}")
-    return ChunkFault(request, _WORDS[Fault(fault)].format(expected=slice_bytes, found=found))
+    request, status, expected, found = fault[0].item()
+    if status < 0:
+        return ChunkFault(request, f"cannot be read: {os.strerror(-status)}")
+    return ChunkFault(request, _MESSAGES[Status(status)].format(expected=expected, found=found))
 
 
-def window_codes_by_table(words: NDArray[np.uint16], table: NDArray[np.uint32], *, out: NDArray[np.uint8]) -> None:
-    """Write byte w of the table's entry for each of ``words``, (rows, columns), into plane w of ``out``.
+def mismatch(stored: int, computed: int) -> str:
+    """Return the message for a checksum that does not match the bytes before it."""
+    return _MESSAGES[Status.CHECKSUM].format(expected=stored, found=computed)
 
-    ``table``: uint32 (65536,). ``out``: uint8 (w, rows, columns), up to four planes. Raises ``ValueError`` for others.
+
+def window_codes_by_table(stored: NDArray[np.uint16], table: NDArray[np.uint32], *, out: NDArray[np.uint8]) -> None:
+    """Write byte w of the table's entry for each stored value, (rows, columns), to plane w of ``out``.
+
+    ``table``: uint32 (65536,). ``out``: uint8 (w, rows, columns), up to four planes. Raises ``ValueError`` for any other
+    shape or dtype.
     """
-    if words.dtype != np.uint16 or table.dtype != np.uint32 or table.shape != (65536,) or len(out) > MOST_WINDOWS:
-        raise ValueError("Expected uint16 words, a table of 65,536 uint32 and up to four planes.")
-    if out.shape != (len(out), *words.shape) or out.dtype != np.uint8 or not out.flags.c_contiguous:
+    if stored.dtype != np.uint16 or table.dtype != np.uint32 or table.shape != (65536,) or len(out) > MAX_WINDOWS:
+        raise ValueError("Expected uint16 stored values, a table of 65,536 uint32 and up to four planes.")
+    if out.shape != (len(out), *stored.shape) or out.dtype != np.uint8 or not out.flags.c_contiguous:
         raise ValueError(
-            f"Expected out to be uint8 {(len(out), *words.shape)}, C-contiguous; got {out.dtype} {out.shape}."
+            f"Expected out to be uint8 {(len(out), *stored.shape)}, C-contiguous; got {out.dtype} {out.shape}."
         )
     require().ich_windows(
-        _address(_contiguous(words)), words.size, _address(_contiguous(table)), len(out), _address(_writeable(out))
+        _address(_contiguous(stored)), stored.size, _address(_contiguous(table)), len(out), _address(_writeable(out))
     )
 
 
@@ -232,5 +272,5 @@ def _contiguous(array: NDArray[Any]) -> NDArray[Any]:
 
 def _writeable(array: NDArray[Any]) -> NDArray[Any]:
     if not array.flags.writeable:
-        raise ValueError("Expected memory that may be written to; got a read-only array.")
+        raise ValueError("Expected a writeable array; got a read-only one.")
     return _contiguous(array)

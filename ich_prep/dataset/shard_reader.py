@@ -1,8 +1,8 @@
 """Rows in any order -> chunks of shards -> decoded straight into the caller's buffer.
 
-This is the hot path of training: a batch is one call of the compiled library, which reads, checks and decodes its chunks
-without Python's lock. A thread that waits for that lock loses more than a slice takes to decode. Chunks of zstd, which
-take much longer than that, are decoded by blosc, one by one.
+This is the hot path of training: a batch is one call of the compiled library, which reads, verifies and decodes its chunks
+without the GIL. A thread that waits for the GIL loses more time than a slice takes to decode. Chunks of zstd take much
+longer than that, so they are decoded by blosc, one by one.
 """
 
 from __future__ import annotations
@@ -10,26 +10,28 @@ from __future__ import annotations
 import os
 import resource
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from ich_prep.dataset.native import Codec, read_chunks, scratch_bytes
-from ich_prep.dataset.shard_format import CRC_BYTES, MISSING, decode_payload, index_bytes, parse_index
+from ich_prep.dataset.native import REQUEST, ChunkCodec, read_chunks, scratch_bytes
+from ich_prep.dataset.shard_format import CRC_BYTES, MISSING, index_bytes, parse_index
 from ich_prep.errors import CorruptionError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-LEAST_SCRATCH = 4 << 20  # from here on NumPy asks the kernel for huge pages
-MOST_OPEN = 16384
+    from ich_prep.dataset.codecs import Codec
+
+MIN_SCRATCH = 4 << 20  # from this size on NumPy asks the kernel for huge pages
+MAX_OPEN = 16384
 
 
 class _File:
-    """An open shard; closed when the last reader lets go of it."""
+    """An open shard; closed when its last user drops it."""
 
     __slots__ = ("descriptor",)
 
@@ -42,40 +44,72 @@ class _File:
 
 
 class ShardReader:
-    """Reads slices of ``slice_bytes`` bytes each from the shards that ``path_of`` names. Safe to share between threads.
+    """Reads slices of ``slice_bytes`` bytes each from the shards at ``path_of(number)``. Safe to share between threads.
 
-    ``slices`` are the rows there are, ``slices_per_shard`` the rows of a shard, ``codec`` a word of ``sharding.CODECS``.
-    The index of a shard is read once, when a row of it is first asked for. Files stay open, as many as half of the
-    process's limit (``ulimit -n``); beyond that the one opened first is closed, once the threads that read it have done
-    so: each holds a 32nd of the limit at most.
+    ``slices`` is the number of rows, ``slices_per_shard`` the number of chunks in the index of each shard; shards may
+    contain further chunks, which are not read. ``expected_crc``, uint32 (slices or more,), is the checksum that each row
+    must have behind its payload: it detects a valid chunk that was not written there.
+
+    The index of a shard is read once, when one of its rows is first read. Files stay open, up to half of the process's
+    limit (``ulimit -n``). Beyond that the file opened first is closed, once no thread reads it; each thread uses up to a
+    32nd of the limit. ``close``, or the end of a ``with`` block, closes the files and ends the threads.
     """
 
     def __init__(
-        self, path_of: Callable[[int], Path], *, slices: int, slice_bytes: int, slices_per_shard: int, codec: str
+        self,
+        path_of: Callable[[int], Path],
+        *,
+        slices: int,
+        slice_bytes: int,
+        slices_per_shard: int,
+        codec: Codec,
+        expected_crc: NDArray[np.uint32] | None = None,
     ) -> None:
-        self._path_of, self._codec = path_of, codec
-        self._kind = {"none": Codec.NONE, "lz4": Codec.LZ4}.get(codec, Codec.OTHER)
+        if expected_crc is not None and (expected_crc.dtype != np.uint32 or expected_crc.ndim != 1):
+            raise ValueError(f"Expected checksums as uint32 (n,); got {expected_crc.dtype} {expected_crc.shape}.")
+        if expected_crc is not None and len(expected_crc) < slices:
+            raise ValueError(f"Expected a checksum for each of {slices} rows; got {len(expected_crc)}.")
+        self._path_of, self._codec, self._expected_crc = path_of, codec, expected_crc
         self._slices, self._slice_bytes, self._per_shard = slices, slice_bytes, slices_per_shard
         shards = -(-slices // slices_per_shard)
-        # Where the chunk of each row begins and ends in its shard: equal for a hole.
+        # Where the chunk of each row begins and ends in its shard; equal if it is missing.
         self._begins = np.zeros(shards * slices_per_shard, np.int64)
         self._ends = np.zeros(shards * slices_per_shard, np.int64)
         self._indexed = np.zeros(shards, bool)
         self._files: dict[int, _File] = {}
-        self._most_open = most_open()
+        self._max_open = max_open_files()
         self._lock = threading.Lock()
         self._local = threading.local()
-        self._threads: ThreadPoolExecutor | None = None
+        self._pools: dict[int, ThreadPoolExecutor] = {}
+        self._closed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __getstate__(self) -> dict[str, object]:
         raise TypeError("An open dataset cannot be pickled; pass its path and open it in the other process.")
 
+    def close(self) -> None:
+        """End the threads and close the files, once reads in progress are done; further reads raise ``ValueError``."""
+        with self._lock:
+            self._closed = True
+            pools, self._pools = self._pools, {}
+        for pool in pools.values():
+            pool.shutdown()
+        with self._lock:
+            self._files.clear()
+
     def read(self, rows: NDArray[np.int64], out: NDArray[np.uint8], *, threads: int = 1) -> list[int]:
         """Decode ``rows``, int64 (n,), into ``out``, uint8 (n, slice_bytes), C-contiguous.
 
-        Returns which of the rows are holes; where there are any, nothing is decoded. Raises ``IndexError`` for a row
-        that is not there, ``CorruptionError`` naming shard and row, ``ValueError`` for another ``out``.
+        Return the rows whose chunks are missing; if there are any, nothing is decoded. Raises ``IndexError`` for a row
+        out of range, ``CorruptionError`` with the shard and row, ``ValueError`` for another ``out`` or a closed reader.
         """
+        if self._closed:
+            raise ValueError("This dataset was closed: open it again.")
         if not len(rows):
             return []
         require_out(out, (len(rows), self._slice_bytes), np.dtype(np.uint8))
@@ -91,47 +125,58 @@ class ShardReader:
         if threads <= 1 or len(rows) < 2 * threads:
             self._read_rows(rows, out)
             return []
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(threads, thread_name_prefix="read")
         parts = zip(np.array_split(rows, threads), np.array_split(out, threads), strict=True)
-        tasks = [self._threads.submit(self._read_rows, *part) for part in parts]
-        wait(tasks)  # also where one of them fails: nobody writes into ``out`` any more
+        tasks = self._submit(threads, parts)
+        wait(tasks)  # even if one of them fails: no thread may write to ``out`` after this call
         for task in tasks:
             task.result()
         return []
 
-    def _read_rows(self, rows: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
-        """Read as many rows at a time as files may be held open by one thread."""
-        step = max(1, self._most_open // 16)
-        for at in range(0, len(rows), step):
-            self._read_some(rows[at : at + step], out[at : at + step])
+    def _submit(self, threads: int, parts: Iterable[tuple[NDArray[np.int64], NDArray[np.uint8]]]) -> list[Future[None]]:
+        """Start reading ``parts`` in the pool of ``threads`` threads."""
+        with self._lock:  # not after ``close`` has taken the pools
+            if self._closed:
+                raise ValueError("This dataset was closed: open it again.")
+            if threads not in self._pools:
+                self._pools[threads] = ThreadPoolExecutor(threads, thread_name_prefix="read")
+            return [self._pools[threads].submit(self._read_rows, *part) for part in parts]
 
-    def _read_some(self, rows: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
+    def _read_rows(self, rows: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
+        """Read ``rows`` in batches of as many as one thread may hold files open."""
+        step = max(1, self._max_open // 16)
+        for i in range(0, len(rows), step):
+            self._read_batch(rows[i : i + step], out[i : i + step])
+
+    def _read_batch(self, rows: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
         begins = self._begins[rows]
         lengths = self._ends[rows] - begins
-        # Held until they are read: another thread may let go of them meanwhile.
+        # Referenced until they are read: another thread may evict them from ``_files`` meanwhile.
         files = [self._open(number) for number in (rows // self._per_shard).tolist()]
-        requests = np.empty((len(rows), 4), np.int64)
-        requests[:, 0] = [file.descriptor for file in files]
-        requests[:, 1], requests[:, 2] = begins, lengths
-        if self._kind != Codec.OTHER:
-            requests[:, 3] = self._slice_bytes * np.arange(len(rows))
-            self._take(rows, requests, out.reshape(-1))
+        requests = np.empty(len(rows), REQUEST)
+        requests["fd"] = [file.descriptor for file in files]
+        requests["offset"], requests["length"] = begins, lengths
+        requests["check_crc"] = self._expected_crc is not None
+        if self._expected_crc is not None:
+            requests["crc32c"] = self._expected_crc[rows]
+        if self._codec.native != ChunkCodec.UNDECODED:
+            requests["out_offset"] = self._slice_bytes * np.arange(len(rows))
+            self._run_requests(rows, requests, out.reshape(-1))
             return
         ends = np.cumsum(lengths)
-        requests[:, 3] = ends - lengths
+        requests["out_offset"] = ends - lengths
         chunks = self._scratch(int(ends[-1]))
-        self._take(rows, requests, chunks)
-        for row, line, end, length in zip(rows.tolist(), out, ends.tolist(), lengths.tolist(), strict=True):
+        self._run_requests(rows, requests, chunks)
+        for row, pixels, end, length in zip(rows.tolist(), out, ends.tolist(), lengths.tolist(), strict=True):
             try:
-                decode_payload(chunks[end - length : end - CRC_BYTES], codec=self._codec, out=line)
+                self._codec.decode(chunks[end - length : end - CRC_BYTES], out=pixels)
             except CorruptionError as error:
                 raise self._corrupt_row(row, str(error)) from None
 
-    def _take(self, rows: NDArray[np.int64], requests: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
-        needed = scratch_bytes(self._kind, longest_chunk=int(requests[:, 2].max()), slice_bytes=self._slice_bytes)
+    def _run_requests(self, rows: NDArray[np.int64], requests: NDArray[np.void], out: NDArray[np.uint8]) -> None:
+        codec, longest = self._codec.native, int(requests["length"].max())
+        needed = scratch_bytes(codec, max_chunk=longest, slice_bytes=self._slice_bytes)
         scratch = self._scratch(needed) if needed else np.empty(0, np.uint8)
-        fault = read_chunks(requests, self._kind, out=out, slice_bytes=self._slice_bytes, scratch=scratch)
+        fault = read_chunks(requests, codec, out=out, slice_bytes=self._slice_bytes, scratch=scratch)
         if fault:
             raise self._corrupt_row(int(rows[fault.request]), fault.what)
 
@@ -142,9 +187,11 @@ class ShardReader:
         try:
             file = _File(self._path_of(number))
         except (FileNotFoundError, NotADirectoryError):
-            raise self._corrupt(number, "there is no such file") from None
+            raise self._corrupt(number, "file not found") from None
         with self._lock:
-            if len(self._files) >= self._most_open:
+            if self._closed:
+                return file
+            if len(self._files) >= self._max_open:
                 del self._files[next(iter(self._files))]
             return self._files.setdefault(number, file)
 
@@ -157,38 +204,37 @@ class ShardReader:
         try:
             data = os.pread(file.descriptor, tail, size - tail)
         except OSError as error:
-            raise self._corrupt(number, f"it cannot be read: {error.strerror}") from error
+            raise self._corrupt(number, f"cannot be read: {error.strerror}") from error
         try:
             index = parse_index(data, chunks=self._per_shard, body=size - tail)
         except CorruptionError as error:
             raise self._corrupt(number, str(error)) from None
-        there = index[:, 0] != MISSING
-        lines = slice(number * self._per_shard, (number + 1) * self._per_shard)
-        self._begins[lines] = np.where(there, index[:, 0], 0)
-        self._ends[lines] = np.where(there, index[:, 0] + index[:, 1], 0)
+        present = index[:, 0] != MISSING
+        rows = slice(number * self._per_shard, (number + 1) * self._per_shard)
+        self._begins[rows] = np.where(present, index[:, 0], 0)
+        self._ends[rows] = np.where(present, index[:, 0] + index[:, 1], 0)
         self._indexed[number] = True
 
     def _scratch(self, size: int) -> NDArray[np.uint8]:
-        """Return this thread's read buffer, ``size`` bytes of it."""
+        """Return ``size`` bytes of this thread's buffer."""
         buffer: NDArray[np.uint8] | None = getattr(self._local, "buffer", None)
         if buffer is None or len(buffer) < size:
-            buffer = self._local.buffer = np.empty(max(size, LEAST_SCRATCH), np.uint8)
+            buffer = self._local.buffer = np.empty(max(size, MIN_SCRATCH), np.uint8)
         return buffer[:size]
 
     def _corrupt_row(self, row: int, what: str) -> CorruptionError:
         return self._corrupt(row // self._per_shard, what, row)
 
     def _corrupt(self, shard: int, what: str, row: int | None = None) -> CorruptionError:
-        where = f"Shard {shard} ({self._path_of(shard)})" + (f", row {row}" if row is not None else "")
+        place = f"Shard {shard} ({self._path_of(shard)})" + (f", row {row}" if row is not None else "")
         return CorruptionError(
-            f"{where}: {what}. The dataset's bytes are not the ones that were written: run `ich-prep verify` to see "
-            "all "
-            "that is damaged, then restore it or build again with --overwrite."
+            f"{place}: {what}. The dataset is damaged: run `ich-prep verify` to list every problem, then restore it, or "
+            "build again with --overwrite."
         )
 
 
 def require_out(out: NDArray[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-    """Raise ``ValueError`` where ``out`` is not memory that an array of ``shape`` and ``dtype`` may be written to."""
+    """Raise ``ValueError`` if ``out`` is not a writeable, C-contiguous array of ``shape`` and ``dtype``."""
     if out.shape != shape or out.dtype != dtype or not out.flags.c_contiguous or not out.flags.writeable:
         raise ValueError(
             f"Expected out to be writeable, C-contiguous, of shape {shape} and {dtype}; got {out.dtype} of shape "
@@ -196,7 +242,7 @@ def require_out(out: NDArray[Any], shape: tuple[int, ...], dtype: np.dtype[Any])
         )
 
 
-def most_open() -> int:
-    """Return how many shards a reader may keep open: half of the files that the process may."""
+def max_open_files() -> int:
+    """Return how many shards a reader may keep open: half of the process's limit."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return MOST_OPEN if limit == resource.RLIM_INFINITY else max(1, min(MOST_OPEN, limit // 2))
+    return MAX_OPEN if limit == resource.RLIM_INFINITY else max(1, min(MAX_OPEN, limit // 2))

@@ -1,4 +1,4 @@
-"""CT windows as numbers: presets, their spelling on a command line, and the code of every HU value.
+"""CT windows: presets, their spelling on a command line, and the code of every HU value.
 
 A window maps HU to an 8-bit code by the function LINEAR_EXACT of PS3.3 C.11.2.1.3.2, rounded half to even. It is not
 LINEAR (C.11.2.1.2.1), which takes 0.5 from the center and 1 from the width.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-# What HU are clipped to before anything else: air, and the highest value of a 12-bit scanner.
+# The range that HU are clipped to first: from air to the highest value of a 12-bit scanner.
 AIR_HU = -1024
 HIGHEST_HU = 3071
 
@@ -58,7 +58,7 @@ _CUSTOM = re.compile(r"^([a-z][a-z0-9_]*)=(-?[0-9.]+)/([0-9.]+)$")
 
 
 def parse_window(text: str) -> Window:
-    """Return the window that ``text`` names: a preset (``brain``) or ``name=center/width`` in HU (``blood=75/215``)."""
+    """Return the window named by ``text``: a preset (``brain``) or ``name=center/width`` in HU (``blood=75/215``)."""
     if text in PRESETS:
         return PRESETS[text]
     match = _CUSTOM.match(text)
@@ -75,16 +75,16 @@ def parse_window(text: str) -> Window:
 
 
 def parse_windows(texts: Sequence[str]) -> tuple[Window, ...]:
-    """Return the windows named by ``texts``, in that order; a name may stand once only."""
+    """Return the windows named by ``texts``, in that order. Raises ``UsageError`` for none, or a name given twice."""
     windows = tuple(parse_window(text) for text in texts)
     names = [window.name for window in windows]
     if not names or len(set(names)) != len(names):
-        raise UsageError(f"Expected one or more windows of different names; got {', '.join(names) or 'none'}.")
+        raise UsageError(f"Expected one or more windows with different names; got {', '.join(names) or 'none'}.")
     return windows
 
 
 def window_codes(hu: NDArray[np.int16], window: Window) -> NDArray[np.uint8]:
-    """Return the code (0..255) of every element of ``hu``, computed in float64: the reference for everything faster.
+    """Return the code (0..255) of every element of ``hu``, computed in float64: the reference for all faster code.
 
     LINEAR_EXACT of PS3.3 C.11.2.1.3.2 with an output range of 0..255, that is
     ``(hu - (center - width / 2)) / width * 255``, rounded half to even and clipped.
@@ -97,7 +97,7 @@ def window_codes(hu: NDArray[np.int16], window: Window) -> NDArray[np.uint8]:
 
 @cache
 def window_table(window: Window) -> NDArray[np.uint8]:
-    """Return the codes of all HU values: read-only uint8 (65536,), indexed by the int16 HU seen as uint16."""
+    """Return the codes of all HU values: read-only uint8 (65536,), indexed by int16 HU reinterpreted as uint16."""
     table = window_codes(np.arange(65536, dtype=np.uint16).view(np.int16), window)
     table.flags.writeable = False
     return table

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ich_prep.dataset import schema
+from ich_prep.dataset.codecs import CODECS
 from ich_prep.dataset.schema import FORMAT, IMAGES, LABELS, OK, QUARANTINE_SCHEMA, ROOT, SHARD_SCHEMA, TABLES
-from ich_prep.dataset.shard_format import BLOSC_LEVELS, block_bytes
 from ich_prep.dataset.storage import clear_leftovers, size_of, sync_folder, write_whole
 from ich_prep.dataset.tables import read_parquet, write_table
 from ich_prep.dataset.windows import AIR_HU
@@ -200,24 +200,15 @@ def root_document(out: Path, ich: dict[str, Any]) -> bytes:
 def _metadata(spec: Spec, slices: int) -> dict[str, bytes]:
     """Return the ``zarr.json`` of each folder below the root, as zarr-python writes them."""
     import zarr
-    from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
+    from zarr.codecs import BytesCodec
     from zarr.storage import MemoryStore
 
     written: dict[str, Any] = {}
     memory = MemoryStore(written)
     root = zarr.create_group(memory, zarr_format=3)
     root.create_group(LABELS)
-    compressors: list[Any] = [Crc32cCodec()]
-    if spec.codec != "none":
-        blosc = BloscCodec(
-            cname=spec.codec,
-            clevel=BLOSC_LEVELS[spec.codec],
-            shuffle="shuffle",
-            blocksize=block_bytes((spec.channels, spec.size, spec.size), spec.dtype.itemsize),
-            typesize=spec.dtype.itemsize,
-        )
-        compressors.insert(0, blosc)
     chunk = (1, spec.channels, spec.size, spec.size)
+    compressors: list[Any] = [*CODECS[spec.codec].zarr_metadata(chunk[1:], spec.dtype), {"name": "crc32c"}]
     root.create_array(
         IMAGES,
         shape=(slices, *chunk[1:]),

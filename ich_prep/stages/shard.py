@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import xxhash
 
+from ich_prep.dataset.codecs import CODECS
 from ich_prep.dataset.schema import OK, shard_path
 from ich_prep.dataset.shard_format import ShardWriter
 from ich_prep.dataset.storage import renamed_when_whole
@@ -59,7 +60,7 @@ def write_shard(out: str, folder: str, src: str, digest: str, number: int) -> di
     decoder = _decoder()
     lines: list[dict[str, Any]] = []
     with renamed_when_whole(path) as partial, open(partial, "wb", buffering=0) as file:
-        writer = ShardWriter(file, spec.slices_per_shard, spec.codec)
+        writer = ShardWriter(file, spec.slices_per_shard, CODECS[spec.codec])
         pixels = _Pixels(spec)
         sources = [_pixel_source(src, row) for row in rows]
         ahead = read_ahead(sources, lambda source: source.path, files=FILES_AHEAD)
@@ -72,8 +73,11 @@ def write_shard(out: str, folder: str, src: str, digest: str, number: int) -> di
                 continue
             writer.append(pixels.out)
             lines.append({"status": OK, **{name: getattr(audit, name) for name in Audit.__slots__}})
-        size, fingerprint = writer.finish()
-    return {"plan": digest, "bytes": size, "fingerprint": fingerprint, "rows": lines}
+        written = writer.finish()
+    for line, checksum in zip(lines, written.chunk_crc32c.tolist(), strict=False):
+        if line["status"] == OK:
+            line["chunk_crc32c"] = checksum
+    return {"plan": digest, "bytes": written.size, "fingerprint": written.fingerprint, "rows": lines}
 
 
 @lru_cache(maxsize=1)

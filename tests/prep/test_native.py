@@ -1,4 +1,4 @@
-"""The compiled library: what it makes is what other libraries read, and no bytes that it reads harm memory."""
+"""The compiled library: other libraries read what it writes, and no input makes it touch memory that is not its own."""
 
 from __future__ import annotations
 
@@ -20,17 +20,22 @@ from numcodecs import blosc
 from numpy.typing import NDArray
 
 from ich_prep.dataset import native
+from ich_prep.dataset.codecs import block_bytes
 from ich_prep.dataset.native import (
+    ENCODER,
+    FAULT,
+    INTERFACE,
+    REQUEST,
+    ChunkCodec,
     ChunkFault,
-    Codec,
     FrameEncoder,
     crc32c,
     decode_frame,
+    mismatch,
     read_chunks,
     scratch_bytes,
     window_codes_by_table,
 )
-from ich_prep.dataset.shard_format import block_bytes
 from ich_prep.errors import IchError
 from tests.support.images import SHAPES, picture
 from tests.support.page_cache import evict, pages_in_memory
@@ -40,16 +45,16 @@ NATIVE = Path(native.__file__).with_name("native")
 
 @pytest.fixture(scope="module", params=["as installed", "portable"])
 def _library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The library, and once more as it is compiled for processors without the instructions that it uses here."""
+    """The installed library, and one compiled for processors without SSE2 and CRC instructions."""
     if request.param == "as installed":
         yield
         return
     compiler = shutil.which("cc")
     if compiler is None:
-        pytest.skip("SKIPPED: there is no C compiler here to build the portable form with")
+        pytest.skip("SKIPPED: no C compiler to build the portable library with")
     target = tmp_path_factory.mktemp("portable") / "_native.so"
-    words = ["-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-DICH_PORTABLE", "-shared", "-fPIC", "-pthread"]
-    subprocess.run([compiler, *words, "-o", str(target), *map(str, NATIVE.glob("*.c"))], check=True)
+    flags = ["-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-DICH_PORTABLE", "-shared", "-fPIC", "-pthread"]
+    subprocess.run([compiler, *flags, "-o", str(target), *map(str, NATIVE.glob("*.c"))], check=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "EXTENSION_SUFFIXES", [".so"])
         patch.setattr(native, "__file__", str(target))
@@ -119,13 +124,13 @@ def test_frames_of_blosc_are_read(
     assert out.tobytes() == pixels.tobytes()
 
 
-def test_frames_are_made_alike_wherever_they_are_made() -> None:
-    """The bytes of a dataset hang on it: they are the same on every processor."""
+def test_equal_pixels_give_equal_frames_on_every_processor() -> None:
+    """The bytes of a dataset depend on it. Where they must change, ICH_ENCODER in native/ich.h is raised as well."""
     rows, columns = np.mgrid[:900, :500]
     noise = (rows * 40_503 + columns * 2_654_435) % 65_521
     plain = np.where(((rows // 60 + columns // 45) % 3 > 0) | (noise % 7 == 0), noise, 1000).reshape(3, 300, 500)
     made = b"".join(frame_of(plain.astype(dtype)).tobytes() for dtype in (np.uint8, np.int16))
-    assert (len(made), google_crc32c.value(made)) == (1_328_599, 2_094_878_361)
+    assert (ENCODER, len(made), google_crc32c.value(made)) == (1, 1_328_599, 2_094_878_361)
 
 
 @pytest.mark.parametrize("cname", [b"zstd", b"zlib", b"blosclz"])
@@ -144,7 +149,7 @@ EDITS = st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 255)), min_si
     shape=st.sampled_from(SHAPES[:4]), dtype=st.sampled_from([np.uint8, np.int16]), edits=EDITS, cut=st.integers(0, 40)
 )
 @settings(max_examples=400, deadline=None)
-def test_damaged_frames_write_nowhere_else(
+def test_damaged_frames_write_only_to_out(
     shape: tuple[int, ...], dtype: type, edits: list[tuple[int, int]], cut: int
 ) -> None:
     pixels = picture(shape, dtype, 1)
@@ -161,7 +166,7 @@ def test_damaged_frames_write_nowhere_else(
 
 @given(data=st.binary(max_size=400), size=st.integers(1, 3000))
 @settings(max_examples=300, deadline=None)
-def test_any_bytes_write_nowhere_else(data: bytes, size: int) -> None:
+def test_any_bytes_write_only_to_out(data: bytes, size: int) -> None:
     room = np.full(size + 2048, 171, np.uint8)
     header = bytes([2, 1, 0x20, 1]) + b"".join(n.to_bytes(4, "little") for n in (size, size, 24 + len(data), 20))
     frame = header + len(data).to_bytes(4, "little") + data
@@ -177,29 +182,42 @@ def with_checksum(payload: bytes) -> bytes:
     return payload + google_crc32c.value(payload).to_bytes(4, "little")
 
 
-class Chunks:
-    """Chunks of a few slices, one behind the other in a file."""
+def requests_of(*lines: tuple[int, int, int, int]) -> NDArray[np.void]:
+    """Requests of (fd, offset, length, out_offset), without an expected checksum."""
+    return np.array([(*line, 0, 0) for line in lines], REQUEST)
 
-    def __init__(self, path: Path, codec: Codec, shape: tuple[int, ...] = (3, 60, 60), dtype: type = np.uint8) -> None:
+
+class Chunks:
+    """Chunks of a few slices, one after the other in a file."""
+
+    def __init__(
+        self, path: Path, codec: ChunkCodec, shape: tuple[int, ...] = (3, 60, 60), dtype: type = np.uint8
+    ) -> None:
         self.pixels = [picture(shape, dtype, seed) for seed in range(6)]
-        payloads = [frame_of(one).tobytes() if codec != Codec.NONE else one.tobytes() for one in self.pixels]
+        payloads = [frame_of(one).tobytes() if codec != ChunkCodec.RAW else one.tobytes() for one in self.pixels]
         self.chunks = [with_checksum(payload) for payload in payloads]
         path.write_bytes(b"".join(self.chunks))
         self.codec, self.path = codec, path
         self.slice_bytes = self.pixels[0].nbytes
         self.begins = np.cumsum([0, *map(len, self.chunks)])
 
-    def read(self, rows: list[int], file: int | None = None) -> tuple[ChunkFault | None, list[bytes]]:
+    def checksum(self, row: int) -> int:
+        return int.from_bytes(self.chunks[row][-4:], "little")
+
+    def read(
+        self, rows: list[int], file: int | None = None, *, expected_crc: list[int] | None = None
+    ) -> tuple[ChunkFault | None, list[bytes]]:
         opened = os.open(self.path, os.O_RDONLY) if file is None else file
         lengths = [len(self.chunks[row]) for row in rows]
-        sizes = lengths if self.codec == Codec.OTHER else [self.slice_bytes] * len(rows)
+        sizes = lengths if self.codec == ChunkCodec.UNDECODED else [self.slice_bytes] * len(rows)
         places = np.cumsum([0, *sizes])
-        requests = np.array([[opened, self.begins[row], len(self.chunks[row]), 0] for row in rows], np.int64)
-        requests[:, 3] = places[:-1]
+        requests = requests_of(*[(opened, self.begins[row], len(self.chunks[row]), 0) for row in rows])
+        requests["out_offset"] = places[:-1]
+        if expected_crc is not None:
+            requests["crc32c"], requests["check_crc"] = expected_crc, 1
         out = np.full(int(places[-1]), 7, np.uint8)
-        scratch = np.empty(
-            scratch_bytes(self.codec, longest_chunk=max(lengths), slice_bytes=self.slice_bytes), np.uint8
-        )
+        needed = scratch_bytes(self.codec, max_chunk=max(lengths), slice_bytes=self.slice_bytes)
+        scratch = np.empty(needed, np.uint8)
         try:
             fault = read_chunks(requests, self.codec, out=out, slice_bytes=self.slice_bytes, scratch=scratch)
         finally:
@@ -208,10 +226,10 @@ class Chunks:
         return fault, [out[place : place + size].tobytes() for place, size in zip(places[:-1], sizes, strict=True)]
 
     def expected(self, rows: list[int]) -> list[bytes]:
-        return [self.chunks[row] if self.codec == Codec.OTHER else self.pixels[row].tobytes() for row in rows]
+        return [self.chunks[row] if self.codec == ChunkCodec.UNDECODED else self.pixels[row].tobytes() for row in rows]
 
 
-CODECS = pytest.mark.parametrize("codec", list(Codec))
+CODECS = pytest.mark.parametrize("codec", list(ChunkCodec))
 
 
 @CODECS
@@ -221,26 +239,26 @@ CODECS = pytest.mark.parametrize("codec", list(Codec))
 @given(rows=st.lists(st.integers(0, 5), min_size=1, max_size=9))
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_chunks_in_any_order(
-    rows: list[int], shape: tuple[int, ...], dtype: type, codec: Codec, tmp_path_factory: pytest.TempPathFactory
+    rows: list[int], shape: tuple[int, ...], dtype: type, codec: ChunkCodec, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     chunks = Chunks(tmp_path_factory.mktemp("chunks") / "file", codec, shape, dtype)
     assert chunks.read(rows) == (None, chunks.expected(rows))
 
 
 @CODECS
-def test_chunks_that_lie_on_the_disk(codec: Codec, tmp_path: Path) -> None:
+def test_chunks_outside_the_page_cache(codec: ChunkCodec, tmp_path: Path) -> None:
     chunks = Chunks(tmp_path / "file", codec, (1, 300, 500), np.int16)
     evict(chunks.path)
     assert chunks.read([5, 0, 3]) == (None, chunks.expected([5, 0, 3]))
     evict(chunks.path)
     with chunks.path.open("rb") as file:
-        os.pread(file.fileno(), 100, int(chunks.begins[3]))  # a part of it lies in memory
+        os.pread(file.fileno(), 100, int(chunks.begins[3]))  # some of it is in the page cache
     assert chunks.read([4, 3, 0]) == (None, chunks.expected([4, 3, 0]))
 
 
 @CODECS
-def test_all_that_lies_on_the_disk_is_asked_for_before_any_of_it_is_waited_for(codec: Codec, tmp_path: Path) -> None:
-    """The first one has a fault, which ends the call: what was asked for comes all the same."""
+def test_all_uncached_chunks_are_requested_before_the_first_is_awaited(codec: ChunkCodec, tmp_path: Path) -> None:
+    """The first chunk is invalid, which ends the call. The second is fetched nevertheless."""
     bad, good = (Chunks(tmp_path / name, codec, (1, 300, 500), np.int16) for name in ("bad", "good"))
     data = bytearray(bad.path.read_bytes())
     data[20] ^= 1
@@ -248,14 +266,13 @@ def test_all_that_lies_on_the_disk_is_asked_for_before_any_of_it_is_waited_for(c
     evict(bad.path, good.path)
     files = [os.open(one.path, os.O_RDONLY) for one in (bad, good)]
     length, size = len(bad.chunks[0]), bad.slice_bytes
-    requests = np.array([[file, 0, length, number * size] for number, file in enumerate(files)], np.int64)
-    requests[1, 2] = len(good.chunks[0])
+    requests = requests_of((files[0], 0, length, 0), (files[1], 0, len(good.chunks[0]), size))
     out = np.empty(2 * size + 1000, np.uint8)
-    scratch = np.empty(scratch_bytes(codec, longest_chunk=int(requests[:, 2].max()), slice_bytes=size), np.uint8)
+    scratch = np.empty(scratch_bytes(codec, max_chunk=int(requests["length"].max()), slice_bytes=size), np.uint8)
     fault = read_chunks(requests, codec, out=out, slice_bytes=size, scratch=scratch)
     for file in files:
         os.close(file)
-    assert fault == ChunkFault(0, "its checksum does not fit")
+    assert fault == ChunkFault(0, mismatch(bad.checksum(0), google_crc32c.value(bytes(data[: length - 4]))))
     deadline = time.monotonic() + 20
     while pages_in_memory(good.path) < len(good.chunks[0]) // mmap.PAGESIZE:
         assert time.monotonic() < deadline
@@ -263,13 +280,13 @@ def test_all_that_lies_on_the_disk_is_asked_for_before_any_of_it_is_waited_for(c
 
 
 @CODECS
-def test_a_file_system_that_cannot_tell_what_lies_in_memory(codec: Codec) -> None:
+def test_a_file_system_without_nowait_reads(codec: ChunkCodec) -> None:
     if not Path("/proc/self/mem").exists():
-        pytest.skip("SKIPPED: there is no /proc here")
+        pytest.skip("SKIPPED: no /proc")
     chunks = Chunks.__new__(Chunks)
-    # A process's own memory is such a file: preadv2 with RWF_NOWAIT is refused for it.
+    # A process's own memory is such a file: preadv2 refuses RWF_NOWAIT.
     source = [with_checksum(frame_of(picture((1, 40, 40), np.uint8, seed)).tobytes()) for seed in range(3)]
-    if codec == Codec.NONE:
+    if codec == ChunkCodec.RAW:
         source = [with_checksum(picture((1, 40, 40), np.uint8, seed).tobytes()) for seed in range(3)]
     memory = np.frombuffer(b"".join(source), np.uint8)
     chunks.codec, chunks.chunks, chunks.slice_bytes = codec, source, 1600
@@ -286,34 +303,68 @@ def test_a_file_system_that_cannot_tell_what_lies_in_memory(codec: Codec) -> Non
 
 @CODECS
 @pytest.mark.parametrize("cold", [False, True])
-def test_what_is_wrong_with_a_chunk_is_told(codec: Codec, cold: bool, tmp_path: Path) -> None:
+def test_an_invalid_chunk_is_reported(codec: ChunkCodec, cold: bool, tmp_path: Path) -> None:
     chunks = Chunks(tmp_path / "file", codec)
     data = bytearray(chunks.path.read_bytes())
     data[chunks.begins[3] + 50] ^= 1
     chunks.path.write_bytes(data)
     if cold:
         evict(chunks.path)
-    assert chunks.read([1, 3, 4])[0] == ChunkFault(1, "its checksum does not fit")
+    computed = google_crc32c.value(bytes(data[chunks.begins[3] : chunks.begins[4] - 4]))
+    said = f"checksum mismatch (stored 0x{chunks.checksum(3):08x}, computed 0x{computed:08x})"
+    assert chunks.read([1, 3, 4])[0] == ChunkFault(1, said)
     os.truncate(chunks.path, int(chunks.begins[4]) + 9)
-    assert chunks.read([1, 4, 2])[0] == ChunkFault(1, "it ends early")
-    assert chunks.read([2, 5])[0] == ChunkFault(1, "it ends early")
+    assert chunks.read([1, 4, 2])[0] == ChunkFault(1, "truncated: the file ends inside this chunk")
+    assert chunks.read([2, 5])[0] == ChunkFault(1, "truncated: the file ends inside this chunk")
     folder = os.open(tmp_path, os.O_RDONLY)
     try:
-        assert chunks.read([0, 1], folder)[0] == ChunkFault(0, "it cannot be read: Is a directory")
+        assert chunks.read([0, 1], folder)[0] == ChunkFault(0, "cannot be read: Is a directory")
     finally:
         os.close(folder)
     assert chunks.read([2, 0])[0] is None
 
 
-@pytest.mark.parametrize("codec", [Codec.NONE, Codec.LZ4])
-def test_a_chunk_of_another_length_is_told(codec: Codec, tmp_path: Path) -> None:
+@pytest.mark.parametrize("codec", [ChunkCodec.RAW, ChunkCodec.LZ4])
+def test_a_chunk_of_another_length_is_reported(codec: ChunkCodec, tmp_path: Path) -> None:
     chunks = Chunks(tmp_path / "file", codec)
     held, chunks.slice_bytes = chunks.slice_bytes, chunks.slice_bytes + 60
     assert chunks.read([0, 1])[0] == ChunkFault(0, f"expected {held + 60} bytes, found {held}")
 
 
+@CODECS
+@pytest.mark.parametrize("cold", [False, True])
+def test_a_chunk_that_was_written_elsewhere_is_reported(codec: ChunkCodec, cold: bool, tmp_path: Path) -> None:
+    """A valid chunk, whose checksum is not the one that is expected at its place."""
+    chunks = Chunks(tmp_path / "file", codec, (1, 300, 500), np.int16)
+    if cold:
+        evict(chunks.path)
+    rows = [4, 0, 2]
+    expected = [chunks.checksum(row) for row in rows]
+    assert chunks.read(rows, expected_crc=expected) == (None, chunks.expected(rows))
+    other = chunks.checksum(5)
+    said = f"this is not the chunk that was written here (checksum 0x{expected[1]:08x}, expected 0x{other:08x})"
+    assert chunks.read(rows, expected_crc=[expected[0], other, expected[2]])[0] == ChunkFault(1, said)
+    assert chunks.read(rows) == (None, chunks.expected(rows))
+
+
+@CODECS
+def test_a_damaged_chunk_is_not_taken_for_another_one(codec: ChunkCodec, tmp_path: Path) -> None:
+    chunks = Chunks(tmp_path / "file", codec)
+    data = bytearray(chunks.path.read_bytes())
+    data[chunks.begins[1] + 20] ^= 1
+    chunks.path.write_bytes(data)
+    fault, _ = chunks.read([0, 1], expected_crc=[chunks.checksum(0), chunks.checksum(1)])
+    assert fault is not None
+    assert fault.what.startswith("checksum mismatch (stored")
+
+
+def test_requests_are_laid_out_as_in_c() -> None:
+    assert (REQUEST.itemsize, FAULT.itemsize) == (40, 32)
+    assert [REQUEST.fields[name][1] for name in REQUEST.names] == [0, 8, 16, 24, 32, 36]  # type: ignore[index, union-attr]
+
+
 def test_a_chunk_too_short_for_a_frame(tmp_path: Path) -> None:
-    chunks = Chunks(tmp_path / "file", Codec.LZ4)
+    chunks = Chunks(tmp_path / "file", ChunkCodec.LZ4)
     for payload in (b"", b"\x02", bytes(15), b"\xff" * 40):
         chunks.chunks, chunks.begins = [with_checksum(payload)], np.array([0])
         chunks.path.write_bytes(chunks.chunks[0])
@@ -323,10 +374,10 @@ def test_a_chunk_too_short_for_a_frame(tmp_path: Path) -> None:
         assert "frame" in fault.what or "expected" in fault.what
 
 
-# --- memory that does not fit ----------------------------------------------------------------------------------------
+# --- buffers of the wrong size ----------------------------------------------------------------------------------------
 
 
-def test_memory_that_does_not_fit_is_refused() -> None:
+def test_buffers_of_the_wrong_size_are_refused() -> None:
     pixels = picture((1, 16, 16), np.uint8, 0)
     frame = frame_of(pixels)
     read_only = np.empty(256, np.uint8)
@@ -337,26 +388,30 @@ def test_memory_that_does_not_fit_is_refused() -> None:
         decode_frame(frame, np.empty(512, np.uint8)[::2])
     with pytest.raises(ValueError, match="whole rows"):
         FrameEncoder((1, 16, 16), np.dtype(np.uint8), 24)
-    with pytest.raises(ValueError, match="items of 1 or 2"):
+    with pytest.raises(ValueError, match="items of 1 or 2 bytes"):
         FrameEncoder((1, 16, 16), np.dtype(np.float32), 64)
     for block in (0, 512):
         with pytest.raises(ValueError, match="in blocks of"):
             FrameEncoder((1, 16, 16), np.dtype(np.uint8), block)
     with pytest.raises(ValueError, match="of shape"):
         FrameEncoder((1, 16, 16), np.dtype(np.uint8), 256).encode(pixels[:, :8])
-    requests = np.array([[0, 0, 100, 200]], np.int64)
+    requests = requests_of((0, 0, 100, 200))
     for out, scratch in ((300, 5000), (456, 100)):
         with pytest.raises(ValueError, match="Expected room for each chunk in"):
             read_chunks(
-                requests, Codec.LZ4, out=np.empty(out, np.uint8), slice_bytes=256, scratch=np.empty(scratch, np.uint8)
+                requests,
+                ChunkCodec.LZ4,
+                out=np.empty(out, np.uint8),
+                slice_bytes=256,
+                scratch=np.empty(scratch, np.uint8),
             )
-    for other in (requests.astype(np.int32), requests[:, :3]):
-        with pytest.raises(ValueError, match="Expected requests as int64"):
+    for other in (np.zeros((1, 4), np.int64), requests[["fd", "offset"]], requests.reshape(1, 1)):
+        with pytest.raises(ValueError, match="Expected requests as"):
             read_chunks(
-                other, Codec.LZ4, out=np.empty(456, np.uint8), slice_bytes=256, scratch=np.empty(5000, np.uint8)
+                other, ChunkCodec.LZ4, out=np.empty(456, np.uint8), slice_bytes=256, scratch=np.empty(5000, np.uint8)
             )
-    far = np.array([[0, 0, 100, 2**63 - 1]], np.int64)
-    for codec in Codec:
+    far = requests_of((0, 0, 100, 2**63 - 1))
+    for codec in ChunkCodec:
         with pytest.raises(ValueError, match="Expected room for each chunk in"):
             read_chunks(far, codec, out=np.empty(456, np.uint8), slice_bytes=256, scratch=np.empty(1 << 20, np.uint8))
     table = np.zeros(65536, np.uint32)
@@ -368,27 +423,34 @@ def test_memory_that_does_not_fit_is_refused() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (16, 16), (37, 41)])
 @pytest.mark.parametrize("planes", [1, 2, 3, 4])
-def test_planes_are_the_bytes_of_entries(shape: tuple[int, int], planes: int) -> None:
+def test_planes_are_the_bytes_of_table_entries(shape: tuple[int, int], planes: int) -> None:
     rng = np.random.default_rng(planes)
-    words = rng.integers(0, 65536, shape).astype(np.uint16)
+    stored = rng.integers(0, 65536, shape).astype(np.uint16)
     table = rng.integers(0, 1 << 32, 65536, dtype=np.uint64).astype(np.uint32)
     out = np.zeros((planes, *shape), np.uint8)
-    window_codes_by_table(words, table, out=out)
+    window_codes_by_table(stored, table, out=out)
     for plane in range(planes):
-        np.testing.assert_array_equal(out[plane], (table[words] >> (8 * plane)).astype(np.uint8))
+        np.testing.assert_array_equal(out[plane], (table[stored] >> (8 * plane)).astype(np.uint8))
 
 
 @pytest.mark.parametrize(
-    "there, said",
-    [("nothing", "none for this Python"), ("no library", "cannot be used"), ("another", "another release")],
+    "case, said",
+    [
+        ("no file", "none was compiled for this Python"),
+        ("not a library", "cannot be used"),
+        ("INTERFACE", rf"of another version \(interface and encoder \({INTERFACE}, {ENCODER}\), expected \(0, "),
+        ("ENCODER", rf"of another version \(interface and encoder \({INTERFACE}, {ENCODER}\), expected .*, 0\)"),
+        ("REQUEST", r"structs of \(40, 32\) bytes, expected \(48, 32\)"),
+        ("FAULT", r"structs of \(40, 32\) bytes, expected \(40, 40\)"),
+    ],
 )
-def test_a_library_that_does_not_fit_is_named(
-    there: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if there == "no library":
+def test_an_unusable_library_is_refused(case: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if case == "not a library":
         (tmp_path / "_native.so").write_bytes(b"no library")
-    if there == "another":
-        monkeypatch.setattr(native, "INTERFACE", 0)
+    if case in ("INTERFACE", "ENCODER"):
+        monkeypatch.setattr(native, case, 0)
+    elif case in ("REQUEST", "FAULT"):
+        monkeypatch.setattr(native, case, np.dtype([*getattr(native, case).descr, ("more", "<i8")]))
     else:
         monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
     native.require.cache_clear()

@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from ich_prep.dataset.codecs import CODECS, LZ4, NONE, ZSTD, Codec
 from ich_prep.dataset.shard_format import (
-    CODECS,
     CRC_BYTES,
     MISSING,
     ShardWriter,
+    WrittenShard,
     decode_chunk,
     fingerprint,
     index_bytes,
@@ -25,6 +26,7 @@ from ich_prep.dataset.shard_format import (
 from ich_prep.errors import CorruptionError
 
 SLICE = (2, 5, 3)  # (channel, y, x)
+EACH_CODEC = pytest.mark.parametrize("codec", CODECS.values(), ids=list(CODECS))
 
 
 def slices(count: int, dtype: type = np.uint8, seed: int = 0) -> list[NDArray[Any]]:
@@ -32,8 +34,8 @@ def slices(count: int, dtype: type = np.uint8, seed: int = 0) -> list[NDArray[An
     return [rng.integers(0, 120, SLICE).astype(dtype) for _ in range(count)]
 
 
-def written(chunks: list[NDArray[Any] | None], *, codec: str, room: int) -> tuple[bytes, tuple[int, str]]:
-    """The bytes of a shard with room for that many chunks, None a hole; and what ``finish`` returned."""
+def written(chunks: list[NDArray[Any] | None], *, codec: Codec, room: int) -> tuple[bytes, WrittenShard]:
+    """The bytes of a shard with room for that many chunks, None a missing one; and what ``finish`` returned."""
     sink = io.BytesIO()
     writer = ShardWriter(sink, room, codec)
     for chunk in chunks:
@@ -45,7 +47,7 @@ def written(chunks: list[NDArray[Any] | None], *, codec: str, room: int) -> tupl
     return sink.getvalue(), result
 
 
-def read(shard: bytes, *, codec: str, room: int, dtype: type = np.uint8) -> list[NDArray[Any] | None]:
+def read(shard: bytes, *, codec: Codec, room: int, dtype: type = np.uint8) -> list[NDArray[Any] | None]:
     tail = index_bytes(room)
     if len(shard) < tail:
         raise CorruptionError("too short")
@@ -70,34 +72,39 @@ def assert_same(found: list[NDArray[Any] | None], expected: list[NDArray[Any] | 
 
 
 @given(
-    codec=st.sampled_from(CODECS),
+    codec=st.sampled_from(list(CODECS.values())),
     dtype=st.sampled_from([np.uint8, np.int16]),
-    there=st.lists(st.booleans(), max_size=6),
+    present=st.lists(st.booleans(), max_size=6),
     more=st.integers(0, 3),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=100, deadline=None)
-def test_what_was_written_is_what_is_read(codec: str, dtype: type, there: list[bool], more: int, seed: int) -> None:
-    chunks = [chunk if keep else None for chunk, keep in zip(slices(len(there), dtype, seed), there, strict=True)]
-    room = max(1, len(there) + more)
-    shard, (size, _) = written(chunks, codec=codec, room=room)
-    assert size == len(shard)
+def test_what_was_written_is_what_is_read(codec: Codec, dtype: type, present: list[bool], more: int, seed: int) -> None:
+    chunks = [chunk if keep else None for chunk, keep in zip(slices(len(present), dtype, seed), present, strict=True)]
+    room = max(1, len(present) + more)
+    shard, result = written(chunks, codec=codec, room=room)
+    assert result.size == len(shard)
     assert_same(read(shard, codec=codec, room=room, dtype=dtype), chunks, room)
 
 
-@given(codec=st.sampled_from(CODECS), at=st.integers(0, 1 << 20), bit=st.integers(0, 7), holes=st.booleans())
+@given(
+    codec=st.sampled_from(list(CODECS.values())),
+    at=st.integers(0, 1 << 20),
+    bit=st.integers(0, 7),
+    missing=st.booleans(),
+)
 @settings(max_examples=200, deadline=None)
-def test_every_flipped_bit_is_an_error(codec: str, at: int, bit: int, holes: bool) -> None:
+def test_every_flipped_bit_is_an_error(codec: Codec, at: int, bit: int, missing: bool) -> None:
     first, second, third = slices(3)
-    chunks = [first, None if holes else second, third]
+    chunks = [first, None if missing else second, third]
     shard = bytearray(written(chunks, codec=codec, room=4)[0])
     shard[at % len(shard)] ^= 1 << bit
     with pytest.raises(CorruptionError):
         read(bytes(shard), codec=codec, room=4)
 
 
-@pytest.mark.parametrize("codec", CODECS)
-def test_every_flipped_byte_is_an_error(codec: str) -> None:
+@EACH_CODEC
+def test_every_flipped_byte_is_an_error(codec: Codec) -> None:
     shard = written(list(slices(2)), codec=codec, room=3)[0]
     for at in range(len(shard)):
         damaged = bytearray(shard)
@@ -106,8 +113,8 @@ def test_every_flipped_byte_is_an_error(codec: str) -> None:
             read(bytes(damaged), codec=codec, room=3)
 
 
-@pytest.mark.parametrize("codec", CODECS)
-def test_every_truncation_is_an_error(codec: str) -> None:
+@EACH_CODEC
+def test_every_truncation_is_an_error(codec: Codec) -> None:
     shard = written(list(slices(3)), codec=codec, room=3)[0]
     for length in range(len(shard)):
         with pytest.raises(CorruptionError):
@@ -116,8 +123,8 @@ def test_every_truncation_is_an_error(codec: str) -> None:
             read(shard[length + 1 :], codec=codec, room=3)  # its beginning lost
 
 
-@pytest.mark.parametrize("codec", CODECS)
-def test_every_byte_too_many_is_an_error_or_changes_nothing(codec: str) -> None:
+@EACH_CODEC
+def test_every_byte_too_many_is_an_error_or_changes_nothing(codec: Codec) -> None:
     chunks = list(slices(2))
     shard = written(chunks, codec=codec, room=2)[0]
     for at in range(len(shard) + 1):
@@ -132,7 +139,7 @@ def test_every_byte_too_many_is_an_error_or_changes_nothing(codec: str) -> None:
 
 def test_the_layout_is_that_of_zarr() -> None:
     first, third = slices(2)
-    shard, _ = written([first, None, third], codec="none", room=3)
+    shard, _ = written([first, None, third], codec=NONE, room=3)
     payload = first.tobytes()
     assert shard.startswith(payload + google_crc32c.value(payload).to_bytes(4, "little"))
     index = np.frombuffer(shard[-index_bytes(3) : -CRC_BYTES], "<u8").reshape(3, 2)
@@ -144,16 +151,16 @@ def test_the_layout_is_that_of_zarr() -> None:
 @pytest.mark.parametrize(
     "entry", [(0, 200), (100, 1), (2**63, 2**63 + 8), (MISSING - 1, 10), (0, MISSING), (0, 3), (99, 0)]
 )
-def test_an_index_that_points_elsewhere_is_an_error(entry: tuple[int, int]) -> None:
-    # Its checksum fits: no damage, but bytes that were never written here.
+def test_an_index_that_points_outside_the_shard_is_an_error(entry: tuple[int, int]) -> None:
+    # The checksum matches: not damage, but bytes that were never written here.
     entries = np.array([entry], "<u8").tobytes()
     data = entries + google_crc32c.value(entries).to_bytes(4, "little")
-    with pytest.raises(CorruptionError, match="outside"):
+    with pytest.raises(CorruptionError, match="points outside the shard"):
         parse_index(data, chunks=1, body=100)
 
 
-@pytest.mark.parametrize("codec", CODECS)
-def test_a_chunk_of_another_size_is_an_error(codec: str) -> None:
+@EACH_CODEC
+def test_a_chunk_of_another_size_is_an_error(codec: Codec) -> None:
     chunk = slices(1)[0]
     shard, _ = written([chunk], codec=codec, room=1)
     data = np.frombuffer(shard, np.uint8)[: -index_bytes(1)]
@@ -162,8 +169,8 @@ def test_a_chunk_of_another_size_is_an_error(codec: str) -> None:
             decode_chunk(data, codec=codec, out=np.empty(size, np.uint8))
 
 
-@pytest.mark.parametrize("codec", ["lz4", "zstd"])
-def test_a_chunk_that_blosc_refuses_is_an_error(codec: str) -> None:
+@pytest.mark.parametrize("codec", [LZ4, ZSTD], ids=["lz4", "zstd"])
+def test_a_chunk_that_blosc_refuses_is_an_error(codec: Codec) -> None:
     for payload in (b"", b"\x02", b"\x02\x01\x01\x01", bytes(40), b"\xff" * 40):
         data = np.frombuffer(payload + google_crc32c.value(payload).to_bytes(4, "little"), np.uint8)
         with pytest.raises(CorruptionError):
@@ -182,24 +189,60 @@ class Drip:
         return len(some)
 
 
-@pytest.mark.parametrize("codec", CODECS)
-def test_short_writes_lose_nothing(codec: str) -> None:
+@EACH_CODEC
+def test_short_writes_lose_nothing(codec: Codec) -> None:
     sink = Drip()
     writer = ShardWriter(sink, 3, codec)
     for chunk in slices(2, np.int16):
         writer.append(chunk)
     result = writer.finish()
-    assert (bytes(sink.taken), result) == written(list(slices(2, np.int16)), codec=codec, room=3)
+    expected, same = written(list(slices(2, np.int16)), codec=codec, room=3)
+    assert (bytes(sink.taken), result.size, result.fingerprint) == (expected, same.size, same.fingerprint)
 
 
-def test_the_fingerprint_tells_shards_apart() -> None:
+@given(
+    codec=st.sampled_from(list(CODECS.values())), present=st.lists(st.booleans(), max_size=6), more=st.integers(0, 3)
+)
+@settings(max_examples=60, deadline=None)
+def test_the_writer_returns_the_checksum_behind_each_chunk(codec: Codec, present: list[bool], more: int) -> None:
+    chunks = [chunk if keep else None for chunk, keep in zip(slices(len(present)), present, strict=True)]
+    room = max(1, len(present) + more)
+    shard, result = written(chunks, codec=codec, room=room)
+    index = parse_index(shard[-index_bytes(room) :], chunks=room, body=len(shard) - index_bytes(room)).tolist()
+    assert result.chunk_crc32c.dtype == np.uint32
+    assert result.missing.tolist() == [offset == MISSING for offset, _ in index]
+    assert result.missing.tolist() == [chunk is None for chunk in chunks] + [True] * (room - len(chunks))
+    for checksum, (offset, length) in zip(result.chunk_crc32c.tolist(), index, strict=True):
+        if offset == MISSING:
+            assert checksum == 0
+        else:
+            assert checksum == int.from_bytes(shard[offset + length - CRC_BYTES : offset + length], "little")
+            assert checksum == google_crc32c.value(shard[offset : offset + length - CRC_BYTES])
+
+
+@EACH_CODEC
+def test_a_checksum_mismatch_shows_both_values(codec: Codec) -> None:
+    shard, result = written(list(slices(1)), codec=codec, room=1)
+    data = np.frombuffer(shard, np.uint8)[: -index_bytes(1)].copy()
+    data[0] ^= 1
+    computed = google_crc32c.value(data[:-CRC_BYTES].tobytes())
+    said = rf"^checksum mismatch \(stored 0x{int(result.chunk_crc32c[0]):08x}, computed 0x{computed:08x}\)$"
+    with pytest.raises(CorruptionError, match=said):
+        decode_chunk(data, codec=codec, out=np.empty(30, np.uint8))
+    tail = bytearray(shard[-index_bytes(1) :])
+    tail[3] ^= 1
+    with pytest.raises(CorruptionError, match=r"^index checksum mismatch \(stored 0x[0-9a-f]{8}, computed 0x"):
+        parse_index(bytes(tail), chunks=1, body=len(data))
+
+
+def test_different_shards_have_different_fingerprints() -> None:
     chunks = list(slices(3))
-    shard, (_, seen) = written(chunks, codec="lz4", room=4)
+    shard, result = written(chunks, codec=LZ4, room=4)
     tail = index_bytes(4)
     index = parse_index(shard[-tail:], chunks=4, body=len(shard) - tail)
     ends = [int(offset + length) for offset, length in index.tolist() if offset != MISSING]
     checksums = np.array([int.from_bytes(shard[end - CRC_BYTES : end], "little") for end in ends], np.uint32)
-    assert fingerprint(checksums, shard[-tail:]) == seen
+    assert fingerprint(checksums, shard[-tail:]) == result.fingerprint
     others = [[chunks[1], chunks[0], chunks[2]], chunks[:2], [None, *chunks], [chunks[0], chunks[1], chunks[2] + 1]]
-    assert len({seen, *(written(other, codec="lz4", room=4)[1][1] for other in others)}) == 5
-    assert written(chunks, codec="lz4", room=4)[1][1] == seen
+    assert len({result.fingerprint, *(written(other, codec=LZ4, room=4)[1].fingerprint for other in others)}) == 5
+    assert written(chunks, codec=LZ4, room=4)[1].fingerprint == result.fingerprint

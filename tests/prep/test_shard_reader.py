@@ -1,9 +1,12 @@
-"""The reader of shards: any rows in any order, by any number of threads; damage is an error that names its place."""
+"""The reader of shards: any rows in any order, by any number of threads; damage is an error that names shard and row."""
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,16 +18,18 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from ich_prep.dataset import shard_reader
+from ich_prep.dataset.codecs import CODECS, LZ4, Codec
 from ich_prep.dataset.native import ChunkFault, read_chunks
-from ich_prep.dataset.shard_format import CODECS, ShardWriter, index_bytes
+from ich_prep.dataset.shard_format import ShardWriter, index_bytes
 from ich_prep.dataset.shard_reader import ShardReader
 from ich_prep.errors import CorruptionError
 from tests.support.page_cache import evict
 
 SLICES, PER_SHARD = 23, 5
 SLICE_BYTES = 96
-HOLES = (3, 4, 11)
+ABSENT = (3, 4, 11)
 SIZES = (96, 3 * 40 * 40)  # too small to compress; one that is
+EACH_CODEC = pytest.mark.parametrize("codec", CODECS.values(), ids=list(CODECS))
 SHAPES = {96: (1, 8, 12), 48: (1, 4, 12), 4800: (3, 40, 40), 2400: (3, 20, 40)}
 
 
@@ -42,34 +47,46 @@ def pixels() -> NDArray[np.uint8]:
     return some_pixels()
 
 
-def write_shards(folder: Path, pixels: NDArray[np.uint8], codec: str) -> None:
+def write_shards(folder: Path, pixels: NDArray[np.uint8], codec: Codec) -> NDArray[np.uint32]:
+    """Write the shards of ``pixels``; return the checksum of each row's chunk, with those of the unused chunks."""
+    checksums = []
     for number in range(-(-SLICES // PER_SHARD)):
         with open(folder / str(number), "wb", buffering=0) as file:
             writer = ShardWriter(file, PER_SHARD, codec)
             for row in range(number * PER_SHARD, min(SLICES, (number + 1) * PER_SHARD)):
-                if row in HOLES:
+                if row in ABSENT:
                     writer.skip()
                 else:
                     writer.append(pixels[row].reshape(SHAPES[pixels.shape[1]]))
-            writer.finish()
+            checksums.append(writer.finish().chunk_crc32c)
+    return np.concatenate(checksums)
 
 
-def open_reader(folder: Path, codec: str = "lz4", slice_bytes: int = SLICE_BYTES) -> ShardReader:
+def open_reader(
+    folder: Path,
+    codec: Codec = LZ4,
+    slice_bytes: int = SLICE_BYTES,
+    *,
+    slices: int = SLICES,
+    expected_crc: NDArray[np.uint32] | None = None,
+) -> ShardReader:
     return ShardReader(
         lambda shard: folder / str(shard),
-        slices=SLICES,
+        slices=slices,
         slice_bytes=slice_bytes,
         slices_per_shard=PER_SHARD,
         codec=codec,
+        expected_crc=expected_crc,
     )
 
 
 Opened = tuple[ShardReader, NDArray[np.uint8]]
 
 
-@pytest.fixture(scope="module", params=[(codec, size) for codec in CODECS for size in SIZES], ids=str)
+@pytest.fixture(scope="module", params=[(name, size) for name in CODECS for size in SIZES], ids=str)
 def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Opened:
-    codec, size = request.param
+    name, size = request.param
+    codec = CODECS[name]
     folder = tmp_path_factory.mktemp("shards")
     write_shards(folder, some_pixels(size), codec)
     return open_reader(folder, codec, size), some_pixels(size)
@@ -77,7 +94,7 @@ def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture
 def folder(tmp_path: Path, pixels: NDArray[np.uint8]) -> Path:
-    write_shards(tmp_path, pixels, "lz4")
+    write_shards(tmp_path, pixels, LZ4)
     return tmp_path
 
 
@@ -91,15 +108,15 @@ def test_any_rows_in_any_order(rows: list[int], threads: int, most_open: int, op
     shared, pixels = opened
     out = np.full((len(rows), pixels.shape[1]), 255, np.uint8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shared, "_most_open", most_open)
-        holes = shared.read(np.array(rows, np.int64), out, threads=threads)
-    assert holes == sorted(set(rows) & set(HOLES))
-    # Where there is a hole nothing is read: it is never zeros.
-    np.testing.assert_array_equal(out, np.full_like(out, 255) if holes else pixels[np.array(rows, np.int64)])
+        patch.setattr(shared, "_max_open", most_open)
+        missing = shared.read(np.array(rows, np.int64), out, threads=threads)
+    assert missing == sorted(set(rows) & set(ABSENT))
+    # If a chunk is missing nothing is decoded: a row is never zeros instead.
+    np.testing.assert_array_equal(out, np.full_like(out, 255) if missing else pixels[np.array(rows, np.int64)])
 
 
-@pytest.mark.parametrize("codec", CODECS)
-def test_a_batch_is_one_call(codec: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@EACH_CODEC
+def test_a_batch_is_one_call(codec: Codec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     write_shards(tmp_path, some_pixels(SIZES[1]), codec)
     shared, rows = open_reader(tmp_path, codec, SIZES[1]), np.array([22, 0, 2, 17, 9, 12, 0], np.int64)
     counted = []
@@ -115,18 +132,18 @@ def test_a_batch_is_one_call(codec: str, monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert counted == [7]
 
 
-@pytest.mark.parametrize("codec", CODECS)
-def test_cold_shards(codec: str, tmp_path: Path) -> None:
+@EACH_CODEC
+def test_cold_shards(codec: Codec, tmp_path: Path) -> None:
     write_shards(tmp_path, some_pixels(SIZES[1]), codec)
     evict(*tmp_path.iterdir())
-    rows = np.setdiff1d(np.arange(SLICES), HOLES)
+    rows = np.setdiff1d(np.arange(SLICES), ABSENT)
     out = np.empty((len(rows), SIZES[1]), np.uint8)
     assert open_reader(tmp_path, codec, SIZES[1]).read(rows, out, threads=2) == []
     np.testing.assert_array_equal(out, some_pixels(SIZES[1])[rows])
 
 
-@pytest.mark.parametrize("codec", CODECS)
-def test_a_part_of_a_batch_may_lie_on_the_disk(codec: str, tmp_path: Path) -> None:
+@EACH_CODEC
+def test_a_part_of_a_batch_may_be_uncached(codec: Codec, tmp_path: Path) -> None:
     write_shards(tmp_path, some_pixels(SIZES[1]), codec)
     shared, rows = open_reader(tmp_path, codec, SIZES[1]), np.array([22, 0, 2, 17, 9, 12, 0, 20], np.int64)
     out = np.empty((len(rows), SIZES[1]), np.uint8)
@@ -136,17 +153,19 @@ def test_a_part_of_a_batch_may_lie_on_the_disk(codec: str, tmp_path: Path) -> No
         np.testing.assert_array_equal(out, some_pixels(SIZES[1])[rows])
     evict(tmp_path / "0", tmp_path / "3")
     os.truncate(tmp_path / "3", 10)
-    with pytest.raises(CorruptionError, match=rf"Shard 3 \({tmp_path / '3'}\), row 17: it ends early"):
+    with pytest.raises(
+        CorruptionError, match=rf"Shard 3 \({tmp_path / '3'}\), row 17: truncated: the file ends inside"
+    ):
         shared.read(rows, out)
 
 
 @pytest.mark.parametrize("most_open", [1, 100])
-def test_many_threads_of_the_caller_share_one_reader(
+def test_many_calling_threads_share_one_reader(
     most_open: int, folder: Path, pixels: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shard_reader, "MOST_OPEN", most_open)
-    monkeypatch.setattr(shard_reader, "LEAST_SCRATCH", 1)
-    there = np.setdiff1d(np.arange(SLICES), HOLES)
+    monkeypatch.setattr(shard_reader, "MAX_OPEN", most_open)
+    monkeypatch.setattr(shard_reader, "MIN_SCRATCH", 1)
+    there = np.setdiff1d(np.arange(SLICES), ABSENT)
 
     def read(seed: int) -> bool:
         rows = np.random.default_rng(seed).choice(there, 40)
@@ -163,10 +182,10 @@ def test_many_threads_of_the_caller_share_one_reader(
 def test_shards_are_closed_when_many_are_open(
     monkeypatch: pytest.MonkeyPatch, folder: Path, pixels: NDArray[np.uint8]
 ) -> None:
-    monkeypatch.setattr(shard_reader, "MOST_OPEN", 2)
+    monkeypatch.setattr(shard_reader, "MAX_OPEN", 2)
     small = open_reader(folder)
     before = len(list(Path("/proc/self/fd").iterdir()))
-    rows = np.setdiff1d(np.arange(SLICES), HOLES)
+    rows = np.setdiff1d(np.arange(SLICES), ABSENT)
     out = np.empty((len(rows), SLICE_BYTES), np.uint8)
     most = before
 
@@ -184,16 +203,16 @@ def test_shards_are_closed_when_many_are_open(
 
 
 @pytest.mark.parametrize("rows", [[-1], [SLICES], [0, SLICES], [2**40]])
-def test_a_row_that_is_not_there_is_an_error(rows: list[int], opened: Opened) -> None:
+def test_a_row_out_of_range_is_an_error(rows: list[int], opened: Opened) -> None:
     shared, pixels = opened
     with pytest.raises(IndexError, match=f"0..{SLICES - 1}"):
         shared.read(np.array(rows, np.int64), np.empty((len(rows), pixels.shape[1]), np.uint8))
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("codec", CODECS)
+@EACH_CODEC
 @pytest.mark.parametrize("size", SIZES)
-def test_a_flipped_byte_names_shard_and_row(size: int, codec: str, threads: int, tmp_path: Path) -> None:
+def test_a_flipped_byte_names_shard_and_row(size: int, codec: Codec, threads: int, tmp_path: Path) -> None:
     write_shards(tmp_path, some_pixels(size), codec)
     shard = tmp_path / "1"
     data = bytearray(shard.read_bytes())
@@ -201,7 +220,7 @@ def test_a_flipped_byte_names_shard_and_row(size: int, codec: str, threads: int,
     data[int(index[2].sum()) - 6] ^= 1  # in the chunk of row 7
     shard.write_bytes(data)
     damaged = open_reader(tmp_path, codec, size)
-    with pytest.raises(CorruptionError, match=rf"Shard 1 \({shard}\), row 7: its checksum does not fit"):
+    with pytest.raises(CorruptionError, match=rf"Shard 1 \({shard}\), row 7: checksum mismatch \(stored 0x"):
         damaged.read(np.array([12, 5, 6, 7, 8, 20, 21, 22]), np.empty((8, size), np.uint8), threads=threads)
     assert damaged.read(np.array([5, 6, 8, 9]), np.empty((4, size), np.uint8)) == []
 
@@ -219,13 +238,13 @@ def flip_index(shard: Path) -> None:
 @pytest.mark.parametrize(
     "spoil, said",
     [
-        (Path.unlink, "there is no such file"),
+        (Path.unlink, "file not found"),
         (lambda shard: shard.write_bytes(b""), "expected at least 84 bytes, found 0"),
         (lambda shard: shard.write_bytes(bytes(83)), "expected at least 84 bytes, found 83"),
-        (lambda shard: shard.write_bytes(bytes(500)), "checksum of its index"),
-        (lose_last_byte, "checksum of its index"),
-        (flip_index, "checksum of its index"),
-        (lambda shard: (shard.unlink(), shard.mkdir()), "expected at least 84 bytes|it cannot be read: Is a directory"),
+        (lambda shard: shard.write_bytes(bytes(500)), r"index checksum mismatch \(stored"),
+        (lose_last_byte, r"index checksum mismatch \(stored"),
+        (flip_index, r"index checksum mismatch \(stored"),
+        (lambda shard: (shard.unlink(), shard.mkdir()), "expected at least 84 bytes|cannot be read: Is a directory"),
     ],
 )
 def test_a_shard_that_cannot_be_read_names_itself(spoil: object, said: str, folder: Path) -> None:
@@ -244,13 +263,13 @@ def test_a_shard_that_shrinks_while_it_is_open_is_an_error(folder: Path) -> None
     assert shared.read(np.array([14]), out) == []
     with open(folder / "2", "r+b") as file:
         file.truncate(10)
-    with pytest.raises(CorruptionError, match="ends early"):
+    with pytest.raises(CorruptionError, match="row 14: truncated"):
         shared.read(np.array([14]), out)
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@EACH_CODEC
 @pytest.mark.parametrize("size", SIZES)
-def test_a_shard_of_another_shape_is_an_error(size: int, codec: str, folder: Path) -> None:
+def test_a_shard_of_another_shape_is_an_error(size: int, codec: Codec, folder: Path) -> None:
     with open(folder / "0", "wb", buffering=0) as file:
         writer = ShardWriter(file, PER_SHARD, codec)
         writer.append(np.ones(SHAPES[size], np.uint8))
@@ -263,9 +282,9 @@ def test_a_shard_of_another_shape_is_an_error(size: int, codec: str, folder: Pat
 
 @pytest.mark.parametrize("at", [2, 4, 8, 16, 20])
 def test_a_frame_that_was_never_written_here_is_an_error(at: int, tmp_path: Path) -> None:
-    """Its checksum fits, its header or one of its offsets does not."""
+    """Its checksum matches; its header or one of its offsets is invalid."""
     size = SIZES[1]
-    write_shards(tmp_path, some_pixels(size), "lz4")
+    write_shards(tmp_path, some_pixels(size), LZ4)
     data = bytearray((tmp_path / "0").read_bytes())
     index = np.frombuffer(bytes(data[-index_bytes(PER_SHARD) : -4]), "<u8").reshape(-1, 2)
     start, length = index[1].tolist()
@@ -274,11 +293,11 @@ def test_a_frame_that_was_never_written_here_is_an_error(at: int, tmp_path: Path
     data[start + length - 4 : start + length] = checksum
     (tmp_path / "0").write_bytes(data)
     with pytest.raises(CorruptionError, match=r"row 1: "):
-        open_reader(tmp_path, "lz4", size).read(np.array([0, 1, 2]), np.empty((3, size), np.uint8))
+        open_reader(tmp_path, LZ4, size).read(np.array([0, 1, 2]), np.empty((3, size), np.uint8))
 
 
 @pytest.mark.parametrize("spoil", ["short", "strided", "read-only"])
-def test_memory_that_does_not_fit_is_not_written_to(spoil: str, opened: Opened) -> None:
+def test_an_unsuitable_out_is_not_written_to(spoil: str, opened: Opened) -> None:
     shared, pixels = opened
     room = np.zeros((8, pixels.shape[1]), np.uint8)
     out = {"short": room[:3], "strided": room[::2], "read-only": room[:4]}[spoil]
@@ -291,3 +310,150 @@ def test_memory_that_does_not_fit_is_not_written_to(spoil: str, opened: Opened) 
 def test_an_open_reader_is_not_pickled(opened: Opened) -> None:
     with pytest.raises(TypeError, match="open it in the other process"):
         pickle.dumps(opened[0])
+
+
+# --- expected checksums ----------------------------------------------------------------------------------------------
+
+
+@EACH_CODEC
+@pytest.mark.parametrize("threads", [1, 3])
+def test_expected_checksums_are_those_that_the_writer_returned(codec: Codec, threads: int, tmp_path: Path) -> None:
+    pixels = some_pixels(SIZES[1])
+    checksums = write_shards(tmp_path, pixels, codec)
+    assert len(checksums) > SLICES
+    rows = np.setdiff1d(np.arange(SLICES), ABSENT)[::-1].copy()
+    out = np.empty((len(rows), SIZES[1]), np.uint8)
+    with open_reader(tmp_path, codec, SIZES[1], expected_crc=checksums) as shared:
+        assert shared.read(rows, out, threads=threads) == []
+    np.testing.assert_array_equal(out, pixels[rows])
+
+
+@EACH_CODEC
+@pytest.mark.parametrize("threads", [1, 3])
+def test_swapped_shards_are_an_error_where_checksums_are_expected(codec: Codec, threads: int, tmp_path: Path) -> None:
+    checksums = write_shards(tmp_path, some_pixels(), codec)
+    (tmp_path / "1").rename(tmp_path / "spare")
+    (tmp_path / "3").rename(tmp_path / "1")
+    (tmp_path / "spare").rename(tmp_path / "3")
+    rows, out = np.array([0, 21, 7, 20, 22, 1]), np.empty((6, SLICE_BYTES), np.uint8)
+    with open_reader(tmp_path, codec) as trusting:
+        assert trusting.read(rows, out) == []
+    said = (
+        rf"Shard 1 \({tmp_path / '1'}\), row 7: this is not the chunk that was written here "
+        rf"\(checksum 0x{int(checksums[17]):08x}, expected 0x{int(checksums[7]):08x}\)"
+    )
+    with open_reader(tmp_path, codec, expected_crc=checksums) as checking, pytest.raises(CorruptionError, match=said):
+        checking.read(rows, out, threads=threads)
+
+
+@pytest.mark.parametrize(
+    "checksums, said",
+    [
+        (np.zeros(SLICES - 1, np.uint32), f"a checksum for each of {SLICES} rows; got {SLICES - 1}"),
+        (np.zeros(SLICES, np.int64), r"as uint32 \(n,\); got int64"),
+        (np.zeros((SLICES, 1), np.uint32), r"as uint32 \(n,\); got uint32 \(23, 1\)"),
+    ],
+)
+def test_unsuitable_checksums_are_refused(checksums: NDArray[np.uint32], said: str, folder: Path) -> None:
+    with pytest.raises(ValueError, match=said):
+        open_reader(folder, expected_crc=checksums)
+
+
+# --- more chunks than rows -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slices", [1, 5, 18, 22])
+def test_shards_may_contain_more_chunks_than_there_are_rows(
+    slices: int, folder: Path, pixels: NDArray[np.uint8]
+) -> None:
+    """The number of rows comes from outside: the array in the store may be longer."""
+    rows = np.setdiff1d(np.arange(slices), ABSENT)
+    out = np.empty((len(rows), SLICE_BYTES), np.uint8)
+    with open_reader(folder, slices=slices) as shorter:
+        assert shorter.read(rows, out, threads=2) == []
+        np.testing.assert_array_equal(out, pixels[rows])
+        with pytest.raises(IndexError, match=rf"within 0..{slices - 1}; got {slices}..{slices}"):
+            shorter.read(np.array([slices]), out[:1])
+
+
+# --- closing ---------------------------------------------------------------------------------------------------------
+
+
+def open_files(folder: Path) -> int:
+    """The number of files of ``folder`` that this process has open."""
+    paths = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+    return sum(path.startswith(f"{folder}/") for path in paths)
+
+
+def read_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith("read_")}
+
+
+def test_a_pool_has_as_many_threads_as_each_call_asks_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, out = np.tile([0, 1, 2, 5], 12), np.empty((48, SLICE_BYTES), np.uint8)
+    barrier = threading.Barrier(1)
+
+    def read(*asked: object, **named: object) -> ChunkFault | None:
+        barrier.wait(60)  # until so many threads are in a call at once
+        return read_chunks(*asked, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(shard_reader, "read_chunks", read)
+    with open_reader(folder) as shared:
+        for threads in (1, 2, 5, 3, 2):
+            barrier = threading.Barrier(threads)
+            assert shared.read(rows, out, threads=threads) == []
+
+
+def test_a_closed_reader_has_no_threads_and_no_files(folder: Path) -> None:
+    rows, out = np.tile([0, 7, 12, 20], 6), np.empty((24, SLICE_BYTES), np.uint8)
+    before = read_threads()
+    with open_reader(folder) as shared:
+        for number in (1, 2, 4):
+            shared.read(rows, out, threads=number)
+        assert open_files(folder) == 4
+        assert read_threads() - before
+    assert open_files(folder) == 0
+    assert not read_threads() - before
+    for number in (1, 4):
+        with pytest.raises(ValueError, match="was closed: open it again"):
+            shared.read(rows, out, threads=number)
+    shared.close()
+
+
+def test_a_reader_that_is_dropped_ends_its_threads_and_closes_its_files(folder: Path) -> None:
+    rows, out = np.tile([0, 7, 12, 20], 6), np.empty((24, SLICE_BYTES), np.uint8)
+    before = read_threads()
+    shared = open_reader(folder)
+    shared.read(rows, out, threads=4)
+    assert open_files(folder) == 4
+    del shared
+    gc.collect()
+    deadline = time.monotonic() + 60
+    while open_files(folder) or read_threads() - before:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_reads_in_progress_are_finished_when_a_reader_is_closed(
+    folder: Path, pixels: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, closing = threading.Event(), threading.Event()
+
+    def read(*asked: object, **named: object) -> ChunkFault | None:
+        started.set()
+        assert closing.wait(60)
+        return read_chunks(*asked, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(shard_reader, "read_chunks", read)
+    rows, out = np.tile([0, 7, 12, 20], 6), np.empty((24, SLICE_BYTES), np.uint8)
+    shared = open_reader(folder)
+    with ThreadPoolExecutor(2) as pool:
+        reading = pool.submit(shared.read, rows, out, threads=2)
+        assert started.wait(60)
+        closed = pool.submit(shared.close)
+        while not shared._closed:
+            time.sleep(0.001)
+        closing.set()
+        assert reading.result(60) == []
+        closed.result(60)
+    np.testing.assert_array_equal(out, pixels[rows])

@@ -1,4 +1,4 @@
-"""Datasets whose reads take long, or are interrupted."""
+"""Slow and interrupted reads of a dataset."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from ich_prep.dataset.dataset import Dataset
 
 
 def interrupt_at_read(dataset: Dataset, number: int) -> None:
-    """Make this process receive a Ctrl-C during the read of so many batches."""
+    """Make this process receive SIGINT (Ctrl-C) during the read of batch ``number``, counted from 0."""
     read, reads = dataset.read, iter(range(10**6))
 
-    def counted(*given: Any, **named: Any) -> Any:
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
         if next(reads) == number:
             os.kill(os.getpid(), signal.SIGINT)
-        return read(*given, **named)
+        return read(*args, **kwargs)
 
-    dataset.read = counted  # type: ignore[method-assign]
+    dataset.read = interrupted  # type: ignore[method-assign]
 
 
 def slow_down(dataset: Dataset, seconds: float) -> None:
-    """Let each read take so much longer."""
+    """Make each read take ``seconds`` longer."""
     read = dataset.read
 
-    def slowly(*given: Any, **named: Any) -> Any:
+    def slow(*args: Any, **kwargs: Any) -> Any:
         time.sleep(seconds)
-        return read(*given, **named)
+        return read(*args, **kwargs)
 
-    dataset.read = slowly  # type: ignore[method-assign]
+    dataset.read = slow  # type: ignore[method-assign]

@@ -1,4 +1,5 @@
-/* What Python calls of the compiled library (see compiled.py), and what its parts share. Memory is the caller's. */
+/* The interface of the compiled library, which compiled.py calls, and the declarations that its parts share. The library
+   allocates no memory and keeps no state but the CRC tables: every buffer is the caller's. See README.md. */
 
 #ifndef ICH_H
 #define ICH_H
@@ -7,74 +8,105 @@
 #include <stdint.h>
 #include <string.h>
 
-/* Without ICH_PORTABLE, by which tests compile what other processors run. */
+/* ICH_PORTABLE: tests compile the code for processors without these instructions with it. */
 #if defined(__SSE2__) && !defined(ICH_PORTABLE)
 #define ICH_SSE2
 #include <emmintrin.h>
 #endif
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "Shards are read and written on little-endian machines alone."
+#error "Only little-endian processors are supported."
 #endif
 
-/* What Python calls; all else stays inside of the library. */
+/* Exported functions; all others are hidden. */
 #define ICH_API __attribute__((visibility("default")))
 
-/* Counts the changes of the functions that Python calls, and of the bytes that they make: see compiled.py. */
-enum { ICH_INTERFACE = 1 };
+/* Version of the functions, structs and enums in this file. Raise it, and INTERFACE in compiled.py, with every change to
+   one of them: Python refuses a library that was compiled from other sources. */
+enum { ICH_INTERFACE = 2 };
+
+/* Version of the frames that ich_encode makes. Raise it, and ENCODER in compiled.py, when equal pixels give other bytes than
+   before. Frames of every earlier version stay readable: that is a promise of the dataset format. */
+enum { ICH_ENCODER = 1 };
+
 ICH_API int ich_interface(void);
+ICH_API int ich_encoder(void);
+ICH_API size_t ich_request_bytes(void); /* sizeof(struct ich_request) */
+ICH_API size_t ich_fault_bytes(void);   /* sizeof(struct ich_fault) */
 
-/* What can be wrong with a chunk; compiled.py has the words for them. A negative value is an errno. */
-enum ich_fault { ICH_FINE, ICH_ENDS_EARLY, ICH_CHECKSUM, ICH_LENGTH, ICH_FRAME };
+/* What is wrong with a chunk. A negative value is a negated errno. */
+enum ich_status {
+    ICH_OK,
+    ICH_TRUNCATED,   /* the file ends inside the chunk */
+    ICH_CHECKSUM,    /* the stored checksum differs from the computed one */
+    ICH_LENGTH,      /* the chunk does not decode to one slice */
+    ICH_FRAME,       /* not a valid LZ4 blosc frame */
+    ICH_OTHER_CHUNK, /* a valid chunk, but its checksum is not the expected one */
+};
 
-enum { ICH_CHECKSUM_BYTES = 4 };
+enum { ICH_CRC_BYTES = 4 };
 
-/* CRC-32C of what `crc` is the checksum of (0: of nothing), and then of `length` bytes of `data`. */
+/* Return the CRC-32C of `length` bytes of `data`, continued from `crc` (0 to start). */
 ICH_API uint32_t ich_crc32c(uint32_t crc, const uint8_t *data, size_t length);
 
-/* The length of the longest frame that ich_encode makes of a slice. */
-ICH_API size_t ich_frame_room(size_t slice_bytes, size_t block_bytes, size_t item_bytes);
+/* Return the maximum length of a frame of `slice_bytes` bytes. */
+ICH_API size_t ich_frame_bound(size_t slice_bytes, size_t blocksize, size_t typesize);
 
-/* The blosc frame (codec lz4, byte shuffle) of one slice, whose rows are `row_bytes` long, of items of 1 or 2 bytes. `out`
-   has room for the longest one, `scratch` is as long as ich_encode_scratch says. Returns the frame's length. */
-ICH_API size_t ich_encode_scratch(size_t block_bytes);
-ICH_API size_t ich_encode(const uint8_t *pixels, size_t slice_bytes, size_t item_bytes, size_t row_bytes,
-                          size_t block_bytes, uint8_t *out, uint8_t *scratch);
+/* Return the size of the scratch memory of ich_encode. */
+ICH_API size_t ich_encode_scratch(size_t blocksize);
 
-/* How long a frame, of eight bytes at least, says that it is when inflated. */
-uint32_t ich_inflated(const uint8_t *frame);
+/* Encode one slice as a blosc frame (LZ4, byte shuffle) and return the frame's length. `typesize` is 1 or 2; `row_bytes` is
+   the length of an image row; `out` has ich_frame_bound bytes, `scratch` ich_encode_scratch bytes, aligned to 8. */
+ICH_API size_t ich_encode(const uint8_t *pixels, size_t slice_bytes, size_t typesize, size_t row_bytes, size_t blocksize,
+                          uint8_t *out, uint8_t *scratch);
 
-/* Inflates a blosc frame (codec lz4 or none, byte shuffle or none) to `slice_bytes`; `scratch` has room for as many. */
-ICH_API enum ich_fault ich_decode(const uint8_t *frame, size_t length, uint8_t *out, size_t slice_bytes,
-                                  uint8_t *scratch);
+/* Return the decoded length that the header of a frame states; `frame` has at least 8 bytes. */
+uint32_t ich_frame_nbytes(const uint8_t *frame);
 
-/* Writes plane after plane of `count` codes: byte w of the table's entry for each word, for w of up to four windows. */
-ICH_API void ich_windows(const uint16_t *words, size_t count, const uint32_t *table, int windows, uint8_t *out);
+/* Decode a blosc frame (LZ4 or memcpyed, byte shuffle or none) to `slice_bytes` bytes. `frame` is untrusted: no byte outside
+   of `frame`, `out` and `scratch` (`slice_bytes` bytes each) is read or written, whatever it contains. */
+ICH_API enum ich_status ich_decode(const uint8_t *frame, size_t length, uint8_t *out, size_t slice_bytes, uint8_t *scratch);
 
-/* Copies past the caches where that is possible: memory that is not read again soon need not be fetched to be written. */
-void ich_copy_past_caches(uint8_t *out, const uint8_t *data, size_t length);
+/* Look up `count` stored values in `table` (65,536 entries); write byte w of each entry to plane w of `out`, for up to four
+   windows. */
+ICH_API void ich_windows(const uint16_t *stored, size_t count, const uint32_t *table, int windows, uint8_t *out);
 
-/* Of a dataset: of ICH_OTHER chunks are read and checked, and left as they are. */
-enum ich_codec { ICH_NONE, ICH_LZ4, ICH_OTHER };
+/* Copy with non-temporal (streaming) stores where possible: `out` does not displace the cache, nor is it fetched first. */
+void ich_stream_copy(uint8_t *out, const uint8_t *data, size_t length);
 
-/* One chunk: where it lies, and where in the reader's memory it goes. */
+/* What ich_read does with a chunk after its checksum is verified. */
+enum ich_codec {
+    ICH_RAW,       /* copy the payload */
+    ICH_LZ4,       /* decode the payload, a blosc frame */
+    ICH_UNDECODED, /* leave the chunk as it was read, checksum included */
+};
+
+/* One chunk to read. compiled.REQUEST is the same as a NumPy dtype. */
 struct ich_request {
-    int64_t file, begin, length, place;
+    int64_t fd;
+    int64_t offset;     /* of the chunk in the file */
+    int64_t length;     /* of the chunk, checksum included */
+    int64_t out_offset; /* of the slice in the output buffer */
+    uint32_t crc32c;    /* the checksum that is expected behind the payload */
+    uint32_t check_crc; /* 1: compare the stored checksum with crc32c; 0: ignore crc32c */
 };
 
-/* How much scratch ich_read needs for chunks of up to `longest` bytes. */
-ICH_API size_t ich_read_scratch(int codec, size_t longest, size_t slice_bytes);
-
-/* What is wrong with which request; with ICH_LENGTH also how many bytes it has for a slice. */
-struct ich_trouble {
-    int64_t request, fault, found;
+/* The first fault of a call. compiled.FAULT is the same as a NumPy dtype. */
+struct ich_fault {
+    int64_t request;  /* index of the request */
+    int64_t status;   /* enum ich_status, or a negated errno */
+    int64_t expected; /* ICH_CHECKSUM: the stored checksum; ICH_LENGTH: bytes of a slice; ICH_OTHER_CHUNK: request.crc32c */
+    int64_t found;    /* ICH_CHECKSUM: the computed one; ICH_LENGTH: bytes of this chunk; ICH_OTHER_CHUNK: the stored one */
 };
 
-/* Reads `count` chunks of up to `longest` bytes, compares their checksums and decodes each to its place in `out`: first
-   those that lie in memory, while the disk is asked for all others. `late` has a byte for each. Returns whether there is
-   `trouble` with one. */
+/* Return the size of the scratch memory of ich_read for chunks of up to `max_chunk` bytes. */
+ICH_API size_t ich_read_scratch(int codec, size_t max_chunk, size_t slice_bytes);
+
+/* Read `count` chunks of up to `max_chunk` bytes, verify their checksums and decode each to its place in `out`. Chunks in the
+   page cache are read first, while the disk fetches the others. `deferred` has one byte per request. Return 0, or 1 with
+   `fault` filled in. */
 ICH_API int ich_read(const struct ich_request *requests, int64_t count, int codec, uint8_t *out, size_t slice_bytes,
-                     size_t longest, uint8_t *scratch, uint8_t *late, struct ich_trouble *trouble);
+                     size_t max_chunk, uint8_t *scratch, uint8_t *deferred, struct ich_fault *fault);
 
 static inline uint32_t load_u32(const uint8_t *at) {
     return (uint32_t)at[0] | (uint32_t)at[1] << 8 | (uint32_t)at[2] << 16 | (uint32_t)at[3] << 24;

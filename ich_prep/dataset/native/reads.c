@@ -1,4 +1,4 @@
-/* Many chunks of many files in one call: read, their checksums compared, decoded. No lock of Python's is held meanwhile. */
+/* Many chunks from many files in one call: read, verified, decoded. The caller does not hold the GIL meanwhile. */
 
 #define _GNU_SOURCE
 #include "ich.h"
@@ -8,135 +8,158 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-/* Of an uncompressed chunk: what is read at a time, and stays in the core's second cache; what stays in the first. */
-enum { PIECE = 256 * 1024, NEAREST = 12 * 1024 };
+/* Raw chunks are read in pieces that fit in L2, and checksummed and copied in pieces that fit in L1. */
+enum { L2_PIECE = 256 * 1024, L1_PIECE = 12 * 1024 };
 
-/* What is the same for all chunks of a call. */
-struct job {
+/* The arguments that all chunks of a call share. */
+struct read_job {
     enum ich_codec codec;
     uint8_t *out;
     size_t slice_bytes;
-    size_t longest;   /* of the chunks */
-    uint8_t *scratch; /* for what is read at a time; behind a chunk that is decoded, for a slice */
+    size_t max_chunk;
+    uint8_t *scratch; /* ICH_RAW: one piece; ICH_LZ4: one chunk, then the scratch memory of ich_decode */
 };
 
-size_t ich_read_scratch(int codec, size_t longest, size_t slice_bytes) {
+size_t ich_request_bytes(void) {
+    return sizeof(struct ich_request);
+}
+
+size_t ich_fault_bytes(void) {
+    return sizeof(struct ich_fault);
+}
+
+size_t ich_read_scratch(int codec, size_t max_chunk, size_t slice_bytes) {
     switch (codec) {
-    case ICH_NONE:
-        return PIECE + ICH_CHECKSUM_BYTES;
+    case ICH_RAW:
+        return L2_PIECE + ICH_CRC_BYTES;
     case ICH_LZ4:
-        return longest + slice_bytes;
+        return max_chunk + slice_bytes;
     default:
         return 0;
     }
 }
 
-/* Reads all of `length` bytes; returns a fault, or a negative errno. */
-static int read_whole(int file, uint8_t *out, size_t length, int64_t begin, int flags) {
+/* Read exactly `length` bytes; return ICH_OK, ICH_TRUNCATED or a negated errno. */
+static int read_all(int fd, uint8_t *out, size_t length, int64_t offset, int flags) {
     while (length) {
-        ssize_t found = preadv2(file, &(struct iovec){out, length}, 1, begin, flags);
-        if (found < 0) {
+        ssize_t count = preadv2(fd, &(struct iovec){out, length}, 1, offset, flags);
+        if (count < 0) {
             if (errno == EINTR) {
                 continue;
             }
             return -errno;
         }
-        if (found == 0) {
-            return ICH_ENDS_EARLY;
+        if (count == 0) {
+            return ICH_TRUNCATED;
         }
-        out += found;
-        begin += found;
-        length -= (size_t)found;
+        out += count;
+        offset += count;
+        length -= (size_t)count;
     }
-    return ICH_FINE;
+    return ICH_OK;
 }
 
-/* A chunk that is no frame: copied piece by piece from where its checksum is taken. */
-static int take_plain(const struct job *job, const struct ich_request *request, int flags) {
-    int file = (int)request->file;
-    int64_t begin = request->begin;
-    size_t length = (size_t)request->length;
-    uint8_t *out = job->out + request->place;
-    if (length != job->slice_bytes + ICH_CHECKSUM_BYTES) {
-        return ICH_LENGTH;
+static int fail(struct ich_fault *fault, enum ich_status status, int64_t expected, int64_t found) {
+    fault->expected = expected;
+    fault->found = found;
+    return (int)status;
+}
+
+/* Compare the checksum behind a payload with the computed one, then with the expected one if there is one. */
+static int check_crc(const struct ich_request *request, uint32_t stored, uint32_t computed, struct ich_fault *fault) {
+    if (computed != stored) {
+        return fail(fault, ICH_CHECKSUM, stored, computed);
     }
-    uint32_t sum = 0;
-    while (length) {
-        size_t some = length <= PIECE + ICH_CHECKSUM_BYTES ? length : PIECE;
-        int fault = read_whole(file, job->scratch, some, begin, flags);
-        if (fault) {
-            return fault;
+    if (request->check_crc && stored != request->crc32c) {
+        return fail(fault, ICH_OTHER_CHUNK, request->crc32c, stored);
+    }
+    return ICH_OK;
+}
+
+/* Read a chunk that is not compressed. Each piece is checksummed and copied while it is in the cache. */
+static int read_raw_chunk(const struct read_job *job, const struct ich_request *request, int flags,
+                          struct ich_fault *fault) {
+    int64_t offset = request->offset;
+    size_t left = (size_t)request->length;
+    uint8_t *out = job->out + request->out_offset;
+    if (left != job->slice_bytes + ICH_CRC_BYTES) {
+        return fail(fault, ICH_LENGTH, (int64_t)job->slice_bytes, request->length - ICH_CRC_BYTES);
+    }
+    uint32_t crc = 0;
+    for (;;) {
+        size_t piece = left <= L2_PIECE + ICH_CRC_BYTES ? left : L2_PIECE;
+        int status = read_all((int)request->fd, job->scratch, piece, offset, flags);
+        if (status) {
+            return status;
         }
-        size_t pixels = some == length ? some - ICH_CHECKSUM_BYTES : some;
-        for (size_t at = 0, near; at < pixels; at += near) {
-            near = pixels - at < NEAREST ? pixels - at : NEAREST;
-            sum = ich_crc32c(sum, job->scratch + at, near);
-            ich_copy_past_caches(out + at, job->scratch + at, near);
+        size_t pixels = piece == left ? piece - ICH_CRC_BYTES : piece;
+        for (size_t i = 0, count; i < pixels; i += count) {
+            count = pixels - i < L1_PIECE ? pixels - i : L1_PIECE;
+            crc = ich_crc32c(crc, job->scratch + i, count);
+            ich_stream_copy(out + i, job->scratch + i, count);
         }
         out += pixels;
-        begin += (int64_t)some;
-        length -= some;
-        if (!length && sum != load_u32(job->scratch + pixels)) {
-            return ICH_CHECKSUM;
+        offset += (int64_t)piece;
+        left -= piece;
+        if (!left) {
+            return check_crc(request, load_u32(job->scratch + pixels), crc, fault);
         }
     }
-    return ICH_FINE;
 }
 
-static int take(const struct job *job, const struct ich_request *request, int flags) {
-    if (job->codec == ICH_NONE) {
-        return take_plain(job, request, flags);
+static int read_chunk(const struct read_job *job, const struct ich_request *request, int flags, struct ich_fault *fault) {
+    if (job->codec == ICH_RAW) {
+        return read_raw_chunk(job, request, flags, fault);
     }
-    uint8_t *out = job->out + request->place, *chunk = job->codec == ICH_LZ4 ? job->scratch : out;
+    uint8_t *out = job->out + request->out_offset, *chunk = job->codec == ICH_LZ4 ? job->scratch : out;
     size_t length = (size_t)request->length;
-    if (length <= ICH_CHECKSUM_BYTES) {
+    if (length <= ICH_CRC_BYTES) {
         return ICH_FRAME;
     }
-    int fault = read_whole((int)request->file, chunk, length, request->begin, flags);
-    if (fault) {
-        return fault;
+    int status = read_all((int)request->fd, chunk, length, request->offset, flags);
+    if (status) {
+        return status;
     }
-    length -= ICH_CHECKSUM_BYTES;
-    if (ich_crc32c(0, chunk, length) != load_u32(chunk + length)) {
-        return ICH_CHECKSUM;
+    length -= ICH_CRC_BYTES;
+    status = check_crc(request, load_u32(chunk + length), ich_crc32c(0, chunk, length), fault);
+    if (status || job->codec == ICH_UNDECODED) {
+        return status;
     }
-    if (job->codec == ICH_OTHER) {
-        return ICH_FINE;
+    status = (int)ich_decode(chunk, length, out, job->slice_bytes, job->scratch + job->max_chunk);
+    if (status == ICH_LENGTH) {
+        return fail(fault, ICH_LENGTH, (int64_t)job->slice_bytes, ich_frame_nbytes(chunk));
     }
-    return (int)ich_decode(chunk, length, out, job->slice_bytes, job->scratch + job->longest);
+    return status;
 }
 
-static int tell(const struct job *job, const struct ich_request *requests, int64_t at, int fault,
-                struct ich_trouble *trouble) {
-    int64_t found = 0;
-    if (fault == ICH_LENGTH) {
-        found = job->codec == ICH_NONE ? requests[at].length - ICH_CHECKSUM_BYTES : ich_inflated(job->scratch);
-    }
-    *trouble = (struct ich_trouble){at, fault, found};
+static int report(struct ich_fault *fault, int64_t request, int status) {
+    fault->request = request;
+    fault->status = status;
     return 1;
 }
 
 int ich_read(const struct ich_request *requests, int64_t count, int codec, uint8_t *out, size_t slice_bytes,
-             size_t longest, uint8_t *scratch, uint8_t *late, struct ich_trouble *trouble) {
-    const struct job job = {(enum ich_codec)codec, out, slice_bytes, longest, scratch};
-    int64_t waits = 0;
-    for (int64_t at = 0; at < count; at++) {
-        int fault = take(&job, &requests[at], RWF_NOWAIT);
-        late[at] = fault < 0 || fault == ICH_ENDS_EARLY; /* a plain read will tell what is wrong, if anything is */
-        if (fault && !late[at]) {
-            return tell(&job, requests, at, fault, trouble);
+             size_t max_chunk, uint8_t *scratch, uint8_t *deferred, struct ich_fault *fault) {
+    const struct read_job job = {(enum ich_codec)codec, out, slice_bytes, max_chunk, scratch};
+    int64_t n_deferred = 0;
+    for (int64_t i = 0; i < count; i++) {
+        int status = read_chunk(&job, &requests[i], RWF_NOWAIT, fault);
+        /* Not in the page cache, or no such reads on this file system. An ordinary read finds out whether it is a fault. */
+        deferred[i] = status < 0 || status == ICH_TRUNCATED;
+        if (status && !deferred[i]) {
+            return report(fault, i, status);
         }
-        waits += late[at];
+        n_deferred += deferred[i];
     }
-    for (int64_t at = 0; waits && at < count; at++) {
-        if (late[at]) {
-            posix_fadvise((int)requests[at].file, requests[at].begin, requests[at].length, POSIX_FADV_WILLNEED);
+    for (int64_t i = 0; n_deferred && i < count; i++) {
+        if (deferred[i]) {
+            posix_fadvise((int)requests[i].fd, requests[i].offset, requests[i].length, POSIX_FADV_WILLNEED);
         }
     }
-    for (int64_t at = 0; waits && at < count; at++) {
-        int fault = late[at] ? take(&job, &requests[at], 0) : ICH_FINE;
-        if (fault) {
-            return tell(&job, requests, at, fault, trouble);
+    for (int64_t i = 0; n_deferred && i < count; i++) {
+        int status = deferred[i] ? read_chunk(&job, &requests[i], 0, fault) : ICH_OK;
+        if (status) {
+            return report(fault, i, status);
         }
     }
     return 0;
