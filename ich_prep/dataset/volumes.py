@@ -65,6 +65,19 @@ def affine_of_slices(
     ``volume_affine`` for the rest. Raises ``AffineError`` where slices differ in orientation, pixel spacing, source size
     or turn, and as ``volume_affine``.
     """
+    _check_flags(slices)
+    return volume_affine(
+        np.column_stack([_numbers(slices, name) for name in POSITION]),
+        orientation,
+        (_shared_spacing(slices, "pixel_spacing_y_mm"), _shared_spacing(slices, "pixel_spacing_x_mm")),
+        (int(_shared(slices, "source_rows", 0)), int(_shared(slices, "source_columns", 0))),
+        turn=str(_shared(slices, "turn", "")) if "turn" in slices.column_names else None,
+        stored_size=stored_size,
+        thickness_mm=thickness_mm,
+    )
+
+
+def _check_flags(slices: pa.Table) -> None:
     if not len(slices):
         raise AffineError(NoAffine.NO_SLICES, "the volume has no slice with pixels")
     flags = {flag for line in slices["flags"].to_pylist() for flag in line or ()}
@@ -72,31 +85,15 @@ def affine_of_slices(
         raise AffineError(NoAffine.NO_POSITION, "some slices have no position, or are not ordered by it")
     if "other_orientation" in flags:
         raise AffineError(NoAffine.SLICES_DIFFER, "some slices have another orientation than most of the series")
-    turns = (
-        pc.unique(slices["turn"].combine_chunks().fill_null("")).to_pylist() if "turn" in slices.column_names else [""]
-    )
-    if len(turns) > 1:
-        raise AffineError(
-            NoAffine.SLICES_DIFFER, f"slices were turned in different ways: {', '.join(map(repr, turns))}"
-        )
-    shapes = pc.unique(pc.binary_join_element_wise(*_as_text(slices, "source_rows", "source_columns"), " x "))
-    if len(shapes) > 1:
-        raise AffineError(
-            NoAffine.SLICES_DIFFER, f"slices have different source sizes: {', '.join(shapes.to_pylist())}"
-        )
-    return volume_affine(
-        np.column_stack([_numbers(slices, name) for name in POSITION]),
-        orientation,
-        (_shared_spacing(slices, "pixel_spacing_y_mm"), _shared_spacing(slices, "pixel_spacing_x_mm")),
-        (int(slices["source_rows"][0].as_py()), int(slices["source_columns"][0].as_py())),
-        turn=turns[0],
-        stored_size=stored_size,
-        thickness_mm=thickness_mm,
-    )
 
 
-def _as_text(slices: pa.Table, *names: str) -> list[pa.ChunkedArray]:
-    return [slices[name].cast(pa.string()) for name in names]
+def _shared(slices: pa.Table, name: str, missing: int | str) -> int | str:
+    """Return the one value of a column, ``missing`` for null; raises where there are several."""
+    values: list[int | str] = pc.unique(slices[name].fill_null(missing)).to_pylist()
+    if len(values) > 1:
+        shown = ", ".join(map(repr, values))
+        raise AffineError(NoAffine.SLICES_DIFFER, f"slices differ in {name}: {shown}")
+    return values[0]
 
 
 def _numbers(slices: pa.Table, name: str) -> NDArray[np.float64]:
