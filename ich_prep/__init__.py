@@ -1,6 +1,7 @@
 """Head-CT DICOM files in, one sharded Zarr v3 dataset with a label table out.
 
-``build`` makes a dataset from a ``Spec``; ``open_dataset`` opens one; ``Window`` is a window in HU.
+``build`` makes a dataset from a ``Spec``; ``open_dataset`` opens one, ``open_xarray`` its images as xarray; ``Window`` is
+a window in HU.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ if TYPE_CHECKING:
     from ich_prep.dataset import open_dataset
     from ich_prep.dataset.schema import Spec
     from ich_prep.dataset.windows import Window
+    from ich_prep.dataset.xarray_view import open_xarray
 
-__all__ = ["Spec", "Window", "build", "open_dataset"]
+__all__ = ["Spec", "Window", "build", "open_dataset", "open_xarray"]
 
 _HOMES = {
     "Spec": "ich_prep.dataset.schema",
     "Window": "ich_prep.dataset.windows",
     "build": "ich_prep.build_dataset",
     "open_dataset": "ich_prep.dataset",
+    "open_xarray": "ich_prep.dataset.xarray_view",
 }
 
 

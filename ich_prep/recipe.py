@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from ich_prep.errors import UsageError
+from ich_prep.errors import UsageError, did_you_mean
 
 SECTIONS = ("build", "train", "eval")
 
@@ -61,6 +60,4 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], *, where: str) ->
     known = list(known)
     for name in given:
         if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise UsageError(f"{where} {name!r} is unknown. Known: {', '.join(known)}.{hint}")
+            raise UsageError(f"{where} {name!r} is unknown. Known: {', '.join(known)}.{did_you_mean(name, known)}")

@@ -35,6 +35,10 @@ def test_imports_follow_the_contracts() -> None:
         ("ich_prep", {"numpy", "pandas", "pyarrow", "pydantic", "pydicom", "dask", "zarr", "cv2"}),
         ("ich_prep.cli", {"numpy", "pandas", "pyarrow", "pydicom", "dask", "distributed", "zarr", "cv2"}),
         ("ich_prep.store", {"pydicom", "dask", "distributed", "cv2", "zarr", "torch"}),
+        *(
+            (f"ich_prep.dataset.{name}", {"pandas", "pydicom", "dask", "distributed", "cv2", "zarr", "torch", "xarray"})
+            for name in ("where", "affine", "volumes", "xarray_view")
+        ),
         ("ich_prep.build_dataset", {"dask", "distributed", "zarr", "torch", "matplotlib"}),
         ("ich_train.cli", {"torch", "monai", "matplotlib", "sklearn"}),
         ("ich_train.data", {"pydicom", "dask", "distributed", "cv2", "zarr", "monai", "matplotlib", "sklearn"}),

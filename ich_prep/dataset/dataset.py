@@ -11,12 +11,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ich_prep.dataset.affine import AffineError, to_ras
 from ich_prep.dataset.classes import UNKNOWN
 from ich_prep.dataset.codecs import CODECS
 from ich_prep.dataset.schema import OK, ROOT, Root, parse_root, shard_path
 from ich_prep.dataset.shard_reader import ShardReader, require_out
 from ich_prep.dataset.storage import local_path
 from ich_prep.dataset.tables import read_parquet
+from ich_prep.dataset.volumes import affine_of_slices, find_series
+from ich_prep.dataset.where import select_slices
 from ich_prep.errors import CorruptionError, DatasetError
 
 if TYPE_CHECKING:
@@ -169,39 +172,60 @@ class Dataset:
             self._refuse_row(missing[0])
         return out
 
+    def where(self, text: str) -> NDArray[np.int64]:
+        """Return the rows that a filter selects, int64 ascending, as "slice_spacing_mm < 6 and scan_type == 'plain'".
+
+        Columns are those of ``slices``, and of ``series`` for what they lack; see ``ich_prep.dataset.where`` for the
+        grammar. Rows without pixels are selected too. Raises ``UsageError`` for a filter that is not valid.
+        """
+        return select_slices(self.slices, self.series, text)
+
     def volume(self, series_instance_uid: str | None = None, *, series_row: int | None = None) -> NDArray[Any]:
         """Return the pixels of one volume, (slices, channel, y, x), in the order of their positions.
 
         A volume is a line of ``series``, named by its ``series_row``, or by its UID where only one volume has it. Slices
-        whose status is not ok are left out. Raises ``KeyError`` for a volume that is not in the dataset, or a UID that
-        several volumes share.
+        whose status is not ok are left out. Raises ``KeyError`` for a volume that is not in the dataset, ``UsageError``
+        for a UID that several volumes share, ``TypeError`` unless exactly one of the two is given.
         """
-        if series_row is None:
-            series_row = self._series_row(series_instance_uid)
-        elif series_instance_uid is not None:
-            raise TypeError("Name a volume by its UID or by its series_row, not by both.")
-        rows = self.rows_of(series_row)
-        return self.read(rows[self.is_ok[rows]])
+        return self.read(self._ok_rows_of(find_series(self.series, series_instance_uid, series_row=series_row)))
 
-    def rows_of(self, series_row: int) -> NDArray[np.int64]:
-        """Return all rows of one volume, int64 ascending, also those without pixels; raises ``KeyError``."""
-        if not 0 <= series_row < len(self.series):
-            raise KeyError(f"No series_row {series_row} in {self.path}: it has 0..{len(self.series) - 1}.")
-        first, count = (int(self.series[name][series_row].as_py()) for name in ("first_row", "n_slices"))
-        return np.arange(first, first + count, dtype=np.int64)
+    def affine(self, series_row: int, *, ras: bool = False) -> NDArray[np.float64] | None:
+        """Return the affine of the stored grid of one volume, (4, 4) float64: voxel (x, y, z) to patient mm.
 
-    def _series_row(self, uid: object) -> int:
-        if not isinstance(uid, str):
-            raise TypeError(
-                f"Expected a SeriesInstanceUID as text; got {uid!r}. For the volume of a line of dataset.series: "
-                f"dataset.volume(series_row={uid!r})."
-            )
-        rows = pc.indices_nonzero(pc.equal(self.series["series_instance_uid"], uid)).to_pylist()
-        if not rows:
-            raise KeyError(f"No series {uid!r} in {self.path}.")
-        if len(rows) > 1:
-            raise KeyError(f"{len(rows)} volumes of {self.path} share the UID {uid!r}: name one by series_row={rows}.")
-        return int(rows[0])
+        x counts columns, y rows, z the slices that ``volume`` returns; voxel coordinates are those of pixel centres,
+        after turn, padding and resize. Patient coordinates are LPS as in DICOM (PS3.3 C.7.6.2.1.1), or RAS as in NIfTI.
+        None where the volume has no affine; ``affine_problem`` says why. Raises ``KeyError`` for a volume that is not in
+        the dataset.
+        """
+        try:
+            affine = self._affine(series_row)
+        except AffineError:
+            return None
+        return to_ras(affine) if ras else affine
+
+    def affine_problem(self, series_row: int) -> AffineError | None:
+        """Return why a volume has no affine, None where it has one: missing positions, slices that vary in spacing, ..."""
+        try:
+            self._affine(series_row)
+        except AffineError as error:
+            return error
+        return None
+
+    def _affine(self, series_row: int) -> NDArray[np.float64]:
+        line = find_series(self.series, series_row=series_row)
+        volume = self.series.slice(line, 1).to_pylist()[0]
+        return affine_of_slices(
+            self.slices.take(pa.array(self._ok_rows_of(line))),
+            volume["orientation"],
+            stored_size=self.spec.size,
+            thickness_mm=volume.get("slice_thickness_mm"),
+        )
+
+    def _ok_rows_of(self, line: int) -> NDArray[np.int64]:
+        """Return the rows with pixels of the volume on one line of ``series``."""
+        first, count = (int(self.series[name][line].as_py()) for name in ("first_row", "n_slices"))
+        rows = np.arange(first, first + count, dtype=np.int64)
+        return rows[self.is_ok[rows]]
 
     def _refuse_row(self, row: int) -> None:
         status = self.slices["status"][row].as_py()

@@ -10,13 +10,12 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ich_prep.errors import UsageError
+from ich_prep.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -67,10 +66,9 @@ def parse_window(text: str) -> Window:
             return Window(match[1], center=float(match[2]), width=float(match[3]))
         except ValueError:
             pass
-    near = get_close_matches(text, PRESETS, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
     raise UsageError(
-        f"Expected a preset ({', '.join(PRESETS)}) or name=center/width such as blood=75/215; got {text!r}.{hint}"
+        f"Expected a preset ({', '.join(PRESETS)}) or name=center/width such as blood=75/215; got {text!r}."
+        f"{did_you_mean(text, PRESETS)}"
     )
 
 

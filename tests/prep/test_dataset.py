@@ -22,6 +22,8 @@ import zarr
 import zarrs
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ich_train.loader import SliceLoader
+from ich_train.rows import labelled_rows
 from numpy.typing import NDArray
 
 from ich_prep.build_dataset import build
@@ -29,11 +31,9 @@ from ich_prep.dataset.dataset import Dataset, open_dataset
 from ich_prep.dataset.schema import Spec, series_schema, shard_path, slice_schema, table_name
 from ich_prep.dataset.tables import write_table
 from ich_prep.dataset.windows import window_codes
-from ich_prep.errors import CorruptionError, DatasetError
+from ich_prep.errors import CorruptionError, DatasetError, UsageError
 from ich_prep.stages.publish import digest_of
 from ich_prep.summary import summary_of
-from ich_train.loader import SliceLoader
-from ich_train.rows import labelled_rows
 from tests.support.cli import copy_with_working_folder
 
 
@@ -149,7 +149,7 @@ def test_a_volume_is_a_series_in_order(dataset: Dataset, pixels: NDArray[Any]) -
         np.testing.assert_array_equal(dataset.volume(line["series_instance_uid"]), pixels[at])
         positions = np.array(dataset.slices["position_mm"].to_pylist()[at])
         assert (np.diff(positions) >= 0).all()
-    with pytest.raises(KeyError, match="No series 'ID_none'"):
+    with pytest.raises(KeyError, match="no series 'ID_none'"):
         dataset.volume("ID_none")
 
 
@@ -326,9 +326,10 @@ def test_readers_ignore_what_they_do_not_know(copy: Path, pixels: NDArray[Any]) 
     assert summary_of(opened)["flags"]["new_flag"] == 1
     rows = labelled_rows(opened)
     assert 0 not in rows and len(rows)
-    assert [batch.rows.tolist() for batch in SliceLoader(opened, batch_size=8, order="sequential")][0] == rows[
-        :8
-    ].tolist()
+    assert (
+        next(batch.rows.tolist() for batch in SliceLoader(opened, batch_size=8, order="sequential"))
+        == rows[:8].tolist()
+    )
 
 
 @pytest.mark.parametrize("key", ["size", "store", "windows", "slices_per_shard", "codec"])
@@ -353,17 +354,17 @@ def test_volumes_are_named_by_row_or_by_a_uid_of_one_volume(copy: Path, pixels: 
     line = opened.series.to_pylist()[1]
     at = slice(line["first_row"], line["first_row"] + line["n_slices"])
     np.testing.assert_array_equal(opened.volume(series_row=1), pixels[at])
-    with pytest.raises(TypeError, match=r"got 0\..*volume\(series_row=0\)"):
+    with pytest.raises(TypeError, match="Write series_row=0"):
         opened.volume(0)  # type: ignore[arg-type]
-    with pytest.raises(KeyError, match="No series_row 99"):
+    with pytest.raises(KeyError, match="no series_row 99"):
         opened.volume(series_row=99)
-    with pytest.raises(TypeError, match="not by both"):
+    with pytest.raises(TypeError, match="either series_row"):
         opened.volume("uid", series_row=1)
     series = opened.series
     uids = pa.array(["same"] * len(series), pa.string())
     place = series.schema.get_field_index("series_instance_uid")
     write_table(copy / "labels/series.parquet", series.set_column(place, "series_instance_uid", uids))
-    with pytest.raises(KeyError, match=r"volumes of .* share the UID 'same'"):
+    with pytest.raises(UsageError, match=r"'same' has \d+ volumes. Choose one by series_row: 0, 1"):
         open_dataset(copy).volume("same")
 
 
