@@ -15,7 +15,7 @@ from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian
 from ich_prep.build_dataset import build
 from ich_prep.dataset.schema import Spec
 from ich_prep.phantom import synthesize
-from ich_prep.phantom.dicom import CT_IMAGE, file_bytes
+from ich_prep.phantom.files import CT_IMAGE, file_bytes
 
 SIZE = 64
 SLICES_PER_SHARD = 16

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ich_prep.errors import UsageError
 from ich_prep.phantom.defects import KNOWN_DEFECTS, damaged_files
-from ich_prep.phantom.layouts import SECOND_SERIES, Listed, series_files, write_labels
 from ich_prep.phantom.series import place
+from ich_prep.phantom.trees import SECOND_SERIES, Listed, series_files, write_labels
 
 LAYOUTS = ("rsna", "cq500", "folder")
 
@@ -51,7 +51,7 @@ def synthesize(
     ``series`` volumes of 16-60 slices, each (size, size) with stored values of 12 or 16 bits. A slice is labelled with
     a kind of bleed when at least ``bleeds.MIN_AREA_MM2`` mm2 of it was painted. ``layout`` is one of LAYOUTS.
     ``defects`` adds the files of DEFECTS that the layout can hold. Equal arguments write equal bytes, whatever
-    ``workers`` (processes; 0: this one). Raises ``UsageError`` for values that cannot be meant and an ``out`` in use.
+    ``workers`` (processes; 0: this one). Raises ``UsageError`` for invalid values and an ``out`` in use.
     """
     _refuse(out, series=series, seed=seed, size=size, layout=layout)
     cohort = _Cohort(out=str(out), seed=seed, size=size, layout=layout)

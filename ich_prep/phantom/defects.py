@@ -9,9 +9,9 @@ from pathlib import PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
-from ich_prep.phantom.dicom import token
-from ich_prep.phantom.layouts import Listed, SliceFile, series_files
+from ich_prep.phantom.files import token
 from ich_prep.phantom.series import Place
+from ich_prep.phantom.trees import Listed, SliceFile, series_files
 
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 

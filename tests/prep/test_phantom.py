@@ -21,8 +21,8 @@ from ich_prep.dataset.classes import RSNA_CLASSES, SUBTYPES
 from ich_prep.errors import UsageError
 from ich_prep.phantom import DEFECTS, LAYOUTS, PhantomSummary, synthesize
 from ich_prep.phantom.bleeds import MIN_AREA_MM2
-from ich_prep.phantom.layouts import READER_FINDINGS, SECOND_SERIES
 from ich_prep.phantom.series import BLOCK, Slice, draw_patient, draw_scan, draw_slices, place
+from ich_prep.phantom.trees import READER_FINDINGS, SECOND_SERIES
 
 SIZE = 64
 SERIES = 10

@@ -21,7 +21,7 @@ from ich_prep.decode import PLUGINS
 from ich_prep.errors import Reason, SliceError
 from ich_prep.header import DEFLATED_LE, EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE, Header, read_header
 from ich_prep.phantom import synthesize
-from ich_prep.phantom.dicom import CT_IMAGE
+from ich_prep.phantom.files import CT_IMAGE
 from ich_prep.sources import list_files
 from ich_prep.stages import scan
 from ich_prep.stages.scan import ENHANCED_CT, SECONDARY_CAPTURE, check_slice, scan_batch, scan_file

@@ -11,7 +11,7 @@ import numpy as np
 
 from ich_prep.dataset.classes import RSNA_CLASSES
 from ich_prep.phantom.bleeds import Bleed
-from ich_prep.phantom.dicom import (
+from ich_prep.phantom.files import (
     CT_IMAGE,
     EXPLICIT_LE,
     IMPLICIT_LE,
