@@ -1,6 +1,6 @@
 """Head-CT DICOM files in, one sharded Zarr v3 dataset with a label table out.
 
-``build`` makes a dataset, ``Spec`` says what it shall be; ``ich_prep.store.open_dataset`` opens one.
+``build`` makes a dataset according to a ``Spec``, ``open_dataset`` opens one, and a ``Window`` is a range of HU.
 """
 
 from __future__ import annotations
@@ -9,19 +9,33 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ich_prep.build_dataset import build
-    from ich_prep.store import Spec
+    from ich_prep.store import Spec, open_dataset
+    from ich_prep.windows import Window
 
-__all__ = ["Spec", "build"]
+    __version__: str
+
+__all__ = ["Spec", "Window", "__version__", "build", "open_dataset"]
+
+# Imported on first use: a training job that opens a dataset loads neither Dask nor pydicom.
+_HOMES = {
+    "build": "ich_prep.build_dataset",
+    "Spec": "ich_prep.store",
+    "open_dataset": "ich_prep.store",
+    "Window": "ich_prep.windows",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when asked for: a training job that opens a dataset loads neither Dask nor pydicom.
-    if name == "build":
-        from ich_prep.build_dataset import build
+    if name == "__version__":
+        from importlib.metadata import version
 
-        return build
-    if name == "Spec":
-        from ich_prep.store import Spec
+        return version("ich")
+    if name in _HOMES:
+        from importlib import import_module
 
-        return Spec
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'ich_prep' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
