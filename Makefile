@@ -53,7 +53,7 @@ format: venv ## write the code in the house's form
 	$(BIN)/ruff format --quiet .
 
 docs: $(VENV)/.docs ## the documentation site, in site/; any warning is an error
-	$(BIN)/mkdocs build --quiet --strict --config-file .mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --config-file .mkdocs.yml
 	@echo "The documentation: $(abspath site)/index.html"
 
 wheel: $(VENV)/.release ## a manylinux wheel in dist/, then installed and used without a compiler

@@ -63,7 +63,7 @@ def test_a_dataset_is_built_and_trained_on_with_one_recipe(name: str) -> None:
     """A reader types the commands of a page one after the other."""
     recipes: dict[str, set[str | None]] = {}
     fences = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / name).read_text(), flags=re.MULTILINE | re.DOTALL)
-    for words in [line.split() for language, block in fences if not language for line in block.splitlines()]:
+    for words in [line.split() for language, block in fences if language == "sh" for line in block.splitlines()]:
         following = dict(pairwise(words))
         dataset = following.get("--out" if "build" in words else "--data")
         if dataset and {"build", "run"} & set(words):
