@@ -7,7 +7,6 @@ from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
-
 from typer import Typer
 from typer.testing import CliRunner
 
