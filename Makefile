@@ -12,7 +12,7 @@ BENCH_BIN := $(BENCH_VENV)/bin
 BENCH_PINNED := $(BENCH_VENV)-pinned
 PEERS_PINNED := mosaicml-streaming litdata
 
-.PHONY: help venv demo test test-slow lint format bench-setup bench bench-full profile clean
+.PHONY: help venv demo test test-one test-slow lint format docs wheel audit bench-setup bench bench-full profile clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -36,6 +36,9 @@ demo: venv ## phantom files -> dataset -> trained model -> report
 test: venv lint ## the tests, in two processes, and lint and types
 	$(BIN)/pytest -n 2 --dist loadfile
 
+test-one: venv ## one test module or test: make test-one T=tests/test_folds.py
+	$(BIN)/pytest -x $(or $(T),$(error say which one: make test-one T=tests/test_folds.py))
+
 test-slow: venv ## the tests that take minutes
 	$(BIN)/pytest -m slow --timeout 1200
 
@@ -48,6 +51,27 @@ lint: venv ## ruff, mypy --strict, import-linter
 format: venv ## write the code in the house's form
 	$(BIN)/ruff check --quiet --fix .
 	$(BIN)/ruff format --quiet .
+
+docs: $(VENV)/.docs ## the documentation site, in site/; any warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --config-file .mkdocs.yml
+	@echo "The documentation: $(abspath site)/index.html"
+
+wheel: $(VENV)/.release ## a manylinux wheel in dist/, then installed and used without a compiler
+	rm -rf build dist
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --wheel-dir dist build/wheel/*.whl
+	.ci/try-wheel dist/*.whl $(PYTHON)
+
+audit: $(VENV)/.release ## known vulnerabilities in the pinned packages; fails if any of them could not be checked
+	mkdir -p build
+	$(BIN)/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt --format json --output build/audit.json
+	@$(BIN)/python -c "import json; print(len(json.load(open('build/audit.json'))['dependencies']) or exit('Nothing was audited.'), \
+		'packages audited, no known vulnerability.')"
+
+# Tools of single targets, installed beside the rest when the target is first made.
+$(VENV)/.docs $(VENV)/.release: $(VENV)/.%: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$*]'
+	touch $@
 
 bench-setup: $(BENCH_VENV)/.installed ## install the peers of the benchmarks into venvs of their own
 
@@ -83,4 +107,5 @@ profile: bench-setup ## flame graphs of a build and of the loader in benchmarks/
 	$(BENCH_BIN)/python -m benchmarks.profile --data $(BENCH)
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) $(BENCH_VENV) $(BENCH_PINNED) $(DEMO) .ruff_cache .mypy_cache .hypothesis build ich_prep/dataset/_native*.so
+	rm -rf $(VENV) $(BENCH_VENV) $(BENCH_PINNED) $(DEMO) .ruff_cache .mypy_cache .hypothesis build dist site
+	find ich_prep -name '_native*.so' -delete

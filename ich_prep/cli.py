@@ -29,6 +29,25 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from ich_prep import __version__
+
+        typer.echo(f"ich-prep {__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+]
+
+
+@app.callback()
+def _options(version: Version = False) -> None:
+    pass
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

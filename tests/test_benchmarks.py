@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ich_train.loader import Batch, SliceLoader
 
 from benchmarks import agree, document, files, measure, racing, scaling, training
 from benchmarks.measure import Found, compete, contest, in_process, publish, ratios
@@ -24,7 +25,6 @@ from ich_prep.dataset.schema import Spec
 from ich_prep.header import read_header
 from ich_prep.phantom import synthesize
 from ich_train.config import TrainConfig
-from ich_train.data import Batch, SliceLoader
 from ich_train.ranks import Ranks
 from ich_train.setup import prepare
 from tests.support.slow_reads import slow_down

@@ -5,13 +5,22 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+import ich_prep
+
 ROOT = Path(__file__).parents[1]
 LINT_IMPORTS = Path(sys.executable).with_name("lint-imports")
+
+TOP_LEVEL = {
+    *("pyproject.toml", "setup.py", "constraints.txt", "Makefile"),
+    *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"),
+    *("ich_prep", "ich_train", "pipelines", "tests", "benchmarks", "docs"),
+}
 
 # Places of the machine on which somebody happens to work.
 MACHINE_PATHS = re.compile(rb"(?<![\w.])/(?:work|root|home/\w+|Users/\w+|mnt|tmp/\w+)/\w")
@@ -34,28 +43,60 @@ def test_imports_follow_the_contracts() -> None:
     [
         ("ich_prep", {"numpy", "pandas", "pyarrow", "pydantic", "pydicom", "dask", "zarr", "cv2"}),
         ("ich_prep.cli", {"numpy", "pandas", "pyarrow", "pydicom", "dask", "distributed", "zarr", "cv2"}),
-        ("ich_prep.store", {"pydicom", "dask", "distributed", "cv2", "zarr", "torch"}),
+        ("ich_prep.dataset", {"pydicom", "dask", "distributed", "cv2", "zarr", "torch"}),
         *(
             (f"ich_prep.dataset.{name}", {"pandas", "pydicom", "dask", "distributed", "cv2", "zarr", "torch", "xarray"})
             for name in ("where", "affine", "volumes", "xarray_view")
         ),
         ("ich_prep.build_dataset", {"dask", "distributed", "zarr", "torch", "matplotlib"}),
         ("ich_train.cli", {"torch", "monai", "matplotlib", "sklearn"}),
-        ("ich_train.data", {"pydicom", "dask", "distributed", "cv2", "zarr", "monai", "matplotlib", "sklearn"}),
+        ("ich_train.loader", {"pydicom", "dask", "distributed", "cv2", "zarr", "monai", "matplotlib", "sklearn"}),
     ],
 )
 def test_a_cold_import_loads_no_more_than_it_needs(module: str, spared: set[str]) -> None:
     assert not loaded_by(module) & spared
 
 
-def test_no_file_names_a_place_on_somebodys_machine() -> None:
+@pytest.fixture(scope="module")
+def project_files() -> list[str]:
+    """The files under version control, relative to the root."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
     if listed.returncode != 0:
-        pytest.skip("this is no git checkout: the files of the project cannot be told from others")
+        pytest.skip("not a git checkout: the project's files cannot be distinguished from others")
+    return [name for name in listed.stdout.decode().split("\0") if name]
+
+
+def test_the_top_level_holds_what_it_always_held(project_files: list[str]) -> None:
+    tops = {name.split("/")[0] for name in project_files if (ROOT / name).exists()}
+    assert {name for name in tops if not name.startswith(".")} == TOP_LEVEL
+
+
+@pytest.mark.parametrize("package", ["ich_prep", "ich_train"])
+def test_both_packages_are_typed_and_run_as_modules(package: str) -> None:
+    assert (ROOT / package / "py.typed").read_bytes() == b""
+    done = subprocess.run(
+        [sys.executable, "-m", package, "--help"], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.startswith(f"Usage: python -m {package}")
+
+
+def test_the_version_is_that_of_the_installed_package() -> None:
+    done = subprocess.run([sys.executable, "-m", "ich_prep", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"ich-prep {version('ich')}\n"
+    assert ich_prep.__version__ == version("ich")
+
+
+def test_hooks_before_a_commit_are_local() -> None:
+    """They run what is installed already, in the pinned versions, and clone nothing."""
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    assert re.findall(r"repo: (\S+)", hooks) == ["local"]
+
+
+def test_no_file_names_a_place_on_somebodys_machine(project_files: list[str]) -> None:
     found = {}
-    for name in listed.stdout.decode().split("\0"):
+    for name in project_files:
         path = ROOT / name
-        if name and path.is_file() and b"\0" not in (data := path.read_bytes()):
+        if path.is_file() and b"\0" not in (data := path.read_bytes()):
             places = MACHINE_PATHS.findall(data)
             if places:
                 found[name] = places
@@ -67,7 +108,7 @@ def test_a_dataset_is_built_and_trained_on_with_one_recipe(name: str) -> None:
     """A reader types the commands of a page one after the other."""
     recipes: dict[str, set[str | None]] = {}
     fences = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / name).read_text(), flags=re.MULTILINE | re.DOTALL)
-    for words in [line.split() for language, block in fences if not language for line in block.splitlines()]:
+    for words in [line.split() for language, block in fences if language == "sh" for line in block.splitlines()]:
         following = dict(pairwise(words))
         dataset = following.get("--out" if "build" in words else "--data")
         if dataset and {"build", "run"} & set(words):

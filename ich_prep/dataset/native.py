@@ -11,7 +11,6 @@ import os
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,10 +94,9 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
 @cache
 def require() -> ctypes.CDLL:
     """Return the library; raises ``IchError`` if it is missing or was compiled from the sources of another version."""
-    candidates = [Path(__file__).with_name(f"_native{suffix}") for suffix in EXTENSION_SUFFIXES]
-    path = next((path for path in candidates if path.exists()), None)
-    if path is None:
-        raise _unusable("none was compiled for this Python")
+    path = Path(__file__).with_name("_native.so")
+    if not path.exists():
+        raise _unusable("it was not compiled")
     try:
         library = ctypes.CDLL(str(path))
         for name, (arguments, result) in _SIGNATURES.items():

@@ -32,7 +32,7 @@ import numpy as np
 from ich_prep.dataset import native
 
 library, folder = sys.argv[1:]
-native.EXTENSION_SUFFIXES, native.__file__ = [".so"], library
+native.__file__ = library
 rng = np.random.default_rng(0)
 
 slices = [np.load(path) for path in sorted(Path(folder).glob("slice-*.npy"))]

@@ -56,7 +56,6 @@ def _library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     flags = ["-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-DICH_PORTABLE", "-shared", "-fPIC", "-pthread"]
     subprocess.run([compiler, *flags, "-o", str(target), *map(str, NATIVE.glob("*.c"))], check=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "EXTENSION_SUFFIXES", [".so"])
         patch.setattr(native, "__file__", str(target))
         native.require.cache_clear()
         yield
@@ -436,7 +435,7 @@ def test_planes_are_the_bytes_of_table_entries(shape: tuple[int, int], planes: i
 @pytest.mark.parametrize(
     "case, said",
     [
-        ("no file", "none was compiled for this Python"),
+        ("no file", "it was not compiled"),
         ("not a library", "cannot be used"),
         ("INTERFACE", rf"of another version \(interface and encoder \({INTERFACE}, {ENCODER}\), expected \(0, "),
         ("ENCODER", rf"of another version \(interface and encoder \({INTERFACE}, {ENCODER}\), expected .*, 0\)"),
