@@ -110,14 +110,25 @@ def _input_differences(
 
 def _spec_differences(before: Mapping[str, object], spec: Spec) -> list[str]:
     now = spec.model_dump(mode="json")
-    return _differences({name: repr(value) for name, value in before.items()}, {k: repr(v) for k, v in now.items()})
+    return _differences(before, now)
 
 
-def _differences(before: Mapping[str, str | None], now: Mapping[str, str | None]) -> list[str]:
+def _differences(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
     names = {**now, **before}
     return [
-        f"{name} was {before.get(name)}, now {now.get(name)}" for name in names if before.get(name) != now.get(name)
+        f"{name} was {_shown(before.get(name))}, now {_shown(now.get(name))}"
+        for name in names
+        if before.get(name) != now.get(name)
     ]
+
+
+def _shown(value: object) -> str:
+    """Return a value of a spec or a version as a user would write it: windows as name=center/width."""
+    if isinstance(value, list):
+        return ",".join(map(_shown, value))
+    if isinstance(value, dict) and value.keys() == {"name", "center", "width"}:
+        return f"{value['name']}={value['center']:g}/{value['width']:g}"
+    return str(value)
 
 
 def _listing_difference(folder: BuildFolder, listing: Listing) -> str:

@@ -234,5 +234,5 @@ def test_a_sample_that_cannot_be_meant(sample: float, dataset_path: Path) -> Non
 
 def test_without_the_plan_nothing_can_be_compared(dataset: Path, phantom_tree: Path) -> None:
     shutil.rmtree(working(dataset))
-    with pytest.raises(UsageError, match="plan of the build"):
+    with pytest.raises(UsageError, match="needs the working folder of the build"):
         verify(dataset, src=phantom_tree, progress=NoProgress())
