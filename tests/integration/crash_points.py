@@ -1,6 +1,7 @@
 """Kill a build at each moment at which it makes something durable, resume it, and compare: a program, not a test module.
 
-``python -m tests.integration.crash_points SRC REFERENCE WORK STEP`` prints the number of moments; every STEP-th is tried. Each build runs in a
+``python -m tests.integration.crash_points SRC REFERENCE WORK STEP`` prints the number of moments; every STEP-th is tried.
+Each build runs in a
 process of its own that ends by SIGKILL: before the n-th ``fsync``, so that what was to be written is there in part.
 """
 
