@@ -1,6 +1,7 @@
 """Head-CT DICOM files in, one sharded Zarr v3 dataset with a label table out.
 
-``build`` makes a dataset, ``Spec`` says what it shall be; ``ich_prep.store.open_dataset`` opens one.
+``build`` makes a dataset, ``Spec`` says what it contains, ``render_file`` renders one file in the same way;
+``ich_prep.store.open_dataset`` opens a dataset.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ich_prep.build_dataset import build
+    from ich_prep.scans import render_file
     from ich_prep.store import Spec
 
-__all__ = ["Spec", "build"]
+__all__ = ["Spec", "build", "render_file"]
 
 
 def __getattr__(name: str) -> Any:
@@ -20,6 +22,10 @@ def __getattr__(name: str) -> Any:
         from ich_prep.build_dataset import build
 
         return build
+    if name == "render_file":
+        from ich_prep.scans import render_file
+
+        return render_file
     if name == "Spec":
         from ich_prep.store import Spec
 

@@ -33,7 +33,7 @@ from ich_prep.progress import Progress, Silence
 from ich_prep.publish import gather, publish
 from ich_prep.releases import all_releases
 from ich_prep.scan import FILES_PER_BATCH, scan_batch
-from ich_prep.shard import write_shard
+from ich_prep.shard import ShardReport, write_shard
 from ich_prep.sources import Listing, list_files, require_folder
 from ich_prep.store import Spec, State
 from ich_prep.target import disown, explained, is_finished, only_one, refuse_foreign
@@ -324,9 +324,9 @@ def _write_shards(pool: Pool, target: Path, source: Path, digest: str, progress:
     task = partial(write_shard, str(target), str(source), digest)
     with ThreadPoolExecutor(KEEPERS, thread_name_prefix="keep") as keepers:
         kept = deque[Future[None]]()
-        for number, entry in pool.map(task, [number for number in range(len(sizes)) if number not in done]):
-            kept.append(keepers.submit(_keep, target, number, entry))
-            progress.advance(len(entry["rows"]), sum(row["status"] != store.OK for row in entry["rows"]))
+        for number, report in pool.map(task, [number for number in range(len(sizes)) if number not in done]):
+            kept.append(keepers.submit(_keep, target, number, report))
+            progress.advance(len(report.rows), sum(row.status != store.OK for row in report.rows))
             while kept and kept[0].done():
                 kept.popleft().result()
         for keeping in kept:
@@ -336,13 +336,13 @@ def _write_shards(pool: Pool, target: Path, source: Path, digest: str, progress:
 
 def _is_done(target: Path, number: int, digest: str) -> bool:
     """Return whether shard ``number`` is there as its entry of this plan says, none of whose slices may be mended since."""
-    entry = ledger.read(target / store.BUILD / store.DONE, number)
-    statuses = {row["status"] for row in entry["rows"]} - {store.OK}
-    there = entry["plan"] == digest and store.shard_bytes(target, number) == entry["bytes"]
+    report = ShardReport.from_json(ledger.read(target / store.BUILD / store.DONE, number))
+    statuses = {row.status for row in report.rows} - {store.OK}
+    there = report.plan == digest and store.shard_bytes(target, number) == report.bytes
     return there and not any(Reason(status).may_pass for status in statuses)
 
 
-def _keep(target: Path, number: int, entry: dict[str, Any]) -> None:
+def _keep(target: Path, number: int, report: ShardReport) -> None:
     """Wait until shard ``number`` is on disk, then say so in the ledger."""
     ledger.sync_file(store.shard_path(target, number), folders=3)
-    ledger.record(target / store.BUILD / store.DONE, number, entry)
+    ledger.record(target / store.BUILD / store.DONE, number, report.to_json())

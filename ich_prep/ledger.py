@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -57,15 +55,14 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def record(folder: Path, key: int, entry: dict[str, Any]) -> None:
-    """Say that task ``key`` is done: write ``entry`` as ``<key>.json`` in ``folder``."""
-    write_whole(folder / f"{key:05d}.json", json.dumps(entry, separators=(",", ":")).encode())
+def record(folder: Path, key: int, entry: str) -> None:
+    """Say that task ``key`` is done: write ``entry``, its report as JSON, as ``<key>.json`` in ``folder``."""
+    write_whole(folder / f"{key:05d}.json", entry.encode())
 
 
-def read(folder: Path, key: int) -> dict[str, Any]:
+def read(folder: Path, key: int) -> str:
     """Return the entry of task ``key``."""
-    entry: dict[str, Any] = json.loads((folder / f"{key:05d}.json").read_bytes())
-    return entry
+    return (folder / f"{key:05d}.json").read_text(encoding="utf-8")
 
 
 def done(folder: Path, *, suffix: str = ".json") -> set[int]:

@@ -19,6 +19,7 @@ from ich_prep import ledger, store
 from ich_prep.errors import BuildError
 from ich_prep.plan import PIXEL_COLUMNS
 from ich_prep.releases import PACKAGE, all_releases, library_releases
+from ich_prep.shard import RowReport, ShardReport
 from ich_prep.sharding import BLOSC_LEVELS, block_bytes
 from ich_prep.windows import AIR_HU
 
@@ -46,8 +47,8 @@ def gather(target: Path, state: State) -> Tables:
     per_shard = state.spec.slices_per_shard
     starts = np.arange(0, len(plan), per_shard)
     entries = [_entry(target, number) for number in range(len(starts))]
-    lines = [line for entry in entries for line in entry["rows"]]
-    status = pa.array([line["status"] for line in lines], pa.string())
+    lines = [line for entry in entries for line in entry.rows]
+    status = pa.array([line.status for line in lines], pa.string())
     ok = pc.equal(status, store.OK).to_numpy(zero_copy_only=False)
 
     failed = plan.filter(pa.array(~ok))
@@ -56,7 +57,7 @@ def gather(target: Path, state: State) -> Tables:
         pa.array(["shard"] * len(failed), pa.string()),
         failed["row"],
         status.filter(pa.array(~ok)),
-        pa.array([line["detail"] for line in lines if line["status"] != store.OK], pa.string()),
+        pa.array([line.detail for line in lines if line.status != store.OK], pa.string()),
     ]
     series = store.read_parquet(folder / store.PLANNED_SERIES)
     place = series.schema.get_field_index("n_ok")
@@ -66,8 +67,8 @@ def gather(target: Path, state: State) -> Tables:
         pa.array(starts),
         pa.array(np.diff(np.r_[starts, len(plan)]), pa.int32()),
         pa.array(np.add.reduceat(ok.astype(np.int64), starts), pa.int32()),
-        pa.array([entry["bytes"] for entry in entries], pa.int64()),
-        pa.array([entry["fingerprint"] for entry in entries], pa.string()),
+        pa.array([entry.bytes for entry in entries], pa.int64()),
+        pa.array([entry.fingerprint for entry in entries], pa.string()),
     ]
     return Tables(
         slices=_with_results(plan.drop_columns(list(PIXEL_COLUMNS)), lines, status),
@@ -79,14 +80,14 @@ def gather(target: Path, state: State) -> Tables:
     )
 
 
-def _entry(target: Path, number: int) -> dict[str, Any]:
+def _entry(target: Path, number: int) -> ShardReport:
     """Return what the ledger says of shard ``number``, once it is certain that the shard is there."""
     path = store.shard_path(target, number)
-    entry = ledger.read(target / store.BUILD / store.DONE, number)
+    entry = ShardReport.from_json(ledger.read(target / store.BUILD / store.DONE, number))
     found = store.shard_bytes(target, number)
-    if found != entry["bytes"]:
+    if found != entry.bytes:
         raise BuildError(
-            f"Expected shard {number} of {entry['bytes']} bytes at {path}, as it was written; found "
+            f"Expected shard {number} of {entry.bytes} bytes at {path}, as it was written; found "
             f"{'nothing' if found is None else f'{found} bytes'}. Run the same command again, without --overwrite: it is "
             "written anew."
         )
@@ -94,15 +95,12 @@ def _entry(target: Path, number: int) -> dict[str, Any]:
     return entry
 
 
-def _with_results(slices: pa.Table, lines: list[dict[str, Any]], status: pa.Array) -> pa.Table:
+def _with_results(slices: pa.Table, lines: list[RowReport], status: pa.Array) -> pa.Table:
     """Return the slice table with what the shards found: status, flags, extremes, hash."""
-    flags = [
-        sorted({*planned, *line.get("flags", ())})
-        for planned, line in zip(slices["flags"].to_pylist(), lines, strict=True)
-    ]
+    flags = [sorted({*planned, *line.flags}) for planned, line in zip(slices["flags"].to_pylist(), lines, strict=True)]
     results = {"status": status, "flags": pa.array(flags, pa.list_(pa.string()))}
     for name in ("hu_min", "hu_max", "hu_mean", "content_hash"):
-        results[name] = pa.array([line.get(name) for line in lines], store.SLICE_SCHEMA.field(name).type)
+        results[name] = pa.array([getattr(line, name) for line in lines], store.SLICE_SCHEMA.field(name).type)
     columns = [results.get(field.name, slices[field.name]) for field in store.SLICE_SCHEMA]
     return pa.table(columns, schema=store.SLICE_SCHEMA)
 

@@ -63,15 +63,17 @@ class ShardWriter:
     _seen: xxhash.xxh3_64 = field(default_factory=xxhash.xxh3_64)
     _encoder: FrameEncoder | None = None
 
-    def append(self, pixels: NDArray[np.uint8] | NDArray[np.int16]) -> None:
-        """Write the next chunk: one slice, (channel, y, x), C-contiguous."""
+    def append(self, pixels: NDArray[np.uint8] | NDArray[np.int16]) -> int:
+        """Write the next chunk: one slice, (channel, y, x), C-contiguous; return the CRC-32C that is stored behind it."""
         payload = self._encoded(pixels)
-        checksum = _crc_bytes(crc32c(payload))
+        value = crc32c(payload)
+        checksum = _crc_bytes(value)
         _write_all(self.sink, payload.data)
         _write_all(self.sink, memoryview(checksum))
         self._seen.update(checksum)
         self._index.append((self._offset, len(payload) + CRC_BYTES))
         self._offset += len(payload) + CRC_BYTES
+        return value
 
     def skip(self) -> None:
         """Leave the next chunk out: a hole, which every Zarr reader takes for the fill value."""

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ich_prep.resize import resize_hu
+from ich_prep.pixels.resize import resize_hu
 from ich_prep.windows import AIR_HU, HIGHEST_HU
 
 
