@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from functools import cache, lru_cache
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,27 +19,30 @@ from ich_prep.decode import Decoder, PixelSource
 from ich_prep.errors import SliceError
 from ich_prep.ledger import renamed_when_whole
 from ich_prep.pixels import repairs
-from ich_prep.pixels.audit import HISTOGRAM_BINS, audit
+from ich_prep.pixels.audit import Audit, HuTally, audit
 from ich_prep.pixels.hounsfield import Rescale
 from ich_prep.pixels.render import Scratch, render
 from ich_prep.pixels.stored import mask_unused_bits
+from ich_prep.plan import PIXEL_COLUMNS
 from ich_prep.sharding import ShardWriter
 from ich_prep.sources import read_ahead
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from numpy.typing import NDArray
 
     from ich_prep.store import Spec
 
 FILES_AHEAD = 8
+COLUMNS = [*PIXEL_COLUMNS, "rescale_slope", "rescale_intercept", "repairs"]  # of the plan that rendering needs
+
+_source_values = itemgetter(*PixelSource.__slots__[1:])
 
 
 class RowReport(BaseModel):
-    """What a shard says of one row: its ``status``, then for an ok row what ``audit`` found, else the reason's ``detail``.
-
-    ``content_hash`` is the XXH3-128 of the stored values as they came from the decoder.
+    """What a shard says of one row: its ``status``, then for an ok row its ``Audit`` and the shares of ``HuTally``, else the
+    reason's ``detail``.
     """
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
@@ -59,7 +63,7 @@ class ShardReport(BaseModel):
     """The ledger's record of one shard, kept as JSON once the shard is on disk.
 
     ``plan``: digest of the plan it belongs to. ``bytes`` and ``fingerprint``: of the file. ``rows``: in their order.
-    ``hu_histogram``: the sum of its slices' histograms (see ``Audit``). ``chunk_crc32c``: the checksum stored behind each
+    ``hu_histogram``: of all its slices, see ``HuTally``. ``chunk_crc32c``: the checksum stored behind each
     row's chunk, None for a row without one.
     """
 
@@ -86,35 +90,54 @@ def write_shard(out: str, src: str, digest: str, number: int) -> ShardReport:
     """Write shard ``number`` of the plan whose digest is ``digest``, under its name when whole; return its report."""
     root = Path(out)
     spec, plan = _opened(out, digest)
-    rows = plan.read_row_group(number).to_pylist()
+    rows = plan.read_row_group(number, columns=COLUMNS).to_pylist()
     path = store.shard_path(root, number)
     path.parent.mkdir(parents=True, exist_ok=True)
     decoder = _decoder()
     slices = SliceRenderer(spec)
-    reports: list[RowReport] = []
+    results: list[Audit | SliceError] = []
     checksums: list[int | None] = []
     with renamed_when_whole(path) as partial, open(partial, "wb", buffering=0) as file:
         writer = ShardWriter(file, spec.slices_per_shard, spec.codec)
         sources = [pixel_source(src, row) for row in rows]
         for row, source in zip(rows, read_ahead(sources, lambda item: item.path, files=FILES_AHEAD), strict=True):
             try:
-                report = slices.render(decoder.read(source), row)
+                results.append(slices.render(decoder.read(source), row))
             except SliceError as error:
                 writer.skip()
                 checksums.append(None)
-                reports.append(RowReport(status=str(error.reason), detail=error.detail))
+                results.append(error)
                 continue
             checksums.append(writer.append(slices.out))
-            reports.append(report)
         size, fingerprint = writer.finish()
     return ShardReport(
         plan=digest,
         bytes=size,
         fingerprint=fingerprint,
-        rows=tuple(reports),
-        hu_histogram=tuple(slices.hu_histogram.tolist()),
+        rows=tuple(_row_reports(results, slices.tally)),
+        hu_histogram=tuple(slices.tally.histogram().tolist()),
         chunk_crc32c=tuple(checksums),
     )
+
+
+def _row_reports(results: list[Audit | SliceError], tally: HuTally) -> Iterator[RowReport]:
+    shares = iter(tally.shares().tolist())
+    for result in results:
+        if isinstance(result, SliceError):
+            yield RowReport(status=str(result.reason), detail=result.detail)
+            continue
+        air, soft, bone = next(shares)
+        yield RowReport(
+            status=store.OK,
+            hu_min=result.hu_min,
+            hu_max=result.hu_max,
+            hu_mean=result.hu_mean,
+            share_air=air,
+            share_soft=soft,
+            share_bone=bone,
+            content_hash=result.content_hash,
+            flags=result.flags,
+        )
 
 
 @lru_cache(maxsize=1)
@@ -135,8 +158,7 @@ def _decoder() -> Decoder:
 
 def pixel_source(src: str, line: Mapping[str, Any]) -> PixelSource:
     """Return where the pixels of a file below ``src`` lie, from its ``line`` of the plan or the scan."""
-    values = {name: line[name] for name in PixelSource.__slots__}
-    return PixelSource(**{**values, "path": os.path.join(src, line["path"])})
+    return PixelSource(os.path.join(src, line["path"]), *_source_values(line))
 
 
 def rescale_of(line: Mapping[str, Any]) -> Rescale:
@@ -151,34 +173,28 @@ def rescale_of(line: Mapping[str, Any]) -> Rescale:
 
 
 class SliceRenderer:
-    """Renders slices of one dataset, one after the other, into ``out``: (channel, y, x), reused from slice to slice.
-
-    ``hu_histogram``, int64 (64,), is the sum of the histograms of all slices so far.
-    """
+    """Renders slices of one dataset, one after the other, into ``out`` (channel, y, x), and counts their HU in ``tally``."""
 
     def __init__(self, spec: Spec) -> None:
         self.out: NDArray[Any] = np.empty((spec.channels, spec.size, spec.size), spec.dtype)
-        self.hu_histogram = np.zeros(HISTOGRAM_BINS, np.int64)
+        self.tally = HuTally()
         self._windows = spec.windows if spec.store == "windows" else None
         self._scratch = Scratch()
 
-    def render(self, stored: NDArray[np.uint16], line: Mapping[str, Any]) -> RowReport:
-        """Fill ``out`` from the ``stored`` values (rows, columns) of the slice of a plan's ``line``; return its report."""
+    def render(self, stored: NDArray[np.uint16], line: Mapping[str, Any]) -> Audit:
+        """Fill ``out`` from the ``stored`` values (rows, columns) of the slice that a plan's ``line`` describes."""
         content_hash = xxhash.xxh3_128_hexdigest(stored.data)
         bits_stored = line["bits_stored"]
         repaired, rescale = repairs.apply(stored, rescale_of(line), line["repairs"])
         masked, limits = mask_unused_bits(repaired, bits_stored=bits_stored, signed=rescale.signed)
-        found = audit(masked, rescale, limits, bits_stored=bits_stored)
-        self.hu_histogram += found.hu_histogram
-        render(masked, rescale, windows=self._windows, out=self.out, scratch=self._scratch)
-        return RowReport(
-            status=store.OK,
-            hu_min=found.hu_min,
-            hu_max=found.hu_max,
-            hu_mean=found.hu_mean,
-            share_air=found.share_air,
-            share_soft=found.share_soft,
-            share_bone=found.share_bone,
+        self.tally.add(masked, rescale)
+        result = audit(
+            masked,
+            rescale,
+            limits,
+            bits_stored=bits_stored,
             content_hash=content_hash,
-            flags=found.flags if masked is repaired else ("unused_bits", *found.flags),
+            flags=() if masked is repaired else ("unused_bits",),
         )
+        render(masked, rescale, windows=self._windows, out=self.out, scratch=self._scratch)
+        return result

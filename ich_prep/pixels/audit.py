@@ -1,4 +1,4 @@
-"""What a slice's values say about it: range and mean in HU, what share of it is air or bone, and suspicious signs."""
+"""What the values of slices say about them: range and mean in HU, signs of damage, shares of air and bone."""
 
 from __future__ import annotations
 
@@ -21,74 +21,55 @@ NOISE_ROWS = 16
 NOISE_SHARE = 0.125
 
 HISTOGRAM_BINS = 64
-HISTOGRAM_BIN_HU = 64  # bin i counts HU from -1024 + 64 i up to, not including, -1024 + 64 (i + 1)
-HISTOGRAM_STEP = 8  # rows and columns between the pixels that are counted
-SOFT_TISSUE_HU = (-192, 192)  # bin edges: lung, air and foam lie below, calcified bone and metal above
+HISTOGRAM_BIN_HU = 64  # bin i counts HU from -1024 + 64 i up to, but not including, -1024 + 64 (i + 1)
+SAMPLED_SIDE = 16  # pixels along the longer side that are counted, at least: 256 of a slice of 512 x 512
+SOFT_TISSUE_HU = (-192, 192)  # edges of bins: air, lung and foam lie below, calcified bone and metal above
 
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """What the values of one slice say, padding included, before any resize.
+    """What the values of one slice say: range and mean in HU before they are clipped, padding included, and flags.
 
-    ``hu_min``, ``hu_max`` and ``hu_mean`` are HU before they are clipped. ``hu_histogram``, int64 (64,), counts every 8th
-    pixel of every 8th row in bins of 64 HU from -1024 to 3072, clipped, padding as air. Of these pixels ``share_air`` is
-    the share below -192 HU, ``share_soft`` that from -192 up to 192 HU, ``share_bone`` that of 192 HU or more; they add up
-    to 1. ``flags``: see ``audit``.
+    ``content_hash`` is that of the values as they were decoded: equal for the same image under two names.
     """
 
     hu_min: float
     hu_max: float
     hu_mean: float
-    share_air: float
-    share_soft: float
-    share_bone: float
+    content_hash: str
     flags: tuple[str, ...]
-    hu_histogram: NDArray[np.int64]
 
 
-def audit(stored: NDArray[np.uint16], rescale: Rescale, limits: tuple[int, int], *, bits_stored: int) -> Audit:
+def audit(
+    stored: NDArray[np.uint16],
+    rescale: Rescale,
+    limits: tuple[int, int],
+    *,
+    bits_stored: int,
+    content_hash: str,
+    flags: tuple[str, ...] = (),
+) -> Audit:
     """Return the audit of a slice's ``stored`` values (rows, columns), repaired and masked; ``limits`` is their ``min_max``.
 
-    Flags: ``constant`` (one value everywhere), ``noise`` (several rows in which neighbours differ on average by an eighth of
-    the range of ``bits_stored``), ``clipped_high`` (a value above 3071 HU).
+    To ``flags`` it adds ``constant`` (one value everywhere), ``clipped_high`` (a value above 3071 HU) and ``noise`` (several
+    rows in which neighbours differ on average by an eighth of the range of ``bits_stored``).
     """
     values = stored.view(np.int16) if rescale.signed else stored
-    low, high = (limit * rescale.slope + rescale.intercept for limit in limits)
-    flags = []
-    if limits[0] == limits[1]:
-        flags.append("constant")
-    if high > HIGHEST_HU:
-        flags.append("clipped_high")
+    low, high = limits
+    slope, intercept = rescale.slope, rescale.intercept
+    if low == high:
+        flags = (*flags, "constant")
+    if high * slope + intercept > HIGHEST_HU:
+        flags = (*flags, "clipped_high")
     if _is_noisy(values, limits, bits_stored=bits_stored):
-        flags.append("noise")
-    counts = hu_histogram(stored, rescale)
-    first, last = ((hu - AIR_HU) // HISTOGRAM_BIN_HU for hu in SOFT_TISSUE_HU)
-    total = int(counts.sum())
-    air, bone = int(counts[:first].sum()), int(counts[last:].sum())
+        flags = (*flags, "noise")
     return Audit(
-        hu_min=low,
-        hu_max=high,
-        hu_mean=cv2.sumElems(values)[0] / values.size * rescale.slope + rescale.intercept,
-        share_air=air / total,
-        share_soft=(total - air - bone) / total,
-        share_bone=bone / total,
-        flags=tuple(flags),
-        hu_histogram=counts,
+        hu_min=low * slope + intercept,
+        hu_max=high * slope + intercept,
+        hu_mean=cv2.sumElems(values)[0] / values.size * slope + intercept,
+        content_hash=content_hash,
+        flags=flags,
     )
-
-
-def hu_histogram(stored: NDArray[np.uint16], rescale: Rescale) -> NDArray[np.int64]:
-    """Return how many of every 8th pixel of every 8th row of ``stored`` (rows, columns) lie in each bin: int64 (64,)."""
-    sample = np.ascontiguousarray(stored[::HISTOGRAM_STEP, ::HISTOGRAM_STEP])
-    bins = cv2.LUT(sample, _bin_table(rescale))
-    return np.bincount(bins.reshape(-1), minlength=HISTOGRAM_BINS)
-
-
-@lru_cache(maxsize=64)
-def _bin_table(rescale: Rescale) -> NDArray[np.uint8]:
-    """Return the histogram bin of every stored value: uint8 (65536,), indexed by the value's bits as uint16."""
-    table: NDArray[np.uint8] = ((rescale_table(rescale) - AIR_HU) // HISTOGRAM_BIN_HU).astype(np.uint8)
-    return table
 
 
 def _is_noisy(values: NDArray[np.integer], limits: tuple[int, int], *, bits_stored: int) -> bool:
@@ -100,3 +81,46 @@ def _is_noisy(values: NDArray[np.integer], limits: tuple[int, int], *, bits_stor
     steps = cv2.absdiff(rows[:, 1:], rows[:, :-1])
     roughness = cv2.reduce(steps, 1, cv2.REDUCE_AVG, dtype=cv2.CV_32F)
     return int((roughness > rough).sum()) >= 2
+
+
+class HuTally:
+    """Counts HU over a sample of the pixels of slices: 64 bins of 64 HU, from -1024 to 3072.
+
+    HU are clipped, and padding is air. The sample of a slice is every k-th pixel of every k-th row, from the first; k is
+    the longer side divided by 16, rounded down, at least 1.
+    """
+
+    def __init__(self) -> None:
+        self._bins: list[NDArray[np.uint8]] = []
+
+    def add(self, stored: NDArray[np.uint16], rescale: Rescale) -> None:
+        """Count the next slice: its ``stored`` values (rows, columns), repaired and masked."""
+        step = max(1, max(stored.shape) // SAMPLED_SIDE)
+        self._bins.append(_bin_table(rescale).take(stored[::step, ::step]).reshape(-1))
+
+    def histogram(self) -> NDArray[np.int64]:
+        """Return the counts of all slices together, int64 (64,)."""
+        return np.bincount(self._joined(), minlength=HISTOGRAM_BINS)
+
+    def shares(self) -> NDArray[np.float64]:
+        """Return for each slice the shares of air, soft tissue and bone: float64 (n, 3), of sum 1.
+
+        Air is below -192 HU, soft tissue from -192 up to 192 HU, bone 192 HU or more.
+        """
+        lengths = np.array([len(bins) for bins in self._bins], np.int64)
+        if not len(lengths):
+            return np.empty((0, 3))
+        joined, starts = self._joined(), np.cumsum(lengths) - lengths
+        first, last = ((hu - AIR_HU) // HISTOGRAM_BIN_HU for hu in SOFT_TISSUE_HU)
+        air, bone = (np.add.reduceat(part, starts, dtype=np.int64) for part in (joined < first, joined >= last))
+        return np.stack([air, lengths - air - bone, bone], axis=1) / lengths[:, np.newaxis]
+
+    def _joined(self) -> NDArray[np.uint8]:
+        return np.concatenate(self._bins) if self._bins else np.empty(0, np.uint8)
+
+
+@lru_cache(maxsize=64)
+def _bin_table(rescale: Rescale) -> NDArray[np.uint8]:
+    """Return the bin of every stored value: uint8 (65536,), indexed by the value's bits as uint16."""
+    bins: NDArray[np.uint8] = ((rescale_table(rescale) - AIR_HU) // HISTOGRAM_BIN_HU).astype(np.uint8)
+    return bins
