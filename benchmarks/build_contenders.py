@@ -35,8 +35,8 @@ from ich_prep.dataset.storage import sync_file
 from ich_prep.dataset.windows import AIR_HU, HIGHEST_HU, Window, window_codes
 from ich_prep.decode import JPEG_PLUGIN, PLUGINS, Decoder, PixelSource
 from ich_prep.header import read_header
-from ich_prep.hounsfield import apply_rescale, apply_rescale_and_windows, apply_windows, rescale_table
-from ich_prep.resize import resize_hu
+from ich_prep.pixels.hounsfield import Rescale, rescale_table
+from ich_prep.pixels.render import Scratch, render
 from ich_prep.sources import read_ahead
 from ich_prep.stages.shard import FILES_AHEAD
 
@@ -79,8 +79,8 @@ def limit_of_libraries(tree: Path, out: Path, spec: Spec) -> dict[str, Any]:
     return _write_in_two(tree, out, spec, _window_and_encode_by_libraries)
 
 
-# Writes the chunk of a slice whose HU are given, or its stored words and how these are rescaled.
-Write = Callable[[np.ndarray, dict[str, Any] | None], None]
+# Renders the stored values of a slice and writes its chunk.
+Write = Callable[[np.ndarray, Rescale], None]
 # Returns for a file how slices are written to it, and what ends it.
 Encoder = Callable[[Any, Spec], tuple[Write, Callable[[], object]]]
 
@@ -99,24 +99,13 @@ def _write_shards(
     cv2.setNumThreads(1)
     known = [[_known(path) for path in shard] for shard in shards]
     decoder = Decoder()
-    hu = np.empty((spec.size, spec.size), np.int16)
     written = 0
     barrier.wait()
     for number, shard in enumerate(known):
         with open(out / f"{os.getpid()}-{number}", "wb", buffering=0) as file:
             write, finish = encoder(file, spec)
             for source, rescale in read_ahead(shard, lambda known: known[0].path, files=FILES_AHEAD):
-                words = decoder.read(source)
-                if words.shape == hu.shape and spec.store == "windows":
-                    write(words, rescale)
-                    continue
-                if words.shape == hu.shape:
-                    apply_rescale(words, **rescale, out=hu)
-                else:
-                    full = np.empty(words.shape, np.int16)
-                    apply_rescale(words, **rescale, out=full)
-                    resize_hu(full, out=hu)
-                write(hu, None)
+                write(decoder.read(source), rescale)
             finish()
             written += os.fstat(file.fileno()).st_size
     barrier.wait()
@@ -127,34 +116,35 @@ def _window_and_encode(file: Any, spec: Spec) -> tuple[Write, Callable[[], objec
     """With what a build of ours calls."""
     writer = ShardWriter(file, spec.slices_per_shard, CODECS[spec.codec])
     pixels = np.empty((spec.channels, spec.size, spec.size), spec.dtype)
+    windows = spec.windows if spec.store == "windows" else None
+    scratch = Scratch()
 
-    def write(values: np.ndarray, rescale: dict[str, Any] | None) -> None:
-        if spec.store == "hu":
-            writer.append(values[np.newaxis])
-            return
-        if rescale is None:
-            apply_windows(values, windows=spec.windows, out=pixels)
-        else:
-            apply_rescale_and_windows(values, **rescale, windows=spec.windows, out=pixels)
+    def write(stored: np.ndarray, rescale: Rescale) -> None:
+        render(stored, rescale, windows=windows, out=pixels, scratch=scratch)
         writer.append(pixels)
 
     return write, writer.finish
 
 
 def _window_and_encode_by_libraries(file: Any, spec: Spec) -> tuple[Write, Callable[[], object]]:
-    """With one gather of all windows and a split, in strips that stay in the core's cache, and blosc."""
+    """With one lookup of all windows and a split, in strips that stay in the L2 cache, and blosc."""
     blosc.use_threads = False
     pixels = np.empty((spec.channels, spec.size, spec.size), spec.dtype)
+    hu = np.empty((1, spec.size, spec.size), np.int16)
+    scratch = Scratch()
     codes = np.empty((STRIP, spec.size), np.int32)
     planes = [np.empty((STRIP, spec.size), np.uint8) for _ in range(4)]
     blocks = block_bytes(pixels.shape, pixels.itemsize)
     ends: list[int] = []
 
-    def write(values: np.ndarray, rescale: dict[str, Any] | None) -> None:
+    def write(stored: np.ndarray, rescale: Rescale) -> None:
         if spec.store == "hu":
-            pixels[0] = values
+            render(stored, rescale, windows=None, out=pixels, scratch=scratch)
         else:
-            table = _table(spec.windows, None if rescale is None else tuple(rescale.items()))
+            native = stored.shape == pixels.shape[1:]
+            if not native:
+                render(stored, rescale, windows=None, out=hu, scratch=scratch)
+            values, table = stored if native else hu[0], _table(spec.windows, rescale if native else None)
             for top in range(0, spec.size, STRIP):
                 lines = slice(top, min(top + STRIP, spec.size))
                 strip = codes[: lines.stop - top]
@@ -168,23 +158,21 @@ def _window_and_encode_by_libraries(file: Any, spec: Spec) -> tuple[Write, Calla
 
 
 @cache
-def _table(windows: tuple[Window, ...], rescale: tuple[tuple[str, Any], ...] | None) -> np.ndarray:
-    """Return the codes of every word, a byte for each of up to four windows: int32 (65536,)."""
-    words = np.arange(65536, dtype=np.uint16)
-    hu = words.view(np.int16) if rescale is None else rescale_table(**dict(rescale))
+def _table(windows: tuple[Window, ...], rescale: Rescale | None) -> np.ndarray:
+    """Return the codes of every stored value, or of every HU, one byte for each of up to four windows: int32 (65536,)."""
+    hu = np.arange(65536, dtype=np.uint16).view(np.int16) if rescale is None else rescale_table(rescale)
     codes = np.zeros((65536, 4), np.uint8)
     for index, window in enumerate(windows):
         codes[:, index] = window_codes(hu, window)
     return codes.view(np.int32).reshape(65536)
 
 
-def _known(path: Path) -> tuple[PixelSource, dict[str, Any]]:
+def _known(path: Path) -> tuple[PixelSource, Rescale]:
     header = read_header(path)
     values = {name: getattr(header, name, None) for name in PixelSource.__slots__}
     signed = header.pixel_representation == 1
     source = PixelSource(**{**values, "path": str(path), "signed": signed})
-    slope, intercept = header.rescale_slope, header.rescale_intercept
-    return source, {"signed": signed, "slope": slope, "intercept": intercept, "padding": None}
+    return source, Rescale(header.rescale_slope, header.rescale_intercept, signed)
 
 
 def limit_on_disk(tree: Path, out: Path, spec: Spec) -> dict[str, Any]:

@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from ich_prep.dataset.schema import Spec
     from ich_prep.dataset.windows import Window
     from ich_prep.dataset.xarray_view import open_xarray
+    from ich_prep.scans import render_file
 
     __version__: str
 
-__all__ = ["Spec", "Window", "__version__", "build", "open_dataset", "open_xarray"]
+__all__ = ["Spec", "Window", "__version__", "build", "open_dataset", "open_xarray", "render_file"]
 
 # Imported on first use: a training job that opens a dataset loads neither Dask nor pydicom.
 _HOMES = {
@@ -25,6 +26,7 @@ _HOMES = {
     "Spec": "ich_prep.dataset.schema",
     "open_dataset": "ich_prep.dataset",
     "open_xarray": "ich_prep.dataset.xarray_view",
+    "render_file": "ich_prep.scans",
     "Window": "ich_prep.dataset.windows",
 }
 

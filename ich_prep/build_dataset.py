@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -44,7 +43,7 @@ from ich_prep.stages.output import (
 from ich_prep.stages.plan import Plan, make_plan
 from ich_prep.stages.publish import collect_tables, publish
 from ich_prep.stages.scan import FILES_PER_BATCH, scan_batch
-from ich_prep.stages.shard import write_shard
+from ich_prep.stages.shard import ShardReport, write_shard
 from ich_prep.stages.state import BuildFolder, State, build_folder, read_state, write_state
 from ich_prep.versions import all_versions
 
@@ -324,9 +323,9 @@ def _write_shards(pool: Pool, out: Path, folder: BuildFolder, source: Path, dige
     task = partial(write_shard, str(out), str(folder.path), str(source), digest)
     with ThreadPoolExecutor(SYNC_THREADS, thread_name_prefix="sync") as syncers:
         pending = deque[Future[None]]()
-        for number, entry in pool.map(task, [number for number in range(len(sizes)) if number not in done]):
-            pending.append(syncers.submit(_sync_and_record, out, folder, number, entry))
-            progress.advance(len(entry["rows"]), sum(row["status"] != OK for row in entry["rows"]))
+        for number, report in pool.map(task, [number for number in range(len(sizes)) if number not in done]):
+            pending.append(syncers.submit(_sync_and_record, out, folder, number, report))
+            progress.advance(len(report.rows), sum(row.status != OK for row in report.rows))
             while pending and pending[0].done():
                 pending.popleft().result()
         for recording in pending:
@@ -336,13 +335,13 @@ def _write_shards(pool: Pool, out: Path, folder: BuildFolder, source: Path, dige
 
 def _is_done(out: Path, folder: BuildFolder, number: int, digest: str) -> bool:
     """Return whether shard ``number`` is as its entry of this plan records, without slices that a retry may read."""
-    entry = ledger.read(folder.done, number)
-    statuses = {row["status"] for row in entry["rows"]} - {OK}
-    intact = entry["plan"] == digest and size_of(shard_path(out, number)) == entry["bytes"]
+    report = ShardReport.from_json(ledger.read(folder.done, number))
+    statuses = {row.status for row in report.rows} - {OK}
+    intact = report.plan == digest and size_of(shard_path(out, number)) == report.bytes
     return intact and not any(Reason(status).is_transient for status in statuses)
 
 
-def _sync_and_record(out: Path, folder: BuildFolder, number: int, entry: dict[str, Any]) -> None:
+def _sync_and_record(out: Path, folder: BuildFolder, number: int, report: ShardReport) -> None:
     """Wait until shard ``number`` is on disk, then record it in the ledger."""
     sync_file(shard_path(out, number), folders=3)
-    ledger.record(folder.done, number, entry)
+    ledger.record(folder.done, number, report.to_json())

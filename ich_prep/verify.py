@@ -26,11 +26,12 @@ from ich_prep.dataset.tables import read_parquet
 from ich_prep.dataset.windows import AIR_HU, HIGHEST_HU, window_codes
 from ich_prep.decode import decode_with_pydicom
 from ich_prep.errors import CorruptionError, IchError, SliceError, UsageError
-from ich_prep.layouts.rsna import SIGN_12BIT
-from ich_prep.resize import resize_hu
+from ich_prep.pixels.repairs import SIGN_12BIT, SIGN_12BIT_SHIFT, SIGN_12BIT_WRAP
+from ich_prep.pixels.resize import resize_hu
 from ich_prep.sources import require_folder
 from ich_prep.stages import ledger
 from ich_prep.stages.publish import digest_of, root_document
+from ich_prep.stages.shard import ShardReport
 from ich_prep.stages.state import BuildFolder, build_folder, read_state
 
 if TYPE_CHECKING:
@@ -273,10 +274,10 @@ def _check_ledger(dataset: Dataset, folder: BuildFolder) -> Iterator[Problem]:
     for line in dataset.read_table("shards").to_pylist():
         path = folder.done / f"{line['shard']:05d}.json"
         try:
-            entry = ledger.read(folder.done, line["shard"])
-            found = [row["status"] for row in entry["rows"]]
-            same = entry["fingerprint"] == line["fingerprint"] and entry["bytes"] == line["bytes"]
-        except (OSError, ValueError, KeyError, TypeError):
+            report = ShardReport.from_json(ledger.read(folder.done, line["shard"]))
+            found = [row.status for row in report.rows]
+            same = report.fingerprint == line["fingerprint"] and report.bytes == line["bytes"]
+        except (OSError, ValueError):
             yield Problem(str(path), "the ledger's entry of this shard cannot be read")
             continue
         if not same or found != status[line["first_row"] : line["first_row"] + line["n_rows"]]:
@@ -314,18 +315,18 @@ def _compare(dataset: Dataset, src: Path, lines: list[dict[str, Any]], progress:
 
 
 def reference_pixels(data: bytes, line: dict[str, Any], dataset: Dataset) -> NDArray[Any]:
-    """Return the pixels (channel, y, x) of one DICOM file by the definitions: pydicom, then float64.
+    """Return the pixels (channel, y, x) of one DICOM file by another route than a build's: pydicom, then float64.
 
-    ``line`` is the file's line of the plan: its repairs are part of the definition. Raises ``SliceError``.
+    ``line`` is the file's line of the plan, whose repairs are applied. Raises ``SliceError`` where pydicom cannot decode it.
     """
     stored = decode_with_pydicom(data).astype(np.int64)
-    bits, signed = line["bits_stored"], line["signed"]
+    bits, signed, intercept = line["bits_stored"], line["signed"], line["rescale_intercept"]
     if SIGN_12BIT in line["repairs"]:
-        stored = (stored + 1000) % 4096
+        stored = (stored + SIGN_12BIT_SHIFT) % SIGN_12BIT_WRAP
+        intercept = -SIGN_12BIT_SHIFT
     stored &= (1 << bits) - 1
     if signed:
         stored -= (stored >> (bits - 1)) << bits
-    intercept = -1000.0 if SIGN_12BIT in line["repairs"] else line["rescale_intercept"]
     exact = np.clip(np.rint(stored.astype(np.float64) * line["rescale_slope"] + intercept), AIR_HU, HIGHEST_HU)
     if line["padding_low"] is not None:
         exact[(stored >= line["padding_low"]) & (stored <= line["padding_high"])] = AIR_HU

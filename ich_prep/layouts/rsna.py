@@ -15,6 +15,7 @@ from ich_prep.dataset.classes import RSNA_CLASSES
 from ich_prep.errors import SourceError
 from ich_prep.layouts.assignment import Assignment, nulls, read_csv, require_single, tables_with
 from ich_prep.layouts.labels import LabelTable, labels_from_long_table, no_labels
+from ich_prep.pixels import repairs
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from ich_prep.sources import Listing
 
 HEADER = ("ID", "Label")
-SIGN_12BIT = "sign_12bit"
+REPAIRS = (repairs.SIGN_12BIT,)
 
 _FOLDER = re.compile(r"(?:^|/)(stage_[12]_(?:train|test)(?:_images)?)/")
 _TEST = r"(^|/)stage_[12]_test(_images)?/"
@@ -102,23 +103,19 @@ def _read_long(path: Path) -> tuple[pa.Array, NDArray[np.intp], NDArray[np.float
 
 
 def assign(slices: pa.Table, root: str) -> Assignment:
-    """Return subset by folder, patient by PatientID, and the sign defect as a repair.
-
-    The defect: 12 bits stored, unsigned, an intercept above -100. Such values were shifted by 1000 and wrapped at 4096;
-    true is ``v + 1000``, minus 4096 where that reaches 4096, with an intercept of -1000.
-    """
+    """Return subset by folder, patient by PatientID, and which slices need a repair."""
     count = len(slices)
     paths = pc.binary_join_element_wise(root, slices["path"], "/")
     test = pc.match_substring_regex(paths, _TEST).to_numpy(zero_copy_only=False)
-    wrapped = (
-        (slices["bits_stored"].fill_null(0).to_numpy() == 12)
-        & ~slices["signed"].fill_null(True).to_numpy()
-        & (slices["rescale_intercept"].to_numpy() > -100)
+    headers = repairs.HeaderColumns(
+        bits_stored=slices["bits_stored"].fill_null(0).to_numpy(),
+        signed=slices["signed"].fill_null(True).to_numpy(),
+        rescale_intercept=slices["rescale_intercept"].fill_null(np.nan).to_numpy(),
     )
     return Assignment(
         subset=pa.array(np.where(test, "test", "train"), pa.string()),
         patient_id=slices["patient_id"].combine_chunks(),
         subject=nulls(count),
-        repairs=pa.array([[SIGN_12BIT] if sign else [] for sign in wrapped.tolist()], pa.list_(pa.string())),
+        repairs=pa.array(repairs.detect(REPAIRS, headers), pa.list_(pa.string())),
         excluded_because=nulls(count),
     )

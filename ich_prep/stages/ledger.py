@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from ich_prep.dataset.storage import write_whole
 
 
-def record(folder: Path, key: int, entry: dict[str, Any]) -> None:
-    """Record that task ``key`` is done: write ``entry`` as ``<key>.json`` in ``folder``."""
-    write_whole(folder / f"{key:05d}.json", json.dumps(entry, separators=(",", ":")).encode())
+def record(folder: Path, key: int, entry: str) -> None:
+    """Record that task ``key`` is done: write ``entry``, its report as JSON, as ``<key>.json`` in ``folder``."""
+    write_whole(folder / f"{key:05d}.json", entry.encode())
 
 
-def read(folder: Path, key: int) -> dict[str, Any]:
+def read(folder: Path, key: int) -> str:
     """Return the entry of task ``key``."""
-    entry: dict[str, Any] = json.loads((folder / f"{key:05d}.json").read_bytes())
-    return entry
+    return (folder / f"{key:05d}.json").read_text(encoding="utf-8")
 
 
 def done(folder: Path, *, suffix: str = ".json") -> set[int]:

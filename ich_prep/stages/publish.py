@@ -24,6 +24,7 @@ from ich_prep.dataset.windows import AIR_HU
 from ich_prep.errors import BuildError
 from ich_prep.stages import ledger
 from ich_prep.stages.plan import PIXEL_COLUMNS
+from ich_prep.stages.shard import RowReport, ShardReport
 from ich_prep.stages.state import write_state
 from ich_prep.versions import PACKAGE, all_versions, library_versions
 
@@ -51,8 +52,8 @@ def collect_tables(out: Path, folder: BuildFolder, state: State) -> Tables:
     per_shard = state.spec.slices_per_shard
     starts = np.arange(0, len(plan), per_shard)
     entries = [_entry(out, folder, number) for number in range(len(starts))]
-    lines = [line for entry in entries for line in entry["rows"]]
-    status = pa.array([line["status"] for line in lines], pa.string())
+    lines = [line for entry in entries for line in entry.rows]
+    status = pa.array([line.status for line in lines], pa.string())
     ok = pc.equal(status, OK).to_numpy(zero_copy_only=False)
 
     failed = plan.filter(pa.array(~ok))
@@ -61,7 +62,7 @@ def collect_tables(out: Path, folder: BuildFolder, state: State) -> Tables:
         pa.array(["shard"] * len(failed), pa.string()),
         failed["row"],
         status.filter(pa.array(~ok)),
-        pa.array([line["detail"] for line in lines if line["status"] != OK], pa.string()),
+        pa.array([line.detail for line in lines if line.status != OK], pa.string()),
     ]
     series = read_parquet(folder.series)
     place = series.schema.get_field_index("n_ok")
@@ -71,9 +72,9 @@ def collect_tables(out: Path, folder: BuildFolder, state: State) -> Tables:
         pa.array(starts),
         pa.array(np.diff(np.r_[starts, len(plan)]), pa.int32()),
         pa.array(np.add.reduceat(ok.astype(np.int64), starts), pa.int32()),
-        pa.array([entry["bytes"] for entry in entries], pa.int64()),
-        pa.array([entry["fingerprint"] for entry in entries], pa.string()),
-        pa.array([entry.get("hu_histogram") for entry in entries], pa.list_(pa.int64())),
+        pa.array([entry.bytes for entry in entries], pa.int64()),
+        pa.array([entry.fingerprint for entry in entries], pa.string()),
+        pa.array([entry.hu_histogram for entry in entries], pa.list_(pa.int64())),
     ]
     return Tables(
         slices=_with_results(plan.drop_columns(list(PIXEL_COLUMNS)), lines, status),
@@ -83,29 +84,26 @@ def collect_tables(out: Path, folder: BuildFolder, state: State) -> Tables:
     )
 
 
-def _entry(out: Path, folder: BuildFolder, number: int) -> dict[str, Any]:
+def _entry(out: Path, folder: BuildFolder, number: int) -> ShardReport:
     """Return the ledger's entry of shard ``number``, after checking that the shard has the length that it records."""
     path = schema.shard_path(out, number)
-    entry = ledger.read(folder.done, number)
+    entry = ShardReport.from_json(ledger.read(folder.done, number))
     found = size_of(path)
-    if found != entry["bytes"]:
+    if found != entry.bytes:
         raise BuildError(
-            f"Shard {number} was written with {entry['bytes']} bytes; {path} now has "
+            f"Shard {number} was written with {entry.bytes} bytes; {path} now has "
             f"{'none' if found is None else found}. Run the same command again, without --overwrite, to write it again."
         )
     clear_leftovers(path)
     return entry
 
 
-def _with_results(slices: pa.Table, lines: list[dict[str, Any]], status: pa.Array) -> pa.Table:
+def _with_results(slices: pa.Table, lines: list[RowReport], status: pa.Array) -> pa.Table:
     """Return the slice table with what the shards reported: status, flags, extremes, hash, checksum."""
-    flags = [
-        sorted({*planned, *line.get("flags", ())})
-        for planned, line in zip(slices["flags"].to_pylist(), lines, strict=True)
-    ]
+    flags = [sorted({*planned, *line.flags}) for planned, line in zip(slices["flags"].to_pylist(), lines, strict=True)]
     results = {"status": status, "flags": pa.array(flags, pa.list_(pa.string()))}
     for name in ("hu_min", "hu_max", "hu_mean", "content_hash", "chunk_crc32c"):
-        results[name] = pa.array([line.get(name) for line in lines], slices.schema.field(name).type)
+        results[name] = pa.array([getattr(line, name) for line in lines], slices.schema.field(name).type)
     columns = [results.get(field.name, slices[field.name]) for field in slices.schema]
     return pa.table(columns, schema=slices.schema)
 

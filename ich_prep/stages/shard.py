@@ -1,10 +1,10 @@
-"""Task 2: one whole shard: read, HU, resize, window, encode, one file."""
+"""Task 2: one whole shard: read, repair, HU, resize, window, encode, one file; and the report of what is in it."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from functools import cache, lru_cache
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,77 +12,125 @@ import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import xxhash
+from pydantic import BaseModel, ConfigDict
 
 from ich_prep.dataset.codecs import CODECS
 from ich_prep.dataset.schema import OK, shard_path
 from ich_prep.dataset.shard_format import ShardWriter
 from ich_prep.dataset.storage import renamed_when_whole
-from ich_prep.dataset.windows import HIGHEST_HU
 from ich_prep.decode import Decoder, PixelSource
 from ich_prep.errors import SliceError
-from ich_prep.hounsfield import apply_rescale, apply_rescale_and_windows, apply_windows
-from ich_prep.layouts.rsna import SIGN_12BIT
-from ich_prep.resize import resize_hu
+from ich_prep.pixels import repairs
+from ich_prep.pixels.audit import Audit, HuHistogram, audit
+from ich_prep.pixels.hounsfield import Rescale
+from ich_prep.pixels.render import Scratch, render
+from ich_prep.pixels.stored import mask_unused_bits
 from ich_prep.sources import read_ahead
+from ich_prep.stages.plan import PIXEL_COLUMNS
 from ich_prep.stages.state import BuildFolder, read_state
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from numpy.typing import NDArray
 
     from ich_prep.dataset.schema import Spec
 
 FILES_AHEAD = 8
-NOISE_ROWS = 16
-NOISE_SHARE = 0.125
+COLUMNS = [*PIXEL_COLUMNS, "rescale_slope", "rescale_intercept", "repairs"]  # of the plan that rendering needs
+
+_source_values = itemgetter(*PixelSource.__slots__[1:])
 
 
-@dataclass(frozen=True, slots=True)
-class Audit:
-    """What a slice's pixels say: extremes and mean in HU before clipping, a hash of the stored values, flags."""
-
-    hu_min: float
-    hu_max: float
-    hu_mean: float
-    content_hash: str
-    flags: list[str]
-
-
-def write_shard(out: str, folder: str, src: str, digest: str, number: int) -> dict[str, Any]:
-    """Write shard ``number`` of the plan whose digest is ``digest``, under its name when whole; return its ledger entry.
-
-    The entry has the plan's digest, the shard's ``bytes`` and ``fingerprint``, and for each of its rows the status with
-    what the audit found, or the reason's detail. It may go into the ledger once the shard is on disk.
+class RowReport(BaseModel):
+    """What a shard reports of one row: its ``status``, then for an ok row its ``Audit`` and the ``chunk_crc32c`` that is
+    stored behind its chunk, else the reason's ``detail``.
     """
+
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
+
+    status: str
+    detail: str | None = None
+    hu_min: float | None = None
+    hu_max: float | None = None
+    hu_mean: float | None = None
+    content_hash: str | None = None
+    chunk_crc32c: int | None = None
+    flags: tuple[str, ...] = ()
+
+
+class ShardReport(BaseModel):
+    """The ledger's record of one shard, kept as JSON once the shard is on disk.
+
+    ``plan``: digest of the plan it belongs to. ``bytes`` and ``fingerprint``: of the file. ``rows``: in their order.
+    ``hu_histogram``: of all its slices, see ``HuHistogram``.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    plan: str
+    bytes: int
+    fingerprint: str
+    rows: tuple[RowReport, ...]
+    hu_histogram: tuple[int, ...]
+
+    def to_json(self) -> str:
+        """Return the report as compact JSON; equal reports give equal text."""
+        return self.model_dump_json(exclude_defaults=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> ShardReport:
+        """Return the report that ``to_json`` wrote; raises ``ValueError`` for anything else."""
+        return cls.model_validate_json(text)
+
+
+def write_shard(out: str, folder: str, src: str, digest: str, number: int) -> ShardReport:
+    """Write shard ``number`` of the plan whose digest is ``digest``, under its name when whole; return its report."""
     spec, plan = _opened(folder, digest)
-    rows = plan.read_row_group(number).to_pylist()
+    rows = plan.read_row_group(number, columns=COLUMNS).to_pylist()
     path = shard_path(Path(out), number)
     path.parent.mkdir(parents=True, exist_ok=True)
     decoder = _decoder()
-    lines: list[dict[str, Any]] = []
+    slices = SliceRenderer(spec)
+    results: list[Audit | SliceError] = []
     with renamed_when_whole(path) as partial, open(partial, "wb", buffering=0) as file:
         writer = ShardWriter(file, spec.slices_per_shard, CODECS[spec.codec])
-        pixels = _Pixels(spec)
-        sources = [_pixel_source(src, row) for row in rows]
-        ahead = read_ahead(sources, lambda source: source.path, files=FILES_AHEAD)
-        for row, source in zip(rows, ahead, strict=True):
+        sources = [pixel_source(src, row) for row in rows]
+        for row, source in zip(rows, read_ahead(sources, lambda item: item.path, files=FILES_AHEAD), strict=True):
             try:
-                audit = pixels.make(row, decoder.read(source))
+                results.append(slices.render(decoder.read(source), row))
             except SliceError as error:
                 writer.skip()
-                lines.append({"status": error.reason, "detail": error.detail})
+                results.append(error)
                 continue
-            writer.append(pixels.out)
-            lines.append({"status": OK, **{name: getattr(audit, name) for name in Audit.__slots__}})
+            writer.append(slices.out)
         written = writer.finish()
-    for line, checksum in zip(lines, written.chunk_crc32c.tolist(), strict=False):
-        if line["status"] == OK:
-            line["chunk_crc32c"] = checksum
-    return {"plan": digest, "bytes": written.size, "fingerprint": written.fingerprint, "rows": lines}
+    return ShardReport(
+        plan=digest,
+        bytes=written.size,
+        fingerprint=written.fingerprint,
+        rows=tuple(map(_row_report, results, written.chunk_crc32c.tolist())),
+        hu_histogram=tuple(slices.histogram.counts().tolist()),
+    )
+
+
+def _row_report(result: Audit | SliceError, chunk_crc32c: int) -> RowReport:
+    if isinstance(result, SliceError):
+        return RowReport(status=str(result.reason), detail=result.detail)
+    return RowReport(
+        status=OK,
+        hu_min=result.hu_min,
+        hu_max=result.hu_max,
+        hu_mean=result.hu_mean,
+        content_hash=result.content_hash,
+        chunk_crc32c=chunk_crc32c,
+        flags=result.flags,
+    )
 
 
 @lru_cache(maxsize=1)
 def _opened(folder: str, digest: str) -> tuple[Spec, pq.ParquetFile]:
-    """Return the spec and the open plan of the build; ``digest`` distinguishes its plan from a later one in ``folder``."""
+    """Return the spec and the open plan of the build; a new ``digest`` means a new plan in ``folder``."""
     cv2.setNumThreads(1)
     build = BuildFolder(Path(folder))
     return read_state(build).spec, pq.ParquetFile(build.plan)
@@ -93,117 +141,48 @@ def _decoder() -> Decoder:
     return Decoder()
 
 
-def _pixel_source(src: str, row: dict[str, Any]) -> PixelSource:
-    values = {name: row[name] for name in PixelSource.__slots__}
-    return PixelSource(**{**values, "path": os.path.join(src, row["path"])})
+# --- one slice: a line of the plan, or of the scan, as typed values ---------------------------------------------------
 
 
-class _Pixels:
-    """Makes the stored pixels of one slice after the other, in buffers that are used again."""
+def pixel_source(src: str, line: Mapping[str, Any]) -> PixelSource:
+    """Return where the pixels of a file below ``src`` lie, from its ``line`` of the plan or the scan."""
+    return PixelSource(os.path.join(src, line["path"]), *_source_values(line))
+
+
+def rescale_of(line: Mapping[str, Any]) -> Rescale:
+    """Return the rescale that the header states, from its ``line`` of the plan or the scan."""
+    low = line["padding_low"]
+    return Rescale(
+        slope=line["rescale_slope"],
+        intercept=line["rescale_intercept"],
+        signed=line["signed"],
+        padding=None if low is None else (low, line["padding_high"]),
+    )
+
+
+class SliceRenderer:
+    """Renders slices of one dataset, one by one, into ``out`` (channel, y, x), and counts their HU in ``histogram``."""
 
     def __init__(self, spec: Spec) -> None:
         self.out: NDArray[Any] = np.empty((spec.channels, spec.size, spec.size), spec.dtype)
-        self._spec = spec
-        self._hu = np.empty((spec.size, spec.size), np.int16)
+        self.histogram = HuHistogram()
+        self._windows = spec.windows if spec.store == "windows" else None
+        self._scratch = Scratch()
 
-    def make(self, row: dict[str, Any], words: NDArray[np.uint16]) -> Audit:
-        """Fill ``out`` with the pixels of ``row``, a line of the plan, from its stored ``words`` (rows, columns)."""
-        spec = self._spec
-        content_hash = xxhash.xxh3_128_hexdigest(words.data)
-        intercept = row["rescale_intercept"]
-        if SIGN_12BIT in row["repairs"]:
-            words = undo_sign_12bit(words)
-            intercept = -1000.0
-        signed = row["signed"]
-        flags: list[str] = []
-        span = extremes(words, signed=signed)
-        fitted = fit_to_bits(words, span, bits_stored=row["bits_stored"], signed=signed)
-        if fitted is not words:
-            words, span, flags = fitted, extremes(fitted, signed=signed), ["unused_bits"]
-        low = row["padding_low"]
-        rescale = {
-            "signed": signed,
-            "slope": row["rescale_slope"],
-            "intercept": intercept,
-            "padding": None if low is None else (low, row["padding_high"]),
-        }
-        audit = audit_of(words, span, row, intercept=intercept, content_hash=content_hash, flags=flags)
-        native = words.shape == self.out.shape[1:]
-        if native and spec.store == "windows":
-            apply_rescale_and_windows(words, **rescale, windows=spec.windows, out=self.out)
-            return audit
-        hu = self.out[0] if spec.store == "hu" else self._hu
-        if native:
-            apply_rescale(words, **rescale, out=hu)
-        else:
-            full = np.empty(words.shape, np.int16)
-            apply_rescale(words, **rescale, out=full)
-            resize_hu(full, out=hu)
-        if spec.store == "windows":
-            apply_windows(hu, windows=spec.windows, out=self.out)
-        return audit
-
-
-def undo_sign_12bit(words: NDArray[np.uint16]) -> NDArray[np.uint16]:
-    """Return stored values shifted back by 1000 and unwrapped at 4096; the intercept that goes with them is -1000."""
-    return (words + np.uint16(1000)) % np.uint16(4096)
-
-
-def extremes(words: NDArray[np.uint16], *, signed: bool) -> tuple[int, int]:
-    """Return the least and the greatest of the stored values that ``words`` (rows, columns) stand for."""
-    least, most, _, _ = cv2.minMaxLoc(words.view(np.int16) if signed else words)
-    return int(least), int(most)
-
-
-def fit_to_bits(
-    words: NDArray[np.uint16], span: tuple[int, int], *, bits_stored: int, signed: bool
-) -> NDArray[np.uint16]:
-    """Return ``words``, whose ``extremes`` are ``span``, with what lies above BitsStored taken off where there is any.
-
-    PS3.5 8.1.1: bits that are not stored are no part of the value. Signed values are extended to 16 bits.
-    """
-    low, high = (-(1 << bits_stored - 1), (1 << bits_stored - 1) - 1) if signed else (0, (1 << bits_stored) - 1)
-    if low <= span[0] and span[1] <= high:
-        return words
-    shift = 16 - bits_stored
-    if signed:
-        return ((words << shift).view(np.int16) >> shift).view(np.uint16)
-    return words & np.uint16(high)
-
-
-def audit_of(
-    words: NDArray[np.uint16],
-    span: tuple[int, int],
-    row: dict[str, Any],
-    *,
-    intercept: float,
-    content_hash: str,
-    flags: list[str],
-) -> Audit:
-    """Return the audit of stored ``words`` (rows, columns), whose ``extremes`` are ``span``; padding counts too.
-
-    Flags: ``constant`` (one value everywhere), ``noise`` (a stretch of rows in which neighbours differ by an eighth of
-    all that can be stored, on average), ``clipped_high`` (a value above 3071 HU).
-    """
-    stored = words.view(np.int16) if row["signed"] else words
-    least, most = span
-    slope = row["rescale_slope"]
-    flags = list(flags)
-    if least == most:
-        flags.append("constant")
-    if most * slope + intercept > HIGHEST_HU:
-        flags.append("clipped_high")
-    if most - least > NOISE_SHARE * 2 ** row["bits_stored"] and stored.shape[1] > 1:
-        some = stored[:: max(1, len(stored) // NOISE_ROWS)]
-        steps = cv2.absdiff(some[:, 1:], some[:, :-1])
-        roughness = cv2.reduce(steps, 1, cv2.REDUCE_AVG, dtype=cv2.CV_32F)
-        if int((roughness > NOISE_SHARE * 2 ** row["bits_stored"]).sum()) >= 2:
-            flags.append("noise")
-    mean = cv2.sumElems(stored)[0] / stored.size
-    return Audit(
-        hu_min=least * slope + intercept,
-        hu_max=most * slope + intercept,
-        hu_mean=mean * slope + intercept,
-        content_hash=content_hash,
-        flags=flags,
-    )
+    def render(self, stored: NDArray[np.uint16], line: Mapping[str, Any]) -> Audit:
+        """Fill ``out`` from the ``stored`` values (rows, columns) of the slice that a plan's ``line`` describes."""
+        content_hash = xxhash.xxh3_128_hexdigest(stored.data)
+        bits_stored = line["bits_stored"]
+        repaired, rescale = repairs.apply(stored, rescale_of(line), line["repairs"])
+        masked, limits = mask_unused_bits(repaired, bits_stored=bits_stored, signed=rescale.signed)
+        self.histogram.add(masked, rescale)
+        result = audit(
+            masked,
+            rescale,
+            limits,
+            bits_stored=bits_stored,
+            content_hash=content_hash,
+            flags=() if masked is repaired else ("unused_bits",),
+        )
+        render(masked, rescale, windows=self._windows, out=self.out, scratch=self._scratch)
+        return result

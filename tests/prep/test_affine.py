@@ -23,7 +23,7 @@ from ich_prep.dataset.schema import Spec
 from ich_prep.dataset.volumes import affine_of_slices, find_series
 from ich_prep.dataset.windows import AIR_HU, HIGHEST_HU
 from ich_prep.errors import UsageError
-from ich_prep.resize import resize_hu
+from ich_prep.pixels.resize import resize_hu
 
 AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 # What each turn does to the pixels of a slice, (rows, columns).

@@ -27,9 +27,9 @@ from ich_prep import decode
 from ich_prep.decode import PLUGINS, Decoder, PixelSource, missing_decoder
 from ich_prep.errors import Reason, SliceError
 from ich_prep.header import DEFLATED_LE, EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE, INFLATED_LIMIT, read_header, walk_meta
-from ich_prep.hounsfield import rescale_table
+from ich_prep.pixels.hounsfield import Rescale, rescale_table
+from ich_prep.pixels.stored import mask_unused_bits, min_max
 from ich_prep.stages.scan import check_slice, scan_file
-from ich_prep.stages.shard import extremes, fit_to_bits
 
 SliceBytes = Callable[..., bytes]
 
@@ -164,9 +164,7 @@ def test_lossy_pixels_follow_the_rescale_of_their_header(syntax: str, real_data:
     for name in (EXPLICIT_LE, syntax):
         source, header = source_of(files[name]), read_header(files[name])
         assert header.rescale_slope is not None and header.rescale_intercept is not None
-        table = rescale_table(
-            signed=source.signed, slope=header.rescale_slope, intercept=header.rescale_intercept, padding=None
-        )
+        table = rescale_table(Rescale(header.rescale_slope, header.rescale_intercept, source.signed))
         hu[name] = table[decoder.read(source)].astype(int)
     inside = hu[EXPLICIT_LE] > -900  # what is padding has another value in each file
     error = np.abs(hu[syntax] - hu[EXPLICIT_LE])[inside]
@@ -209,8 +207,9 @@ def test_bits_that_are_not_stored_are_taken_off(
     path.write_bytes(slice_bytes(written, syntax=syntax, BitsStored=12, HighBit=11))
     source = source_of(path)
     words = decoder.read(source)
-    fitted = fit_to_bits(words, extremes(words, signed=signed), bits_stored=12, signed=signed)
-    np.testing.assert_array_equal(stored(fitted, source), values)
+    masked, limits = mask_unused_bits(words, bits_stored=12, signed=signed)
+    np.testing.assert_array_equal(stored(masked, source), values)
+    assert limits == (values.min(), values.max())
 
 
 @pytest.mark.parametrize("bits, signed", [(8, True), (8, False), (12, True), (12, False), (16, True), (16, False)])
@@ -224,9 +223,9 @@ def test_values_within_their_bits_are_left_alone(
     path.write_bytes(slice_bytes(pixels, BitsStored=bits, HighBit=bits - 1))
     source = source_of(path)
     words = decoder.read(source)
-    span = extremes(words, signed=signed)
-    assert span == (low, high)
-    assert fit_to_bits(words, span, bits_stored=bits, signed=signed) is words
+    masked, limits = mask_unused_bits(words, bits_stored=bits, signed=signed)
+    assert masked is words
+    assert limits == min_max(words, signed=signed) == (low, high)
     np.testing.assert_array_equal(stored(words, source), pixels)
 
 
@@ -269,7 +268,7 @@ def test_padding_of_the_header_is_air(
     low, high = line["padding_low"], line["padding_high"]
     assert (low, high) == padding
     between = None if low is None else (low, high)
-    table = rescale_table(signed=True, slope=1.0, intercept=2000.0, padding=between)
+    table = rescale_table(Rescale(1.0, 2000.0, signed=True, padding=between))
     hu = table[decoder.read(source_of(path))].reshape(-1).tolist()
     expected = [-1, 0, 400, 1000]
     for place, value in enumerate(pixels.reshape(-1).tolist()):

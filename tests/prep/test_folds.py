@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ich_prep.stages.folds import assign_folds, fold_of
@@ -15,6 +15,7 @@ fold_counts = st.integers(2, 127)
 
 
 @given(patients, fold_counts)
+@settings(deadline=None)
 def test_every_slice_of_a_patient_is_in_the_patients_fold(ids: list[str], folds: int) -> None:
     assigned = assign_folds(pa.array(ids, pa.string()), folds=folds)
     assert assigned.dtype == np.int8
@@ -23,6 +24,7 @@ def test_every_slice_of_a_patient_is_in_the_patients_fold(ids: list[str], folds:
 
 
 @given(patients, patients, fold_counts)
+@settings(deadline=None)
 def test_nobody_moves_when_patients_are_added(ids: list[str], more: list[str], folds: int) -> None:
     before = assign_folds(pa.array(ids, pa.string()), folds=folds)
     after = assign_folds(pa.array(more + ids, pa.string()), folds=folds)

@@ -1,4 +1,4 @@
-"""HU and window codes of every 16-bit word, against exact arithmetic and the float64 reference."""
+"""HU and window codes of every 16-bit stored value, against exact arithmetic and the float64 reference."""
 
 from __future__ import annotations
 
@@ -11,44 +11,57 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from ich_prep.dataset.windows import AIR_HU, HIGHEST_HU, PRESETS, Window, window_codes
-from ich_prep.hounsfield import apply_rescale, apply_rescale_and_windows, apply_windows, rescale_table
+from ich_prep.pixels.hounsfield import (
+    Rescale,
+    apply_rescale,
+    apply_rescale_and_windows,
+    apply_windows,
+    rescale_table,
+)
 
-ALL_WORDS = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+ALL_BITS = np.arange(65536, dtype=np.uint16).reshape(256, 256)
 WINDOWS = (*PRESETS.values(), Window("blood", center=75, width=215), Window("fine", center=35.5, width=3))
 
-# As files have them: RSNA, GE with intercept 0, the sign defect, and fractions that float64 holds exactly.
+# Slopes and intercepts of real files: RSNA, GE with intercept 0, the sign defect, and fractions that float64 holds exactly.
 RESCALES = [(1.0, -1024.0), (1.0, 0.0), (1.0, -1000.0), (2.0, -4047.0), (0.5, -1024.0), (0.25, 0.5), (1.0, -8192.0)]
 PADDINGS = [None, (-2000, -2000), (-1500, -1500), (0, 0), (63536, 63536), (-2000, -1500), (0, 24)]
 
 
-def exact_hu(*, signed: bool, slope: float, intercept: float, padding: tuple[int, int] | None) -> NDArray[np.int16]:
-    """The HU of every word, half to even, in whole numbers: slope and intercept are brought to a common denominator."""
-    words = np.arange(65536)
-    stored = np.where(words > 32767, words - 65536, words) if signed else words
-    unit = Fraction(slope).denominator * Fraction(intercept).denominator
-    whole, rest = np.divmod(stored * int(Fraction(slope) * unit) + int(Fraction(intercept) * unit), unit)
+def all_values(*, signed: bool) -> NDArray[np.int64]:
+    """The value that each pattern of 16 bits stands for, (65536,)."""
+    bits = np.arange(65536)
+    return np.where(signed & (bits > 32767), bits - 65536, bits)
+
+
+def exact_hu(rescale: Rescale) -> NDArray[np.int16]:
+    """The HU of every stored value, half to even, in integers: slope and intercept are brought to a common denominator."""
+    values = all_values(signed=rescale.signed)
+    slope, intercept = Fraction(rescale.slope), Fraction(rescale.intercept)
+    unit = slope.denominator * intercept.denominator
+    whole, rest = np.divmod(values * int(slope * unit) + int(intercept * unit), unit)
     hu = whole + ((2 * rest > unit) | ((2 * rest == unit) & (whole % 2 == 1)))
-    if padding is not None:
-        hu[(stored >= padding[0]) & (stored <= padding[1])] = AIR_HU
+    if rescale.padding is not None:
+        hu[(values >= rescale.padding[0]) & (values <= rescale.padding[1])] = AIR_HU
     return np.clip(hu, AIR_HU, HIGHEST_HU).astype(np.int16)
 
 
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("slope, intercept", RESCALES)
-def test_every_word_has_its_exact_hu(signed: bool, slope: float, intercept: float) -> None:
-    expected = exact_hu(signed=signed, slope=slope, intercept=intercept, padding=None)
-    np.testing.assert_array_equal(rescale_table(signed=signed, slope=slope, intercept=intercept), expected)
-    out = np.empty(ALL_WORDS.shape, np.int16)
-    apply_rescale(ALL_WORDS, signed=signed, slope=slope, intercept=intercept, padding=None, out=out)
+def test_every_stored_value_has_its_exact_hu(signed: bool, slope: float, intercept: float) -> None:
+    rescale = Rescale(slope, intercept, signed)
+    expected = exact_hu(rescale)
+    np.testing.assert_array_equal(rescale_table(rescale), expected)
+    out = np.empty(ALL_BITS.shape, np.int16)
+    apply_rescale(ALL_BITS, rescale, out=out)
     np.testing.assert_array_equal(out.reshape(-1), expected)
 
 
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_padding_becomes_air_and_nothing_else_does(signed: bool, padding: tuple[int, int] | None) -> None:
-    expected = exact_hu(signed=signed, slope=1.0, intercept=0.0, padding=padding)
-    found = rescale_table(signed=signed, slope=1.0, intercept=0.0, padding=padding)
-    np.testing.assert_array_equal(found, expected)
+    rescale = Rescale(1.0, 0.0, signed, padding)
+    found = rescale_table(rescale)
+    np.testing.assert_array_equal(found, exact_hu(rescale))
     if padding == (0, 24):
         assert found[:26].tolist() == [AIR_HU] * 25 + [25]
 
@@ -63,18 +76,17 @@ def test_padding_becomes_air_and_nothing_else_does(signed: bool, padding: tuple[
 def test_any_rescale_is_the_nearest_whole_hu(
     signed: bool, slope: float, intercept: float, padding: tuple[int, int] | None
 ) -> None:
-    words = np.arange(65536)
-    stored = np.where(signed & (words > 32767), words - 65536, words)
-    exact = np.clip(stored * np.longdouble(slope) + np.longdouble(intercept), AIR_HU, HIGHEST_HU)
+    values = all_values(signed=signed)
+    exact = np.clip(values * np.longdouble(slope) + np.longdouble(intercept), AIR_HU, HIGHEST_HU)
     if padding is not None:
-        exact[(stored >= padding[0]) & (stored <= padding[1])] = AIR_HU
-    found = rescale_table(signed=signed, slope=slope, intercept=intercept, padding=padding)
+        exact[(values >= padding[0]) & (values <= padding[1])] = AIR_HU
+    found = rescale_table(Rescale(slope, intercept, signed, padding))
     assert np.abs(found - exact).max() <= 0.5 + 1e-9
 
 
 @pytest.mark.parametrize("slope, intercept", [(2.0002442, -4047.0), (32.1216, -4047.0), (0.1, 0.0)])
 def test_a_fractional_slope_is_not_rounded_before_it_is_applied(slope: float, intercept: float) -> None:
-    table = rescale_table(signed=False, slope=slope, intercept=intercept)
+    table = rescale_table(Rescale(slope, intercept, signed=False))
     for stored in (0, 1, 1000, 2023, 2047, 3000, 4095):
         exact = stored * Fraction(str(slope)) + Fraction(str(intercept))
         assert table[stored] == min(HIGHEST_HU, max(AIR_HU, round(exact)))
@@ -84,15 +96,14 @@ def test_a_fractional_slope_is_not_rounded_before_it_is_applied(slope: float, in
 @pytest.mark.parametrize(
     "slope, intercept, padding", [(1.0, -1024.0, None), (1.0, 0.0, (-2000, -1500)), (0.5, 7.0, None)]
 )
-def test_every_word_has_the_code_of_its_hu(
+def test_every_stored_value_has_the_code_of_its_hu(
     signed: bool, slope: float, intercept: float, padding: tuple[int, int] | None
 ) -> None:
-    hu = exact_hu(signed=signed, slope=slope, intercept=intercept, padding=padding).reshape(ALL_WORDS.shape)
+    rescale = Rescale(slope, intercept, signed, padding)
+    hu = exact_hu(rescale).reshape(ALL_BITS.shape)
     expected = np.stack([window_codes(hu, window) for window in WINDOWS])
     at_once = np.zeros_like(expected)
-    apply_rescale_and_windows(
-        ALL_WORDS, signed=signed, slope=slope, intercept=intercept, padding=padding, windows=WINDOWS, out=at_once
-    )
+    apply_rescale_and_windows(ALL_BITS, rescale, windows=WINDOWS, out=at_once)
     np.testing.assert_array_equal(at_once, expected)
     in_two_steps = np.zeros_like(expected)
     apply_windows(hu, windows=WINDOWS, out=in_two_steps)
@@ -100,7 +111,7 @@ def test_every_word_has_the_code_of_its_hu(
 
 
 def test_every_int16_hu_has_its_code() -> None:
-    hu = ALL_WORDS.view(np.int16)
+    hu = ALL_BITS.view(np.int16)
     out = np.zeros((len(WINDOWS), 256, 256), np.uint8)
     apply_windows(hu, windows=WINDOWS, out=out)
     for plane, window in zip(out, WINDOWS, strict=True):
@@ -108,14 +119,14 @@ def test_every_int16_hu_has_its_code() -> None:
 
 
 def test_halves_go_to_the_even_hu() -> None:
-    table = rescale_table(signed=True, slope=0.5, intercept=0.0)
+    table = rescale_table(Rescale(0.5, 0.0, signed=True))
     assert table[:8].tolist() == [0, 0, 1, 2, 2, 2, 3, 4]
     assert table[-4:].tolist() == [-2, -2, -1, 0]
 
 
 def test_a_table_is_read_only() -> None:
     with pytest.raises(ValueError, match="read-only"):
-        rescale_table(signed=True, slope=1.0, intercept=0.0)[0] = 1
+        rescale_table(Rescale(1.0, 0.0, signed=True))[0] = 1
 
 
 # Some have fewer pixels than go at a time (16), some a number that 16 does not divide.
@@ -125,18 +136,18 @@ SHAPES = [(1, 7), (7, 1), (3, 5), (512, 512), (300, 513), (2, 70_000)]
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_results_are_written_into_the_callers_buffer(shape: tuple[int, int], count: int) -> None:
-    words = np.random.default_rng(0).integers(0, 4096, shape, np.uint16)
+    stored = np.random.default_rng(0).integers(0, 4096, shape, np.uint16)
     hu = np.zeros(shape, np.int16)
-    rescale = {"signed": False, "slope": 1.0, "intercept": -1024.0, "padding": None}
-    apply_rescale(words, **rescale, out=hu)  # type: ignore[arg-type]
-    np.testing.assert_array_equal(hu, words.astype(np.int16) - 1024)
+    rescale = Rescale(1.0, -1024.0, signed=False)
+    apply_rescale(stored, rescale, out=hu)
+    np.testing.assert_array_equal(hu, stored.astype(np.int16) - 1024)
     windows = tuple(Window(f"w{index}", center=30 + 10 * index, width=80 + 50 * index) for index in range(count))
-    of_hu, of_words = np.zeros((2, count, *shape), np.uint8)
+    of_hu, of_stored = np.zeros((2, count, *shape), np.uint8)
     apply_windows(hu, windows=windows, out=of_hu)
-    apply_rescale_and_windows(words, **rescale, windows=windows, out=of_words)  # type: ignore[arg-type]
+    apply_rescale_and_windows(stored, rescale, windows=windows, out=of_stored)
     for index, window in enumerate(windows):
         np.testing.assert_array_equal(of_hu[index], window_codes(hu, window))
-    np.testing.assert_array_equal(of_words, of_hu)
+    np.testing.assert_array_equal(of_stored, of_hu)
 
 
 @pytest.mark.parametrize(

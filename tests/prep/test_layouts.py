@@ -14,6 +14,7 @@ from ich_prep.errors import SourceError, UsageError
 from ich_prep.layouts import LAYOUTS, cq500, folder, recognise, rsna
 from ich_prep.layouts.labels import fill_any
 from ich_prep.phantom import synthesize
+from ich_prep.pixels.repairs import SIGN_12BIT
 from ich_prep.sources import Listing, list_files
 from ich_prep.stages import scan
 
@@ -195,7 +196,7 @@ def test_a_label_file_that_is_given_is_the_one_that_is_read(tmp_path: Path) -> N
 )
 def test_the_sign_defect_is_told_by_bits_sign_and_intercept(header: dict[str, object], repaired: bool) -> None:
     placed = rsna.assign(scanned([{"path": SLICE, "patient_id": "p", **header}]), "rsna")
-    assert placed.repairs.to_pylist() == [[rsna.SIGN_12BIT] if repaired else []]
+    assert placed.repairs.to_pylist() == [[SIGN_12BIT] if repaired else []]
     assert placed.patient_id.to_pylist() == ["p"]
     assert placed.excluded_because.to_pylist() == [None]
 

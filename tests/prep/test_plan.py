@@ -130,7 +130,7 @@ def test_positions_under_a_tilted_gantry_are_distances_along_the_normal() -> Non
 
 
 @given(st.floats(-80, 80), st.lists(st.floats(-200, 200), min_size=2, max_size=8), st.floats(-300, 300))
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 def test_shifts_within_the_plane_change_no_position(degrees: float, heights: list[float], shift: float) -> None:
     plane = np.array(tilted(degrees))
     normal = np.cross(plane[:3], plane[3:])
@@ -258,7 +258,7 @@ listings = st.lists(headers, max_size=20, unique_by=lambda line: line["path"])
 
 
 @given(listings)
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 def test_every_file_has_a_row_or_a_line_in_the_quarantine(files: list[File]) -> None:
     plan = planned(files)
     assert len(plan.slices) + len(plan.quarantine) == len(files)
@@ -269,7 +269,7 @@ def test_every_file_has_a_row_or_a_line_in_the_quarantine(files: list[File]) -> 
 
 
 @given(listings)
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 def test_the_slices_of_a_series_are_contiguous_and_in_order(files: list[File]) -> None:
     plan = planned(files)
     slices = plan.slices.select(slice_schema().names).to_pylist()
@@ -295,7 +295,7 @@ def test_the_slices_of_a_series_are_contiguous_and_in_order(files: list[File]) -
 
 
 @given(listings, st.randoms(use_true_random=False))
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 def test_where_files_lie_moves_no_row(files: list[File], random: Any) -> None:
     """Rows follow from headers alone: other paths, and so another order of the listing, give the same rows."""
     unique = {(line["sop_instance_uid"]): line for line in files}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from ich_prep.dataset.windows import AIR_HU, HIGHEST_HU
-from ich_prep.resize import resize_hu
+from ich_prep.pixels.resize import resize_hu
 
 
 def resized(hu: NDArray[np.int16], size: int) -> NDArray[np.int16]:

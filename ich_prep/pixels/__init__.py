@@ -1,0 +1,1 @@
+"""The arithmetic of one slice, all of it pure: stored values -> repairs -> HU -> size -> window codes, and the audit."""

@@ -1,0 +1,50 @@
+"""DICOM files rendered in memory, as a build renders them, without a dataset."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from ich_prep.decode import Decoder
+from ich_prep.errors import Reason, SliceError
+from ich_prep.layouts import LAYOUTS
+from ich_prep.stages.scan import SCHEMA, scan_file
+from ich_prep.stages.shard import SliceRenderer, pixel_source
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ich_prep.dataset.schema import Spec
+
+
+def render_file(path: str | os.PathLike[str], spec: Spec) -> NDArray[Any]:
+    """Return the pixels of one DICOM file, (channel, y, x), as a build with ``spec`` stores them.
+
+    uint8 window codes, or int16 HU where ``spec.store`` is "hu". Known defects are repaired as ``spec.layout`` says; with
+    the layout "auto" none are, because one file does not show what tree it is from. Raises ``SliceError``, with the
+    reason, for a file that is not a CT slice or that cannot be decoded.
+    """
+    file = Path(path)
+    line = scan_file(str(file.parent), os.fsencode(file.name))
+    if line.get("reason") is not None:
+        raise SliceError(Reason(line["reason"]), line["detail"])
+    line["repairs"] = _repairs(line, spec, file)
+    decoder = Decoder()
+    try:
+        stored = decoder.read(pixel_source(str(file.parent), line))
+        slices = SliceRenderer(spec)
+        slices.render(stored, line)
+    finally:
+        decoder.close()
+    return slices.out
+
+
+def _repairs(line: dict[str, Any], spec: Spec, file: Path) -> list[str]:
+    if spec.layout == "auto":
+        return []
+    assignment = LAYOUTS[spec.layout].assign(pa.Table.from_pylist([line], SCHEMA), file.absolute().parent.name)
+    names: list[str] = assignment.repairs[0].as_py()
+    return names

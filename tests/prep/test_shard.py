@@ -1,0 +1,74 @@
+"""The report of a shard: what it says, and that its JSON is read back as it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ich_prep.dataset import open_dataset, shard_format
+from ich_prep.dataset.schema import OK, shard_path
+from ich_prep.stages.shard import RowReport, ShardReport
+from tests.support.cli import working
+
+numbers = st.floats(allow_nan=False)
+ok_rows = st.builds(
+    RowReport,
+    status=st.just("ok"),
+    hu_min=numbers,
+    hu_max=numbers,
+    hu_mean=numbers,
+    content_hash=st.text("0123456789abcdef", min_size=32, max_size=32),
+    chunk_crc32c=st.integers(0, 2**32 - 1),
+    flags=st.lists(st.sampled_from(["noise", "constant"]), unique=True).map(tuple),
+)
+lost_rows = st.builds(RowReport, status=st.just("changed"), detail=st.text())
+reports = st.builds(
+    ShardReport,
+    plan=st.text(max_size=8),
+    bytes=st.integers(0, 2**40),
+    fingerprint=st.text(max_size=8),
+    rows=st.lists(ok_rows | lost_rows, max_size=4).map(tuple),
+    hu_histogram=st.lists(st.integers(0, 2**40), min_size=64, max_size=64).map(tuple),
+)
+
+
+@given(reports)
+@settings(max_examples=100, deadline=None)
+def test_a_report_is_read_back_as_it_was(report: ShardReport) -> None:
+    assert ShardReport.from_json(report.to_json()) == report
+    for row, line in zip(report.rows, json.loads(report.to_json())["rows"], strict=True):
+        assert line.items() >= {"status": row.status}.items()
+        assert ("detail" in line) == (row.status != "ok")
+
+
+@pytest.mark.parametrize("text", ["", "{", "null", "[]", "{}", '{"plan":1}'])
+def test_what_is_no_report_is_a_value_error(text: str) -> None:
+    with pytest.raises(ValueError, match="ShardReport"):
+        ShardReport.from_json(text)
+
+
+def test_a_report_of_a_build_speaks_of_its_shard(dataset_path: Path) -> None:
+    dataset = open_dataset(dataset_path)
+    for number in range(dataset.counts.shards):
+        text = (working(dataset_path) / "shards" / f"{number:05d}.json").read_text(encoding="utf-8")
+        report = ShardReport.from_json(text)
+        data = np.fromfile(shard_path(dataset_path, number), np.uint8)
+        chunks = dataset.spec.slices_per_shard
+        body = len(data) - shard_format.index_bytes(chunks)
+        index = shard_format.parse_index(data[body:].tobytes(), chunks=chunks, body=body)
+        stored = [
+            int.from_bytes(data[offset + length - 4 : offset + length].tobytes(), "little")
+            for offset, length in index[: len(report.rows)].tolist()
+        ]
+        first = number * chunks
+        assert [row.chunk_crc32c for row in report.rows] == stored
+        assert dataset.slices["chunk_crc32c"].to_pylist()[first : first + len(stored)] == stored
+        assert report.bytes == len(data)
+        assert all(row.status == OK for row in report.rows)
+        assert sum(report.hu_histogram) == len(report.rows) * 16 * 16
+        assert dataset.read_table("shards")["hu_histogram"][number].as_py() == list(report.hu_histogram)
