@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ich_prep import compiled, ledger, store
@@ -34,7 +35,7 @@ from ich_prep.publish import gather, publish
 from ich_prep.releases import all_releases
 from ich_prep.scan import FILES_PER_BATCH, scan_batch
 from ich_prep.shard import write_shard
-from ich_prep.sources import Listing, list_files, require_folder
+from ich_prep.sources import Listing, local_path, local_table, open_source
 from ich_prep.store import Spec, State
 from ich_prep.target import disown, explained, is_finished, only_one, refuse_foreign
 
@@ -63,7 +64,7 @@ class Allowances:
 
 
 def build(
-    src: str | Path,
+    src: str | Path | Sequence[str | Path],
     out: str | Path,
     spec: Spec | None = None,
     *,
@@ -74,26 +75,32 @@ def build(
     allow: Allowances | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
-    """Build the dataset ``out`` from the DICOM files below ``src``, or go on with a build that was stopped.
+    """Build the dataset ``out`` from the DICOM files in ``src``, or resume a build that was stopped.
+
+    ``src`` is a folder or a zip archive, or several of them, whose files then have paths below the name of each.
 
     ``labels`` is a label file instead of the one in the tree. ``workers`` are local processes (default: one a core; 0:
     all in this process), ``scheduler`` the address of a Dask cluster whose workers see both folders under the same
     paths. Raises ``SourceError``, ``BuildError`` or ``UsageError``; what was done by then is kept for the next run.
     """
-    source, target = Path(src).absolute(), Path(out).absolute()
+    given = [src] if isinstance(src, str | Path) else src
+    places, target = [local_path(one, option="--src") for one in given], local_path(out, option="--out")
     spec, allow, progress = spec or Spec(), allow or Allowances(), progress or Silence()
     count = default_workers() if workers is None else workers
     seconds: dict[str, float] = {}
     compiled.require()
-    require_folder(source)
-    refuse_foreign(target, source)
+    source = open_source(places)
+    for place in places:
+        refuse_foreign(target, place)
     with Pool(workers=count, scheduler=scheduler, modules=TASK_MODULES) as pool:
         with _timed(seconds, "list"):
-            listing = list_files(source)
+            listing = source.list()
             found, spec = _resolve_layout(spec, listing, progress)
             known = complete_any(
                 found.read_labels(
-                    listing, None if labels is None else Path(labels), allow_contradictions=allow.contradictions
+                    listing,
+                    None if labels is None else local_table(Path(labels)),
+                    allow_contradictions=allow.contradictions,
                 )
             )
         state = State(
@@ -113,12 +120,12 @@ def build(
                 progress.say(f"Labels: {note}.")
             with _timed(seconds, "start workers"):
                 importlib.import_module("zarr")  # publishing needs it: loaded while the workers start
-                pool.admit(source, target, say=progress.say)
+                pool.admit(*places, target, say=progress.say)
             if state.plan is None:
                 with _timed(seconds, "scan"):
-                    scanned = _scan(pool, target, source, listing, progress)
+                    scanned = _scan(pool, target, places, listing, progress)
                 with _timed(seconds, "plan"):
-                    plan = make_plan(scanned, placement=found.place(scanned, source.name), labels=known, spec=spec)
+                    plan = make_plan(scanned, placement=found.place(scanned, listing.name), labels=known, spec=spec)
                     again = f"{folder / store.SCAN} lists them. Mend what can be mended and run the same command again"
                     _check_damage(plan.quarantine, len(listing.files), allow, again)
                     _check_labels(plan, known, folder, allow, progress)
@@ -127,7 +134,8 @@ def build(
                 del scanned, plan  # a line for each file, of which the shards need none
             assert state.plan is not None
             with _timed(seconds, "shards"):
-                _write_shards(pool, target, source, state.plan, progress)
+                _write_keys(folder, listing)
+                _write_shards(pool, target, places, state.plan, progress)
             with _timed(seconds, "publish"):
                 tables = gather(target, state)
                 again = (
@@ -152,9 +160,14 @@ def _resolve_layout(spec: Spec, listing: Listing, progress: Progress) -> tuple[A
 
 
 def _digest_listing(listing: Listing) -> str:
+    """Return a digest of the paths, sizes and problems of the files: the same for a folder and for an archive of it."""
     digest = hashlib.sha256()
-    for path, size in zip(listing.files["path"].to_pylist(), listing.files["size"].to_pylist(), strict=True):
+    files = listing.files
+    for path, size in zip(files["path"].to_pylist(), files["size"].to_pylist(), strict=True):
         digest.update(b"%d %d " % (len(path), size) + path)
+    unreadable = files.filter(pc.is_valid(files["reason"]))
+    for path, reason in zip(unreadable["path"].to_pylist(), unreadable["reason"].to_pylist(), strict=True):
+        digest.update(b"%s %d " % (reason.encode(), len(path)) + path)
     return digest.hexdigest()
 
 
@@ -223,7 +236,7 @@ def _forget_headers(folder: Path, listing: Listing, *, all_of_them: bool) -> Non
             (folder / store.SCAN / f"{batch:05d}.parquet").unlink()
 
 
-def _scan(pool: Pool, target: Path, source: Path, listing: Listing, progress: Progress) -> pa.Table:
+def _scan(pool: Pool, target: Path, places: Sequence[Path], listing: Listing, progress: Progress) -> pa.Table:
     """Return the headers of all files, in the order of the listing; reads those that no earlier run has read.
 
     Batches in which an earlier run met damage are read again: it may be mended since.
@@ -237,7 +250,7 @@ def _scan(pool: Pool, target: Path, source: Path, listing: Listing, progress: Pr
     }
     already = sum(min(FILES_PER_BATCH, len(listing.files) - batch * FILES_PER_BATCH) for batch in done)
     progress.begin("Reading headers", len(listing.files), "files", already)
-    task = partial(scan_batch, str(target), str(source))
+    task = partial(scan_batch, str(target), tuple(map(str, places)))
     for _, (slices, set_aside) in pool.map(task, [batch for batch in batches if batch not in done]):
         progress.advance(slices + set_aside, set_aside)
     progress.end()
@@ -309,7 +322,22 @@ def _write_plan(folder: Path, state: State, plan: Plan) -> State:
     return state
 
 
-def _write_shards(pool: Pool, target: Path, source: Path, digest: str, progress: Progress) -> None:
+def _write_keys(folder: Path, listing: Listing) -> None:
+    """Write by which keys the source has the files of the plan, one row group a shard.
+
+    They are no part of the plan: between two runs a folder may become an archive, or be packed anew.
+    """
+    with pq.ParquetFile(folder / store.PLAN) as plan:
+        metadata = plan.metadata
+        paths = plan.read(["path"])["path"].cast(pa.binary())
+    readable = listing.files.filter(pc.is_null(listing.files["reason"]))
+    keys = readable.select(["key"]).take(pc.index_in(paths, value_set=readable["path"]))
+    sink = pa.BufferOutputStream()
+    pq.write_table(keys, sink, row_group_size=metadata.row_group(0).num_rows, write_statistics=False)
+    ledger.write_whole(folder / store.KEYS, sink.getvalue().to_pybytes())
+
+
+def _write_shards(pool: Pool, target: Path, places: Sequence[Path], digest: str, progress: Progress) -> None:
     """Write every shard that is not done.
 
     A shard goes into the ledger when it is on disk. Waiting for that is left to threads here, while the workers go on.
@@ -321,7 +349,7 @@ def _write_shards(pool: Pool, target: Path, source: Path, digest: str, progress:
         if number not in done:
             ledger.clear_leftovers(store.shard_path(target, number))
     progress.begin("Writing slices", plan.num_rows, "slices", sum(sizes[number] for number in done))
-    task = partial(write_shard, str(target), str(source), digest)
+    task = partial(write_shard, str(target), tuple(map(str, places)), digest)
     with ThreadPoolExecutor(KEEPERS, thread_name_prefix="keep") as keepers:
         kept = deque[Future[None]]()
         for number, entry in pool.map(task, [number for number in range(len(sizes)) if number not in done]):

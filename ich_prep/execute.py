@@ -240,9 +240,9 @@ def _in_turn(task: Callable[[int], T], key: int) -> T:
         return task(key)
 
 
-def _missing(folders: tuple[Path, ...]) -> list[Path]:
-    """Return those of ``folders`` that this process does not see."""
-    return [folder for folder in folders if not folder.is_dir()]
+def _missing(places: tuple[Path, ...]) -> list[Path]:
+    """Return those of ``places``, folders and archives, that this process does not see."""
+    return [place for place in places if not place.exists()]
 
 
 def _load(modules: tuple[str, ...]) -> dict[str, str | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -14,14 +13,14 @@ import pyarrow.parquet as pq
 import xxhash
 
 from ich_prep import store
-from ich_prep.decode import Decoder, PixelSource
+from ich_prep.dicom.decode import PIXEL_FIELDS, Decoder, PixelSource
 from ich_prep.errors import SliceError
 from ich_prep.hounsfield import apply_rescale, apply_rescale_and_windows, apply_windows
 from ich_prep.layouts.rsna import SIGN_12BIT
 from ich_prep.ledger import renamed_when_whole
 from ich_prep.resize import resize_hu
 from ich_prep.sharding import ShardWriter
-from ich_prep.sources import read_ahead
+from ich_prep.sources import Source, open_source, read_ahead
 from ich_prep.windows import HIGHEST_HU
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ class Audit:
     flags: list[str]
 
 
-def write_shard(out: str, src: str, digest: str, number: int) -> dict[str, Any]:
+def write_shard(out: str, sources: tuple[str, ...], digest: str, number: int) -> dict[str, Any]:
     """Write shard ``number`` of the plan whose digest is ``digest``, under its name when whole; return its ledger entry.
 
     The entry has the plan's digest, the shard's ``bytes`` and ``fingerprint``, and for each of its rows the status with
@@ -61,11 +60,12 @@ def write_shard(out: str, src: str, digest: str, number: int) -> dict[str, Any]:
     with renamed_when_whole(path) as partial, open(partial, "wb", buffering=0) as file:
         writer = ShardWriter(file, spec.slices_per_shard, spec.codec)
         pixels = _Pixels(spec)
-        sources = [_pixel_source(src, row) for row in rows]
-        ahead = read_ahead(sources, lambda source: source.path, files=FILES_AHEAD)
-        for row, source in zip(rows, ahead, strict=True):
+        source = open_source(sources)
+        located = [_pixel_source(source, row, key) for row, key in zip(rows, _keys(root, number), strict=True)]
+        ahead = read_ahead(source, located, lambda one: one.key, files=FILES_AHEAD)
+        for row, pixel_source in zip(rows, ahead, strict=True):
             try:
-                audit = pixels.make(row, decoder.read(source))
+                audit = pixels.make(row, decoder.read(pixel_source))
             except SliceError as error:
                 writer.skip()
                 lines.append({"status": error.reason, "detail": error.detail})
@@ -89,9 +89,15 @@ def _decoder() -> Decoder:
     return Decoder()
 
 
-def _pixel_source(src: str, row: dict[str, Any]) -> PixelSource:
-    values = {name: row[name] for name in PixelSource.__slots__}
-    return PixelSource(**{**values, "path": os.path.join(src, row["path"])})
+def _keys(root: Path, number: int) -> list[bytes]:
+    """Return by which keys the source has the files of shard ``number``: written by each run, a worker may outlive one."""
+    with pq.ParquetFile(root / store.BUILD / store.KEYS) as keys:
+        found: list[bytes] = keys.read_row_group(number)["key"].to_pylist()
+    return found
+
+
+def _pixel_source(source: Source, row: dict[str, Any], key: bytes) -> PixelSource:
+    return PixelSource(source=source, key=key, **{name: row[name] for name in PIXEL_FIELDS})
 
 
 class _Pixels:

@@ -46,7 +46,7 @@ SHARDS, QUARANTINE = "labels/shards.parquet", "labels/quarantine.parquet"
 # Inside build/.
 STATE, FILES, SCAN, PLAN, DONE = "state.json", "files.parquet", "scan", "plan.parquet", "shards"
 LOG, LOCK, LABEL_PROBLEMS = "log.jsonl", "lock", "label_problems.parquet"
-PLANNED_SERIES, PLANNED_QUARANTINE = "series.parquet", "quarantine.parquet"
+PLANNED_SERIES, PLANNED_QUARANTINE, KEYS = "series.parquet", "quarantine.parquet", "keys.parquet"
 
 OK = "ok"
 LABEL_FIELDS = [(name, pa.int8()) for name in CLASSES]

@@ -8,7 +8,7 @@ more by another route: pydicom alone, and the arithmetic of the definitions in f
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,13 +19,13 @@ import pyarrow.compute as pc
 
 from ich_prep import ledger, sharding, store
 from ich_prep.compiled import crc32c
-from ich_prep.decode import decode_with_pydicom
-from ich_prep.errors import CorruptionError, IchError, SliceError, UsageError
+from ich_prep.dicom.decode import decode_with_pydicom
+from ich_prep.errors import CorruptionError, IchError, SliceError, SourceError, UsageError
 from ich_prep.labels import CLASSES, SUBTYPES
 from ich_prep.layouts.rsna import SIGN_12BIT
 from ich_prep.publish import digest_of, root_document
 from ich_prep.resize import resize_hu
-from ich_prep.sources import require_folder
+from ich_prep.sources import LARGEST_MEMBER, Source, local_path, open_source, read_whole
 from ich_prep.windows import AIR_HU, HIGHEST_HU, window_codes
 
 if TYPE_CHECKING:
@@ -56,24 +56,25 @@ class Verification:
 def verify(
     path: str | Path,
     *,
-    src: str | Path | None = None,
+    src: str | Path | Sequence[str | Path] | None = None,
     sample: float = 0.01,
     seed: int = 0,
     progress: Progress,
 ) -> Verification:
     """Return what does not hold in the dataset at ``path``.
 
-    With ``src``, the folder it was built from, the share ``sample`` of its slices (at least one) is decoded again by
+    With ``src``, what it was built from, the share ``sample`` of its slices (at least one) is decoded again by
     pydicom alone and compared pixel by pixel. Raises ``DatasetError`` where there is no dataset, ``SourceError`` where
-    ``src`` is no folder, and ``UsageError`` where it has none of the files, or the plan that names them is gone.
+    ``src`` is neither a folder nor an archive, and ``UsageError`` where it has none of the files, or the plan that names
+    them is gone.
     """
     if not 0 < sample <= 1:
         raise UsageError(f"Expected --sample within 0..1, the share of slices to compare; got {sample:g}.")
     dataset = store.open_dataset(path)
     plan = dataset.path / store.BUILD / store.PLAN
-    if src is not None:
-        require_folder(Path(src))
-    if src is not None and not plan.exists():
+    given = [] if src is None else [src] if isinstance(src, str | Path) else list(src)
+    source = open_source([local_path(one, option="--src") for one in given]) if given else None
+    if source is not None and not plan.exists():
         raise UsageError(
             f"Expected the plan of the build at {plan}, which names the source file of each row; it is gone. Verify "
             "without --src, or build again with --overwrite."
@@ -91,7 +92,7 @@ def verify(
     if intact:
         problems += _check_ledger(dataset)
     compared = 0
-    if src is not None:
+    if source is not None:
         try:
             lines = dataset.read_table(f"{store.BUILD}/{store.PLAN}")
         except CorruptionError:
@@ -99,12 +100,13 @@ def verify(
         else:
             rows = _sample(dataset, sample, seed)
             sampled = lines.take(pa.array(rows)).to_pylist()
-            if sampled and not any((Path(src) / line["path"]).exists() for line in sampled):
+            keys = _keys_of(source, [line["path"] for line in sampled])
+            if sampled and not keys:
                 raise UsageError(
-                    f"Expected the files that {dataset.path} was built from below {src}; found none of the {len(sampled)} "
-                    f"sampled (for one, {sampled[0]['path']}). Give the folder that `ich-prep build` was given."
+                    f"Expected the files that {dataset.path} was built from in {', '.join(map(str, given))}; found none of "
+                    f"the {len(sampled)} sampled (for one, {sampled[0]['path']}). Give what `ich-prep build` was given."
                 )
-            problems += _compare(dataset, Path(src), sampled, progress)
+            problems += _compare(dataset, source, keys, sampled, progress)
             compared = len(rows)
     return Verification(dataset.ich["counts"]["shards"], len(dataset), compared, tuple(problems))
 
@@ -275,14 +277,30 @@ def _sample(dataset: Dataset, share: float, seed: int) -> NDArray[np.int64]:
     return np.sort(np.random.default_rng(seed).choice(ok, count, replace=False))
 
 
-def _compare(dataset: Dataset, src: Path, lines: list[dict[str, Any]], progress: Progress) -> Iterator[Problem]:
+def _keys_of(source: Source, paths: list[str]) -> dict[str, bytes]:
+    """Return the keys of those of ``paths`` that are in ``source``."""
+    try:
+        files = source.list().files
+    except SourceError:
+        return {}
+    wanted = pa.array([path.encode() for path in paths], pa.binary())
+    files = files.filter(pc.and_(pc.is_null(files["reason"]), pc.is_in(files["path"], value_set=wanted)))
+    return {path.decode(): key for path, key in zip(files["path"].to_pylist(), files["key"].to_pylist(), strict=True)}
+
+
+def _compare(
+    dataset: Dataset, source: Source, keys: dict[str, bytes], lines: list[dict[str, Any]], progress: Progress
+) -> Iterator[Problem]:
     """Yield the rows, of those whose ``lines`` of the plan these are, whose pixels are not those of the source file."""
     stored = np.empty((1, *dataset.shape[1:]), dataset.dtype)
     progress.begin("Comparing with the sources", len(lines), "slices", 0)
     for line in lines:
         try:
             dataset.read([line["row"]], stored)
-            expected = reference_pixels((src / line["path"]).read_bytes(), line, dataset)
+            if line["path"] not in keys:
+                raise SourceError("it is not in the sources any more")
+            data = read_whole(source, keys[line["path"]], limit=LARGEST_MEMBER)
+            expected = reference_pixels(data, line, dataset)
         except SliceError as error:
             yield Problem(f"row {line['row']}", f"{line['path']} can no longer be decoded: {error}")
         except (IchError, OSError) as error:

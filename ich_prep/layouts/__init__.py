@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from ich_prep.layouts import cq500, folder, rsna
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from ich_prep.labels import Labels
-    from ich_prep.sources import Listing
+    from ich_prep.sources import Listing, TableFile
 
 
 class Layout(Protocol):
@@ -23,13 +22,13 @@ class Layout(Protocol):
     def recognise(self, listing: Listing) -> str | None:
         """Return why the tree is of this layout, or None."""
 
-    def read_labels(self, listing: Listing, given: Path | None, *, allow_contradictions: bool) -> Labels:
+    def read_labels(self, listing: Listing, given: TableFile | None, *, allow_contradictions: bool) -> Labels:
         """Return the labels found in the tree, or in the file ``given``; raises ``SourceError``."""
 
     def place(self, slices: pa.Table, root: str) -> Placement:
         """Return what the layout says of each file (a line of ``scan.SCHEMA``, most of it null where no header was read).
 
-        ``root`` is the name of the source folder, to which the paths are relative.
+        ``root`` is the name of the source, to which the paths are relative.
         """
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,10 +12,10 @@ import pyarrow.compute as pc
 
 from ich_prep.errors import SourceError
 from ich_prep.labels import CLASSES, Labels, gather_long
-from ich_prep.layouts.placement import Placement, no_repairs, only_one, read_csv, tables_with
+from ich_prep.layouts.placement import Placement, no_repairs, read_csv, require_single, tables_with
 
 if TYPE_CHECKING:
-    from ich_prep.sources import Listing
+    from ich_prep.sources import Listing, TableFile
 
 HEADER = ("name", "Category")
 READERS = ("R1", "R2", "R3")
@@ -42,23 +41,27 @@ def recognise(listing: Listing) -> str | None:
     return None
 
 
-def read_labels(listing: Listing, given: Path | None, *, allow_contradictions: bool) -> Labels:
+def read_labels(listing: Listing, given: TableFile | None, *, allow_contradictions: bool) -> Labels:
     """Return the consensus of the readers, at least two of three, for each subject: labels of a scan, not of a slice.
 
     Readers may agree on a bleed and not on its type: then ``any`` is 1 and no subtype is. Where a consensus on a
     subtype stands beside none on ICH, ``any`` is 1, and a note counts it.
     """
-    path = given or only_one(tables_with(listing, HEADER), "reads.csv with the header name,Category,R1:ICH,...")
+    label_file = given or require_single(
+        tables_with(listing, HEADER), "reads.csv with the header name,Category,R1:ICH,..."
+    )
     columns = [f"{reader}:{short}" for reader in READERS for short in COLUMNS.values()]
-    table = read_csv(path, {"name": pa.string(), **dict.fromkeys(columns, pa.int8())})
+    table = read_csv(label_file, {"name": pa.string(), **dict.fromkeys(columns, pa.int8())})
     missing = [name for name in ("name", *columns) if name not in table.column_names]
     if missing:
         raise SourceError(
-            f"Expected the votes of three readers in {path}; the columns {', '.join(missing)} are missing."
+            f"Expected the votes of three readers in {label_file.path}; the columns {', '.join(missing)} are missing."
         )
     for name in columns:
         if not pc.all(pc.is_in(table[name], value_set=pa.array([0, 1], pa.int8()))).as_py():
-            raise SourceError(f"Expected votes of 0 or 1 in column {name} of {path}; found others. Correct the file.")
+            raise SourceError(
+                f"Expected votes of 0 or 1 in column {name} of {label_file.path}; found others. Correct the file."
+            )
     votes = [sum(table[f"{reader}:{COLUMNS[name]}"].to_numpy() for reader in READERS) for name in CLASSES]
     values = (np.stack(votes, axis=1) >= 2).astype(np.int8)
     implied = values[:, :-1].max(axis=1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 import numpy as np
@@ -12,11 +11,11 @@ import pyarrow.compute as pc
 
 from ich_prep.errors import SourceError
 from ich_prep.labels import CLASSES, UNKNOWN, Key, Labels, gather_long, no_labels
-from ich_prep.layouts.placement import Placement, header_of, no_repairs, nulls, only_one, read_csv
+from ich_prep.layouts.placement import Placement, header_of, no_repairs, nulls, read_csv, require_single
 from ich_prep.recipe import refuse_unknown
 
 if TYPE_CHECKING:
-    from ich_prep.sources import Listing
+    from ich_prep.sources import Listing, TableFile
 
 KEYS: tuple[Key, ...] = get_args(Key)[:2]
 
@@ -26,34 +25,33 @@ def recognise(listing: Listing) -> str | None:
     return f"no other layout knows the names of the {len(listing.files)} files"
 
 
-def read_labels(listing: Listing, given: Path | None, *, allow_contradictions: bool) -> Labels:
+def read_labels(listing: Listing, given: TableFile | None, *, allow_contradictions: bool) -> Labels:
     """Return the labels of the CSV ``given``, or of the one in the tree that has a UID column; none, and a note
     of each CSV that is there, where none has.
 
     Columns: ``sop_instance_uid`` or ``series_instance_uid``, and any of the six label names; values 0, 1 or empty.
     """
     if given is None:
-        known = [listing.root / table for table in listing.tables if _key_of(header_of(listing.root / table))]
-        if not known:
+        with_key = [table for table in listing.tables if _key_of(header_of(table))]
+        if not with_key:
             expected = " or ".join(KEYS)
             others = tuple(
-                f"{table} is not read: it has no column {expected}, but {', '.join(header_of(listing.root / table))}"
+                f"{table.path} is not read: it has no column {expected}, but {', '.join(header_of(table))}"
                 for table in listing.tables
             )
             return replace(no_labels(), notes=others)
-        given = only_one(known, "CSV of labels")
-    if not given.is_file():
-        raise SourceError(f"Expected a CSV of labels at {given}; there is no such file.")
+        given = require_single(with_key, "CSV of labels")
+    given.read(0)  # header_of takes a file that cannot be read for one without a header
     columns = header_of(given)
     key = _key_of(columns)
     if key is None:
         raise SourceError(
-            f"Expected a column {' or '.join(KEYS)} in {given}; found {', '.join(columns) or 'no header line'}."
+            f"Expected a column {' or '.join(KEYS)} in {given.path}; found {', '.join(columns) or 'no header line'}."
         )
     named = [name for name in columns if name != key]
-    refuse_unknown(named, CLASSES, where=f"{given}: label column")
+    refuse_unknown(named, CLASSES, where=f"{given.path}: label column")
     if not named:
-        raise SourceError(f"Expected label columns in {given}, some of {', '.join(CLASSES)}; found none.")
+        raise SourceError(f"Expected label columns in {given.path}, some of {', '.join(CLASSES)}; found none.")
     table = read_csv(given, {key: pa.string(), **dict.fromkeys(named, pa.int8())})
     lines = []
     for name in named:
@@ -61,7 +59,7 @@ def read_labels(listing: Listing, given: Path | None, *, allow_contradictions: b
         values = stated[name].to_numpy().astype(np.int8)
         wrong = ~np.isin(values, (0, 1))
         if wrong.any():
-            raise SourceError(f"Expected 0, 1 or nothing in column {name} of {given}; found {values[wrong][0]}.")
+            raise SourceError(f"Expected 0, 1 or nothing in column {name} of {given.path}; found {values[wrong][0]}.")
         lines.append((stated[key].combine_chunks(), np.full(len(stated), CLASSES.index(name)), values))
     keys, classes, values = (list(parts) for parts in zip(*lines, strict=True))
     everything = gather_long(
