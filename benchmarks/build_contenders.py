@@ -29,8 +29,8 @@ from numcodecs import blosc
 
 from ich_prep import Spec, build
 from ich_prep.build_dataset import Allowances
-from ich_prep.decode import JPEG_PLUGIN, PLUGINS, Decoder, PixelSource
-from ich_prep.header import read_header
+from ich_prep.dicom.decode import JPEG_PLUGIN, PLUGINS, Decoder, PixelSource
+from ich_prep.dicom.header import read_header
 from ich_prep.hounsfield import apply_rescale, apply_rescale_and_windows, apply_windows, rescale_table
 from ich_prep.ledger import sync_file
 from ich_prep.resize import resize_hu
@@ -237,7 +237,7 @@ def _lend_decoders() -> None:
 
     for syntax, plugin in PLUGINS.items():
         if plugin == JPEG_PLUGIN:
-            get_decoder(syntax).add_plugin(plugin, ("ich_prep.jpeg_plugin", "decode_frame"))
+            get_decoder(syntax).add_plugin(plugin, ("ich_prep.dicom.jpeg_plugin", "decode_frame"))
 
 
 def _pixels(hu: np.ndarray, spec: Spec) -> np.ndarray:

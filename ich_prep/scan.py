@@ -15,15 +15,16 @@ from ich_prep.dicom.accept import check_slice
 from ich_prep.dicom.header import ELEMENTS, SKIM_BYTES, Element, Header, read_header_from
 from ich_prep.errors import Reason, SliceError
 from ich_prep.ledger import write_whole
-from ich_prep.sources import Source, is_utf8, open_source, read_ahead, shown
+from ich_prep.sources import Source, open_source, read_ahead, shown
 
 FILES_PER_BATCH = 512
 FILES_AHEAD = 64  # at a tenth of a millisecond a header: what hides the latency of a remote disk
 _COLUMN_TYPES = {b"IS": pa.int64(), b"US": pa.int32(), b"DS": pa.float64()}  # by VR; all others are texts
 _KEPT = tuple(element for element in ELEMENTS if element.kept)
-_TEXTS_AND_NUMBERS = tuple(element.name for element in _KEPT if element.count == 1)
 _LISTS = tuple((element.name, element.count) for element in _KEPT if element.count != 1)
-_values_of = attrgetter(*_TEXTS_AND_NUMBERS)
+# Fields of Header that are columns as they are; those of _LISTS are checked first.
+_FIELDS = (*(one.name for one in _KEPT), "transfer_syntax", "file_size", "header_bytes", "crc32c", "pixel_offset")
+_values_of = attrgetter(*_FIELDS)
 
 
 def _column_type(element: Element) -> pa.DataType:
@@ -78,40 +79,31 @@ def _scan_listed(source: Source, file: dict[str, Any]) -> dict[str, Any]:
 
 def scan_file(source: Source, key: bytes, path: bytes) -> dict[str, Any]:
     """Return the line of the file that ``source`` has by ``key``, in the form of ``SCHEMA``."""
-    if not is_utf8(path):
+    try:
+        name = path.decode()
+    except UnicodeDecodeError:
         return {"path": shown(path), "reason": Reason.BAD_PATH, "detail": "expected a file name in UTF-8"}
-    line: dict[str, Any] = {"path": path.decode()}
+    line: dict[str, Any] = {}
     try:
         header = read_header_from(source, key)
-        line.update(_columns(header))
+        line = _columns(header)
         check_slice(header)
     except SliceError as error:
-        line.update(reason=error.reason, detail=error.detail)
+        line["reason"], line["detail"] = error.reason, error.detail
+    line["path"] = name
     return line
 
 
 def _columns(header: Header) -> dict[str, Any]:
-    low, high = _padding_range(header.padding, header.padding_limit)
-    return {
-        **dict(zip(_TEXTS_AND_NUMBERS, _values_of(header), strict=True)),
-        **{name: _finite(getattr(header, name), count) for name, count in _LISTS},
-        "transfer_syntax": header.transfer_syntax,
-        "file_size": header.file_size,
-        "header_bytes": header.header_bytes,
-        "crc32c": header.crc32c,
-        "pixel_offset": header.pixel_offset,
-        "signed": header.pixel_representation == 1,
-        "monochrome1": header.photometric == "MONOCHROME1",
-        "padding_low": low,
-        "padding_high": high,
-    }
-
-
-def _padding_range(padding: int | None, limit: int | None) -> tuple[int | None, int | None]:
-    """Return the least and the greatest stored value that is padding (PS3.3 C.7.5.1.1.2)."""
-    if padding is None:
-        return None, None
-    return (padding, padding) if limit is None else (min(padding, limit), max(padding, limit))
+    line: dict[str, Any] = dict(zip(_FIELDS, _values_of(header)))
+    for name, count in _LISTS:
+        line[name] = _finite(line[name], count)
+    line["signed"] = header.pixel_representation == 1
+    line["monochrome1"] = header.photometric == "MONOCHROME1"
+    if header.padding is not None:
+        limit = header.padding if header.padding_limit is None else header.padding_limit
+        line["padding_low"], line["padding_high"] = sorted((header.padding, limit))
+    return line
 
 
 def _finite(numbers: tuple[float, ...] | None, count: int) -> list[float] | None:

@@ -20,7 +20,7 @@ from reads import slow_down
 from benchmarks import agree, document, files, measure, racing, scaling, training
 from benchmarks.measure import Found, compete, contest, in_process, publish, ratios
 from ich_prep.build_dataset import build
-from ich_prep.header import read_header
+from ich_prep.dicom.header import read_header
 from ich_prep.phantom import synthesize
 from ich_prep.store import Spec, open_dataset
 from ich_train.config import TrainConfig

@@ -11,11 +11,11 @@ import pytest
 from page_cache import evict, pages_in_memory
 
 from ich_prep.errors import SourceError
-from ich_prep.sources import list_files, read_ahead
+from ich_prep.sources import FolderSource, read_ahead
 
 
 def paths(root: Path) -> list[bytes]:
-    found: list[bytes] = list_files(root).files["path"].to_pylist()
+    found: list[bytes] = FolderSource(root).list().files["path"].to_pylist()
     return found
 
 
@@ -23,7 +23,7 @@ def test_files_are_listed_in_the_order_of_their_bytes(tmp_path: Path) -> None:
     for name in ("b/2", "a", "b/10", "B/1", "b-"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"12")
-    listing = list_files(tmp_path)
+    listing = FolderSource(tmp_path).list()
     assert listing.files["path"].to_pylist() == [b"B/1", b"a", b"b-", b"b/10", b"b/2"]
     assert listing.files["size"].to_pylist() == [2] * 5
 
@@ -31,7 +31,7 @@ def test_files_are_listed_in_the_order_of_their_bytes(tmp_path: Path) -> None:
 def test_tables_are_not_among_the_files(tmp_path: Path) -> None:
     (tmp_path / "slice").write_bytes(b"1")
     (tmp_path / "Labels.CSV").write_text("ID,Label\n")
-    listing = list_files(tmp_path)
+    listing = FolderSource(tmp_path).list()
     assert listing.files["path"].to_pylist() == [b"slice"]
     assert listing.tables == (Path("Labels.CSV"),)
 
@@ -59,7 +59,7 @@ def test_what_holds_no_files_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "a_file").write_bytes(b"1")
     (tmp_path / "empty").mkdir()
     with pytest.raises(SourceError, match=name):
-        list_files(tmp_path / name)
+        FolderSource(tmp_path / name).list()
 
 
 # --- files are asked for before their turn ---------------------------------------------------------------------------

@@ -407,25 +407,18 @@ def inflate(data: bytes) -> bytes:
 
 def _interpret(elements: Elements, size: int, header_bytes: int, crc32c: int) -> Header:
     """Return the elements as a ``Header``; raises BAD_HEADER where a number is not one."""
-    get = elements.values.get
+    signed = elements.values.get("pixel_representation") == 1
+    values: list[Any] = [*map(elements.values.get, _NAMES)]
     try:
-        signed = get("pixel_representation") == 1
-        values: dict[str, Any] = {name: get(name) for name in _AS_STORED}
-        for name, convert in _CONVERTED:
-            values[name] = convert(get(name))
-        for name in _EITHER_SIGN:
-            values[name] = _signed(get(name), signed=signed)
+        for index, convert in _CONVERTED:
+            values[index] = convert(values[index])
     except ValueError as error:
         raise SliceError(Reason.BAD_HEADER, f"expected numbers where PS3.6 has DS or IS: {error}") from None
-    return Header(
-        transfer_syntax=elements.transfer_syntax,
-        file_size=size,
-        header_bytes=header_bytes,
-        crc32c=crc32c,
-        pixel_offset=elements.pixel_offset,
-        pixel_length=elements.pixel_length,
-        **values,
-    )
+    if signed:
+        for index in _EITHER_SIGN:
+            values[index] = _as_signed(values[index])
+    at = elements.pixel_offset, elements.pixel_length
+    return Header(elements.transfer_syntax, size, header_bytes, crc32c, *at, *values)
 
 
 def _texts(text: str | int | None) -> tuple[str, ...]:
@@ -449,10 +442,9 @@ def _decimals(text: str | int | None) -> tuple[float, ...] | None:
     return None if text is None else tuple([float(part) for part in str(text).split("\\")])
 
 
-def _signed(word: str | int | None, *, signed: bool) -> int | None:
-    if word is None:
-        return None
-    return int(word) - 0x10000 if signed and int(word) > 0x7FFF else int(word)
+def _as_signed(word: int | None) -> int | None:
+    """Return 16 bits as the signed number that they are in two's complement."""
+    return word - 0x10000 if word is not None and word > 0x7FFF else word
 
 
 def _converter(element: Element) -> Callable[[str | int | None], Any] | None:
@@ -464,6 +456,7 @@ def _converter(element: Element) -> Callable[[str | int | None], Any] | None:
     return None if element.count == 1 else _texts
 
 
-_CONVERTED: Final = tuple((one.name, convert) for one in ELEMENTS if (convert := _converter(one)))
-_EITHER_SIGN: Final = tuple(one.name for one in ELEMENTS if one.either_sign)
-_AS_STORED: Final = tuple(one.name for one in ELEMENTS if not one.either_sign and one.name not in dict(_CONVERTED))
+# The elements are the last fields of Header, in this order.
+_NAMES: Final = tuple(one.name for one in ELEMENTS)
+_CONVERTED: Final = tuple((index, convert) for index, one in enumerate(ELEMENTS) if (convert := _converter(one)))
+_EITHER_SIGN: Final = tuple(index for index, one in enumerate(ELEMENTS) if one.either_sign)

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -59,7 +60,7 @@ class FolderSource:
             self._add_archive(entries, path, size, _freed(name, _ZIP, taken))
         elif ending.endswith(_GZIP):
             with contextlib.suppress(OSError):  # then the scan reports why it cannot be read
-                member = gzip_member(self._place(path))
+                member = gzip_member(self._base + path)
                 free = folder + _freed(name, b".gz", taken)
                 entries.add(free, member.size, path + _INSIDE + member.key())
                 return
@@ -71,7 +72,7 @@ class FolderSource:
         """Add the members of the archive at ``path`` as files of ``folder`` beside it, or the archive where it is broken."""
         prefix = path[: path.rfind(b"/") + 1] + folder + b"/"
         try:
-            archive = Path(os.fsdecode(self._place(path)))
+            archive = Path(os.fsdecode(self._base + path))
             add_members(entries, self, archive, prefix=prefix, key_prefix=path + _INSIDE)
         except ArchiveError as error:
             entries.add(path, size, path, Reason.BAD_ARCHIVE, str(error))
@@ -81,14 +82,14 @@ class FolderSource:
     def size(self, key: bytes) -> int:
         """Return the length of a file in bytes, uncompressed; raises ``OSError``."""
         path, inside, member = key.partition(_INSIDE)
-        return Member.from_key(member).size if inside else os.stat(self._place(path)).st_size
+        return Member.from_key(member).size if inside else os.stat(self._base + path).st_size
 
     def read_into(self, key: bytes, buffers: Sequence[Buffer], offset: int = 0, *, verify: bool = False) -> int:
         """Fill ``buffers``; see ``Source.read_into``. A plain file has no checksum to verify."""
         path, inside, member = key.partition(_INSIDE)
         if inside:
-            return read_member(self._place(path), Member.from_key(member), buffers, offset, verify=verify)
-        descriptor = os.open(self._place(path), os.O_RDONLY)
+            return read_member(self._base + path, Member.from_key(member), buffers, offset, verify=verify)
+        descriptor = os.open(self._base + path, os.O_RDONLY)
         try:
             return os.preadv(descriptor, buffers, offset)
         finally:
@@ -99,16 +100,17 @@ class FolderSource:
         path, inside, member = key.partition(_INSIDE)
         with contextlib.suppress(OSError):
             if inside:
-                prefetch_member(self._place(path), Member.from_key(member), length)
+                prefetch_member(self._base + path, Member.from_key(member), length)
                 return
-            descriptor = os.open(self._place(path), os.O_RDONLY)
+            descriptor = os.open(self._base + path, os.O_RDONLY)
             try:
                 os.posix_fadvise(descriptor, 0, length, os.POSIX_FADV_WILLNEED)
             finally:
                 os.close(descriptor)
 
-    def _place(self, path: bytes) -> bytes:
-        return os.path.join(os.fsencode(self.path), path)
+    @cached_property
+    def _base(self) -> bytes:
+        return os.path.join(os.fsencode(self.path), b"")
 
 
 def _walk(root: Path) -> Iterator[tuple[bytes, dict[bytes, int], list[bytes]]]:
