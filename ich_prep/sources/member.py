@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+
 from ich_prep.errors import Reason, SliceError
 from ich_prep.sources import inflate
 from ich_prep.sources.inflate import crc32, inflate_first, inflate_whole
@@ -27,7 +29,11 @@ CHUNK: Final = 16 * 1024
 LOCAL_HEADER_BYTES: Final = 30
 _LONGEST_LOCAL_HEADER: Final = 1024  # in practice: what is prefetched beside the data
 _LOCAL_HEADER: Final = struct.Struct("<4s2xHH16xHH")  # signature, flags, method, lengths of name and extra
+# A Member as bytes, and as a record of NumPy for many at once.
 _KEY: Final = struct.Struct("<QQQIh")
+KEY_RECORD: Final = np.dtype(
+    [("offset", "<u8"), ("compressed_size", "<u8"), ("size", "<u8"), ("crc32", "<u4"), ("method", "<i2")]
+)
 
 
 @dataclass(frozen=True, slots=True)

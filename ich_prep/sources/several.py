@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from ich_prep.sources.source import Listing, Source, TableFile, listing_of
+from ich_prep.sources.source import Listing, Source, TableFile, listing_of, with_prefix
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -70,6 +69,4 @@ class SeveralSources:
 
 
 def _prefixed(files: pa.Table, column: str, prefix: bytes) -> pa.Table:
-    first, separator = pa.scalar(prefix, pa.binary()), pa.scalar(b"", pa.binary())
-    values = pc.binary_join_element_wise(first, files[column], separator)
-    return files.set_column(files.column_names.index(column), column, values)
+    return files.set_column(files.column_names.index(column), column, with_prefix(prefix, files[column]))

@@ -112,6 +112,7 @@ class Entries:
 
     def __init__(self) -> None:
         self._columns: dict[str, list[object]] = {name: [] for name in LISTING_SCHEMA.names}
+        self._parts: list[pa.Table] = []
         self.tables: list[TableFile] = []
 
     def add(self, path: bytes, size: int, key: bytes, reason: str | None = None, detail: str | None = None) -> None:
@@ -119,9 +120,14 @@ class Entries:
         for column, value in zip(self._columns.values(), (path, size, key, reason, detail), strict=True):
             column.append(value)
 
+    def add_all(self, files: pa.Table) -> None:
+        """Add many files, a table of ``LISTING_SCHEMA``."""
+        self._parts.append(files)
+
     def listing(self, name: str) -> Listing:
         """Return what was added, in the order of the bytes of the paths; of equal paths in the order of addition."""
-        return listing_of(name, pa.table(self._columns, schema=LISTING_SCHEMA), self.tables)
+        files = pa.concat_tables([pa.table(self._columns, schema=LISTING_SCHEMA), *self._parts])
+        return listing_of(name, files, self.tables)
 
 
 def listing_of(name: str, files: pa.Table, tables: Sequence[TableFile]) -> Listing:
@@ -145,6 +151,11 @@ def read_whole(source: Source, key: bytes, *, limit: int) -> bytes:
     buffer = bytearray(size)
     got = source.read_into(key, [buffer], verify=True)
     return bytes(memoryview(buffer)[:got])
+
+
+def with_prefix(prefix: bytes, values: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """Return ``values`` (binary), each with ``prefix`` before it."""
+    return pc.binary_join_element_wise(pa.scalar(prefix, pa.binary()), values, pa.scalar(b"", pa.binary()))
 
 
 def is_utf8(name: bytes) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+import pyarrow as pa
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -43,6 +44,9 @@ _LENGTHS: Final = struct.Struct("<HHH")
 _END: Final = struct.Struct("<4sHHHHIIH")  # 4.3.16
 _END64_LOCATOR: Final = struct.Struct("<4sIQI")  # 4.3.15
 _END64: Final = struct.Struct("<4sQHHIIQQQQ")  # 4.3.14
+_ZIP64: Final = 0x0001
+_ZIP64_OFFSET: Final = np.dtype([("id", "<u2"), ("length", "<u2"), ("offset", "<u8")])
+_LARGEST: Final = (1 << 62) - 1
 _LONGEST_COMMENT: Final = 0xFFFF
 _IN_ZIP64: Final = 0xFFFFFFFF
 _ROWS_PER_GATHER: Final = 1 << 16
@@ -58,17 +62,23 @@ class Directory:
     """The members of an archive in the order of its directory: one line in each array, one of ``names``.
 
     ``records`` are of ``RECORD``. ``sizes``, ``compressed_sizes`` and ``offsets`` (of the local headers, in bytes from the
-    beginning of the file) are those of Zip64 where the record has none. ``names`` and ``extras`` are as they stand there.
-    ``begin`` is where the directory begins.
+    beginning of the file) are those of Zip64 where the record has none. ``names`` (binary) are as they stand there.
+    ``begin`` is where the directory begins, ``data`` its bytes, in which the extra fields begin at ``extra_begins``.
     """
 
     records: NDArray[Any]
     sizes: NDArray[np.int64]
     compressed_sizes: NDArray[np.int64]
     offsets: NDArray[np.int64]
-    names: list[bytes]
-    extras: list[bytes]
+    names: pa.Array
     begin: int
+    data: bytes
+    extra_begins: NDArray[np.int64]
+
+    def extra(self, index: int, wanted: int) -> bytes | None:
+        """Return the field with the header ID ``wanted`` of a member's extra field, None where there is none."""
+        begin = int(self.extra_begins[index])
+        return extra_field(self.data[begin : begin + int(self.records["extra_length"][index])], wanted)
 
 
 def read_directory(descriptor: int) -> Directory:
@@ -81,18 +91,22 @@ def read_directory(descriptor: int) -> Directory:
     records = _gather(data, starts)
     if not (records["signature"] == _SIGNATURE).all():
         raise ArchiveError("its directory is damaged")
-    names, extras = [], []
-    for start, name, extra in zip(
-        starts.tolist(), records["name_length"].tolist(), records["extra_length"].tolist(), strict=True
-    ):
-        end = start + RECORD.itemsize + name
-        names.append(data[start + RECORD.itemsize : end])
-        extras.append(data[end : end + extra])
-    sizes, compressed_sizes, offsets = (
-        records[name].astype(np.int64) for name in ("size", "compressed_size", "offset")
+    name_begins = starts + RECORD.itemsize
+    extra_begins = name_begins + records["name_length"]
+    names = [data[first:end] for first, end in zip(name_begins.tolist(), extra_begins.tolist(), strict=True)]
+    directory = Directory(
+        records=records,
+        sizes=records["size"].astype(np.int64),
+        compressed_sizes=records["compressed_size"].astype(np.int64),
+        offsets=records["offset"].astype(np.int64),
+        names=pa.array(names, pa.binary()),
+        begin=begin,
+        data=data,
+        extra_begins=extra_begins,
     )
-    _fill_zip64(sizes, compressed_sizes, offsets, extras)
-    return Directory(records, sizes, compressed_sizes, offsets + shift, names, extras, begin)
+    _fill_zip64(directory)
+    directory.offsets[:] += shift
+    return directory
 
 
 def _find(descriptor: int) -> tuple[int, int, int, int, bool]:
@@ -145,31 +159,37 @@ def _record_starts(data: bytes) -> NDArray[np.int64]:
     return np.array(starts, np.int64)
 
 
-def _gather(data: bytes, starts: NDArray[np.int64]) -> NDArray[Any]:
-    records = np.empty(len(starts), RECORD)
-    raw, rows = np.frombuffer(data, np.uint8), records.view(np.uint8).reshape(len(starts), RECORD.itemsize)
+def _gather(data: bytes, starts: NDArray[np.int64], kind: np.dtype[Any] = RECORD) -> NDArray[Any]:
+    """Return the records of ``kind`` that begin at ``starts``."""
+    records = np.empty(len(starts), kind)
+    raw, rows = np.frombuffer(data, np.uint8), records.view(np.uint8).reshape(len(starts), kind.itemsize)
     for first in range(0, len(starts), _ROWS_PER_GATHER):
         some = starts[first : first + _ROWS_PER_GATHER]
-        rows[first : first + len(some)] = raw[some[:, np.newaxis] + np.arange(RECORD.itemsize)]
+        rows[first : first + len(some)] = raw[some[:, np.newaxis] + np.arange(kind.itemsize)]
     return records
 
 
-def _fill_zip64(
-    sizes: NDArray[np.int64], compressed_sizes: NDArray[np.int64], offsets: NDArray[np.int64], extras: list[bytes]
-) -> None:
-    """Put the numbers of the Zip64 extra field (4.5.3) in the place of those that do not fit 32 bits."""
-    columns = (sizes, compressed_sizes, offsets)
+def _fill_zip64(directory: Directory) -> None:
+    """Put the numbers of the Zip64 extra field (4.5.3) in the place of those that do not fit 32 bits.
+
+    In most archives all that lack an offset lack nothing else, and the field is the first: these are done at once.
+    """
+    columns = (directory.sizes, directory.compressed_sizes, directory.offsets)
     lacking = np.stack([column == _IN_ZIP64 for column in columns])
+    only_offset = np.flatnonzero(lacking[2] & ~lacking[0] & ~lacking[1] & (directory.records["extra_length"] >= 12))
+    fields = _gather(directory.data, directory.extra_begins[only_offset], _ZIP64_OFFSET)
+    usual = (fields["id"] == _ZIP64) & (fields["length"] >= 8)
+    directory.offsets[only_offset[usual]] = fields["offset"][usual].astype(np.int64)
+    lacking[:, only_offset[usual]] = False
     for index in np.flatnonzero(lacking.any(axis=0)).tolist():
-        field = extra_field(extras[index], 0x0001)
+        field = directory.extra(index, _ZIP64)
         wanted = [column for column, missing in zip(columns, lacking[:, index].tolist(), strict=True) if missing]
         if field is None or len(field) < 8 * len(wanted):
             raise ArchiveError("a member of 4 GiB, or beyond them, has no Zip64 field")
         for place, column in enumerate(wanted):
-            value = int.from_bytes(field[8 * place : 8 * place + 8], "little")
-            if value >= 1 << 62:
-                raise ArchiveError("a member has an impossible size or offset")
-            column[index] = value
+            column[index] = min(_LARGEST, int.from_bytes(field[8 * place : 8 * place + 8], "little"))
+    if any((column < 0).any() or (column >= _LARGEST).any() for column in columns):
+        raise ArchiveError("a member has an impossible size or offset")
 
 
 def extra_field(extra: bytes, wanted: int) -> bytes | None:
