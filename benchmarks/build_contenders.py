@@ -29,14 +29,14 @@ from numcodecs import blosc
 
 from ich_prep import Spec, build
 from ich_prep.build_dataset import Allowances
-from ich_prep.dicom.decode import JPEG_PLUGIN, PLUGINS, Decoder, PixelSource
+from ich_prep.dicom.decode import JPEG_PLUGIN, PIXEL_FIELDS, PLUGINS, Decoder, PixelSource
 from ich_prep.dicom.header import read_header
 from ich_prep.hounsfield import apply_rescale, apply_rescale_and_windows, apply_windows, rescale_table
 from ich_prep.ledger import sync_file
 from ich_prep.resize import resize_hu
 from ich_prep.shard import FILES_AHEAD
 from ich_prep.sharding import BLOSC_LEVELS, ShardWriter, block_bytes
-from ich_prep.sources import read_ahead
+from ich_prep.sources import FolderSource, read_ahead
 from ich_prep.windows import AIR_HU, HIGHEST_HU, Window, window_codes
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def _write_shards(
     for number, shard in enumerate(known):
         with open(out / f"{os.getpid()}-{number}", "wb", buffering=0) as file:
             write, finish = encoder(file, spec)
-            for source, rescale in read_ahead(shard, lambda known: known[0].path, files=FILES_AHEAD):
+            for source, rescale in read_ahead(shard[0][0].source, shard, lambda known: known[0].key, files=FILES_AHEAD):
                 words = decoder.read(source)
                 if words.shape == hu.shape and spec.store == "windows":
                     write(words, rescale)
@@ -179,9 +179,10 @@ def _table(windows: tuple[Window, ...], rescale: tuple[tuple[str, Any], ...] | N
 
 def _known(path: Path) -> tuple[PixelSource, dict[str, Any]]:
     header = read_header(path)
-    values = {name: getattr(header, name, None) for name in PixelSource.__slots__}
     signed = header.pixel_representation == 1
-    source = PixelSource(**{**values, "path": str(path), "signed": signed})
+    values = {name: getattr(header, name, None) for name in PIXEL_FIELDS} | {"signed": signed}
+    key = os.fsencode(path.absolute())[1:]
+    source = PixelSource(source=FolderSource(Path("/")), key=key, **values)  # type: ignore[arg-type]
     slope, intercept = header.rescale_slope, header.rescale_intercept
     return source, {"signed": signed, "slope": slope, "intercept": intercept, "padding": None}
 
