@@ -33,11 +33,11 @@ from ich_prep.dataset.codecs import CODECS, block_bytes
 from ich_prep.dataset.shard_format import ShardWriter
 from ich_prep.dataset.storage import sync_file
 from ich_prep.dataset.windows import AIR_HU, HIGHEST_HU, Window, window_codes
-from ich_prep.decode import JPEG_PLUGIN, PLUGINS, Decoder, PixelSource
-from ich_prep.header import read_header
+from ich_prep.dicom.decode import JPEG_PLUGIN, PIXEL_FIELDS, PLUGINS, Decoder, PixelSource
+from ich_prep.dicom.header import read_header
 from ich_prep.pixels.hounsfield import Rescale, rescale_table
 from ich_prep.pixels.render import Scratch, render
-from ich_prep.sources import read_ahead
+from ich_prep.sources import FolderSource, read_ahead
 from ich_prep.stages.shard import FILES_AHEAD
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def _write_shards(
     for number, shard in enumerate(known):
         with open(out / f"{os.getpid()}-{number}", "wb", buffering=0) as file:
             write, finish = encoder(file, spec)
-            for source, rescale in read_ahead(shard, lambda known: known[0].path, files=FILES_AHEAD):
+            for source, rescale in read_ahead(shard[0][0].source, shard, lambda known: known[0].key, files=FILES_AHEAD):
                 write(decoder.read(source), rescale)
             finish()
             written += os.fstat(file.fileno()).st_size
@@ -169,9 +169,10 @@ def _table(windows: tuple[Window, ...], rescale: Rescale | None) -> np.ndarray:
 
 def _known(path: Path) -> tuple[PixelSource, Rescale]:
     header = read_header(path)
-    values = {name: getattr(header, name, None) for name in PixelSource.__slots__}
     signed = header.pixel_representation == 1
-    source = PixelSource(**{**values, "path": str(path), "signed": signed})
+    values = {name: getattr(header, name, None) for name in PIXEL_FIELDS} | {"signed": signed}
+    key = os.fsencode(path.absolute())[1:]
+    source = PixelSource(source=FolderSource(Path("/")), key=key, **values)  # type: ignore[arg-type]
     return source, Rescale(header.rescale_slope, header.rescale_intercept, signed)
 
 
@@ -226,7 +227,7 @@ def _lend_decoders() -> None:
 
     for syntax, plugin in PLUGINS.items():
         if plugin == JPEG_PLUGIN:
-            get_decoder(syntax).add_plugin(plugin, ("ich_prep.jpeg_plugin", "decode_frame"))
+            get_decoder(syntax).add_plugin(plugin, ("ich_prep.dicom.jpeg_plugin", "decode_frame"))
 
 
 def _pixels(hu: np.ndarray, spec: Spec) -> np.ndarray:

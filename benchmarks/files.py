@@ -16,9 +16,9 @@ import pydicom
 from pydicom.encaps import encapsulate
 from pydicom.uid import UID
 
+from ich_prep.dicom.header import read_header
 from ich_prep.errors import IchError
 from ich_prep.execute import default_workers
-from ich_prep.header import read_header
 from ich_prep.phantom import synthesize
 
 BASE_SERIES = 36

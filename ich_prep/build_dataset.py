@@ -10,7 +10,7 @@ import importlib
 import json
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ich_prep.dataset import native, open_dataset
@@ -30,7 +31,7 @@ from ich_prep.execute import Pool, default_workers
 from ich_prep.layouts import check_layout, choose_layout
 from ich_prep.layouts.labels import LabelTable, fill_any
 from ich_prep.progress import NoProgress, Progress
-from ich_prep.sources import Listing, list_files, require_folder
+from ich_prep.sources import Listing, local_table, open_source
 from ich_prep.stages import ledger
 from ich_prep.stages.output import (
     build_lock,
@@ -72,7 +73,7 @@ class Allowances:
 
 
 def build(
-    src: str | Path,
+    src: str | Path | Sequence[str | Path],
     out: str | Path,
     spec: Spec | None = None,
     *,
@@ -84,30 +85,32 @@ def build(
     allow: Allowances | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
-    """Build the dataset ``out`` from the DICOM files below ``src``, or resume a build that was stopped.
+    """Build the dataset ``out`` from the DICOM files in ``src``, or resume a build that was stopped.
 
+    ``src`` is a folder or a zip archive, or several of them, whose files then have paths below the name of each.
     ``labels`` is a label file instead of the one in the tree. ``build_dir`` is the working folder, which keeps what a
     resume needs (default: ``out`` with ``.build`` appended). ``workers`` are local processes (default: one a core; 0:
     all in this process), ``scheduler`` the address of a Dask cluster whose workers see all folders under the same
     paths. Raises ``SourceError``, ``BuildError`` or ``UsageError``; finished work is kept for the next run.
     """
-    source, out = local_path(src, "--src").absolute(), local_path(out, "--out").absolute()
+    given = [src] if isinstance(src, str | Path) else src
+    places, out = [local_path(one, "--src").absolute() for one in given], local_path(out, "--out").absolute()
     folder = build_folder(out, build_dir)
     spec, allow, progress = spec or Spec(), allow or Allowances(), progress or NoProgress()
     count = default_workers() if workers is None else workers
     seconds: dict[str, float] = {}
     check_layout(spec)
     native.require()
-    require_folder(source)
-    check_output_folder(out, folder, [source])
+    source = open_source(places)
+    check_output_folder(out, folder, places)
     with Pool(workers=count, scheduler=scheduler, modules=TASK_MODULES) as pool:
         with _timed(seconds, "list"):
-            listing = list_files(source)
+            listing = source.list()
             layout, spec = choose_layout(spec, listing, progress)
             table = fill_any(
                 layout.read_labels(
                     listing,
-                    None if labels is None else Path(labels),
+                    None if labels is None else local_table(Path(labels)),
                     classes=spec.classes,
                     allow_contradictions=allow.contradictions,
                     allow_unlabelled=allow.unlabelled,
@@ -129,12 +132,12 @@ def build(
                 progress.say(f"Labels: {note}.")
             with _timed(seconds, "start workers"):
                 importlib.import_module("zarr")  # publishing needs it: loaded while the workers start
-                pool.check_workers(source, out, folder.path, say=progress.say)
+                pool.check_workers(*places, out, folder.path, say=progress.say)
             if state.plan is None:
                 with _timed(seconds, "scan"):
-                    scanned = _scan(pool, folder, source, listing, progress)
+                    scanned = _scan(pool, folder, places, listing, progress)
                 with _timed(seconds, "plan"):
-                    plan = make_plan(scanned, assignment=layout.assign(scanned, source.name), labels=table, spec=spec)
+                    plan = make_plan(scanned, assignment=layout.assign(scanned, listing.name), labels=table, spec=spec)
                     hint = f"{folder.scan} lists them. Fix what can be fixed and run the same command again"
                     _check_damage(plan.quarantine, len(listing.files), allow, hint)
                     _check_labels(plan, table, folder, allow, progress)
@@ -143,13 +146,13 @@ def build(
                 del scanned, plan  # a line for each file, of which the shards need none
             assert state.plan is not None
             with _timed(seconds, "shards"):
-                _write_shards(pool, out, folder, source, state.plan, progress)
+                _write_keys(folder, listing)
+                _write_shards(pool, out, folder, places, state.plan, progress)
             with _timed(seconds, "publish"):
                 tables = collect_tables(out, folder, state)
                 hint = (
                     f"{folder.done} and {folder.quarantine} list them. Run the same command again if the machine was "
-                    "at "
-                    "fault, and with --overwrite if files were fixed"
+                    "at fault, and with --overwrite if files were fixed"
                 )
                 _check_damage(tables.quarantine, len(listing.files), allow, hint)
                 counts = publish(out, folder, state=state, tables=tables, found=len(listing.files))
@@ -161,9 +164,14 @@ def build(
 
 
 def _digest_listing(listing: Listing) -> str:
+    """Return a digest of the paths, sizes and problems of the files: the same for a folder and for an archive of it."""
     digest = hashlib.sha256()
-    for path, size in zip(listing.files["path"].to_pylist(), listing.files["size"].to_pylist(), strict=True):
+    files = listing.files
+    for path, size in zip(files["path"].to_pylist(), files["size"].to_pylist(), strict=True):
         digest.update(b"%d %d " % (len(path), size) + path)
+    unreadable = files.filter(pc.is_valid(files["reason"]))
+    for path, reason in zip(unreadable["path"].to_pylist(), unreadable["reason"].to_pylist(), strict=True):
+        digest.update(b"%s %d " % (reason.encode(), len(path)) + path)
     return digest.hexdigest()
 
 
@@ -219,7 +227,7 @@ def _drop_stale_headers(folder: BuildFolder, listing: Listing, *, drop_all: bool
             folder.batch(batch).unlink()
 
 
-def _scan(pool: Pool, folder: BuildFolder, source: Path, listing: Listing, progress: Progress) -> pa.Table:
+def _scan(pool: Pool, folder: BuildFolder, places: Sequence[Path], listing: Listing, progress: Progress) -> pa.Table:
     """Return the headers of all files, in the order of the listing; reads those that no earlier run has read.
 
     Batches in which an earlier run found damage are read again: it may be fixed since.
@@ -232,7 +240,7 @@ def _scan(pool: Pool, folder: BuildFolder, source: Path, listing: Listing, progr
     }
     already = sum(min(FILES_PER_BATCH, len(listing.files) - batch * FILES_PER_BATCH) for batch in done)
     progress.begin("Reading headers", len(listing.files), "files", already)
-    task = partial(scan_batch, str(folder.path), str(source))
+    task = partial(scan_batch, str(folder.path), tuple(map(str, places)))
     for _, (slices, quarantined) in pool.map(task, [batch for batch in batches if batch not in done]):
         progress.advance(slices + quarantined, quarantined)
     progress.end()
@@ -308,7 +316,24 @@ def _write_plan(folder: BuildFolder, state: State, plan: Plan) -> State:
     return state
 
 
-def _write_shards(pool: Pool, out: Path, folder: BuildFolder, source: Path, digest: str, progress: Progress) -> None:
+def _write_keys(folder: BuildFolder, listing: Listing) -> None:
+    """Write by which keys the source has the files of the plan, one row group a shard.
+
+    They are not part of the plan: between two runs a folder may become an archive, or be packed anew.
+    """
+    with pq.ParquetFile(folder.plan) as plan:
+        metadata = plan.metadata
+        paths = plan.read(["path"])["path"].cast(pa.binary())
+    readable = listing.files.filter(pc.is_null(listing.files["reason"]))
+    keys = readable.select(["key"]).take(pc.index_in(paths, value_set=readable["path"]))
+    sink = pa.BufferOutputStream()
+    pq.write_table(keys, sink, row_group_size=metadata.row_group(0).num_rows, write_statistics=False)
+    write_whole(folder.keys, sink.getvalue().to_pybytes())
+
+
+def _write_shards(
+    pool: Pool, out: Path, folder: BuildFolder, places: Sequence[Path], digest: str, progress: Progress
+) -> None:
     """Write every shard that is not done.
 
     A shard is recorded in the ledger when it is on disk. Threads here wait for that, while the workers continue.
@@ -320,7 +345,7 @@ def _write_shards(pool: Pool, out: Path, folder: BuildFolder, source: Path, dige
         if number not in done:
             clear_leftovers(shard_path(out, number))
     progress.begin("Writing slices", plan.num_rows, "slices", sum(sizes[number] for number in done))
-    task = partial(write_shard, str(out), str(folder.path), str(source), digest)
+    task = partial(write_shard, str(out), str(folder.path), tuple(map(str, places)), digest)
     with ThreadPoolExecutor(SYNC_THREADS, thread_name_prefix="sync") as syncers:
         pending = deque[Future[None]]()
         for number, report in pool.map(task, [number for number in range(len(sizes)) if number not in done]):

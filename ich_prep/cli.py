@@ -74,7 +74,7 @@ def synth(
 
 @app.command()
 def build(
-    src: Annotated[Path, typer.Option(help="Folder with the DICOM files.")],
+    src: Annotated[list[Path], typer.Option(help="Folder or zip archive with the DICOM files; may be repeated.")],
     out: Annotated[Path, typer.Option(help="The dataset to build, or to resume.")],
     recipe: Annotated[Path | None, typer.Option(help="TOML file whose [build] holds any of these; flags win.")] = None,
     layout: Annotated[str | None, typer.Option(help="auto, rsna, cq500 or folder. [auto]")] = None,
@@ -240,7 +240,9 @@ def _show_summary(console: Console, summary: dict[str, Any]) -> None:
 @app.command()
 def verify(
     dataset: Annotated[Path, typer.Argument(help="A finished dataset.")],
-    src: Annotated[Path | None, typer.Option(help="The sources, to compare a sample of the pixels.")] = None,
+    src: Annotated[
+        list[Path] | None, typer.Option(help="The sources, as build was given them, to compare a sample of the pixels.")
+    ] = None,
     build_dir: Annotated[Path | None, typer.Option(help="Working folder. [DATASET.build]")] = None,
     sample: Annotated[float, typer.Option(help="Share of the slices to compare.")] = 0.01,
     seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,

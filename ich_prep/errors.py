@@ -26,7 +26,8 @@ class Reason(StrEnum):
     # Found while reading headers.
     UNREADABLE = "unreadable"  # the operating system could not read the bytes
     EMPTY_FILE = "empty_file"  # zero bytes
-    BAD_PATH = "bad_path"  # a name that is not valid UTF-8
+    BAD_PATH = "bad_path"  # a name that is not valid UTF-8, or leads out of its archive
+    BAD_ARCHIVE = "bad_archive"  # a broken archive, or a member that is damaged, encrypted or in an unsupported form
     NOT_DICOM = "not_dicom"  # no DICOM file meta information, or no data set that parses
     NOT_CT = "not_ct"  # another modality or SOP class, a DICOMDIR, a presentation state
     LOCALIZER = "localizer"  # a scout

@@ -115,23 +115,21 @@ class Pool:
         except Exception as error:  # whatever keeps a worker from loading what it is sent
             raise BuildError(
                 f"The scheduler at {self.scheduler} and its workers cannot load this package ({type(error).__name__}: "
-                f"{error}). "
-                f"Install the version that is installed here, {all_versions()[PACKAGE]}."
+                f"{error}). Install the version that is installed here, {all_versions()[PACKAGE]}."
             ) from error
         for worker, installed in versions.items():
             for name, here in all_versions().items():
                 if installed.get(name) != here:
                     raise BuildError(
                         f"{worker} of {self.scheduler} has version {installed.get(name)} of {name}, and {here} is "
-                        "installed "
-                        "here: other versions can make other bytes. Install the same version on both."
+                        "installed here: other versions can make other bytes. Install the same version on both."
                     )
         for worker, missing in self._client.run(_missing, folders).items():
             if missing:
                 raise BuildError(
                     f"{worker} of {self.scheduler} does not see {missing[0]}: every worker must see the sources, the "
-                    "dataset and "
-                    "its working folder under the same paths. Mount it there, or omit --scheduler to use this machine."
+                    "dataset and its working folder under the same paths. Mount it there, or omit --scheduler to use "
+                    "this machine."
                 )
 
     def map(self, task: Callable[[int], T], keys: Sequence[int]) -> Iterator[tuple[int, T]]:
@@ -168,17 +166,14 @@ class Pool:
                     # Dask blames every task that the worker held, those that only waited there too.
                     held = ", ".join(map(str, sorted([key, *names.values()])))
                     raise BuildError(
-                        f"A worker was killed four times while running one of these tasks of {_name(task)}: {held}. "
-                        "If the kernel "
-                        "log shows that memory ran out, use fewer --workers. To see the failure itself, run the same "
-                        "command "
-                        "with --workers 0; finished work is kept."
+                        f"A worker was killed four times while running one of these tasks of {_name(task)}: {held}. If "
+                        "the kernel log shows that memory ran out, use fewer --workers. To see the failure itself, "
+                        "run the same command with --workers 0; finished work is kept."
                     ) from None
                 except CancelledError as error:
                     raise BuildError(
                         f"The Dask scheduler was lost while {_name(task)} {key} ran ({error}). Finished work is kept: "
-                        "start the "
-                        "scheduler, then run the same command again."
+                        "start the scheduler, then run the same command again."
                     ) from None
                 future.release()
                 for following in islice(pending, 1):
@@ -207,8 +202,7 @@ class Pool:
             except (OSError, ValueError) as error:
                 raise BuildError(
                     f"No Dask scheduler answers at {self.scheduler} ({error}). Start one, or omit --scheduler to use "
-                    "this machine's "
-                    "cores."
+                    "this machine's cores."
                 ) from None
             self._close.callback(self._client.close)
             return
@@ -247,9 +241,9 @@ def _one_at_a_time(task: Callable[[int], T], key: int) -> T:
         return task(key)
 
 
-def _missing(folders: tuple[Path, ...]) -> list[Path]:
-    """Return those of ``folders`` that this process does not see."""
-    return [folder for folder in folders if not folder.is_dir()]
+def _missing(places: tuple[Path, ...]) -> list[Path]:
+    """Return those of ``places``, folders and archives, that this process does not see."""
+    return [place for place in places if not place.exists()]
 
 
 def _load(modules: tuple[str, ...]) -> dict[str, str | None]:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from ich_prep.decode import Decoder
+from ich_prep.dicom.decode import Decoder
 from ich_prep.errors import Reason, SliceError
 from ich_prep.layouts import LAYOUTS
+from ich_prep.sources import FolderSource
 from ich_prep.stages.scan import SCHEMA, scan_file
 from ich_prep.stages.shard import SliceRenderer, pixel_source
 
@@ -28,13 +29,14 @@ def render_file(path: str | os.PathLike[str], spec: Spec) -> NDArray[Any]:
     reason, for a file that is not a CT slice or that cannot be decoded.
     """
     file = Path(path)
-    line = scan_file(str(file.parent), os.fsencode(file.name))
-    if line.get("reason") is not None:
+    folder, key = FolderSource(file.parent), os.fsencode(file.name)
+    line = dict.fromkeys(SCHEMA.names) | scan_file(folder, key, key)
+    if line["reason"] is not None:
         raise SliceError(Reason(line["reason"]), line["detail"])
     line["repairs"] = _repairs(line, spec, file)
     decoder = Decoder()
     try:
-        stored = decoder.read(pixel_source(str(file.parent), line))
+        stored = decoder.read(pixel_source(folder, key, line))
         slices = SliceRenderer(spec)
         slices.render(stored, line)
     finally:

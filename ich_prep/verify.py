@@ -8,7 +8,7 @@ route: pydicom alone, and the arithmetic of the definitions in float64.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,13 +22,14 @@ from ich_prep.dataset.classes import SUBTYPES, is_rsna
 from ich_prep.dataset.codecs import CODECS
 from ich_prep.dataset.native import crc32c
 from ich_prep.dataset.schema import IMAGES, ROOT, TABLES, shard_path
+from ich_prep.dataset.storage import local_path
 from ich_prep.dataset.tables import read_parquet
 from ich_prep.dataset.windows import AIR_HU, HIGHEST_HU, window_codes
-from ich_prep.decode import decode_with_pydicom
-from ich_prep.errors import CorruptionError, IchError, SliceError, UsageError
+from ich_prep.dicom.decode import decode_with_pydicom
+from ich_prep.errors import CorruptionError, IchError, SliceError, SourceError, UsageError
 from ich_prep.pixels.repairs import SIGN_12BIT, SIGN_12BIT_SHIFT, SIGN_12BIT_WRAP
 from ich_prep.pixels.resize import resize_hu
-from ich_prep.sources import require_folder
+from ich_prep.sources import LARGEST_MEMBER, Source, open_source, read_whole
 from ich_prep.stages import ledger
 from ich_prep.stages.publish import digest_of, root_document
 from ich_prep.stages.shard import ShardReport
@@ -62,7 +63,7 @@ class Verification:
 def verify(
     path: str | Path,
     *,
-    src: str | Path | None = None,
+    src: str | Path | Sequence[str | Path] | None = None,
     build_dir: str | Path | None = None,
     sample: float = 0.01,
     seed: int = 0,
@@ -70,25 +71,25 @@ def verify(
 ) -> Verification:
     """Return the problems of the dataset at ``path``.
 
-    With ``src``, the folder it was built from, the share ``sample`` of its slices (at least one) is decoded again by
+    With ``src``, what it was built from, the share ``sample`` of its slices (at least one) is decoded again by
     pydicom alone and compared pixel by pixel; that needs the working folder of the build, ``build_dir`` or the one beside
-    the dataset. Raises ``DatasetError`` where there is no dataset, ``SourceError`` where ``src`` is not a folder, and
-    ``UsageError`` where it has none of the files, or the working folder is missing or belongs to another dataset.
+    the dataset. Raises ``DatasetError`` where there is no dataset, ``SourceError`` where ``src`` is neither a folder nor
+    an archive, and ``UsageError`` where it has none of the files, or where the working folder is missing or belongs to
+    another dataset.
     """
     if not 0 < sample <= 1:
         raise UsageError(f"Expected --sample within 0..1, the share of slices to compare; got {sample:g}.")
     dataset = open_dataset(path)
     folder = build_folder(dataset.path.absolute(), build_dir)
     belongs = _belongs(folder, dataset)
-    if src is not None:
-        require_folder(Path(src))
-        if not belongs or not folder.plan.exists():
-            found = "belongs to another dataset" if folder.plan.exists() else "is missing"
-            raise UsageError(
-                "Comparing with the sources needs the working folder of the build, whose plan names the source file "
-                "of "
-                f"each row; {folder.path} {found}. Name it with --build-dir, or verify without --src."
-            )
+    given = [] if src is None else [src] if isinstance(src, str | Path) else list(src)
+    source = open_source([local_path(one, "--src") for one in given]) if given else None
+    if source is not None and not (belongs and folder.plan.exists()):
+        found = "belongs to another dataset" if folder.plan.exists() else "is missing"
+        raise UsageError(
+            f"Comparing with the sources needs the working folder of the build, whose plan names the source file of each "
+            f"row; {folder.path} {found}. Name it with --build-dir, or verify without --src."
+        )
     problems = [*_check_digest(dataset), *_check_files(dataset)]
     intact = not problems
     witnesses = {str(dataset.path / ROOT), *(str(dataset.table_path(table)) for table in ("slices", "shards"))}
@@ -102,7 +103,7 @@ def verify(
     if intact and belongs:
         problems += _check_ledger(dataset, folder)
     compared = 0
-    if src is not None:
+    if source is not None:
         try:
             plan = read_parquet(folder.plan)
         except (OSError, pa.ArrowException):
@@ -110,12 +111,13 @@ def verify(
         else:
             rows = _sample(dataset, sample, seed)
             sampled = plan.take(pa.array(rows)).to_pylist()
-            if sampled and not any((Path(src) / line["path"]).exists() for line in sampled):
+            keys = _keys_of(source, [line["path"] for line in sampled])
+            if sampled and not keys:
                 raise UsageError(
-                    f"None of the {len(sampled)} sampled source files of {dataset.path} is below {src} (for example "
-                    f"{sampled[0]['path']}). Give the folder that `ich-prep build` was given."
+                    f"None of the {len(sampled)} sampled source files of {dataset.path} is in {', '.join(map(str, given))} "
+                    f"(for example {sampled[0]['path']}). Give what `ich-prep build` was given."
                 )
-            problems += _compare(dataset, Path(src), sampled, progress)
+            problems += _compare(dataset, source, keys, sampled, progress)
             compared = len(rows)
     return Verification(dataset.counts.shards, len(dataset), compared, tuple(problems))
 
@@ -294,14 +296,30 @@ def _sample(dataset: Dataset, share: float, seed: int) -> NDArray[np.int64]:
     return np.sort(np.random.default_rng(seed).choice(ok, count, replace=False))
 
 
-def _compare(dataset: Dataset, src: Path, lines: list[dict[str, Any]], progress: Progress) -> Iterator[Problem]:
+def _keys_of(source: Source, paths: list[str]) -> dict[str, bytes]:
+    """Return the keys of those of ``paths`` that are in ``source``."""
+    try:
+        files = source.list().files
+    except SourceError:
+        return {}
+    wanted = pa.array([path.encode() for path in paths], pa.binary())
+    files = files.filter(pc.and_(pc.is_null(files["reason"]), pc.is_in(files["path"], value_set=wanted)))
+    return {path.decode(): key for path, key in zip(files["path"].to_pylist(), files["key"].to_pylist(), strict=True)}
+
+
+def _compare(
+    dataset: Dataset, source: Source, keys: dict[str, bytes], lines: list[dict[str, Any]], progress: Progress
+) -> Iterator[Problem]:
     """Yield the rows, of those whose ``lines`` of the plan these are, whose pixels are not those of the source file."""
     stored = np.empty((1, *dataset.shape[1:]), dataset.dtype)
     progress.begin("Comparing with the sources", len(lines), "slices", 0)
     for line in lines:
         try:
             dataset.read([line["row"]], stored)
-            expected = reference_pixels((src / line["path"]).read_bytes(), line, dataset)
+            if line["path"] not in keys:
+                raise SourceError("it is no longer in the sources")
+            data = read_whole(source, keys[line["path"]], limit=LARGEST_MEMBER)
+            expected = reference_pixels(data, line, dataset)
         except SliceError as error:
             yield Problem(f"row {line['row']}", f"{line['path']} can no longer be decoded: {error}")
         except (IchError, OSError) as error:

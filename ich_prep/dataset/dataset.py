@@ -48,8 +48,7 @@ def _read_attributes(root: Path) -> Any:
     except PermissionError as error:
         raise DatasetError(
             f"Cannot read {root / ROOT}: {(error.strerror or '').lower()}. Fix its permissions, or run as a user who "
-            "can "
-            "read it."
+            "can read it."
         ) from None
     except (FileNotFoundError, NotADirectoryError):
         if (root.with_name(root.name + BUILD_SUFFIX) / STATE).exists():
@@ -144,8 +143,7 @@ class Dataset:
         except (OSError, pa.ArrowException) as error:
             raise CorruptionError(
                 f"{path} cannot be read: {error}. Run `ich-prep verify {self.path}`, then restore it, or build again "
-                "with "
-                "--overwrite."
+                "with --overwrite."
             ) from None
 
     def read(
@@ -233,8 +231,7 @@ class Dataset:
         if status == OK:
             raise CorruptionError(
                 f"Row {row} has status ok but no chunk in shard {shard} ({shard_path(self.path, shard)}). Run "
-                "`ich-prep "
-                f"verify {self.path}`, then restore it, or build again with --overwrite."
+                f"`ich-prep verify {self.path}`, then restore it, or build again with --overwrite."
             )
         raise DatasetError(
             f"Row {row} has the status {status!r} and no pixels. Read only rows whose status is ok: "

@@ -316,8 +316,7 @@ def parse_root(attributes: Any, path: Path) -> Root:
     if not (isinstance(found, str) and _FORMAT.fullmatch(found)):
         raise DatasetError(
             f"{path} has format {found!r}, written by {ich.get('created_by', 'an unknown version')}; this version "
-            "reads "
-            f"{FORMAT}. Install the version that wrote it, or build the dataset again."
+            f"reads {FORMAT}. Install the version that wrote it, or build the dataset again."
         )
     try:
         return Root.model_validate(ich)

@@ -23,9 +23,8 @@ def local_path(given: str | Path, what: str) -> Path:
     """
     if _SCHEME.match(str(given)):
         raise UsageError(
-            f"{what} is a URL ({given}); only paths of a file system are supported. Mount the bucket, or copy the "
-            "data to "
-            "a local disk."
+            f"{what} is a URL ({given}); only paths of a file system are supported. Mount the bucket, or copy the data "
+            "to a local disk."
         )
     return Path(given)
 

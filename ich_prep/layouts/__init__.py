@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from ich_prep.dataset.classes import RSNA_CLASSES, is_rsna
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from ich_prep.dataset.schema import Spec
     from ich_prep.layouts.labels import LabelTable
     from ich_prep.progress import Progress
-    from ich_prep.sources import Listing
+    from ich_prep.sources import Listing, TableFile
 
 
 class Layout(Protocol):
@@ -30,7 +29,7 @@ class Layout(Protocol):
     def read_labels(
         self,
         listing: Listing,
-        given: Path | None,
+        given: TableFile | None,
         *,
         classes: tuple[str, ...] = RSNA_CLASSES,
         allow_contradictions: bool = False,
@@ -44,7 +43,7 @@ class Layout(Protocol):
     def assign(self, slices: pa.Table, root: str) -> Assignment:
         """Return what the layout says of each file (a line of ``scan.SCHEMA``, most of it null where no header was read).
 
-        ``root`` is the name of the source folder, to which the paths are relative.
+        ``root`` is the name of the source, to which the paths are relative.
         """
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -14,7 +13,9 @@ from ich_prep.errors import SourceError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ich_prep.sources import Listing
+    from ich_prep.sources import Listing, TableFile
+
+HEADER_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -43,38 +44,34 @@ def no_repairs(count: int) -> pa.Array:
     return pa.array([[]] * count, pa.list_(pa.string()))
 
 
-def read_csv(path: Path, types: dict[str, pa.DataType] | None = None) -> pa.Table:
-    """Return the CSV file at ``path``; raises ``SourceError`` where it is not there or is no table."""
+def read_csv(table: TableFile, types: dict[str, pa.DataType] | None = None) -> pa.Table:
+    """Return a CSV file as a table; raises ``SourceError`` where it cannot be read."""
     try:
-        return pcsv.read_csv(path, convert_options=pcsv.ConvertOptions(column_types=types))
-    except (OSError, pa.ArrowInvalid) as error:
-        raise SourceError(f"Expected a CSV of labels at {path}; it cannot be read: {error}.") from None
+        return pcsv.read_csv(pa.BufferReader(table.read()), convert_options=pcsv.ConvertOptions(column_types=types))
+    except pa.ArrowInvalid as error:
+        raise SourceError(f"Expected a CSV of labels at {table.path}; it cannot be read: {error}.") from None
 
 
-def header_of(path: Path) -> tuple[str, ...]:
-    """Return the column names in the first line of the CSV file at ``path`` as they stand there, without quotes.
+def header_of(table: TableFile) -> tuple[str, ...]:
+    """Return the column names in the first line of a CSV file, as they are written there, without quotes.
 
     Empty where it cannot be read as text.
     """
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            return tuple(name.strip('"') for name in file.readline(64 * 1024).rstrip("\r\n").split(","))
-    except (OSError, UnicodeDecodeError):
+        line = next(iter(table.read(HEADER_BYTES).splitlines()), b"").decode("utf-8-sig")
+    except (SourceError, UnicodeDecodeError):
         return ()
+    return tuple(name.strip('"') for name in line.split(","))
 
 
-def tables_with(listing: Listing, columns: Sequence[str]) -> list[Path]:
-    """Return the CSV files of the tree whose header begins with ``columns``."""
-    return [
-        listing.root / table
-        for table in listing.tables
-        if header_of(listing.root / table)[: len(columns)] == tuple(columns)
-    ]
+def tables_with(listing: Listing, columns: Sequence[str]) -> list[TableFile]:
+    """Return the CSV files of the source whose header begins with ``columns``."""
+    return [table for table in listing.tables if header_of(table)[: len(columns)] == tuple(columns)]
 
 
-def require_single(tables: Sequence[Path], what: str) -> Path:
+def require_single(tables: Sequence[TableFile], what: str) -> TableFile:
     """Return the only one of ``tables``; raises ``SourceError`` for none and for several."""
     if len(tables) != 1:
-        found = ", ".join(map(str, tables)) or "none"
-        raise SourceError(f"Expected one {what} in the tree; found {found}. Name the one to use with --labels.")
+        found = ", ".join(table.path for table in tables) or "none"
+        raise SourceError(f"Expected one {what} in the source; found {found}. Name the one to use with --labels.")
     return tables[0]

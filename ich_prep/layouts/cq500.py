@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +16,7 @@ from ich_prep.layouts.assignment import Assignment, no_repairs, read_csv, requir
 from ich_prep.layouts.labels import LabelTable, labels_from_long_table, no_labels
 
 if TYPE_CHECKING:
-    from ich_prep.sources import Listing
+    from ich_prep.sources import Listing, TableFile
 
 HEADER = ("name", "Category")
 READERS = ("R1", "R2", "R3")
@@ -45,7 +44,7 @@ def recognise(listing: Listing) -> str | None:
 
 def read_labels(
     listing: Listing,
-    given: Path | None,
+    given: TableFile | None,
     *,
     classes: tuple[str, ...] = RSNA_CLASSES,
     allow_contradictions: bool = False,
@@ -59,17 +58,19 @@ def read_labels(
     found = tables_with(listing, HEADER)
     if given is None and allow_unlabelled and not found:
         return replace(no_labels(classes), key="subject")
-    path = given or require_single(found, "reads.csv with the header name,Category,R1:ICH,...")
+    label_file = given or require_single(found, "reads.csv with the header name,Category,R1:ICH,...")
     columns = [f"{reader}:{short}" for reader in READERS for short in COLUMNS.values()]
-    table = read_csv(path, {"name": pa.string(), **dict.fromkeys(columns, pa.int8())})
+    table = read_csv(label_file, {"name": pa.string(), **dict.fromkeys(columns, pa.int8())})
     missing = [name for name in ("name", *columns) if name not in table.column_names]
     if missing:
         raise SourceError(
-            f"Expected the votes of three readers in {path}; the columns {', '.join(missing)} are missing."
+            f"Expected the votes of three readers in {label_file.path}; the columns {', '.join(missing)} are missing."
         )
     for name in columns:
         if not pc.all(pc.is_in(table[name], value_set=pa.array([0, 1], pa.int8()))).as_py():
-            raise SourceError(f"Expected votes of 0 or 1 in column {name} of {path}; found others. Correct the file.")
+            raise SourceError(
+                f"Expected votes of 0 or 1 in column {name} of {label_file.path}; found others. Correct the file."
+            )
     votes = [sum(table[f"{reader}:{COLUMNS[name]}"].to_numpy() for reader in READERS) for name in RSNA_CLASSES]
     values = (np.stack(votes, axis=1) >= 2).astype(np.int8)
     implied = values[:, :-1].max(axis=1)

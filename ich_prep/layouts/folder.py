@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 import numpy as np
@@ -17,7 +16,7 @@ from ich_prep.layouts.labels import Key, LabelTable, labels_from_long_table, no_
 from ich_prep.recipe import refuse_unknown
 
 if TYPE_CHECKING:
-    from ich_prep.sources import Listing
+    from ich_prep.sources import Listing, TableFile
 
 KEYS: tuple[Key, ...] = get_args(Key)[:2]
 
@@ -29,7 +28,7 @@ def recognise(listing: Listing) -> str | None:
 
 def read_labels(
     listing: Listing,
-    given: Path | None,
+    given: TableFile | None,
     *,
     classes: tuple[str, ...] = RSNA_CLASSES,
     allow_contradictions: bool = False,
@@ -41,27 +40,26 @@ def read_labels(
     Columns: ``sop_instance_uid`` or ``series_instance_uid``, and any of ``classes``; values 0, 1 or empty.
     """
     if given is None:
-        known = [listing.root / table for table in listing.tables if _key_of(header_of(listing.root / table))]
-        if not known:
+        with_key = [table for table in listing.tables if _key_of(header_of(table))]
+        if not with_key:
             expected = " or ".join(KEYS)
             others = tuple(
-                f"{table} is not read: it has no column {expected}, but {', '.join(header_of(listing.root / table))}"
+                f"{table.path} is not read: it has no column {expected}, but {', '.join(header_of(table))}"
                 for table in listing.tables
             )
             return replace(no_labels(classes), notes=others)
-        given = require_single(known, "CSV of labels")
-    if not given.is_file():
-        raise SourceError(f"Expected a CSV of labels at {given}; there is no such file.")
+        given = require_single(with_key, "CSV of labels")
+    given.read(0)  # header_of takes a file that cannot be read for one without a header
     header = header_of(given)
     key = _key_of(header)
     if key is None:
         raise SourceError(
-            f"Expected a column {' or '.join(KEYS)} in {given}; found {', '.join(header) or 'no header line'}."
+            f"Expected a column {' or '.join(KEYS)} in {given.path}; found {', '.join(header) or 'no header line'}."
         )
     named = [name for name in header if name != key]
-    refuse_unknown(named, classes, where=f"{given}: label column")
+    refuse_unknown(named, classes, where=f"{given.path}: label column")
     if not named:
-        raise SourceError(f"Expected label columns in {given}, some of {', '.join(classes)}; found none.")
+        raise SourceError(f"Expected label columns in {given.path}, some of {', '.join(classes)}; found none.")
     table = read_csv(given, {key: pa.string(), **dict.fromkeys(named, pa.int8())})
     lines = []
     for name in named:
@@ -69,7 +67,7 @@ def read_labels(
         values = stated[name].to_numpy().astype(np.int8)
         wrong = ~np.isin(values, (0, 1))
         if wrong.any():
-            raise SourceError(f"Expected 0, 1 or nothing in column {name} of {given}; found {values[wrong][0]}.")
+            raise SourceError(f"Expected 0, 1 or nothing in column {name} of {given.path}; found {values[wrong][0]}.")
         lines.append((stated[key].combine_chunks(), np.full(len(stated), classes.index(name)), values))
     keys, columns, values = (list(parts) for parts in zip(*lines, strict=True))
     everything = labels_from_long_table(

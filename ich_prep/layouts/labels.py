@@ -71,8 +71,7 @@ def labels_from_long_table(
         raise SourceError(
             f"{len(clash)} label lines contradict another line of the same key and class, among them "
             f"{', '.join(named)}. Expected equal values wherever one stands twice: correct the label file, or take "
-            "such "
-            "labels as unknown with --allow-contradictions."
+            "such labels as unknown with --allow-contradictions."
         )
     surplus = len(codes) - int((table != UNKNOWN).sum())
     table[codes[clash], columns[clash]] = UNKNOWN

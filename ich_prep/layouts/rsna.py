@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +19,7 @@ from ich_prep.pixels import repairs
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ich_prep.sources import Listing
+    from ich_prep.sources import Listing, TableFile
 
 HEADER = ("ID", "Label")
 REPAIRS = (repairs.SIGN_12BIT,)
@@ -33,7 +32,7 @@ _SAMPLE = "sample_submission"
 def recognise(listing: Listing) -> str | None:
     """Return why the tree is RSNA's: it has or is a folder ``stage_*_train`` or ``_test``, with or without ``_images``."""
     for folder in sorted(listing.folders()):
-        found = _FOLDER.search(f"{listing.root.name}/{folder}")
+        found = _FOLDER.search(f"{listing.name}/{folder}")
         if found:
             return f"there is a folder {found[1]}"
     return None
@@ -41,7 +40,7 @@ def recognise(listing: Listing) -> str | None:
 
 def read_labels(
     listing: Listing,
-    given: Path | None,
+    given: TableFile | None,
     *,
     classes: tuple[str, ...] = RSNA_CLASSES,
     allow_contradictions: bool = False,
@@ -52,37 +51,35 @@ def read_labels(
     The label file is ``given``, or the one CSV with the header ``ID,Label`` that is no sample submission. A line is
     ``<SOP Instance UID>_<class>,<0 or 1>``.
     """
-    found = tables_with(listing, HEADER)
-    samples = [path for path in found if _SAMPLE in path.name]
-    if given is None and allow_unlabelled and not found:
+    tables = tables_with(listing, HEADER)
+    if given is None and allow_unlabelled and not tables:
         return no_labels(classes)
-    path = given or require_single(
-        [path for path in found if path not in samples], "label file with the header ID,Label"
-    )
-    keys, columns, values = _read_long(path)
+    samples = [table for table in tables if _SAMPLE in table.name]
+    others = [table for table in tables if table not in samples]
+    label_file = given or require_single(others, "label file with the header ID,Label")
+    keys, columns, values = _read_long(label_file)
     whole = np.isin(values, (0, 1))
     if not whole.all():
         raise SourceError(
-            f"Expected labels of 0 or 1 in {path}; found {values[~whole][0]:g} in line {int(np.argmin(whole)) + 2}. "
-            "Give the training labels with --labels (a sample submission has none)."
+            f"Expected labels of 0 or 1 in {label_file.path}; found {values[~whole][0]:g} in line "
+            f"{int(np.argmin(whole)) + 2}. Give the training labels with --labels (a sample submission has none)."
         )
     labels = labels_from_long_table(keys, columns, values.astype(np.int8), allow_contradictions=allow_contradictions)
     if len(samples) > 1:
         raise SourceError(
-            f"Expected one sample submission in the tree; found {', '.join(map(str, samples))}. Move all but that of "
-            "the "
-            "stage whose files are there out of the tree."
+            f"Expected one sample submission in the source; found {', '.join(table.path for table in samples)}. "
+            "Move all but that of the stage whose files are there out of the source."
         )
     listed = pc.unique(_read_long(samples[0])[0]) if samples else pa.array([], pa.string())
     return replace(labels, listed=listed)
 
 
-def _read_long(path: Path) -> tuple[pa.Array, NDArray[np.intp], NDArray[np.float64]]:
+def _read_long(table_file: TableFile) -> tuple[pa.Array, NDArray[np.intp], NDArray[np.float64]]:
     """Return the SOP Instance UID, class and label of each line of a long CSV."""
-    table = read_csv(path, {"ID": pa.string(), "Label": pa.float64()})
+    table = read_csv(table_file, {"ID": pa.string(), "Label": pa.float64()})
     if not {*HEADER} <= {*table.column_names}:
         raise SourceError(
-            f"Expected the columns {','.join(HEADER)} in {path}, a line for each slice and class; found "
+            f"Expected the columns {','.join(HEADER)} in {table_file.path}, a line for each slice and class; found "
             f"{','.join(table.column_names)}. Give the label file of the competition with --labels."
         )
     names = table["ID"].combine_chunks()
@@ -96,8 +93,8 @@ def _read_long(path: Path) -> tuple[pa.Array, NDArray[np.intp], NDArray[np.float
     if (classes < 0).any():
         line = int(np.argmax(classes < 0))
         raise SourceError(
-            f"Expected each ID of {path} to end in _<class>, one of {', '.join(RSNA_CLASSES)}; line {line + 2} has "
-            f"{names[line].as_py()!r}."
+            f"Expected each ID of {table_file.path} to end in _<class>, one of {', '.join(RSNA_CLASSES)}; line {line + 2} "
+            f"has {names[line].as_py()!r}."
         )
     return keys, classes, table["Label"].to_numpy()
 

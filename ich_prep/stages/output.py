@@ -11,12 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import pyarrow as pa
+
 from ich_prep.dataset.dataset import open_dataset
 from ich_prep.dataset.schema import IMAGES, LABELS, ROOT, Spec
 from ich_prep.dataset.storage import remove_tree, sync_folder
 from ich_prep.dataset.tables import read_parquet
 from ich_prep.errors import BuildError, UsageError, describe_os_error
-from ich_prep.sources import Listing
+from ich_prep.sources import Listing, shown
 from ich_prep.stages.state import BuildFolder, State, read_state
 
 
@@ -30,8 +32,7 @@ def check_output_folder(out: Path, folder: BuildFolder, sources: Sequence[Path])
             if source.resolve() in (path.resolve(), *path.resolve().parents):
                 raise UsageError(
                     f"{option} {path} lies inside the source {source}: its files would become sources of the next "
-                    "build. "
-                    "Give another folder."
+                    "build. Give another folder."
                 )
     if out == folder.path:
         raise UsageError(f"--build-dir must not be the dataset itself: {out}. Give another folder.")
@@ -40,8 +41,7 @@ def check_output_folder(out: Path, folder: BuildFolder, sources: Sequence[Path])
         found = f"it holds {strangers[0].name}" if strangers else "it is a file"
         raise UsageError(
             f"The working folder {folder.path} is not one of ich-prep ({found}), and was left untouched. Name another "
-            "one "
-            "with --build-dir."
+            "one with --build-dir."
         )
     if not out.exists() or (out.is_dir() and all(path.is_dir() for path in out.rglob("*"))):
         return
@@ -53,8 +53,7 @@ def check_output_folder(out: Path, folder: BuildFolder, sources: Sequence[Path])
         return
     raise UsageError(
         f"--out must be a new folder, a dataset or an unfinished build (with its working folder {folder.path}); {out} "
-        "is "
-        "something else and was left untouched. Give another folder, or remove it."
+        "is something else and was left untouched. Give another folder, or remove it."
     )
 
 
@@ -78,8 +77,7 @@ def check_existing(out: Path, folder: BuildFolder, state: State, listing: Listin
         what = "was built" if finished else "is an unfinished build"
         raise BuildError(
             f"{out} {what} with other settings or sources: {'; '.join(differences)}. Build into another folder, or "
-            "replace "
-            "this one with --overwrite."
+            "replace this one with --overwrite."
         )
     return finished
 
@@ -92,8 +90,7 @@ def _dataset_differences(
     if before is not None and before.published != dataset.digest:
         raise BuildError(
             f"The working folder {folder.path} belongs to another dataset than {out}. Name the right one with "
-            "--build-dir, "
-            "remove this one, or replace the dataset with --overwrite."
+            "--build-dir, remove this one, or replace the dataset with --overwrite."
         )
     recorded = {**dataset.attributes["spec"], "classes": list(dataset.classes)}
     differences = _spec_differences(recorded, state.spec)
@@ -136,15 +133,22 @@ def _listing_difference(folder: BuildFolder, listing: Listing) -> str:
     if not folder.files.exists():
         return f"the source files have changed (which ones is known only with the working folder {folder.path})"
     table = read_parquet(folder.files)
-    before = dict(zip(table["path"].to_pylist(), table["size"].to_pylist(), strict=True))
-    now = dict(zip(listing.files["path"].to_pylist(), listing.files["size"].to_pylist(), strict=True))
+    before, now = _sizes_and_reasons(table), _sizes_and_reasons(listing.files)
+    both = sorted(now.keys() & before.keys())
     added, removed = sorted(now.keys() - before.keys()), sorted(before.keys() - now.keys())
-    resized = sorted(path for path in now.keys() & before.keys() if now[path] != before[path])
-    example = (added or removed or resized or [b""])[0].decode(errors="backslashreplace")
+    resized = [path for path in both if now[path][0] != before[path][0]]
+    others = [path for path in both if now[path][1] != before[path][1]]
+    damaged = f", {len(others)} are damaged in one of the archives only" if others else ""
+    example = shown((added or removed or resized or others)[0])
     return (
         f"of the {len(before)} source files {len(removed)} are gone, {len(resized)} have another size and {len(added)} "
-        f"are new (for example {example})"
+        f"are new{damaged} (for example {example})"
     )
+
+
+def _sizes_and_reasons(files: pa.Table) -> dict[bytes, tuple[int, str | None]]:
+    columns = (files[name].to_pylist() for name in ("path", "size", "reason"))
+    return {path: (size, reason) for path, size, reason in zip(*columns, strict=True)}
 
 
 def invalidate(out: Path, folder: BuildFolder) -> None:
@@ -184,8 +188,7 @@ def clean(out: Path, folder: BuildFolder) -> int:
     if read_state(folder).published != dataset.digest:
         raise BuildError(
             f"The working folder {folder.path} belongs to another dataset than {out}, or to a build that is not "
-            "finished; "
-            "nothing was removed."
+            "finished; nothing was removed."
         )
     with build_lock(folder):
         freed = sum(path.stat().st_size for path in folder.path.rglob("*") if path.is_file())
@@ -217,6 +220,5 @@ def os_errors_explained(out: Path) -> Iterator[None]:
     except OSError as error:
         raise BuildError(
             f"Building {out} failed: {describe_os_error(error)}. Finished work is kept: free space or fix the cause, "
-            "then "
-            "run the same command again without --overwrite."
+            "then run the same command again without --overwrite."
         ) from error

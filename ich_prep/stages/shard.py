@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from functools import cache, lru_cache
-from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +16,14 @@ from ich_prep.dataset.codecs import CODECS
 from ich_prep.dataset.schema import OK, shard_path
 from ich_prep.dataset.shard_format import ShardWriter
 from ich_prep.dataset.storage import renamed_when_whole
-from ich_prep.decode import Decoder, PixelSource
+from ich_prep.dicom.decode import PIXEL_FIELDS, Decoder, PixelSource
 from ich_prep.errors import SliceError
 from ich_prep.pixels import repairs
 from ich_prep.pixels.audit import Audit, HuHistogram, audit
 from ich_prep.pixels.hounsfield import Rescale
 from ich_prep.pixels.render import Scratch, render
 from ich_prep.pixels.stored import mask_unused_bits
-from ich_prep.sources import read_ahead
+from ich_prep.sources import open_source, read_ahead
 from ich_prep.stages.plan import PIXEL_COLUMNS
 from ich_prep.stages.state import BuildFolder, read_state
 
@@ -35,11 +33,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ich_prep.dataset.schema import Spec
+    from ich_prep.sources import Source
 
 FILES_AHEAD = 8
 COLUMNS = [*PIXEL_COLUMNS, "rescale_slope", "rescale_intercept", "repairs"]  # of the plan that rendering needs
-
-_source_values = itemgetter(*PixelSource.__slots__[1:])
 
 
 class RowReport(BaseModel):
@@ -84,8 +81,11 @@ class ShardReport(BaseModel):
         return cls.model_validate_json(text)
 
 
-def write_shard(out: str, folder: str, src: str, digest: str, number: int) -> ShardReport:
-    """Write shard ``number`` of the plan whose digest is ``digest``, under its name when whole; return its report."""
+def write_shard(out: str, folder: str, sources: tuple[str, ...], digest: str, number: int) -> ShardReport:
+    """Write shard ``number`` of the plan whose digest is ``digest``, under its name when whole; return its report.
+
+    ``folder`` is the working folder, ``sources`` are the paths of the folders and archives.
+    """
     spec, plan = _opened(folder, digest)
     rows = plan.read_row_group(number, columns=COLUMNS).to_pylist()
     path = shard_path(Path(out), number)
@@ -95,10 +95,12 @@ def write_shard(out: str, folder: str, src: str, digest: str, number: int) -> Sh
     results: list[Audit | SliceError] = []
     with renamed_when_whole(path) as partial, open(partial, "wb", buffering=0) as file:
         writer = ShardWriter(file, spec.slices_per_shard, CODECS[spec.codec])
-        sources = [pixel_source(src, row) for row in rows]
-        for row, source in zip(rows, read_ahead(sources, lambda item: item.path, files=FILES_AHEAD), strict=True):
+        source = open_source(sources)
+        located = [pixel_source(source, key, row) for key, row in zip(_keys(folder, number), rows, strict=True)]
+        ahead = read_ahead(source, located, lambda pixels: pixels.key, files=FILES_AHEAD)
+        for row, pixels in zip(rows, ahead, strict=True):
             try:
-                results.append(slices.render(decoder.read(source), row))
+                results.append(slices.render(decoder.read(pixels), row))
             except SliceError as error:
                 writer.skip()
                 results.append(error)
@@ -136,6 +138,13 @@ def _opened(folder: str, digest: str) -> tuple[Spec, pq.ParquetFile]:
     return read_state(build).spec, pq.ParquetFile(build.plan)
 
 
+def _keys(folder: str, number: int) -> list[bytes]:
+    """Return by which keys the source has the files of shard ``number``. Each run writes them: a worker may outlive one."""
+    with pq.ParquetFile(BuildFolder(Path(folder)).keys) as file:
+        keys: list[bytes] = file.read_row_group(number)["key"].to_pylist()
+    return keys
+
+
 @cache
 def _decoder() -> Decoder:
     return Decoder()
@@ -144,9 +153,9 @@ def _decoder() -> Decoder:
 # --- one slice: a line of the plan, or of the scan, as typed values ---------------------------------------------------
 
 
-def pixel_source(src: str, line: Mapping[str, Any]) -> PixelSource:
-    """Return where the pixels of a file below ``src`` lie, from its ``line`` of the plan or the scan."""
-    return PixelSource(os.path.join(src, line["path"]), *_source_values(line))
+def pixel_source(source: Source, key: bytes, line: Mapping[str, Any]) -> PixelSource:
+    """Return where the pixels of the file that ``source`` has by ``key`` lie, from its ``line`` of the plan or the scan."""
+    return PixelSource(source=source, key=key, **{name: line[name] for name in PIXEL_FIELDS})
 
 
 def rescale_of(line: Mapping[str, Any]) -> Rescale:

@@ -48,6 +48,11 @@ class BuildFolder:
         return self.path / "plan.parquet"
 
     @property
+    def keys(self) -> Path:
+        """By which keys the source has the files of the plan, one row group a shard; written by each run."""
+        return self.path / "keys.parquet"
+
+    @property
     def series(self) -> Path:
         """The planned series table."""
         return self.path / "series.parquet"
@@ -80,8 +85,8 @@ class BuildFolder:
     def members(self) -> tuple[Path, ...]:
         """All that a build may keep in the folder."""
         return (
-            self.state, self.files, self.scan, self.plan, self.series, self.quarantine, self.done, self.label_problems,
-            self.log, self.lock,
+            self.state, self.files, self.scan, self.plan, self.keys, self.series, self.quarantine, self.done,
+            self.label_problems, self.log, self.lock,
         )  # fmt: skip
 
     def strangers(self) -> list[Path]:

@@ -9,7 +9,6 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,16 @@ from numpy.typing import NDArray
 from pydicom.encaps import encapsulate, generate_frames
 from pydicom.uid import UID
 
-from ich_prep import decode
-from ich_prep.decode import PLUGINS, Decoder, PixelSource, missing_decoder
+from ich_prep.dicom import decode
+from ich_prep.dicom.accept import check_slice
+from ich_prep.dicom.decode import PIXEL_FIELDS, PLUGINS, Decoder, PixelSource, missing_decoder
+from ich_prep.dicom.elements import DEFLATED_LE, EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE
+from ich_prep.dicom.header import INFLATED_LIMIT, read_header, walk_meta
 from ich_prep.errors import Reason, SliceError
-from ich_prep.header import DEFLATED_LE, EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE, INFLATED_LIMIT, read_header, walk_meta
 from ich_prep.pixels.hounsfield import Rescale, rescale_table
 from ich_prep.pixels.stored import mask_unused_bits, min_max
-from ich_prep.stages.scan import check_slice, scan_file
+from ich_prep.sources import FolderSource
+from ich_prep.stages.scan import scan_file
 
 SliceBytes = Callable[..., bytes]
 
@@ -50,9 +52,15 @@ def decoder() -> Iterator[Decoder]:
 
 def source_of(path: Path) -> PixelSource:
     """Where the scan finds the pixels of the file."""
-    line = scan_file(str(path.parent), path.name.encode())
+    line = line_of(path.parent, path.name.encode())
     assert line.get("reason") is None, line
-    return PixelSource(**{name: line.get(name) for name in PixelSource.__slots__} | {"path": str(path)})
+    values = {name: line[name] for name in PIXEL_FIELDS}
+    return PixelSource(source=FolderSource(path.parent), key=path.name.encode(), **values)
+
+
+def line_of(folder: Path, name: bytes) -> dict[str, Any]:
+    """What the scan says of one file of a folder."""
+    return scan_file(FolderSource(folder), name, name)
 
 
 def stored(words: NDArray[np.uint16], source: PixelSource) -> NDArray[Any]:
@@ -117,7 +125,7 @@ def test_native_pixels_are_those_that_were_written(
     path = tmp_path / "slice.dcm"
     path.write_bytes(slice_bytes(pixels, syntax=syntax))
     if syntax == EXPLICIT_BE and pixels.itemsize == 1:
-        assert scan_file(str(tmp_path), b"slice.dcm")["reason"] == Reason.UNSUPPORTED_SYNTAX
+        assert line_of(tmp_path, b"slice.dcm")["reason"] == Reason.UNSUPPORTED_SYNTAX
         return
     source = source_of(path)
     words = decoder.read(source)
@@ -237,7 +245,7 @@ def test_monochrome1_is_a_way_to_show_and_not_another_hu(
     for photometric in ("MONOCHROME1", "MONOCHROME2"):
         path = tmp_path / photometric
         path.write_bytes(slice_bytes(pixels, PhotometricInterpretation=photometric))
-        assert scan_file(str(tmp_path), photometric.encode())["monochrome1"] == (photometric == "MONOCHROME1")
+        assert line_of(tmp_path, photometric.encode())["monochrome1"] == (photometric == "MONOCHROME1")
         words.append(decoder.read(source_of(path)).copy())
     np.testing.assert_array_equal(*words)
 
@@ -264,7 +272,7 @@ def test_padding_of_the_header_is_air(
     path = tmp_path / "slice.dcm"
     pixels = np.array([[-2001, -2000], [-1600, -1000]], np.int16)
     path.write_bytes(slice_bytes(pixels, syntax=syntax, RescaleIntercept="2000", **attributes))
-    line = scan_file(str(tmp_path), b"slice.dcm")
+    line = line_of(tmp_path, b"slice.dcm")
     low, high = line["padding_low"], line["padding_high"]
     assert (low, high) == padding
     between = None if low is None else (low, high)
@@ -389,13 +397,6 @@ def good(frames: dict[str, bytes], tmp_path: Path) -> PixelSource:
     return source_of(path)
 
 
-def blocking(good: PixelSource, tmp_path: Path) -> PixelSource:
-    """A slice whose file never comes to an end: the decoding process hangs on it."""
-    pipe = tmp_path / "pipe.dcm"
-    os.mkfifo(pipe)
-    return replace(good, path=str(pipe))
-
-
 def child_of(decoder: Decoder) -> int:
     assert decoder._child is not None and decoder._child._process is not None
     return decoder._child._process.pid
@@ -410,50 +411,70 @@ def test_a_decoder_killed_between_two_slices_costs_none(good: PixelSource) -> No
     decoder.close()
 
 
-def test_a_decoder_killed_over_a_slice_costs_that_slice(good: PixelSource, tmp_path: Path) -> None:
+class Stopper(threading.Thread):
+    """Stops each decoding process as soon as it is there, so that it hangs over its slice; ``kill``: and kills it."""
+
+    def __init__(self, decoder: Decoder, *, kill: bool, times: int) -> None:
+        super().__init__()
+        self.decoder, self.kill, self.times = decoder, kill, times
+        self.stopped: list[int] = []
+
+    def run(self) -> None:
+        deadline = time.monotonic() + 60
+        while len(self.stopped) < self.times and time.monotonic() < deadline:
+            process = self.decoder._child._process if self.decoder._child else None
+            if process is None or process.pid in self.stopped:  # there is none between the two
+                time.sleep(0.001)
+                continue
+            os.kill(process.pid, signal.SIGSTOP)
+            self.stopped.append(process.pid)
+            if self.kill:
+                time.sleep(0.3)
+                os.kill(process.pid, signal.SIGKILL)
+
+
+def test_a_decoder_killed_over_a_slice_costs_that_slice(good: PixelSource) -> None:
     decoder = Decoder()
     before = decoder.read(good).copy()
-    hanging = blocking(good, tmp_path)
-    killed: list[int] = []
-
-    def kill_twice() -> None:
-        # Once in the process that had decoded before, once in the new one that is given a second chance.
-        while len(killed) < 2:
-            time.sleep(0.3)
-            process = decoder._child._process if decoder._child else None
-            if process is not None and process.pid not in killed:  # there is none between the two
-                os.kill(process.pid, signal.SIGKILL)
-                killed.append(process.pid)
-
-    killer = threading.Thread(target=kill_twice)
-    killer.start()
-    error = refused(decoder, hanging)
-    killer.join()
+    # Once in the process that had decoded before, once in the new one that is given a second chance.
+    stopper = Stopper(decoder, kill=True, times=2)
+    os.kill(child_of(decoder), signal.SIGSTOP)
+    stopper.start()
+    error = refused(decoder, good)
+    stopper.join()
     assert (error.reason, error.detail) == (Reason.DECODER_DIED, "the decoder ended with exit status -9")
     np.testing.assert_array_equal(decoder.read(good), before)
     decoder.close()
 
 
-def test_a_decoder_that_hangs_is_ended(good: PixelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder = Decoder()
-    hanging = blocking(good, tmp_path)
+@pytest.mark.parametrize("padding", [0, 1 << 20])
+def test_a_decoder_that_hangs_is_ended(
+    padding: int, frames: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it decodes, and before it has taken the file: a pipe holds 64 KiB."""
+    path = tmp_path / "slice.dcm"
+    path.write_bytes(frames[J2K_LOSSLESS] + bytes(padding))
+    source, decoder = source_of(path), Decoder()
+    stopper = Stopper(decoder, kill=False, times=1)
     monkeypatch.setattr(decode, "SECONDS_PER_SLICE", 0.5)
+    stopper.start()
     begun = time.monotonic()
-    error = refused(decoder, hanging)
+    error = refused(decoder, source)
+    stopper.join()
     assert 0.4 < time.monotonic() - begun < 5
     assert (error.reason, error.detail) == (Reason.DECODER_DIED, "no pixels after 0.5 s")
     monkeypatch.undo()
-    np.testing.assert_array_equal(decoder.read(good).view(np.int16), slope_of_hu())
+    np.testing.assert_array_equal(decoder.read(source).view(np.int16), slope_of_hu())
     decoder.close()
 
 
 def test_an_answer_that_was_not_waited_for_is_nobodys(
-    good: PixelSource, slice_bytes: SliceBytes, monkeypatch: pytest.MonkeyPatch
+    good: PixelSource, slice_bytes: SliceBytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C in a notebook, say: the next slice may not get the pixels of the one that was given up."""
     decoder = Decoder()
     before = decoder.read(good).copy()
-    other = Path(good.path).with_name("other.dcm")
+    other = tmp_path / "other.dcm"
     other.write_bytes(compressed(slice_bytes(slope_of_hu()[::-1].copy()), J2K_LOSSLESS))
 
     def interrupted(*_: object) -> None:

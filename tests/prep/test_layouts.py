@@ -15,7 +15,7 @@ from ich_prep.layouts import LAYOUTS, cq500, folder, recognise, rsna
 from ich_prep.layouts.labels import fill_any
 from ich_prep.phantom import synthesize
 from ich_prep.pixels.repairs import SIGN_12BIT
-from ich_prep.sources import Listing, list_files
+from ich_prep.sources import FolderSource, Listing, local_table
 from ich_prep.stages import scan
 
 READERS = ("R1", "R2", "R3")
@@ -26,7 +26,7 @@ def tree(root: Path, files: dict[str, str]) -> Listing:
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text, encoding="utf-8")
-    return list_files(root)
+    return FolderSource(root).list()
 
 
 def long_csv(values: dict[str, Sequence[float | str]]) -> str:
@@ -91,7 +91,7 @@ def test_other_trees_are_recognised(name: str, layout: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_phantom_of_each_layout_is_recognised(layout: str, tmp_path: Path) -> None:
     synthesize(tmp_path / "tree", series=1, size=32, layout=layout)
-    listing = list_files(tmp_path / "tree")
+    listing = FolderSource(tmp_path / "tree").list()
     assert recognise(listing)[0] == layout
     labels = LAYOUTS[layout].read_labels(listing, None)
     fill_any(labels)
@@ -156,7 +156,7 @@ def test_a_uid_may_hold_underscores_and_class_names(tmp_path: Path) -> None:
         ({"a.csv": long_csv({"ID_a": NEGATIVE}), "b.csv": long_csv({"ID_a": NEGATIVE})}, r"a\.csv, .*b\.csv"),
         (
             {"a.csv": long_csv({"ID_a": NEGATIVE}), **{f"stage_{n}_sample_submission.csv": SAMPLE for n in (1, 2)}},
-            r"one sample submission.*stage_1.*stage_2.*out of the tree",
+            r"one sample submission.*stage_1.*stage_2.*out of the source",
         ),
         ({"a.csv": "ID,Label\nID_a_haematoma,0\n"}, r"line 2 has 'ID_a_haematoma'"),
         ({"a.csv": "ID,Label\nID_a_any,0\nID_b_any,0.5\n"}, r"found 0\.5 in line 3"),
@@ -174,13 +174,13 @@ def test_a_label_file_that_is_given_is_the_one_that_is_read(tmp_path: Path) -> N
     given = tmp_path / "mine.csv"
     given.write_text(long_csv({"ID_a": SUBDURAL}), encoding="utf-8")
     listing = tree(tmp_path / "tree", {SLICE: "", "train.csv": long_csv({"ID_a": NEGATIVE})})
-    labels = rsna.read_labels(listing, given)
+    labels = rsna.read_labels(listing, local_table(given))
     assert labels.values.tolist() == [list(SUBDURAL)]
     with pytest.raises(SourceError, match=r"gone\.csv; it cannot be read"):
-        rsna.read_labels(listing, tmp_path / "gone.csv")
+        rsna.read_labels(listing, local_table(tmp_path / "gone.csv"))
     given.write_text("Image,any,subdural\nID_a,1,1\n", encoding="utf-8")
     with pytest.raises(SourceError, match=r"columns ID,Label in .*mine\.csv.* found Image,any,subdural"):
-        rsna.read_labels(listing, given)
+        rsna.read_labels(listing, local_table(given))
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def test_two_csvs_with_labels_are_one_too_many(tmp_path: Path) -> None:
     listing = tree(tmp_path, {"1.dcm": "", "one.csv": text, "two.csv": text})
     with pytest.raises(SourceError, match=r"one\.csv, .*two\.csv.*--labels"):
         folder.read_labels(listing, None)
-    labels = folder.read_labels(listing, tmp_path / "two.csv")
+    labels = folder.read_labels(listing, local_table(tmp_path / "two.csv"))
     assert labels.keys.to_pylist() == ["a"]
 
 
@@ -277,7 +277,7 @@ def test_a_given_csv_without_a_key_is_refused(tmp_path: Path) -> None:
     listing = tree(tmp_path, {"1.dcm": ""})
     (tmp_path / "mine.csv").write_text("patient,any\na,1\n", encoding="utf-8")
     with pytest.raises(SourceError, match=r"Expected a column sop_instance_uid or series_instance_uid.*patient, any"):
-        folder.read_labels(listing, tmp_path / "mine.csv")
+        folder.read_labels(listing, local_table(tmp_path / "mine.csv"))
 
 
 def test_a_folder_places_every_slice_in_training() -> None:

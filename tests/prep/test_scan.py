@@ -17,14 +17,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom.dataset import Dataset
 
-from ich_prep.decode import PLUGINS
+from ich_prep.dicom.accept import ENHANCED_CT, SECONDARY_CAPTURE, check_slice
+from ich_prep.dicom.decode import PLUGINS
+from ich_prep.dicom.elements import DEFLATED_LE, EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE, Header
+from ich_prep.dicom.header import read_header
 from ich_prep.errors import Reason, SliceError
-from ich_prep.header import DEFLATED_LE, EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE, Header, read_header
 from ich_prep.phantom import synthesize
 from ich_prep.phantom.files import CT_IMAGE
-from ich_prep.sources import list_files
+from ich_prep.sources import LISTING_SCHEMA, FolderSource
 from ich_prep.stages import scan
-from ich_prep.stages.scan import ENHANCED_CT, SECONDARY_CAPTURE, check_slice, scan_batch, scan_file
+from ich_prep.stages.scan import scan_batch, scan_file
 from ich_prep.stages.state import BuildFolder
 
 SliceBytes = Callable[..., bytes]
@@ -38,6 +40,11 @@ def header(slice_bytes: SliceBytes, tmp_path_factory: pytest.TempPathFactory) ->
     path = tmp_path_factory.mktemp("slice") / "slice.dcm"
     path.write_bytes(slice_bytes(PIXELS))
     return read_header(path)
+
+
+def line_of(folder: Path, name: bytes) -> dict[str, Any]:
+    """What the scan says of one file of a folder."""
+    return scan_file(FolderSource(folder), name, name)
 
 
 def reason_of(header: Header) -> Reason | None:
@@ -132,7 +139,7 @@ def test_what_is_no_slice_has_its_reason(
     reason: Reason, attributes: dict[str, Any], slice_bytes: SliceBytes, tmp_path: Path
 ) -> None:
     (tmp_path / "slice").write_bytes(slice_bytes(PIXELS, **attributes))
-    line = scan_file(str(tmp_path), b"slice")
+    line = line_of(tmp_path, b"slice")
     assert line["reason"] == reason
     assert reason_of(read_header(tmp_path / "slice")) == reason
 
@@ -217,7 +224,7 @@ def test_a_line_holds_what_the_plan_needs(slice_bytes: SliceBytes, tmp_path: Pat
     (tmp_path / "a").mkdir()
     path = tmp_path / "a" / "slice\n.dcm"
     path.write_bytes(slice_bytes(PIXELS, SOPClassUID=CT_IMAGE))
-    line = scan_file(str(tmp_path), b"a/slice\n.dcm")
+    line = line_of(tmp_path, b"a/slice\n.dcm")
     assert line.keys() <= set(scan.SCHEMA.names)
     assert line["path"] == "a/slice\n.dcm"
     assert (line["position"], line["pixel_spacing"]) == ([-125.5, -120.0, 41.25], [0.5, 0.5])
@@ -229,19 +236,19 @@ def test_a_line_holds_what_the_plan_needs(slice_bytes: SliceBytes, tmp_path: Pat
 def test_a_position_that_is_not_finite_is_no_position(text: str, slice_bytes: SliceBytes, tmp_path: Path) -> None:
     data = slice_bytes(PIXELS, ImagePositionPatient=["1234567890", "0", "0"])
     (tmp_path / "slice").write_bytes(data.replace(b"1234567890", text.ljust(10).encode()))
-    line = scan_file(str(tmp_path), b"slice")
+    line = line_of(tmp_path, b"slice")
     assert line["position"] is None and line.get("reason") is None
 
 
 @pytest.mark.parametrize("position", [["1", "2"], ["1", "2", "3", "4"], "5"])
 def test_a_position_of_another_length_is_no_position(position: Any, slice_bytes: SliceBytes, tmp_path: Path) -> None:
     (tmp_path / "slice").write_bytes(slice_bytes(PIXELS, ImagePositionPatient=position))
-    assert scan_file(str(tmp_path), b"slice")["position"] is None
+    assert line_of(tmp_path, b"slice")["position"] is None
 
 
 def test_a_file_that_is_set_aside_still_says_which_slice_it_was(slice_bytes: SliceBytes, tmp_path: Path) -> None:
     (tmp_path / "slice").write_bytes(slice_bytes(PIXELS)[:-5])
-    line = scan_file(str(tmp_path), b"slice")
+    line = line_of(tmp_path, b"slice")
     assert (line["reason"], line["sop_instance_uid"]) == (Reason.TRUNCATED, "2.25.3")
     assert line["detail"] == "expected 24 bytes of pixels, found 19"
 
@@ -249,10 +256,10 @@ def test_a_file_that_is_set_aside_still_says_which_slice_it_was(slice_bytes: Sli
 def test_files_that_cannot_be_read_have_a_reason(tmp_path: Path) -> None:
     (tmp_path / "empty").write_bytes(b"")
     (tmp_path / "text").write_text("no DICOM")
-    assert scan_file(str(tmp_path), b"empty")["reason"] == Reason.EMPTY_FILE
-    assert scan_file(str(tmp_path), b"text")["reason"] == Reason.NOT_DICOM
-    assert scan_file(str(tmp_path), b"gone")["reason"] == Reason.UNREADABLE
-    line = scan_file(str(tmp_path), b"caf\xe9.dcm")
+    assert line_of(tmp_path, b"empty")["reason"] == Reason.EMPTY_FILE
+    assert line_of(tmp_path, b"text")["reason"] == Reason.NOT_DICOM
+    assert line_of(tmp_path, b"gone")["reason"] == Reason.UNREADABLE
+    line = line_of(tmp_path, b"caf\xe9.dcm")
     assert (line["reason"], line["path"]) == (Reason.BAD_PATH, "caf\\xe9.dcm")
 
 
@@ -264,7 +271,7 @@ def test_a_dicomdir_is_not_ct(slice_bytes: SliceBytes, tmp_path: Path) -> None:
     (tmp_path / "DICOMDIR").write_bytes(
         slice_bytes(**nothing | {"SOPClassUID": media}, DirectoryRecordSequence=[record])
     )
-    assert scan_file(str(tmp_path), b"DICOMDIR")["reason"] == Reason.NOT_CT
+    assert line_of(tmp_path, b"DICOMDIR")["reason"] == Reason.NOT_CT
 
 
 EXPECTED_OF_DEFECTS = {
@@ -284,7 +291,7 @@ def test_the_defects_of_the_phantom_have_their_reasons(layout: str, tmp_path: Pa
     names = [
         os.fsencode(path.relative_to(tmp_path / "tree")) for path in (tmp_path / "tree").rglob("*") if path.is_file()
     ]
-    lines = [scan_file(str(tmp_path / "tree"), name) for name in names]
+    lines = [line_of(tmp_path / "tree", name) for name in names]
     found = [line["reason"] for line in lines if line.get("reason")]
     expected = {reason for name in summary.defects for reason in EXPECTED_OF_DEFECTS.get(name, set())}
     assert set(found) == expected == set.union(*EXPECTED_OF_DEFECTS.values())
@@ -293,7 +300,7 @@ def test_the_defects_of_the_phantom_have_their_reasons(layout: str, tmp_path: Pa
 
 def test_real_files_have_fitting_reasons(real_data: Path) -> None:
     tree = real_data / "head_ct"
-    lines = [scan_file(str(tree), os.fsencode(path.relative_to(tree))) for path in tree.rglob("*") if path.is_file()]
+    lines = [line_of(tree, os.fsencode(path.relative_to(tree))) for path in tree.rglob("*") if path.is_file()]
     aside = {line["path"]: line["reason"] for line in lines if line.get("reason")}
     assert len(lines) - len(aside) == 56
     assert aside["philips_ingenuity/S2010/DIRFILE"] == Reason.NOT_CT
@@ -314,10 +321,10 @@ def test_a_batch_writes_one_line_a_file(
     (src / "3.dcm").write_bytes(b"")
     shutil.copy(src / "0.dcm", src / "9.dcm")
     (BuildFolder(out).scan).mkdir(parents=True)
-    files = list_files(src).files
+    files = FolderSource(src).list().files
     pq.write_table(files, BuildFolder(out).files, row_group_size=4)
-    assert scan_batch(str(out), str(src), 0) == (3, 1)
-    assert scan_batch(str(out), str(src), 1) == (2, 0)
+    assert scan_batch(str(out), (str(src),), 0) == (3, 1)
+    assert scan_batch(str(out), (str(src),), 1) == (2, 0)
     written = sorted((BuildFolder(out).scan).iterdir())
     assert [path.name for path in written] == ["00000.parquet", "00001.parquet"]
     table = pa.concat_tables([pq.read_table(path) for path in written])
@@ -325,7 +332,7 @@ def test_a_batch_writes_one_line_a_file(
     assert table["path"].to_pylist() == ["0.dcm", "1.dcm", "2.dcm", "3.dcm", "4.dcm", "9.dcm"]
     assert table["reason"].to_pylist() == [None, None, None, "empty_file", None, None]
     first = written[0].read_bytes()
-    scan_batch(str(out), str(src), 0)
+    scan_batch(str(out), (str(src),), 0)
     assert written[0].read_bytes() == first
 
 
@@ -334,6 +341,7 @@ def test_a_process_that_scans_another_source_reads_its_own_listing(slice_bytes: 
     (BuildFolder(out).scan).mkdir(parents=True)
     for name in (b"first", b"second"):
         (tmp_path / name.decode()).write_bytes(slice_bytes())
-        pq.write_table(pa.table({"path": pa.array([name], pa.binary())}), BuildFolder(out).files)
-        scan_batch(str(out), str(tmp_path), 0)
+        files = pa.Table.from_pylist([{"path": name, "size": 1, "key": name}], LISTING_SCHEMA)
+        pq.write_table(files, BuildFolder(out).files)
+        scan_batch(str(out), (str(tmp_path),), 0)
         assert pq.read_table(BuildFolder(out).scan / "00000.parquet")["path"].to_pylist() == [name.decode()]

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import gzip
 import mmap
 import os
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
+from archives import Raw, content, raw_zip, zipped
 
-from ich_prep.errors import SourceError
-from ich_prep.sources import list_files, read_ahead
+from ich_prep.errors import Reason, SliceError, SourceError, UsageError
+from ich_prep.sources import FolderSource, SeveralSources, ZipSource, open_source, read_ahead, read_first
 from tests.support.page_cache import evict, pages_in_memory
 
 
 def paths(root: Path) -> list[bytes]:
-    found: list[bytes] = list_files(root).files["path"].to_pylist()
+    found: list[bytes] = FolderSource(root).list().files["path"].to_pylist()
     return found
 
 
@@ -23,7 +26,7 @@ def test_files_are_listed_in_the_order_of_their_bytes(tmp_path: Path) -> None:
     for name in ("b/2", "a", "b/10", "B/1", "b-"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"12")
-    listing = list_files(tmp_path)
+    listing = FolderSource(tmp_path).list()
     assert listing.files["path"].to_pylist() == [b"B/1", b"a", b"b-", b"b/10", b"b/2"]
     assert listing.files["size"].to_pylist() == [2] * 5
 
@@ -31,9 +34,10 @@ def test_files_are_listed_in_the_order_of_their_bytes(tmp_path: Path) -> None:
 def test_tables_are_not_among_the_files(tmp_path: Path) -> None:
     (tmp_path / "slice").write_bytes(b"1")
     (tmp_path / "Labels.CSV").write_text("ID,Label\n")
-    listing = list_files(tmp_path)
+    listing = FolderSource(tmp_path).list()
     assert listing.files["path"].to_pylist() == [b"slice"]
-    assert listing.tables == (Path("Labels.CSV"),)
+    assert [table.path for table in listing.tables] == [f"{tmp_path}/Labels.CSV"]
+    assert listing.tables[0].read() == b"ID,Label\n"
 
 
 def test_names_may_hold_any_byte(tmp_path: Path) -> None:
@@ -59,12 +63,136 @@ def test_what_holds_no_files_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "a_file").write_bytes(b"1")
     (tmp_path / "empty").mkdir()
     with pytest.raises(SourceError, match=name):
-        list_files(tmp_path / name)
+        open_source([tmp_path / name]).list()
+
+
+# --- archives and gzip files in a folder -----------------------------------------------------------------------------
+
+
+def write(root: Path, files: dict[str, bytes]) -> FolderSource:
+    for name, data in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+    return FolderSource(root)
+
+
+def test_an_archive_in_a_folder_is_a_folder(tmp_path: Path) -> None:
+    source = write(
+        tmp_path, {"a/CQ500CT1.zip": raw_zip([Raw(b"s/1"), Raw(b"reads.csv", b"name,Category\n")]), "2": b"2"}
+    )
+    assert content(source) == {"2": b"2", "a/CQ500CT1/s/1": b"content"}
+    (table,) = source.list().tables
+    assert table.path.endswith("CQ500CT1.zip/reads.csv")
+    assert table.read() == b"name,Category\n"
+    assert source.list().folders() == {"", "a/CQ500CT1/s/"}
+
+
+def test_an_archive_beside_what_was_in_it_keeps_its_ending(tmp_path: Path) -> None:
+    packed = raw_zip([Raw(b"1", b"packed")])
+    source = write(tmp_path, {"a.zip": packed, "a/1": b"unpacked", "b.zip": packed, "b.ZIP": packed, ".zip": packed})
+    assert content(source) == {
+        "a/1": b"unpacked",
+        "a.zip/1": b"packed",
+        "b/1": b"packed",
+        "b.zip/1": b"packed",
+        ".zip/1": b"packed",
+    }
+
+
+def test_an_archive_in_an_archive_is_a_file(tmp_path: Path) -> None:
+    inner = raw_zip([Raw(b"1")])
+    assert content(write(tmp_path, {"a.zip": raw_zip([Raw(b"inner.zip", inner)])})) == {"a/inner.zip": inner}
+
+
+def test_a_broken_archive_in_a_folder_is_a_file_with_a_reason(tmp_path: Path) -> None:
+    good = raw_zip([Raw(b"1")])
+    source = write(tmp_path, {"good.zip": good, "half.zip": good[:-30], "text.zip": b"<html>404</html>"})
+    assert content(source) == {"good/1": b"content", "half.zip": Reason.BAD_ARCHIVE, "text.zip": Reason.BAD_ARCHIVE}
+    details = [line["detail"] for line in source.list().files.to_pylist() if line["detail"]]
+    assert all("no end record" in detail for detail in details) and len(details) == 2
+
+
+def test_an_archive_that_may_not_be_read_has_a_reason(tmp_path: Path) -> None:
+    (tmp_path / "gone.zip").symlink_to(tmp_path / "nowhere")
+    assert content(FolderSource(tmp_path)) == {"gone.zip": Reason.UNREADABLE}
+
+
+def test_a_gzip_file_is_the_file_in_it(tmp_path: Path) -> None:
+    data = os.urandom(50_000) + bytes(50_000)
+    source = write(
+        tmp_path, {"1.dcm.gz": gzip.compress(data), "2.DCM.GZ": gzip.compress(b"2"), "notes.gz": b"as it is"}
+    )
+    assert content(source) == {"1.dcm": data, "2.DCM": b"2", "notes.gz": b"as it is"}
+    (key,) = [line["key"] for line in source.list().files.to_pylist() if line["path"] == b"1.dcm"]
+    assert read_first(source, key, 100) == data[:100]
+    source.prefetch(key, 0)
+
+
+def test_a_gzip_file_beside_what_was_in_it_keeps_its_ending(tmp_path: Path) -> None:
+    source = write(tmp_path, {"1.dcm.gz": gzip.compress(b"packed"), "1.dcm": b"unpacked"})
+    assert content(source) == {"1.dcm": b"unpacked", "1.dcm.gz": b"packed"}
+
+
+@pytest.mark.parametrize(
+    ("data", "detail"),
+    [
+        (gzip.compress(b"content")[:-5], "after inflating"),
+        (gzip.compress(b"content")[:-4] + b"\x08\0\0\0", "e"),  # zlib finds that itself: its words differ
+        (gzip.compress(b"content")[:-8] + bytes(4) + b"\x07\0\0\0", "damaged deflate stream"),
+        (b"not gzip at all \x07\0\0\0", "damaged deflate stream"),
+        (gzip.compress(b"content") + gzip.compress(b"content"), "one deflate stream"),
+    ],
+)
+def test_a_damaged_gzip_file_is_refused_when_it_is_read(data: bytes, detail: str, tmp_path: Path) -> None:
+    source = write(tmp_path, {"1.dcm.gz": data})
+    (key,) = source.list().files["key"].to_pylist()
+    with pytest.raises(SliceError) as caught:
+        source.read_into(key, [bytearray(min(100, source.size(key)))], verify=True)
+    assert caught.value.reason in (Reason.BAD_ARCHIVE, Reason.TOO_LARGE)
+    assert detail in caught.value.detail or caught.value.reason == Reason.TOO_LARGE
+
+
+def test_a_gzip_file_that_leads_nowhere_is_listed(tmp_path: Path) -> None:
+    (tmp_path / "1.dcm.gz").symlink_to(tmp_path / "nowhere")
+    assert FolderSource(tmp_path).list().files["path"].to_pylist() == [b"1.dcm.gz"]
+
+
+# --- several sources -------------------------------------------------------------------------------------------------
+
+
+def test_several_sources_are_folders_of_one(tmp_path: Path) -> None:
+    write(tmp_path / "x" / "data", {"1": b"x", "labels.csv": b"ID"})
+    write(tmp_path / "y" / "data", {"1": b"y"})
+    (tmp_path / "data.zip").write_bytes(raw_zip([Raw(b"1", b"z")]))
+    source = open_source([tmp_path / "x" / "data", tmp_path / "y" / "data", tmp_path / "data.zip"])
+    assert content(source) == {"data/1": b"x", "data-2/1": b"y", "data-3/1": b"z"}
+    listing = source.list()
+    assert (listing.name, source.name) == ("", "")
+    assert [table.read() for table in listing.tables] == [b"ID"]
+    for key in listing.files["key"].to_pylist():
+        source.prefetch(key, 0)
+
+
+def test_a_source_whose_name_looks_numbered_does_not_collide(tmp_path: Path) -> None:
+    parts = [write(tmp_path / name / end, {"1": b"1"}) for name, end in (("a", "d-2"), ("b", "d"), ("c", "d"))]
+    assert SeveralSources(tuple(parts)).names() == ("d-2", "d", "d-3")
+
+
+def test_the_same_source_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(UsageError, match="twice"):
+        open_source([tmp_path, tmp_path / "link"])
+    with pytest.raises(UsageError, match="at least one"):
+        open_source([])
 
 
 # --- files are asked for before their turn ---------------------------------------------------------------------------
 
 FILE_PAGES = 64
+
+
+def key_of(path: Path) -> bytes:
+    return path.name.encode()
 
 
 def soon(path: Path, pages: int) -> bool:
@@ -77,7 +205,8 @@ def soon(path: Path, pages: int) -> bool:
 @pytest.fixture
 def cold_files(tmp_path: Path) -> list[Path]:
     """Six files of which nothing lies in the page cache."""
-    files = [tmp_path / str(number) for number in range(6)]
+    (tmp_path / "cold").mkdir()
+    files = [tmp_path / "cold" / str(number) for number in range(6)]
     for path in files:
         path.write_bytes(os.urandom(FILE_PAGES * mmap.PAGESIZE))
     evict(*files)
@@ -85,7 +214,7 @@ def cold_files(tmp_path: Path) -> list[Path]:
 
 
 def test_the_files_that_follow_are_fetched_and_no_more(cold_files: list[Path]) -> None:
-    read = read_ahead(cold_files, str, files=2)
+    read = read_ahead(FolderSource(cold_files[0].parent), cold_files, key_of, files=2)
     assert next(read) == cold_files[0]
     assert all(soon(path, FILE_PAGES) for path in cold_files[:3])
     assert [pages_in_memory(path) for path in cold_files[3:]] == [0, 0, 0]
@@ -95,11 +224,28 @@ def test_the_files_that_follow_are_fetched_and_no_more(cold_files: list[Path]) -
 
 
 def test_only_the_bytes_asked_for_are_fetched(cold_files: list[Path]) -> None:
-    assert list(read_ahead(cold_files, str, files=2, length=2 * mmap.PAGESIZE)) == cold_files
+    source = FolderSource(cold_files[0].parent)
+    assert list(read_ahead(source, cold_files, key_of, files=2, length=2 * mmap.PAGESIZE)) == cold_files
     assert all(soon(path, 2) for path in cold_files)
     assert max(map(pages_in_memory, cold_files)) < FILE_PAGES
 
 
 def test_a_file_that_cannot_be_opened_is_left_to_its_reader(tmp_path: Path) -> None:
-    assert list(read_ahead(["gone", "folder"], lambda name: str(tmp_path / name), files=4)) == ["gone", "folder"]
-    assert list(read_ahead([], str, files=4)) == []
+    names, source = [b"gone", b"folder"], FolderSource(tmp_path)
+    assert list(read_ahead(source, names, lambda name: name, files=4)) == names
+    assert list(read_ahead(source, [], lambda name: name, files=4)) == []
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_member_of_an_archive_is_fetched_alone(method: int, cold_files: list[Path], tmp_path: Path) -> None:
+    path = zipped(cold_files[0].parent, tmp_path / "cold.zip", method)
+    source = ZipSource(path)
+    keys = source.list().files["key"].to_pylist()
+    evict(path)
+    source.prefetch(keys[0], 0)
+    assert soon(path, FILE_PAGES)
+    assert pages_in_memory(path) < 3 * FILE_PAGES
+    evict(path)
+    source.prefetch(keys[3], 2 * mmap.PAGESIZE)
+    assert soon(path, 2)
+    assert pages_in_memory(path) < FILE_PAGES

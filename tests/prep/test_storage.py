@@ -37,7 +37,7 @@ def test_a_url_is_refused_and_no_folder_is_made_of_it(url: str | Path, tmp_path:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("path", ["data.zarr", "./a:b/c", "/data/x", "C3/x"])
+@pytest.mark.parametrize("path", ["data.zarr", "./a:b/c", "/data/x", "s3", "a:b", "/a/s3:/b", "./x:/y"])
 def test_a_path_is_taken_as_it_is(path: str) -> None:
     assert storage.local_path(path, "--out") == Path(path)
 

@@ -26,11 +26,14 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from ich_prep.dataset.native import crc32c
+from ich_prep.dicom.elements import DEFLATED_LE, EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE
+from ich_prep.dicom.header import INFLATED_LIMIT, inflate, walk_meta
 from ich_prep.errors import Reason, SliceError
-from ich_prep.header import DEFLATED_LE, EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE, inflate, walk_meta
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from ich_prep.sources import Source
 
 # Transfer syntax -> pydicom's name of the plugin that decodes it here; native ones need none.
 NATIVE: Final = frozenset((IMPLICIT_LE, EXPLICIT_LE, EXPLICIT_BE, DEFLATED_LE))
@@ -52,10 +55,9 @@ _FRAME: Final = struct.Struct("<I")
 
 
 @dataclass(frozen=True, slots=True)
-class PixelSource:
-    """Where the pixels of one slice lie and what they look like, as the scan recorded it."""
+class PixelRecord:
+    """What the scan recorded of the pixels of one slice: their form, and how its file begins."""
 
-    path: str
     transfer_syntax: str
     file_size: int
     header_bytes: int
@@ -66,6 +68,17 @@ class PixelSource:
     bits_allocated: int
     bits_stored: int
     signed: bool
+
+
+PIXEL_FIELDS: Final = PixelRecord.__slots__
+
+
+@dataclass(frozen=True, slots=True)
+class PixelSource(PixelRecord):
+    """Where the pixels of one slice lie, too: in the file that ``source`` has by ``key``."""
+
+    source: Source
+    key: bytes
 
 
 def missing_decoder(transfer_syntax: str) -> str | None:
@@ -84,21 +97,21 @@ def missing_decoder(transfer_syntax: str) -> str | None:
 class Decoder:
     """Reads stored values; keeps its buffers, and the decoding process once one was needed."""
 
-    _words: NDArray[np.uint16] = field(default_factory=lambda: np.empty(512 * 512, np.uint16))
+    _stored: NDArray[np.uint16] = field(default_factory=lambda: np.empty(512 * 512, np.uint16))
     _head: bytearray = field(default_factory=lambda: bytearray(64 * 1024))
     _child: _Child | None = None
 
     def read(self, source: PixelSource) -> NDArray[np.uint16]:
-        """Return the stored values as words, uint16 (rows, columns), valid until the next call.
+        """Return the stored values, uint16 (rows, columns), valid until the next call.
 
-        A signed value stands in two's complement over all 16 bits. Bits above BitsStored are left as they are.
-        Raises ``SliceError``: UNREADABLE, CHANGED, DECODE_FAILED or DECODER_DIED.
+        A signed value is in two's complement over all 16 bits. Bits above BitsStored are left as they are.
+        Raises ``SliceError``: UNREADABLE, BAD_ARCHIVE, CHANGED, TOO_LARGE, SIZE_MISMATCH, DECODE_FAILED or DECODER_DIED.
         """
         if source.transfer_syntax in (IMPLICIT_LE, EXPLICIT_LE, EXPLICIT_BE):
             return self._read_native(source)
         if self._child is None:
             self._child = _Child()
-        payload = self._child.decode(source)
+        payload = self._child.decode(source, _read_unchanged(source))
         return np.frombuffer(payload, np.uint16).reshape(source.rows, source.columns)
 
     def close(self) -> None:
@@ -109,34 +122,44 @@ class Decoder:
 
     def _read_native(self, source: PixelSource) -> NDArray[np.uint16]:
         count = source.rows * source.columns
-        if count > self._words.size:
-            self._words = np.empty(count, np.uint16)
+        if count > self._stored.size:
+            self._stored = np.empty(count, np.uint16)
         if source.header_bytes > len(self._head):
             self._head = bytearray(source.header_bytes)
-        words = self._words[:count]
+        stored = self._stored[:count]
         wide = source.bits_allocated == 16
-        pixels = words.view(np.uint8) if wide else np.empty(count, np.uint8)
+        pixels = stored.view(np.uint8) if wide else np.empty(count, np.uint8)
         head = memoryview(self._head)[: source.header_bytes]
         try:
-            descriptor = os.open(source.path, os.O_RDONLY)
-            try:
-                size = os.fstat(descriptor).st_size
-                got = os.preadv(descriptor, [head, pixels.data], 0)
-            finally:
-                os.close(descriptor)
+            size = source.source.size(source.key)
+            got = source.source.read_into(source.key, [head, pixels.data], verify=True)
         except OSError as error:
             raise SliceError(Reason.UNREADABLE, error.strerror or str(error)) from None
         _check_unchanged(source, size, head)
         if got != source.header_bytes + pixels.nbytes:
             raise SliceError(Reason.UNREADABLE, f"expected {pixels.nbytes} bytes of pixels, the read ended early")
         if not wide:
-            words.view(np.int16)[:] = pixels.view(np.int8 if source.signed else np.uint8)
+            stored.view(np.int16)[:] = pixels.view(np.int8 if source.signed else np.uint8)
         elif source.transfer_syntax == EXPLICIT_BE:
-            words.byteswap(inplace=True)
-        return words.reshape(source.rows, source.columns)
+            stored.byteswap(inplace=True)
+        return stored.reshape(source.rows, source.columns)
 
 
-def _check_unchanged(source: PixelSource, size: int, head: memoryview | bytes) -> None:
+def _read_unchanged(source: PixelSource) -> bytearray:
+    """Return the whole file of ``source``; raises ``SliceError`` where it is not the one that was scanned."""
+    try:
+        size = source.source.size(source.key)
+        if size > INFLATED_LIMIT:
+            raise SliceError(Reason.TOO_LARGE, f"expected a file of at most {INFLATED_LIMIT:,} bytes, found {size:,}")
+        data = bytearray(size)
+        got = source.source.read_into(source.key, [data], verify=True)
+    except OSError as error:
+        raise SliceError(Reason.UNREADABLE, error.strerror or str(error)) from None
+    _check_unchanged(source, got, memoryview(data)[: source.header_bytes])
+    return data
+
+
+def _check_unchanged(source: PixelSource, size: int, head: memoryview) -> None:
     if size != source.file_size or crc32c(head) != source.crc32c:
         raise SliceError(Reason.CHANGED, "the file is not the one whose header was read: it changed since the scan")
 
@@ -150,31 +173,34 @@ class _Child:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
 
-    def decode(self, source: PixelSource) -> bytes:
-        """Return the words of ``source``, rows x columns x 2 bytes; raises ``SliceError``."""
+    def decode(self, source: PixelSource, data: bytearray) -> bytes:
+        """Return the stored values of ``source``, rows x columns x 2 bytes, from its file; raises ``SliceError``."""
         used = self._process is not None
         try:
-            return self._ask(source)
+            return self._ask(source, data)
         except SliceError as error:
             if not used or error.reason != Reason.DECODER_DIED:
                 raise
         self.close()
-        return self._ask(source)
+        return self._ask(source, data)
 
-    def _ask(self, source: PixelSource) -> bytes:
+    def _ask(self, source: PixelSource, data: bytearray) -> bytes:
         if self._process is None:
             # NumPy's threads, one a core, would take their stacks from the memory that it may have.
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "ich_prep.decode"],
+                [sys.executable, "-m", "ich_prep.dicom.decode"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 bufsize=0,
                 env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
             )
-        request = json.dumps({name: getattr(source, name) for name in PixelSource.__slots__}).encode()
+            os.set_blocking(self._process.stdin.fileno(), False)  # type: ignore[union-attr]
+        fields = {name: getattr(source, name) for name in PIXEL_FIELDS}
+        request = json.dumps({"bytes": len(data), "record": fields}).encode()
         deadline = time.monotonic() + SECONDS_PER_SLICE
         try:
-            self._process.stdin.write(_FRAME.pack(len(request)) + request)  # type: ignore[union-attr]
+            self._send(_FRAME.pack(len(request)) + request, deadline)
+            self._send(data, deadline)
             answer = json.loads(self._take(_FRAME.unpack(self._take(_FRAME.size, deadline))[0], deadline))
             if "reason" in answer:
                 raise SliceError(Reason(answer["reason"]), answer["detail"])
@@ -190,6 +216,14 @@ class _Child:
         except BaseException:
             self.close()  # Ctrl-C, say: an answer that nobody has read would be taken for that of the next slice
             raise
+
+    def _send(self, data: bytes | bytearray, deadline: float) -> None:
+        stdin = self._process.stdin.fileno()  # type: ignore[union-attr]
+        left = memoryview(data)
+        while left:
+            if not select.select([], [stdin], [], max(0.0, deadline - time.monotonic()))[1]:
+                raise TimeoutError
+            left = left[os.write(stdin, left) :]
 
     def _take(self, size: int, deadline: float) -> bytes:
         stdout = self._process.stdout.fileno()  # type: ignore[union-attr]
@@ -234,39 +268,33 @@ def decode_with_pydicom(data: bytes) -> NDArray[Any]:
             decoder = get_decoder(syntax)
             plugin = PLUGINS.get(syntax, "")
             if plugin == JPEG_PLUGIN and plugin not in decoder.available_plugins:
-                decoder.add_plugin(plugin, ("ich_prep.jpeg_plugin", "decode_frame"))
+                decoder.add_plugin(plugin, ("ich_prep.dicom.jpeg_plugin", "decode_frame"))
             pixels, _ = decoder.as_array(dataset, raw=True, decoding_plugin=plugin)
     except Exception as error:  # each plugin raises what its C library makes of damaged bytes
         raise SliceError(Reason.DECODE_FAILED, f"{type(error).__name__}: {error}"[:200]) from None
     return pixels
 
 
-def _decode(source: PixelSource) -> bytes:
-    """Return the words of a compressed slice: what the decoding process does for each request."""
-    try:
-        with open(source.path, "rb") as file:
-            data = file.read()
-    except OSError as error:
-        raise SliceError(Reason.UNREADABLE, error.strerror or str(error)) from None
-    _check_unchanged(source, len(data), data[: source.header_bytes])
-    if source.transfer_syntax == DEFLATED_LE:
-        return _read_deflated(source, data)
+def _decode(record: PixelRecord, data: bytes) -> bytes:
+    """Return the stored values of a compressed slice: what the decoding process does for each request."""
+    if record.transfer_syntax == DEFLATED_LE:
+        return _read_deflated(record, data)
     pixels = decode_with_pydicom(data)
-    if pixels.shape != (source.rows, source.columns):
-        detail = f"expected {source.rows} x {source.columns} pixels, the stream holds {pixels.shape}"
+    if pixels.shape != (record.rows, record.columns):
+        detail = f"expected {record.rows} x {record.columns} pixels, the stream holds {pixels.shape}"
         raise SliceError(Reason.SIZE_MISMATCH, detail)
-    wide = pixels.astype(np.int16 if source.signed else np.uint16, copy=False)
+    wide = pixels.astype(np.int16 if record.signed else np.uint16, copy=False)
     return np.ascontiguousarray(wide).tobytes()
 
 
-def _read_deflated(source: PixelSource, data: bytes) -> bytes:
-    kind = f"<{'i' if source.signed else 'u'}{source.bits_allocated // 8}"
+def _read_deflated(record: PixelRecord, data: bytes) -> bytes:
+    kind = f"<{'i' if record.signed else 'u'}{record.bits_allocated // 8}"
     try:
         _, start = walk_meta(data)
-        pixels = np.frombuffer(inflate(data[start:]), kind, source.rows * source.columns, source.pixel_offset)
+        pixels = np.frombuffer(inflate(data[start:]), kind, record.rows * record.columns, record.pixel_offset)
     except (struct.error, zlib.error, ValueError) as error:
         raise SliceError(Reason.DECODE_FAILED, f"deflated pixels: {error}") from None
-    return pixels.astype(np.int16 if source.signed else np.uint16, copy=False).tobytes()
+    return pixels.astype(np.int16 if record.signed else np.uint16, copy=False).tobytes()
 
 
 def _serve() -> None:
@@ -278,10 +306,11 @@ def _serve() -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a library that prints must not write into the answers
     while head := requests.read(_FRAME.size):
-        source = PixelSource(**json.loads(requests.read(_FRAME.unpack(head)[0])))
+        request = json.loads(requests.read(_FRAME.unpack(head)[0]))
+        data = requests.read(request["bytes"])
         payload = b""
         try:
-            payload = _decode(source)
+            payload = _decode(PixelRecord(**request["record"]), data)
             answer: dict[str, object] = {"bytes": len(payload)}
         except SliceError as error:
             answer = {"reason": str(error.reason), "detail": error.detail}

@@ -1,7 +1,6 @@
-"""A pydicom decoder plugin that calls imagecodecs: JPEG, JPEG Lossless and JPEG-LS frames -> pixel bytes.
+"""pydicom's door to imagecodecs: JPEG, JPEG lossless and JPEG-LS frames -> pixel bytes.
 
-pydicom is given the name of this module and of the function in it. It reads ``DECODER_DEPENDENCIES`` and calls
-``is_available``.
+Written to the interface of a pydicom decoder plugin, which names a module and a function in it.
 """
 
 from __future__ import annotations
@@ -27,22 +26,22 @@ _JPEG_LS = ("1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.81")
 
 
 def is_available(uid: str) -> bool:
-    """Return whether frames of the transfer syntax ``uid`` can be decoded: imagecodecs is installed."""
+    """Return whether frames of the transfer syntax ``uid`` can be decoded here."""
     import importlib.util
 
     return uid in DECODER_DEPENDENCIES and importlib.util.find_spec("imagecodecs") is not None
 
 
 def decode_frame(source: bytes, runner: DecodeRunner) -> bytearray:
-    """Return the pixels of one encoded frame as little-endian bytes, 8 or 16 bits each as the codec stored them."""
+    """Return the pixels of one encoded frame as bytes, little endian, as wide as the codec stored them."""
     from imagecodecs import jpeg8_decode, jpegls_decode
 
-    # Both decoders pad a truncated stream without an error.
+    # Both decoders fill up what a truncated stream lacks, and say nothing.
     if not source.rstrip(b"\0").endswith(_END_OF_IMAGE):
-        raise ValueError("truncated frame: expected an end-of-image marker")
+        raise ValueError("expected the marker of the end of the image, the frame is truncated")
     decode = jpegls_decode if runner.transfer_syntax in _JPEG_LS else jpeg8_decode
     pixels = decode(source)
     if pixels.shape != (runner.rows, runner.columns):
-        raise ValueError(f"expected {runner.rows} x {runner.columns} pixels; the frame has shape {pixels.shape}")
+        raise ValueError(f"expected {runner.rows} x {runner.columns} pixels, the frame holds {pixels.shape}")
     runner.set_option("bits_allocated", 8 * pixels.dtype.itemsize)
     return bytearray(pixels.tobytes())

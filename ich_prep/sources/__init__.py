@@ -1,0 +1,89 @@
+"""Where the files lie: a folder, a zip archive, several of them. ``open_source`` opens one by its path.
+
+source     the port: Source, Listing; what a source can do
+folder     the files below a folder, in the zip archives and gzip files among them, too
+zip_archive, zip_directory    a zip archive as it was downloaded
+several    several sources as one
+member, inflate    bytes of a file inside another one
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+from ich_prep.errors import SourceError, UsageError
+from ich_prep.sources.folder import FolderSource
+from ich_prep.sources.member import LARGEST_MEMBER
+from ich_prep.sources.several import SeveralSources
+from ich_prep.sources.source import LISTING_SCHEMA, Listing, Source, TableFile, is_utf8, read_first, read_whole, shown
+from ich_prep.sources.zip_archive import ZipSource
+
+__all__ = [
+    "LARGEST_MEMBER",
+    "LISTING_SCHEMA",
+    "FolderSource",
+    "Listing",
+    "SeveralSources",
+    "Source",
+    "TableFile",
+    "ZipSource",
+    "is_utf8",
+    "local_table",
+    "open_source",
+    "read_ahead",
+    "read_first",
+    "read_whole",
+    "shown",
+]
+
+T = TypeVar("T")
+
+
+def open_source(paths: Sequence[str | Path]) -> Source:
+    """Return the source at ``paths``: a folder or a zip archive, or several of these as one.
+
+    Opens nothing yet. Raises ``SourceError`` where there is neither, and ``UsageError`` for a path that is given twice.
+    """
+    resolved = [Path(path).resolve() for path in paths]
+    if not resolved:
+        raise UsageError("Expected at least one folder or zip archive with --src.")
+    if len({*resolved}) < len(resolved):
+        raise UsageError(f"--src names the same place twice: {', '.join(map(str, paths))}.")
+    parts = tuple(_open_one(Path(path)) for path in paths)
+    return parts[0] if len(parts) == 1 else SeveralSources(parts)
+
+
+def _open_one(path: Path) -> Source:
+    if path.is_dir():
+        return FolderSource(path)
+    if path.is_file() and path.suffix.lower() == ".zip":
+        return ZipSource(path)
+    found = "a file" if path.exists() else "nothing"
+    raise SourceError(
+        f"Expected a folder of DICOM files or a zip archive at {path}; found {found}. Give the folder with --src."
+    )
+
+
+def local_table(path: Path) -> TableFile:
+    """Return the CSV file at ``path``, which need not belong to a source."""
+    folder = FolderSource(path.absolute().parent)
+    return TableFile(folder, path.name.encode(), str(path))
+
+
+def read_ahead(
+    source: Source, items: Sequence[T], key_of: Callable[[T], bytes], *, files: int, length: int = 0
+) -> Iterator[T]:
+    """Yield ``items``; the files of the next ``files`` of them are fetched meanwhile, ``key_of`` gives their keys.
+
+    Only the first ``length`` bytes of each, or all of it where that is 0.
+    """
+    coming = iter(items)
+    for item in islice(coming, files):
+        source.prefetch(key_of(item), length)
+    for item in items:
+        for following in islice(coming, 1):
+            source.prefetch(key_of(following), length)
+        yield item

@@ -1,0 +1,155 @@
+"""Folders: the files below one, in one order on every machine; what lies in its zip archives and gzip files, too."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from ich_prep.errors import Reason, SourceError
+from ich_prep.sources.member import Member, gzip_member, prefetch_member, read_member
+from ich_prep.sources.source import Entries, Listing, TableFile, display_path
+from ich_prep.sources.zip_archive import add_members
+from ich_prep.sources.zip_directory import ArchiveError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+# Between the path of an archive and the key of a member: no path has it.
+_INSIDE: Final = b"\0"
+_ZIP, _GZIP, _CSV = b".zip", b".dcm.gz", b".csv"
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """The files below one folder, links followed.
+
+    The members of ``a.zip`` have the paths that they would have in a folder ``a``, ``1.dcm.gz`` that of ``1.dcm``. Where
+    there is such a folder or file already, the path keeps its ``.zip`` or ``.gz``. A key is the path below the folder; for
+    a file inside another one it is that one's path, a zero byte, and a ``Member``'s key.
+    """
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.name
+
+    def list(self) -> Listing:
+        """Return every regular file; raises ``SourceError`` where a folder cannot be read, or there is no file."""
+        entries = Entries()
+        for folder, names, below in _walk(self.path):
+            taken = {*names, *below}
+            for name, size in sorted(names.items()):
+                self._add(entries, folder, name, size, taken)
+        listing = entries.listing(self.name)
+        if not len(listing.files):
+            raise SourceError(f"Expected DICOM files below {self.path}; found none.")
+        return listing
+
+    def _add(self, entries: Entries, folder: bytes, name: bytes, size: int, taken: set[bytes]) -> None:
+        path, ending = folder + name, name.lower()
+        if ending.endswith(_CSV):
+            entries.tables.append(TableFile(self, path, display_path(self.path, path)))
+        elif ending.endswith(_ZIP):
+            self._add_archive(entries, path, size, _freed(name, _ZIP, taken))
+        elif ending.endswith(_GZIP):
+            with contextlib.suppress(OSError):  # then the scan reports why it cannot be read
+                member = gzip_member(self._base + path)
+                free = folder + _freed(name, b".gz", taken)
+                entries.add(free, member.size, path + _INSIDE + member.key())
+                return
+            entries.add(path, size, path)
+        else:
+            entries.add(path, size, path)
+
+    def _add_archive(self, entries: Entries, path: bytes, size: int, folder: bytes) -> None:
+        """Add the members of the archive at ``path`` as files of ``folder`` beside it, or the archive where it is broken."""
+        prefix = path[: path.rfind(b"/") + 1] + folder + b"/"
+        try:
+            archive = Path(os.fsdecode(self._base + path))
+            add_members(entries, self, archive, prefix=prefix, key_prefix=path + _INSIDE)
+        except ArchiveError as error:
+            entries.add(path, size, path, Reason.BAD_ARCHIVE, str(error))
+        except OSError as error:
+            entries.add(path, size, path, Reason.UNREADABLE, error.strerror or str(error))
+
+    def size(self, key: bytes) -> int:
+        """Return the length of a file in bytes, uncompressed; raises ``OSError``."""
+        path, inside, member = key.partition(_INSIDE)
+        return Member.from_key(member).size if inside else os.stat(self._base + path).st_size
+
+    def read_into(self, key: bytes, buffers: Sequence[Buffer], offset: int = 0, *, verify: bool = False) -> int:
+        """Fill ``buffers``; see ``Source.read_into``. A plain file has no checksum to verify."""
+        path, inside, member = key.partition(_INSIDE)
+        if inside:
+            return read_member(self._base + path, Member.from_key(member), buffers, offset, verify=verify)
+        descriptor = os.open(self._base + path, os.O_RDONLY)
+        try:
+            return os.preadv(descriptor, buffers, offset)
+        finally:
+            os.close(descriptor)
+
+    def prefetch(self, key: bytes, length: int) -> None:
+        """Ask the kernel for a file."""
+        path, inside, member = key.partition(_INSIDE)
+        with contextlib.suppress(OSError):
+            if inside:
+                prefetch_member(self._base + path, Member.from_key(member), length)
+                return
+            descriptor = os.open(self._base + path, os.O_RDONLY)
+            try:
+                os.posix_fadvise(descriptor, 0, length, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(descriptor)
+
+    @cached_property
+    def _base(self) -> bytes:
+        return os.path.join(os.fsencode(self.path), b"")
+
+
+def _walk(root: Path) -> Iterator[tuple[bytes, dict[bytes, int], list[bytes]]]:
+    """Yield each folder below ``root``, its path relative and ending in "/", with its files and sizes, and its folders.
+
+    A folder that is reached twice, by a link, is yielded once, by a path that is the same on every machine.
+    """
+    base = os.fsencode(root)
+    pending, seen = [b""], set[tuple[int, int]]()
+    while pending:
+        folder = pending.pop()
+        place = os.path.join(base, folder)
+        files: dict[bytes, int] = {}
+        below: list[bytes] = []
+        try:
+            status = os.stat(place)
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(place) as entries:
+                for entry in entries:
+                    if entry.is_dir():
+                        below.append(entry.name)
+                    elif entry.is_file():
+                        files[entry.name] = entry.stat().st_size
+                    elif entry.is_symlink():
+                        files[entry.name] = 0  # it leads nowhere: the scan reports it
+        except OSError as error:
+            raise SourceError(
+                f"Cannot list {os.fsdecode(place)}: {error.strerror}. Fix its permissions, or point --src at a folder that "
+                "you can read."
+            ) from None
+        yield folder, files, below
+        pending += sorted((folder + name + b"/" for name in below), reverse=True)
+
+
+def _freed(name: bytes, ending: bytes, taken: set[bytes]) -> bytes:
+    """Return ``name`` without its ``ending``, or with it where that name is ``taken``; it is taken then."""
+    short = name[: -len(ending)]
+    chosen = name if short in taken or not short else short
+    taken.add(chosen)
+    return chosen

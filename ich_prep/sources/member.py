@@ -1,0 +1,187 @@
+"""A file that lies inside another one: stored or deflated in a zip archive, or alone in a gzip file."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from ich_prep.errors import Reason, SliceError
+from ich_prep.sources import inflate
+from ich_prep.sources.inflate import crc32, inflate_first, inflate_whole
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+STORED: Final = 0
+DEFLATED: Final = 8
+GZIPPED: Final = -1  # a whole gzip file: no method of zip
+
+# The most that is read of one file for its checksum alone: more than a CT slice of 4096 x 4096 pixels of 16 bits.
+LARGEST_MEMBER: Final = 64 * 1024 * 1024
+# Deflating adds a few bytes to what cannot be compressed; much more than that is a lie.
+LOOSE_BYTES: Final = 64 * 1024
+CHUNK: Final = 16 * 1024
+LOCAL_HEADER_BYTES: Final = 30
+_LONGEST_LOCAL_HEADER: Final = 1024  # in practice: what is prefetched beside the data
+_LOCAL_HEADER: Final = struct.Struct("<4s2xHH16xHH")  # signature, flags, method, lengths of name and extra
+# A Member as bytes, and as a record of NumPy for many at once.
+_KEY: Final = struct.Struct("<QQQIh")
+KEY_RECORD: Final = np.dtype(
+    [("offset", "<u8"), ("compressed_size", "<u8"), ("size", "<u8"), ("crc32", "<u4"), ("method", "<i2")]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """Where a member lies in its archive, by the archive's directory.
+
+    ``offset`` is that of its local header (0 for a gzip file), sizes are in bytes. ``crc32`` is that of the uncompressed
+    bytes; it is 0 for a gzip file, which ends in its own.
+    """
+
+    offset: int
+    compressed_size: int
+    size: int
+    crc32: int
+    method: int
+
+    def key(self) -> bytes:
+        """Return all of it as bytes."""
+        return _KEY.pack(self.offset, self.compressed_size, self.size, self.crc32, self.method)
+
+    @classmethod
+    def from_key(cls, key: bytes) -> Member:
+        """Return the member whose ``key`` this is."""
+        return cls(*_KEY.unpack(key))
+
+
+def gzip_member(path: bytes) -> Member:
+    """Return the member that is the gzip file at ``path``, of the size that its last four bytes give (RFC 1952, ISIZE).
+
+    Raises ``OSError``.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        length = os.fstat(descriptor).st_size
+        size = int.from_bytes(os.pread(descriptor, 4, max(0, length - 4)), "little")
+    finally:
+        os.close(descriptor)
+    return Member(0, length, size, 0, GZIPPED)
+
+
+def read_member(path: bytes, member: Member, buffers: Sequence[Buffer], offset: int, *, verify: bool) -> int:
+    """Fill ``buffers`` from byte ``offset`` of a member of the archive at ``path``; see ``Source.read_into``."""
+    views = _clipped(buffers, max(0, member.size - offset))
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        start = 0 if member.method == GZIPPED else _data_offset(descriptor, member)
+        if member.method == STORED:
+            return _read_stored(descriptor, start, member, views, offset, verify=verify)
+        wbits = inflate.GZIP if member.method == GZIPPED else inflate.RAW
+        end = offset + sum(map(len, views))
+        if verify:
+            _check_rest(member, end)
+            data = _inflated(descriptor, start, member, wbits)
+        else:
+            data = inflate_first(_chunks(descriptor, start, member.compressed_size), end, wbits=wbits)
+    finally:
+        os.close(descriptor)
+    return _copy(memoryview(data)[offset:end], views)
+
+
+def prefetch_member(path: bytes, member: Member, length: int) -> None:
+    """Ask the kernel for the first ``length`` bytes of a member, or for all of it where that is 0; raises ``OSError``."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        wanted = min(length or member.compressed_size, member.compressed_size) + _LONGEST_LOCAL_HEADER
+        os.posix_fadvise(descriptor, member.offset, wanted, os.POSIX_FADV_WILLNEED)
+    finally:
+        os.close(descriptor)
+
+
+def _data_offset(descriptor: int, member: Member) -> int:
+    """Return where the data of a member begin: the local header has a name and an extra field of its own lengths."""
+    data = os.pread(descriptor, LOCAL_HEADER_BYTES, member.offset)
+    if len(data) < LOCAL_HEADER_BYTES or not data.startswith(b"PK\x03\x04"):
+        raise SliceError(
+            Reason.BAD_ARCHIVE, f"expected a member at byte {member.offset:,} of the archive, found other bytes"
+        )
+    _, _, method, name, extra = _LOCAL_HEADER.unpack(data)
+    if method != member.method:
+        raise SliceError(
+            Reason.BAD_ARCHIVE, f"expected compression method {member.method}, the member's own header says {method}"
+        )
+    return member.offset + LOCAL_HEADER_BYTES + int(name) + int(extra)
+
+
+def _read_stored(
+    descriptor: int, start: int, member: Member, views: list[memoryview], offset: int, *, verify: bool
+) -> int:
+    if not verify:
+        return os.preadv(descriptor, views, start + offset)
+    rest = member.size - sum(map(len, views))
+    _check_rest(member, member.size - rest)
+    whole = [*views, memoryview(bytearray(rest))] if rest else views
+    got = os.preadv(descriptor, whole, start)
+    if got != member.size:
+        raise SliceError(Reason.BAD_ARCHIVE, f"expected {member.size:,} bytes, the archive ends after {got:,}")
+    _check_crc32(member, crc32(whole))
+    return got - rest
+
+
+def _check_rest(member: Member, end: int) -> None:
+    """Raise ``SliceError`` where what has to be read beyond byte ``end``, for the checksum alone, is too much."""
+    if member.size - end > LARGEST_MEMBER:
+        detail = f"expected at most {LARGEST_MEMBER:,} bytes more than are read, found {member.size - end:,}"
+        raise SliceError(Reason.TOO_LARGE, detail)
+
+
+def _inflated(descriptor: int, start: int, member: Member, wbits: int) -> bytes:
+    """Return all bytes of a compressed member, verified."""
+    if member.compressed_size > 2 * member.size + LOOSE_BYTES:
+        detail = f"{member.compressed_size:,} deflated bytes are too many for {member.size:,}"
+        raise SliceError(Reason.BAD_ARCHIVE, detail)
+    data = inflate_whole(os.pread(descriptor, member.compressed_size, start), member.size, wbits=wbits)
+    if member.method == DEFLATED:
+        _check_crc32(member, crc32([data]))
+    return data
+
+
+def _check_crc32(member: Member, computed: int) -> None:
+    if computed != member.crc32:
+        detail = f"CRC-32 mismatch: the archive says {member.crc32:08x}, computed {computed:08x}"
+        raise SliceError(Reason.BAD_ARCHIVE, detail)
+
+
+def _chunks(descriptor: int, start: int, length: int) -> Iterator[bytes]:
+    end = start + length
+    while start < end:
+        chunk = os.pread(descriptor, min(CHUNK, end - start), start)
+        if not chunk:
+            return
+        yield chunk
+        start += len(chunk)
+
+
+def _clipped(buffers: Sequence[Buffer], length: int) -> list[memoryview]:
+    """Return as much of ``buffers`` as ``length`` bytes fill."""
+    views = []
+    for buffer in buffers:
+        view = memoryview(buffer).cast("B")[:length]
+        length -= len(view)
+        views.append(view)
+    return views
+
+
+def _copy(data: memoryview, views: list[memoryview]) -> int:
+    done = 0
+    for view in views:
+        part = data[done : done + len(view)]
+        view[: len(part)] = part
+        done += len(part)
+    return done

@@ -1,0 +1,177 @@
+"""The port: what the rest of the program may ask of a place where files lie, and what such a place lists."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ich_prep.errors import Reason, SliceError, SourceError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+LARGEST_TABLE = 1 << 30
+
+# path: relative, "/" between its parts; equal in a folder and in an archive of it. size: in bytes, uncompressed.
+# key: what ``read_into`` takes. reason, detail: why a file cannot be read, null where it can.
+LISTING_SCHEMA = pa.schema(
+    [
+        ("path", pa.binary()),
+        ("size", pa.int64()),
+        ("key", pa.binary()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+    ]
+)
+
+
+class Source(Protocol):
+    """A place where files lie. Each file has a key: bytes that only its source understands, valid in any process."""
+
+    @property
+    def name(self) -> str:
+        """The name of the folder or archive, without its ending; empty where there are several."""
+
+    def list(self) -> Listing:
+        """Return every file; raises ``SourceError`` where there is none, or the place cannot be read."""
+
+    def size(self, key: bytes) -> int:
+        """Return the length of a file in bytes, uncompressed; raises ``OSError``."""
+
+    def read_into(self, key: bytes, buffers: Sequence[Buffer], offset: int = 0, *, verify: bool = False) -> int:
+        """Fill ``buffers``, one after the other, from byte ``offset`` of a file; return how many bytes there were.
+
+        With ``verify`` (and ``offset`` 0) a file that has a checksum is read to its end and compared with it. Without,
+        a compressed file is inflated no further than the buffers reach. Raises ``OSError``, and ``SliceError``
+        (BAD_ARCHIVE, TOO_LARGE).
+        """
+
+    def prefetch(self, key: bytes, length: int) -> None:
+        """Ask for the first ``length`` bytes of a file before they are read, or for all of them where that is 0.
+
+        Raises nothing: a file that cannot be opened is reported by the read.
+        """
+
+
+@dataclass(frozen=True)
+class TableFile:
+    """A CSV file: in a source, or given by its path. ``path`` is what messages call it."""
+
+    source: Source
+    key: bytes
+    path: str
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.path.rsplit("/", 1)[-1]
+
+    def read(self, length: int | None = None) -> bytes:
+        """Return the first ``length`` bytes, or all; raises ``SourceError`` where that is not possible."""
+        try:
+            size = self.source.size(self.key)
+            if size > LARGEST_TABLE:
+                raise SourceError(
+                    f"{self.path} is too large for a label table: {size:,} bytes, expected at most {LARGEST_TABLE:,}."
+                )
+            if length is not None:
+                return read_first(self.source, self.key, min(length, size))
+            return read_whole(self.source, self.key, limit=LARGEST_TABLE)
+        except OSError as error:
+            raise SourceError(
+                f"Expected a CSV of labels at {self.path}; it cannot be read: {error.strerror}."
+            ) from None
+        except SliceError as error:
+            raise SourceError(f"Expected a CSV of labels at {self.path}; it cannot be read: {error.detail}.") from None
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of a source: ``files`` (``LISTING_SCHEMA``, sorted by path), and the CSV files, which are not among them.
+
+    ``name`` is the source's.
+    """
+
+    name: str
+    files: pa.Table
+    tables: tuple[TableFile, ...]
+
+    def folders(self) -> set[str]:
+        """Return the folders, relative to the source, that contain files; names that are not UTF-8 are left out."""
+        names = {path[: path.rfind(b"/") + 1] for path in self.files["path"].to_pylist()}
+        return {name.decode() for name in names if is_utf8(name)}
+
+
+class Entries:
+    """Collects the lines of a listing."""
+
+    def __init__(self) -> None:
+        self._columns: dict[str, list[object]] = {name: [] for name in LISTING_SCHEMA.names}
+        self._parts: list[pa.Table] = []
+        self.tables: list[TableFile] = []
+
+    def add(self, path: bytes, size: int, key: bytes, reason: str | None = None, detail: str | None = None) -> None:
+        """Add one file."""
+        for column, value in zip(self._columns.values(), (path, size, key, reason, detail), strict=True):
+            column.append(value)
+
+    def add_all(self, files: pa.Table) -> None:
+        """Add many files, a table of ``LISTING_SCHEMA``."""
+        self._parts.append(files)
+
+    def listing(self, name: str) -> Listing:
+        """Return what was added, in the order of the bytes of the paths; of equal paths in the order of addition."""
+        files = pa.concat_tables([pa.table(self._columns, schema=LISTING_SCHEMA), *self._parts])
+        return listing_of(name, files, self.tables)
+
+
+def listing_of(name: str, files: pa.Table, tables: Sequence[TableFile]) -> Listing:
+    """Return ``files`` (``LISTING_SCHEMA``) and ``tables`` in the order of the bytes of their paths; the sort is stable."""
+    ordered = files.take(pc.sort_indices(files["path"]))
+    return Listing(name, ordered, tuple(sorted(tables, key=lambda table: table.path)))
+
+
+def read_first(source: Source, key: bytes, length: int) -> bytes:
+    """Return the first ``length`` bytes of a file, fewer where it ends before; not verified."""
+    buffer = bytearray(length)
+    got = source.read_into(key, [buffer])
+    return bytes(memoryview(buffer)[:got])
+
+
+def read_whole(source: Source, key: bytes, *, limit: int) -> bytes:
+    """Return all bytes of a file, verified where it has a checksum; raises ``SliceError`` (TOO_LARGE) beyond ``limit``."""
+    size = source.size(key)
+    if size > limit:
+        raise SliceError(Reason.TOO_LARGE, f"expected a file of at most {limit:,} bytes, found {size:,}")
+    buffer = bytearray(size)
+    got = source.read_into(key, [buffer], verify=True)
+    return bytes(memoryview(buffer)[:got])
+
+
+def with_prefix(prefix: bytes, values: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """Return ``values`` (binary), each with ``prefix`` before it."""
+    return pc.binary_join_element_wise(pa.scalar(prefix, pa.binary()), values, pa.scalar(b"", pa.binary()))
+
+
+def is_utf8(name: bytes) -> bool:
+    """Return whether ``name`` can be shown as text."""
+    try:
+        name.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def shown(path: bytes) -> str:
+    """Return ``path`` as text, bytes that are not UTF-8 as escapes."""
+    return path.decode(errors="backslashreplace")
+
+
+def display_path(root: Path, path: bytes) -> str:
+    """Return what messages call the file ``path`` below ``root``."""
+    return f"{root}/{shown(path)}"
