@@ -32,7 +32,7 @@ from ich_prep.build_dataset import Allowances
 from ich_prep.dataset.codecs import CODECS, block_bytes
 from ich_prep.dataset.shard_format import ShardWriter
 from ich_prep.dataset.storage import sync_file
-from ich_prep.dataset.windows import AIR_HU, HIGHEST_HU, Window, window_codes
+from ich_prep.dataset.windows import MAX_HU, MIN_HU, Window, window_codes
 from ich_prep.dicom.decode import JPEG_PLUGIN, PIXEL_FIELDS, PLUGINS, Decoder, PixelSource
 from ich_prep.dicom.header import read_header
 from ich_prep.pixels.hounsfield import Rescale, rescale_table
@@ -232,7 +232,7 @@ def _lend_decoders() -> None:
 
 def _pixels(hu: np.ndarray, spec: Spec) -> np.ndarray:
     if spec.store == "hu":
-        return np.clip(np.round(hu), AIR_HU, HIGHEST_HU).astype(np.int16)[np.newaxis]
+        return np.clip(np.round(hu), MIN_HU, MAX_HU).astype(np.int16)[np.newaxis]
     lows = [window.center - window.width / 2 for window in spec.windows]
     planes = [
         np.round(np.clip((hu - low) / window.width, 0, 1) * 255).astype(np.uint8)
@@ -267,7 +267,7 @@ def _with_simpleitk(path: Path, out: Path, spec: Spec) -> Path:
             image.GetDirection(),
         )
     if spec.store == "hu":
-        clipped = sitk.Clamp(image, sitk.sitkInt16, AIR_HU, HIGHEST_HU)
+        clipped = sitk.Clamp(image, sitk.sitkInt16, MIN_HU, MAX_HU)
         return _saved(out / f"{path.stem}.npy", sitk.GetArrayViewFromImage(clipped)[np.newaxis])
     planes = []
     for window in spec.windows:
@@ -300,7 +300,7 @@ def _monai_transforms(spec: Spec) -> tuple[Any, list[Any], Any]:
     torch.set_num_threads(1)
     ranges = [(one.center - one.width / 2, one.center + one.width / 2, 0, 255) for one in spec.windows]
     if spec.store == "hu":
-        ranges = [(AIR_HU, HIGHEST_HU, AIR_HU, HIGHEST_HU)]
+        ranges = [(MIN_HU, MAX_HU, MIN_HU, MAX_HU)]
     windows = [
         ScaleIntensityRange(a_min=low, a_max=high, b_min=least, b_max=most, clip=True)
         for low, high, least, most in ranges

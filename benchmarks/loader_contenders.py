@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from benchmarks.forms import ARROW, DICOM, HDF5, LMDB, LZ4, NONE, PNG, ROWS, TAR
 from benchmarks.racing import BATCH, CORES, Opened, for_ever, race, random_batches
 from ich_prep.dataset.dataset import open_dataset
-from ich_prep.dataset.windows import AIR_HU, HIGHEST_HU
+from ich_prep.dataset.windows import MAX_HU, MIN_HU
 from ich_train.data import SliceLoader
 
 BUFFERS = 8  # of a SliceLoader with two threads: three would do here, but would lie in the CPU's cache for a part
@@ -239,7 +239,7 @@ class DicomRows(Dataset[torch.Tensor]):
         pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
         dataset = pydicom.dcmread(self.files[index])
         slope, intercept = float(dataset.RescaleSlope), float(dataset.RescaleIntercept)
-        hu = np.clip(np.rint(dataset.pixel_array * slope + intercept), AIR_HU, HIGHEST_HU).astype(np.int16)
+        hu = np.clip(np.rint(dataset.pixel_array * slope + intercept), MIN_HU, MAX_HU).astype(np.int16)
         if hu.shape != (self.size, self.size):
             hu = cv2.resize(hu, (self.size, self.size), interpolation=cv2.INTER_AREA)
         if not self.windows:

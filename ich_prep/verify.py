@@ -24,7 +24,7 @@ from ich_prep.dataset.native import crc32c
 from ich_prep.dataset.schema import IMAGES, ROOT, TABLES, shard_path
 from ich_prep.dataset.storage import local_path
 from ich_prep.dataset.tables import read_parquet
-from ich_prep.dataset.windows import AIR_HU, HIGHEST_HU, window_codes
+from ich_prep.dataset.windows import MAX_HU, MIN_HU, window_codes
 from ich_prep.dicom.decode import decode_with_pydicom
 from ich_prep.errors import CorruptionError, IchError, SliceError, SourceError, UsageError
 from ich_prep.pixels.repairs import SIGN_12BIT, SIGN_12BIT_SHIFT, SIGN_12BIT_WRAP
@@ -345,9 +345,9 @@ def reference_pixels(data: bytes, line: dict[str, Any], dataset: Dataset) -> NDA
     stored &= (1 << bits) - 1
     if signed:
         stored -= (stored >> (bits - 1)) << bits
-    exact = np.clip(np.rint(stored.astype(np.float64) * line["rescale_slope"] + intercept), AIR_HU, HIGHEST_HU)
+    exact = np.clip(np.rint(stored.astype(np.float64) * line["rescale_slope"] + intercept), MIN_HU, MAX_HU)
     if line["padding_low"] is not None:
-        exact[(stored >= line["padding_low"]) & (stored <= line["padding_high"])] = AIR_HU
+        exact[(stored >= line["padding_low"]) & (stored <= line["padding_high"])] = MIN_HU
     size = dataset.spec.size
     hu = np.empty((size, size), np.int16)
     resize_hu(exact.astype(np.int16), out=hu)

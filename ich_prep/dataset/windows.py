@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 # The range that HU are clipped to first: from air to the highest value of a 12-bit scanner.
-AIR_HU = -1024
-HIGHEST_HU = 3071
+MIN_HU = -1024
+MAX_HU = 3071
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 from ich_prep.dataset.schema import HISTOGRAM_BINS
-from ich_prep.dataset.windows import AIR_HU, HIGHEST_HU
+from ich_prep.dataset.windows import MAX_HU, MIN_HU
 from ich_prep.pixels.hounsfield import rescale_table
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def audit(
     slope, intercept = rescale.slope, rescale.intercept
     if low == high:
         flags = (*flags, "constant")
-    if high * slope + intercept > HIGHEST_HU:
+    if high * slope + intercept > MAX_HU:
         flags = (*flags, "clipped_high")
     if _is_noisy(values, limits, bits_stored=bits_stored):
         flags = (*flags, "noise")
@@ -106,5 +106,5 @@ class HuHistogram:
 @lru_cache(maxsize=64)
 def _bin_table(rescale: Rescale) -> NDArray[np.uint8]:
     """Return the bin of every stored value: uint8 (65536,), indexed by the value's bits as uint16."""
-    bins: NDArray[np.uint8] = ((rescale_table(rescale) - AIR_HU) // HISTOGRAM_BIN_HU).astype(np.uint8)
+    bins: NDArray[np.uint8] = ((rescale_table(rescale) - MIN_HU) // HISTOGRAM_BIN_HU).astype(np.uint8)
     return bins

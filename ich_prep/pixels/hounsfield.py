@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 
 from ich_prep.dataset.native import MAX_WINDOWS, window_codes_by_table
-from ich_prep.dataset.windows import AIR_HU, HIGHEST_HU, Window, window_table
+from ich_prep.dataset.windows import MAX_HU, MIN_HU, Window, window_table
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -45,10 +45,10 @@ def rescale_table(rescale: Rescale) -> NDArray[np.int16]:
     bits = np.arange(65536, dtype=np.uint16)
     stored = bits.view(np.int16) if rescale.signed else bits
     hu = np.rint(stored.astype(np.float64) * rescale.slope + rescale.intercept)
-    table = np.clip(hu, AIR_HU, HIGHEST_HU).astype(np.int16)
+    table = np.clip(hu, MIN_HU, MAX_HU).astype(np.int16)
     if rescale.padding is not None:
         low, high = rescale.padding
-        table[(stored >= low) & (stored <= high)] = AIR_HU
+        table[(stored >= low) & (stored <= high)] = MIN_HU
     table.flags.writeable = False
     return table
 

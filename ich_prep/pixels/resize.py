@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
-from ich_prep.dataset.windows import AIR_HU
+from ich_prep.dataset.windows import MIN_HU
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -22,7 +22,7 @@ def resize_hu(hu: NDArray[np.int16], *, out: NDArray[np.int16]) -> None:
     rows, columns = hu.shape
     side, size = max(rows, columns), out.shape[0]
     if rows != columns:
-        square = np.full((side, side), AIR_HU, np.int16)
+        square = np.full((side, side), MIN_HU, np.int16)
         top, left = (side - rows) // 2, (side - columns) // 2
         square[top : top + rows, left : left + columns] = hu
         hu = square

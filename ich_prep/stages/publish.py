@@ -20,7 +20,7 @@ from ich_prep.dataset.codecs import CODECS
 from ich_prep.dataset.schema import FORMAT, IMAGES, LABELS, OK, QUARANTINE_SCHEMA, ROOT, SHARD_SCHEMA, TABLES
 from ich_prep.dataset.storage import clear_leftovers, size_of, sync_folder, write_whole
 from ich_prep.dataset.tables import read_parquet, write_table
-from ich_prep.dataset.windows import AIR_HU
+from ich_prep.dataset.windows import MIN_HU
 from ich_prep.errors import BuildError
 from ich_prep.stages import ledger
 from ich_prep.stages.plan import PIXEL_COLUMNS
@@ -216,7 +216,7 @@ def _metadata(spec: Spec, slices: int) -> dict[str, bytes]:
         filters=None,
         serializer=BytesCodec(endian="little" if spec.dtype.itemsize > 1 else None),
         compressors=compressors,
-        fill_value=0 if spec.store == "windows" else AIR_HU,
+        fill_value=0 if spec.store == "windows" else MIN_HU,
         dimension_names=("slice", "channel", "y", "x"),
         attributes={"channels": [window.name for window in spec.windows]}
         if spec.store == "windows"

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from prep.archives import zipped
 
 from ich_prep.build_dataset import Allowances, build
 from ich_prep.dataset.dataset import open_dataset
@@ -19,6 +18,7 @@ from ich_prep.errors import BuildError, UsageError
 from ich_prep.phantom import synthesize
 from ich_prep.progress import NoProgress
 from ich_prep.verify import verify
+from tests.support.archives import zipped
 from tests.support.cli import SMALL, prep, published, working
 
 ANYTHING = Allowances(max_quarantined=1.0)

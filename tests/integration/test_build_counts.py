@@ -131,17 +131,17 @@ def test_a_damaged_file_that_was_fetched_again_is_read_again(tree: Path, dataset
 def test_a_file_that_could_not_be_read_is_read_once_it_can_be(
     stage: str, tree: Path, dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A mount that went away, a disk that failed: mended, the same command goes on."""
-    out, lost, opened = tmp_path / "data.zarr", str(train_file(tree)), os.open
+    """A mount that went away, a disk that failed: fixed, the same command resumes."""
+    out, lost, opened = tmp_path / "data.zarr", train_file(tree), os.open
 
     def fail(path: Any, *rest: Any, **more: Any) -> int:
-        if path == lost and (stage == "scan" or (working(out) / "plan.parquet").exists()):
+        if os.fsencode(path) == os.fsencode(lost) and (stage == "scan" or (working(out) / "plan.parquet").exists()):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return opened(path, *rest, **more)
 
     with (
         monkeypatch.context() as broken,
-        pytest.raises(BuildError, match=f"1 unreadable; for example .*{Path(lost).name}"),
+        pytest.raises(BuildError, match=f"1 unreadable; for example .*{lost.name}"),
     ):
         broken.setattr(os, "open", fail)
         build(tree, out, SMALL, workers=0, allow=Allowances(max_quarantined=0.0))

@@ -43,7 +43,7 @@ def test_every_store_holds_what_the_definitions_give(
     assert values.shape == (len(hu), 1, size, size)
     for channel, window in enumerate(windows.spec.windows):
         np.testing.assert_array_equal(codes[:, channel], window_of(values[:, 0], window.center, window.width))
-    assert windows.slices.equals(hu.slices)
+    assert windows.slices.drop_columns("chunk_crc32c").equals(hu.slices.drop_columns("chunk_crc32c"))
 
 
 def window_of(hu: np.ndarray, center: float, width: float) -> np.ndarray:

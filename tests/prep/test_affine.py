@@ -21,7 +21,7 @@ from ich_prep.dataset.affine import TURNS, AffineError, NoAffine, to_ras, volume
 from ich_prep.dataset.dataset import open_dataset
 from ich_prep.dataset.schema import Spec
 from ich_prep.dataset.volumes import affine_of_slices, find_series
-from ich_prep.dataset.windows import AIR_HU, HIGHEST_HU
+from ich_prep.dataset.windows import MAX_HU, MIN_HU
 from ich_prep.errors import UsageError
 from ich_prep.pixels.resize import resize_hu
 
@@ -90,7 +90,7 @@ def test_every_stored_pixel_lies_where_the_source_has_it(
     stored = resized(TURNED[turn](source), side)
     seen = 0
     for (y, x), value in np.ndenumerate(stored):
-        if value != AIR_HU:
+        if value != MIN_HU:
             j, i = divmod(int(value), columns)
             for z in range(count):
                 expected = positions[z] + across * spacing[1] * i + down * spacing[0] * j
@@ -392,10 +392,10 @@ def test_voxels_lie_where_dcm2niix_puts_them(nifti: Any, real_data: Path, tmp_pa
         assert len(np.unique(np.ravel_multi_index(indices, values.shape))) == values.size
         apart = nifti.affine[:3, :3] @ (in_nifti[:3] - indices)
         assert np.abs(apart).max() < 1e-3  # mm
-        np.testing.assert_array_equal(np.clip(values[tuple(indices)], AIR_HU, HIGHEST_HU).reshape(stored.shape), stored)
+        np.testing.assert_array_equal(np.clip(values[tuple(indices)], MIN_HU, MAX_HU).reshape(stored.shape), stored)
     else:  # each stored voxel is the mean of four, around the corner that they share
         low = np.floor(in_nifti[:3] + 1e-3).astype(int)
         assert np.abs(in_nifti[:2] - low[:2] - 0.5).max() < 1e-3
         four = [values[low[0] + i, low[1] + j, np.rint(in_nifti[2]).astype(int)] for i in (0, 1) for j in (0, 1)]
-        mean = np.clip(four, AIR_HU, HIGHEST_HU).mean(axis=0)
+        mean = np.clip(four, MIN_HU, MAX_HU).mean(axis=0)
         assert np.abs(mean - stored.ravel()).max() <= 0.5

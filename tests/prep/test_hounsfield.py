@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ich_prep.dataset.windows import AIR_HU, HIGHEST_HU, PRESETS, Window, window_codes
+from ich_prep.dataset.windows import MAX_HU, MIN_HU, PRESETS, Window, window_codes
 from ich_prep.pixels.hounsfield import (
     Rescale,
     apply_rescale,
@@ -41,8 +41,8 @@ def exact_hu(rescale: Rescale) -> NDArray[np.int16]:
     whole, rest = np.divmod(values * int(slope * unit) + int(intercept * unit), unit)
     hu = whole + ((2 * rest > unit) | ((2 * rest == unit) & (whole % 2 == 1)))
     if rescale.padding is not None:
-        hu[(values >= rescale.padding[0]) & (values <= rescale.padding[1])] = AIR_HU
-    return np.clip(hu, AIR_HU, HIGHEST_HU).astype(np.int16)
+        hu[(values >= rescale.padding[0]) & (values <= rescale.padding[1])] = MIN_HU
+    return np.clip(hu, MIN_HU, MAX_HU).astype(np.int16)
 
 
 @pytest.mark.parametrize("signed", [False, True])
@@ -63,7 +63,7 @@ def test_padding_becomes_air_and_nothing_else_does(signed: bool, padding: tuple[
     found = rescale_table(rescale)
     np.testing.assert_array_equal(found, exact_hu(rescale))
     if padding == (0, 24):
-        assert found[:26].tolist() == [AIR_HU] * 25 + [25]
+        assert found[:26].tolist() == [MIN_HU] * 25 + [25]
 
 
 @given(
@@ -77,9 +77,9 @@ def test_any_rescale_is_the_nearest_whole_hu(
     signed: bool, slope: float, intercept: float, padding: tuple[int, int] | None
 ) -> None:
     values = all_values(signed=signed)
-    exact = np.clip(values * np.longdouble(slope) + np.longdouble(intercept), AIR_HU, HIGHEST_HU)
+    exact = np.clip(values * np.longdouble(slope) + np.longdouble(intercept), MIN_HU, MAX_HU)
     if padding is not None:
-        exact[(values >= padding[0]) & (values <= padding[1])] = AIR_HU
+        exact[(values >= padding[0]) & (values <= padding[1])] = MIN_HU
     found = rescale_table(Rescale(slope, intercept, signed, padding))
     assert np.abs(found - exact).max() <= 0.5 + 1e-9
 
@@ -89,7 +89,7 @@ def test_a_fractional_slope_is_not_rounded_before_it_is_applied(slope: float, in
     table = rescale_table(Rescale(slope, intercept, signed=False))
     for stored in (0, 1, 1000, 2023, 2047, 3000, 4095):
         exact = stored * Fraction(str(slope)) + Fraction(str(intercept))
-        assert table[stored] == min(HIGHEST_HU, max(AIR_HU, round(exact)))
+        assert table[stored] == min(MAX_HU, max(MIN_HU, round(exact)))
 
 
 @pytest.mark.parametrize("signed", [False, True])

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ich_prep.dataset.windows import AIR_HU, HIGHEST_HU
+from ich_prep.dataset.windows import MAX_HU, MIN_HU
 from ich_prep.pixels.resize import resize_hu
 
 
@@ -19,7 +19,7 @@ def resized(hu: NDArray[np.int16], size: int) -> NDArray[np.int16]:
 
 
 def slice_of(rows: int, columns: int, seed: int = 0) -> NDArray[np.int16]:
-    return np.random.default_rng(seed).integers(AIR_HU, HIGHEST_HU + 1, (rows, columns)).astype(np.int16)
+    return np.random.default_rng(seed).integers(MIN_HU, MAX_HU + 1, (rows, columns)).astype(np.int16)
 
 
 def overlaps(side: int, size: int) -> NDArray[np.float64]:
@@ -64,11 +64,11 @@ def test_up_is_linear(side: int, factor: float, seed: int) -> None:
 def test_nothing_leaves_the_range_of_the_slice_and_air(rows: int, columns: int, size: int, seed: int) -> None:
     hu = slice_of(rows, columns, seed)
     out = resized(hu, size)
-    least = hu.min() if rows == columns else AIR_HU
+    least = hu.min() if rows == columns else MIN_HU
     assert least <= out.min() and out.max() <= hu.max()
 
 
-@pytest.mark.parametrize("value", [AIR_HU, -1, 0, 37, HIGHEST_HU])
+@pytest.mark.parametrize("value", [MIN_HU, -1, 0, 37, MAX_HU])
 @pytest.mark.parametrize("side, size", [(512, 256), (512, 300), (512, 64), (436, 512), (768, 512), (64, 64)])
 def test_one_value_stays_that_value(value: int, side: int, size: int) -> None:
     assert (resized(np.full((side, side), value, np.int16), size) == value).all()
@@ -90,12 +90,12 @@ def test_a_slice_that_is_not_square_is_centred_in_air(rows: int, columns: int, t
     np.testing.assert_array_equal(out[top : top + rows, left : left + columns], hu)
     outside = np.ones((side, side), bool)
     outside[top : top + rows, left : left + columns] = False
-    assert (out[outside] == AIR_HU).all()
+    assert (out[outside] == MIN_HU).all()
 
 
 def test_proportions_are_kept() -> None:
     # A square of bone stays a square whatever the shape of the slice around it.
-    hu = np.full((638, 490), AIR_HU, np.int16)
+    hu = np.full((638, 490), MIN_HU, np.int16)
     hu[270:370, 196:296] = 1000
     out = resized(hu, 319) > 500
     assert (out.sum(axis=0) > 0).sum() == (out.sum(axis=1) > 0).sum() == 50

@@ -10,10 +10,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from archives import Raw, content, raw_zip, zipped
 
 from ich_prep.errors import Reason, SliceError, SourceError, UsageError
 from ich_prep.sources import FolderSource, SeveralSources, ZipSource, open_source, read_ahead, read_first
+from tests.support.archives import Raw, content, raw_zip, zipped
 from tests.support.page_cache import evict, pages_in_memory
 
 

@@ -9,7 +9,6 @@ import zlib
 from pathlib import Path
 
 import pytest
-from archives import WINDOWS, Raw, content, deflate, raw_zip, zipped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +16,7 @@ from ich_prep.errors import Reason, SliceError, SourceError
 from ich_prep.sources import FolderSource, ZipSource, inflate, read_first
 from ich_prep.sources import member as members
 from ich_prep.sources.zip_directory import ArchiveError, read_directory
+from tests.support.archives import WINDOWS, Raw, content, deflate, raw_zip, zipped
 
 METHODS = [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]
 
