@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ich_prep.errors import UsageError
 
-_SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:/{1,2}")  # pathlib turns s3://bucket into s3:/bucket
+_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):/{1,2}")  # pathlib turns s3://bucket into s3:/bucket
 
 
 def local_path(given: str | Path, what: str) -> Path:
@@ -21,9 +21,10 @@ def local_path(given: str | Path, what: str) -> Path:
 
     Raises ``UsageError`` for a URL: object stores are not supported.
     """
-    if _SCHEME.match(str(given)):
+    scheme = _SCHEME.match(str(given))
+    if scheme:
         raise UsageError(
-            f"{what} is a URL ({given}); only paths of a file system are supported. Mount the bucket, or copy the data "
+            f"{what} is a URL ({scheme[1]}://{str(given)[scheme.end() :]}); only paths of a file system are supported. Mount the bucket, or copy the data "
             "to a local disk."
         )
     return Path(given)

@@ -19,7 +19,7 @@ from ich_prep.phantom import synthesize
 from ich_prep.progress import NoProgress
 from ich_prep.verify import verify
 from tests.support.archives import zipped
-from tests.support.cli import SMALL, prep, published, working
+from tests.support.cli import SMALL, copy_with_working_folder, prep, published, working
 
 ANYTHING = Allowances(max_quarantined=1.0)
 SERIES = 10  # some 300 files, with each known defect among them
@@ -86,7 +86,7 @@ def test_a_layout_is_recognised_in_an_archive(layout: str, tmp_path: Path) -> No
     build(tree, tmp_path / "folder.zarr", SMALL, workers=0, allow=allow)
     build(deflated(tree, tmp_path), tmp_path / "archive.zarr", SMALL, workers=0, allow=allow)
     assert published(tmp_path / "archive.zarr") == published(tmp_path / "folder.zarr")
-    assert open_dataset(tmp_path / "archive.zarr").spec.layout == layout
+    assert open_dataset(tmp_path / "archive.zarr").attributes["spec"]["layout"] == layout
 
 
 def test_a_dataset_of_a_folder_is_finished_for_its_archive(
@@ -96,7 +96,7 @@ def test_a_dataset_of_a_folder_is_finished_for_its_archive(
 
 
 def test_a_build_goes_on_from_another_container(packed_tree: Path, from_folder: Path, tmp_path: Path) -> None:
-    out = Path(shutil.copytree(from_folder, tmp_path / "data.zarr"))
+    out = copy_with_working_folder(from_folder, tmp_path / "data.zarr")
     (out / "zarr.json").unlink()
     for number in (1, 3):
         (working(out) / "shards" / f"{number:05d}.json").unlink()
@@ -159,7 +159,7 @@ def test_a_broken_archive_among_others_counts_as_damage(tree: Path, tmp_path: Pa
     src = in_parts(tree, tmp_path)
     data = zipped(tree / "stage_2_test", src / "more.zip").read_bytes()
     (src / "more.zip").write_bytes(data[: len(data) // 2])
-    with pytest.raises(BuildError, match=r"1 bad_archive; for one, more\.zip: it has no end record"):
+    with pytest.raises(BuildError, match=r"1 bad_archive; for example more\.zip: it has no end record"):
         build(src, tmp_path / "data.zarr", SMALL, workers=0, allow=Allowances(max_quarantined=0.0))
     build(src, tmp_path / "data.zarr", SMALL, workers=0, allow=ANYTHING)
     (line,) = open_dataset(tmp_path / "data.zarr").read_table("quarantine").to_pylist()
@@ -184,7 +184,7 @@ def test_a_url_is_refused_before_anything_is_written(
     monkeypatch.chdir(tmp_path)
     done = prep("build", *words)
     assert done.returncode == 2
-    assert "is not supported yet" in done.stderr
+    assert "is a URL" in done.stderr and words[1 if "s3" in words[1] else 3] in done.stderr
     assert not [*tmp_path.iterdir()]
     with pytest.raises(UsageError):
         build(words[1], words[3], SMALL, workers=0)
