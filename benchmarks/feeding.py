@@ -21,7 +21,7 @@ from benchmarks.measure import Section, publish, versions
 from benchmarks.racing import BATCH
 from ich_prep import Spec, build
 from ich_prep.store import Dataset, open_dataset
-from ich_train.data import SliceLoader
+from ich_train.loader import SliceLoader
 
 MANY_SHARDS = 3000
 GPUS = (1, 2, 4, 8)

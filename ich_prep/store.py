@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ich_prep.errors import CorruptionError, DatasetError
-from ich_prep.labels import CLASSES
+from ich_prep.labels import CLASSES, UNKNOWN
 from ich_prep.ledger import write_whole
 from ich_prep.reader import ShardReader, require_out
 from ich_prep.windows import PRESETS, Window, parse_windows
@@ -301,6 +301,17 @@ class Dataset:
     def slices(self) -> pa.Table:
         """The label table: line i is row i; columns of ``SLICE_SCHEMA``."""
         return self.read_table(SLICES)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, in the order of ``labels``."""
+        return tuple(self.ich.get("classes", CLASSES))
+
+    @cached_property
+    def labels(self) -> NDArray[np.int8]:
+        """The labels of every row, (slices, classes) int8, -1 where unknown."""
+        columns = [self.slices[name].fill_null(UNKNOWN).to_numpy() for name in self.classes]
+        return np.stack(columns, axis=1).astype(np.int8, copy=False)
 
     @cached_property
     def series(self) -> pa.Table:

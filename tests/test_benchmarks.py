@@ -24,9 +24,9 @@ from ich_prep.header import read_header
 from ich_prep.phantom import synthesize
 from ich_prep.store import Spec, open_dataset
 from ich_train.config import TrainConfig
-from ich_train.data import Batch, SliceLoader
+from ich_train.loader import Batch, SliceLoader
 from ich_train.ranks import Ranks
-from ich_train.setup import prepare
+from ich_train.session import prepare
 
 
 @pytest.fixture

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from reads import interrupt_at_read
+
+from ich_prep.build_dataset import build
+from ich_prep.phantom import synthesize
+from ich_prep.store import Spec, open_dataset
+from ich_train.cli import main
+from ich_train.config import MODELS, TrainConfig
+from ich_train.runs import read_history, settings_of
+
+Call = Callable[..., int]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
+    """A function: what stands after ``ich-train`` -> its exit code; in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["ich-train", *map(str, words)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        return int(exit_.value.code or 0)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("twelve")
+    synthesize(folder / "rsna", series=12, size=32, workers=0)
+    build(folder / "rsna", folder / "data.zarr", Spec(size=32, slices_per_shard=16, folds=3), workers=0)
+    return folder / "data.zarr"
+
+
+def test_run_eval_and_predict_in_the_folder_of_a_build(
+    call: Call, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data.zarr").symlink_to(path)
+    (tmp_path / "quick.toml").write_text("[train]\nepochs = 7\nseed = 5\n[eval]\nbootstrap = 20\n", encoding="utf-8")
+    assert call("run", "--recipe", "quick.toml", "--epochs", 2, "--batch-size", 8, "--device", "cpu") == 0
+    run = tmp_path / "runs" / "quick"
+    settings, evaluation = settings_of(run)
+    assert (settings.epochs, settings.seed, settings.batch_size, evaluation.bootstrap) == (2, 5, 8, 20)
+    assert len(read_history(run)) == 2
+    told = capsys.readouterr().err
+    assert "epoch 2/2" in told
+    assert "Note" not in told
+    assert "ROC AUC" in told
+    assert "Report: runs/quick/report.html" in told
+    before = (run / "metrics.json").read_text(encoding="utf-8")
+
+    assert call("run", "--recipe", "quick.toml", "--epochs", 2, "--batch-size", 8, "--device", "cpu", "--resume") == 0
+    assert not (tmp_path / "runs" / "quick-2").exists()
+    assert (run / "metrics.json").read_text(encoding="utf-8") == before
+    capsys.readouterr()
+
+    assert call("eval", "runs/quick", "--subset", "val", "--limit", 30, "--out", "val_only") == 0
+    told = capsys.readouterr().err
+    assert "30 slices of val" in told
+    assert "Report: val_only/report.html" in told
+    assert (run / "metrics.json").read_text(encoding="utf-8") == before
+
+    assert call("predict", "runs/quick", "--out", "submission.csv") == 0
+    lines = (tmp_path / "submission.csv").read_text(encoding="utf-8").splitlines()
+    listed = (path.parent / "rsna" / "stage_2_sample_submission.csv").read_text(encoding="utf-8").splitlines()
+    assert [line.split(",")[0] for line in lines] == [line.split(",")[0] for line in listed]
+
+
+def test_ctrl_c_says_how_to_go_on(
+    call: Call, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = "[train]\nepochs = 3\nbatch_size = 8\ndevice = 'cpu'\n[eval]\nbootstrap = 20\n"
+    (tmp_path / "quick.toml").write_text(recipe, encoding="utf-8")
+    stopping = open_dataset(path)
+    interrupt_at_read(stopping, 50)
+    with monkeypatch.context() as patched:
+        patched.setattr("ich_prep.store.open_dataset", lambda _: stopping)
+        assert call("run", "--recipe", "quick.toml", "--data", path, "--out", "runs/mine") == 130
+    run = tmp_path / "runs" / "mine"
+    assert "Stopped. Resume with: ich-train run --resume --out runs/mine\n" in capsys.readouterr().err
+    assert len(read_history(run)) < 3
+    assert call("run", "--resume", "--out", "runs/mine") == 0
+    assert len(read_history(run)) == 3
+    assert (run / "report.html").is_file()
+
+
+def test_a_dataset_that_the_recipe_does_not_build_is_remarked_on(
+    call: Call, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = '[build]\nsize = 512\nstore = "hu"\nwindows = ["brain"]\n[train]\nwindows = ["stroke"]\n'
+    (tmp_path / "large.toml").write_text(recipe, encoding="utf-8")
+    assert call("run", "--recipe", "large.toml", "--data", path) == 2
+    told = capsys.readouterr().err
+    assert f"Note: {path} was not built with large.toml: size is 32, not 512; store is windows, not hu;" in told
+    assert "windows is brain, subdural, bone, not brain." in told
+    assert "Expected no windows in [train]" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["run"], 1, "ich-prep build"),
+        (["run", "--recipe", "none.toml"], 2, "there is no such file"),
+        (["run", "--recipe", "wrong.toml"], 2, "Did you mean 'epochs'?"),
+        (["run", "--resume"], 2, "Name its folder with --out"),
+        (["run", "--resume", "--out", "nothing"], 2, "recipe.toml"),
+        (["run", "--epochs", "0"], 2, "--epochs"),
+        (["run", "--model", "resnet19"], 1, "ich-prep build"),
+        (["eval", "nothing"], 2, "nothing is not the folder of a run"),
+        (["predict", "nothing", "--out", "x.csv"], 2, "nothing is not the folder of a run"),
+        (["predict", "nothing"], 2, "--out"),
+    ],
+)
+def test_errors_are_one_message_and_an_exit_code(
+    call: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], code: int, message: str
+) -> None:
+    (tmp_path / "wrong.toml").write_text("[train]\nepoch = 3\n", encoding="utf-8")
+    assert call(*words) == code
+    told = capsys.readouterr().err
+    assert message in told
+    assert "Traceback" not in told
+    assert {path.name for path in tmp_path.iterdir()} == {"wrong.toml"}
+
+
+def test_help_comes_at_once_and_says_the_defaults() -> None:
+    seconds = []
+    for _ in range(3):  # of which the others may have shared a core
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        told = subprocess.run([sys.executable, "-m", "ich_train", "--help"], check=True, capture_output=True, text=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 1
+    for command in ("run", "eval", "predict"):
+        assert command in told.stdout
+    program = "import sys, ich_train.cli; assert not {'torch', 'pyarrow', 'numpy', 'jinja2'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_help_of_run_names_the_models_and_defaults(call: Call, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("run", "--help") == 0
+    told = " ".join(capsys.readouterr().out.split())
+    for word in (*MODELS, "timm:NAME", "package.module:NAME", f"[default: {TrainConfig().epochs}]"):
+        assert word in told
