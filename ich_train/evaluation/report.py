@@ -9,7 +9,7 @@ from typing import Any
 
 from ich_prep.html import Cell, Row, Tile, render
 from ich_prep.labels import ANY
-from ich_train.evaluation.metrics import COUNTS, DECISION, POLICIES, POLICY_WORDS
+from ich_train.evaluation.metrics import DECISION, POLICIES, POLICY_WORDS
 from ich_train.rsna import is_rsna
 from ich_train.runs import Epoch, overfitting_since
 
@@ -215,7 +215,7 @@ def _view(name: str, view: Mapping[str, Any]) -> View:
     text = f"{words} {view['cases']:,} {unit} of {view['patients']:,} patients.".strip()
     return View(
         title=title,
-        text=f"{text} {log_loss_name([*view['labels']]).capitalize()} {loss}.",
+        text=f"{text} {_capital(log_loss_name([*view['labels']]))} {loss}.",
         ranking=_ranking(view),
         decisions=[_decisions(view, policy) for policy in POLICIES],
         open=name == "by_slice",
@@ -244,7 +244,7 @@ def _ranking(view: Mapping[str, Any]) -> Table:
 
 
 def _decisions(view: Mapping[str, Any], policy: str) -> Table:
-    counts = COUNTS[::-1]
+    counts = ("tp", "fp", "fn", "tn")
     rows = []
     for name, entry in view["labels"].items():
         at = entry[policy]
@@ -258,7 +258,7 @@ def _decisions(view: Mapping[str, Any], policy: str) -> Table:
         values = [_averaged(entry, f"{policy}.{measure}", total) for measure in DECISION]
         rows.append(Row([Cell(name, (words,)), "", *numbers, *values], mean=True))
     head = ["label", "threshold", *map(str.upper, counts), *(DECISION_WORDS[name] for name in DECISION)]
-    return Table(head, rows, title=POLICY_WORDS[policy].capitalize())
+    return Table(head, rows, title=_capital(POLICY_WORDS[policy]))
 
 
 def _history(history: Sequence[Epoch], model: Mapping[str, Any]) -> Table:
@@ -289,6 +289,10 @@ def _averaged(entry: Mapping[str, Any], measure: str, total: int) -> Cell:
     """Return a measure of the macro or micro row with its interval and the number of labels that it is taken over."""
     cell = _measured(entry, measure)
     return Cell(cell.text, (*cell.small, f"{entry['labels'][measure]} of {total} labels"), cell.undefined)
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _number(value: float | None, *small: str) -> Cell:
