@@ -58,7 +58,7 @@ Version = Annotated[bool, typer.Option("--version", is_eager=True, callback=_sho
 
 @app.callback()
 def program(*, show_version: Version = False) -> None:
-    """Hold what is common to all commands."""
+    """Options of the program itself."""
 
 
 @app.command("run")

@@ -253,8 +253,8 @@ class _PatientSums:
             for k, threshold in enumerate((0.5, best)):
                 if threshold is not None:
                     cell = whose * len(COUNTS) + 2 * truth + (score >= threshold)
-                    found = np.bincount(cell, minlength=patients * len(COUNTS))
-                    counted[:, j, k] = found.reshape(patients, len(COUNTS))
+                    counts = np.bincount(cell, minlength=patients * len(COUNTS))
+                    counted[:, j, k] = counts.reshape(patients, len(COUNTS))
         terms = (
             np.bincount(owner, weights=term, minlength=patients)
             for term in _log_loss_terms(labels, probabilities, weights)

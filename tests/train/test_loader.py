@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,9 +18,9 @@ from ich_prep.build_dataset import Allowances, build
 from ich_prep.errors import CorruptionError, UsageError
 from ich_prep.labels import CLASSES
 from ich_prep.phantom import synthesize
-from ich_prep.store import OK, SLICES, Dataset, Spec, open_dataset, shard_path, write_table
+from ich_prep.store import Dataset, Spec, open_dataset, shard_path
 from ich_train.loader import SliceDataset, SliceLoader
-from ich_train.rows import labelled_rows, neighbours
+from ich_train.rows import labelled_rows
 
 
 @pytest.fixture(scope="module")
@@ -139,19 +137,6 @@ def test_context_brings_the_neighbours_of_the_series(dataset: Dataset) -> None:
             np.testing.assert_array_equal(images, dataset.read(wanted).reshape(images.shape))
 
 
-def test_a_neighbour_that_is_set_aside_is_the_nearest_one_that_is_not(path: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "data.zarr"
-    shutil.copytree(path, copy)
-    table = open_dataset(path).slices
-    status = table["status"].to_pylist()
-    status[5] = "decode_failed"
-    write_table(copy / SLICES, table.set_column(table.schema.get_field_index("status"), "status", pa.array(status)))
-    dataset = open_dataset(copy)
-    assert 5 not in labelled_rows(dataset)
-    found = neighbours(dataset, np.array([4, 6, 7]), 2)
-    assert found.tolist() == [[2, 3, 4, 4, 6], [4, 6, 6, 7, 8], [6, 6, 7, 8, 9]]
-
-
 def test_breaking_off_leaves_no_thread(dataset: Dataset) -> None:
     before = threading.active_count()
     for _ in range(3):
@@ -183,16 +168,6 @@ def test_settings_that_cannot_be_meant_are_refused(wrong: dict[str, int], datase
         SliceLoader(dataset, **wrong)  # type: ignore[arg-type]
 
 
-def test_labels_of_whole_series_are_taken_only_when_allowed(tmp_path: Path) -> None:
-    synthesize(tmp_path / "cq500", series=3, size=32, layout="cq500", workers=0)
-    build(tmp_path / "cq500", tmp_path / "data.zarr", Spec(size=32), workers=0, allow=Allowances(missing_images=True))
-    dataset = open_dataset(tmp_path / "data.zarr")
-    with pytest.raises(UsageError, match=r"rows=labelled_rows\(dataset, allow_series_labels=True\)"):
-        SliceLoader(dataset)
-    ok = pc.equal(dataset.slices["status"], OK).to_numpy(zero_copy_only=False)
-    assert labelled_rows(dataset, allow_series_labels=True).tolist() == np.flatnonzero(ok).tolist() != []
-
-
 def test_a_loader_of_no_labelled_slice_is_refused_unless_rows_are_named(tmp_path: Path) -> None:
     synthesize(tmp_path / "cq500", series=3, size=32, layout="cq500", workers=0)
     (tmp_path / "cq500" / "reads.csv").unlink()
@@ -201,14 +176,20 @@ def test_a_loader_of_no_labelled_slice_is_refused_unless_rows_are_named(tmp_path
     dataset = open_dataset(tmp_path / "data.zarr")
     with pytest.raises(UsageError, match="none of these has a label"):
         SliceLoader(dataset)
-    with pytest.raises(UsageError, match="none of these has a label"):
-        SliceDataset(dataset.path)
+    for named in (dataset, dataset.path):
+        with pytest.raises(UsageError, match="none of these has a label"):
+            SliceDataset(named)
     assert rows_of(taken(SliceLoader(dataset, np.arange(9), batch_size=4, order="sequential"))) == [*range(9)]
 
 
+def test_a_dataset_is_named_by_its_path_or_open(path: Path, dataset: Dataset) -> None:
+    assert taken(SliceLoader(str(path), batch_size=16)) == taken(SliceLoader(dataset, batch_size=16))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_data_loader_of_ones_own(path: Path, dataset: Dataset, workers: int) -> None:
-    slices = SliceDataset(path)
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_data_loader_of_ones_own(path: Path, dataset: Dataset, workers: int, opened: bool) -> None:
+    slices = SliceDataset(dataset if opened else path)
     assert len(slices) == len(labelled_rows(dataset))
     images, labels, rows = [], [], []
     loader = torch.utils.data.DataLoader(

@@ -115,6 +115,20 @@ def test_a_run_leaves_what_it_promises(dataset: Dataset, tmp_path: Path) -> None
     assert "lowest validation loss" in printed
 
 
+def test_the_label_table_is_read_once(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    read_table = Dataset.read_table
+
+    def counted(self: Dataset, name: str, columns: Any = None) -> pa.Table:
+        read.append(name)
+        return read_table(self, name, columns)
+
+    monkeypatch.setattr(Dataset, "read_table", counted)
+    of = settings(epochs=1, context=1, sampling="balanced")
+    train(dataset, tmp_path / "run", of, QUICK, console=Console(file=io.StringIO()))
+    assert read.count(SLICES) == 1
+
+
 def test_the_seed_decides_the_run(dataset: Dataset, tmp_path: Path) -> None:
     of = {seed: quiet_train(dataset, tmp_path / f"{seed}", settings(seed=int(seed)))[0] for seed in (1.0, 1.5, 2)}
     assert lessons(of[1.0].history) == lessons(of[1.5].history)
