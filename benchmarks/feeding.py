@@ -21,7 +21,7 @@ from benchmarks.measure import Section, publish, versions
 from benchmarks.racing import BATCH
 from ich_prep import Spec, build
 from ich_prep.dataset.dataset import Dataset, open_dataset
-from ich_train.data import SliceLoader
+from ich_train.loader import SliceLoader
 
 MANY_SHARDS = 3000
 GPUS = (1, 2, 4, 8)
@@ -81,7 +81,7 @@ def main(
         shutil.rmtree(many, ignore_errors=True)
         build(tree, many, Spec(layout="rsna", size=64, slices_per_shard=1))
     opened = statistics.median(first_batch(many) for _ in range(5))
-    shards = open_dataset(many).ich["counts"]["shards"]
+    shards = open_dataset(many).counts.shards
     header = ["simulated GPUs", "slices/s they eat", "waiting for data", "spread"]
     simulated = Section("Feeding simulated GPUs, two cores, 3 x 256 x 256", header, lines)
     simulated.notes = [f"First batch {opened:.2f} s after opening a dataset of {shards:,} shards."]

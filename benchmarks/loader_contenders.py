@@ -24,7 +24,7 @@ from benchmarks.forms import ARROW, DICOM, HDF5, LMDB, LZ4, NONE, PNG, ROWS, TAR
 from benchmarks.racing import BATCH, CORES, Opened, for_ever, race, random_batches
 from ich_prep.dataset.dataset import open_dataset
 from ich_prep.dataset.windows import MAX_HU, MIN_HU
-from ich_train.data import SliceLoader
+from ich_train.loader import SliceLoader
 
 BUFFERS = 8  # of a SliceLoader with two threads: three would do here, but would lie in the CPU's cache for a part
 LONG_EPOCH = 1_000_000  # slices: one permutation of the rows after the other

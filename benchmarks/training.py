@@ -32,10 +32,11 @@ from benchmarks.racing import BATCH, CORES
 from ich_prep.dataset.classes import RSNA_CLASSES
 from ich_prep.dataset.dataset import open_dataset
 from ich_train.config import TrainConfig
-from ich_train.data import Batch, SliceLoader, on_device
+from ich_train.loader import Batch, SliceLoader
 from ich_train.ranks import Ranks, join_ranks, own_stream
-from ich_train.setup import Training
-from ich_train.setup import prepare as prepare_training
+from ich_train.session import Session
+from ich_train.session import prepare as prepare_training
+from ich_train.to_device import to_device
 
 WARM_STEPS = 20
 RESIDENT = 8  # batches
@@ -104,12 +105,12 @@ class Fed:
             before = time.perf_counter()
 
 
-def pace(training: Training, source: Any, seconds: float) -> Run:
+def pace(session: Session, source: Any, seconds: float) -> Run:
     """Return slices/s of a training that takes the batches of ``source``, and the share of the time it waits for them."""
-    device = training.label_weights.device
-    training.model.train()
+    device = session.ranks.device
+    session.model.train()
     taken, start, waited = 0, 0.0, 0.0
-    for number, batch in enumerate(on_device(source, device)):
+    for number, batch in enumerate(to_device(source, device)):
         if number == WARM_STEPS:
             _settle(device)
             taken, start, waited = 0, time.perf_counter(), source.wait_seconds
@@ -117,7 +118,7 @@ def pace(training: Training, source: Any, seconds: float) -> Run:
             _settle(device)
             passed = time.perf_counter() - start  # before the workers of a DataLoader end
             break
-        training.learn(batch.images, batch.labels, rate=1e-4, seed=number)
+        session.step(batch.images, batch.labels, rate=1e-4, seed=number)
         taken += len(batch.rows)
     return {"rate": taken / passed, "waiting": (source.wait_seconds - waited) / passed}
 
@@ -131,7 +132,7 @@ def contenders(question: Question, folder: Path, seconds: float, ranks: Ranks) -
     """Return who takes part, each of them compiled, recorded and ready."""
     dataset = open_dataset(folder / LZ4)
 
-    def training(**changed: Any) -> Training:
+    def training(**changed: Any) -> Session:
         settings = TrainConfig.model_validate({"batch_size": BATCH, "threads": CORES} | question.settings | changed)
         return prepare_training(dataset, settings, ranks, weights=None)
 
@@ -144,7 +145,7 @@ def contenders(question: Question, folder: Path, seconds: float, ranks: Ranks) -
             for batch in itertools.islice(loader, RESIDENT)
         ]
     )
-    pairs: dict[str, tuple[Training, Any]] = {
+    pairs: dict[str, tuple[Session, Any]] = {
         LIMIT: (usual, resident),
         OURS: (usual, loader),
         "ich-train, cuda_graph = false": (launched, loader),
@@ -160,10 +161,10 @@ def contenders(question: Question, folder: Path, seconds: float, ranks: Ranks) -
     return {name: partial(_in_turn, one, source, seconds) for name, (one, source) in pairs.items()}
 
 
-def _in_turn(training: Training, source: Any, seconds: float, raised: bool) -> Run:
+def _in_turn(session: Session, source: Any, seconds: float, raised: bool) -> Run:
     if isinstance(source, SliceLoader):
         source.set_epoch(0)
-    return pace(training, source, seconds)
+    return pace(session, source, seconds)
 
 
 def stay_on(cores: set[int]) -> None:
@@ -208,7 +209,7 @@ def main(
         publish(
             f"training-{name}",
             [table(asked, found)],
-            releases=versions("torch", "numpy", "numcodecs", "monai"),
+            releases=versions("torch", "numpy", "numcodecs"),
             ratios=ratios(found, ours=OURS),
             raw={label: one.runs for label, one in found.items()},
         )

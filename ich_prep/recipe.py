@@ -27,6 +27,11 @@ def load_section(path: Path, section: str, model: type[Model]) -> Model:
 
 def read_section(path: Path, section: str) -> dict[str, Any]:
     """Return the section of the recipe at ``path`` as it stands there, its keys not yet checked."""
+    return read_recipe(path)[section]
+
+
+def read_recipe(path: Path) -> dict[str, dict[str, Any]]:
+    """Return all sections of the recipe at ``path``, their keys not yet checked; a missing section is empty."""
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -36,10 +41,10 @@ def read_section(path: Path, section: str) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"Expected a TOML recipe at {path}; it does not parse: {error}.") from None
     refuse_unknown(document, SECTIONS, where=f"{path}: section")
-    found = document.get(section, {})
-    if not isinstance(found, dict):
-        raise UsageError(f"Expected a table [{section}] in {path}; found the value {found!r}.")
-    return found
+    for section, values in document.items():
+        if not isinstance(values, dict):
+            raise UsageError(f"Expected a table [{section}] in {path}; found the value {values!r}.")
+    return {section: document.get(section, {}) for section in SECTIONS}
 
 
 def validate(model: type[Model], values: Mapping[str, Any], *, where: str) -> Model:
@@ -55,9 +60,13 @@ def validate(model: type[Model], values: Mapping[str, Any], *, where: str) -> Mo
         raise UsageError(f"{where}: {problems}.") from None
 
 
-def refuse_unknown(given: Iterable[str], known: Iterable[str], *, where: str) -> None:
-    """Raise a ``UsageError`` for the first of ``given`` that is not ``known``, naming the nearest that is."""
+def refuse_unknown(given: Iterable[str], known: Iterable[str], *, where: str, listed: bool = True) -> None:
+    """Raise a ``UsageError`` for the first of ``given`` that is not ``known``, naming the nearest that is.
+
+    ``listed`` says whether the message names all that are known.
+    """
     known = list(known)
     for name in given:
         if name not in known:
-            raise UsageError(f"{where} {name!r} is unknown. Known: {', '.join(known)}.{did_you_mean(name, known)}")
+            choices = f" Known: {', '.join(known)}." if listed else ""
+            raise UsageError(f"{where} {name!r} is unknown.{choices}{did_you_mean(name, known)}")

@@ -1,35 +1,85 @@
-"""Checkpoints: a folder with the weights in safetensors and what else is needed beside them, whole or not there.
+"""Checkpoints: a folder with the weights in safetensors and what else is needed beside them, complete or absent.
 
 ::
 
     best/  last/
         model.safetensors   weights and buffers
-        meta.json           how to build the network and what it was trained on
-        state.pt            last/ only: what a run needs to go on (tensors and plain values, no pickled objects)
+        meta.json           how to rebuild the network and what it was trained on
+        state.pt            last/ only: what a run needs to resume (tensors and plain values, no pickled objects)
 
-A folder is written under another name, flushed to the disk, and renamed. A process that dies between the two renames
-of a replacement leaves the earlier folder under the name ``*.old``, where it is found again.
+A folder is written under another name, flushed to disk, and renamed. A process that dies between the two renames of a
+replacement leaves the earlier folder under the name ``*.old``, from where it is recovered.
 """
 
 from __future__ import annotations
 
-import json
-import os
+import io
 import pickle
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
+from ich_prep.dataset.storage import sync_folder, write_whole
+from ich_prep.dataset.windows import Window
 from ich_prep.errors import TrainError
 from ich_train.model import build_model
+from ich_train.preprocess import Scaling
+
+if TYPE_CHECKING:
+    from ich_prep.dataset.dataset import Dataset
 
 WEIGHTS, META, STATE = "model.safetensors", "meta.json", "state.pt"
+
+
+class Images(BaseModel):
+    """What a dataset stores of each slice: ``size`` x ``size`` pixels, as ``windows`` or as HU."""
+
+    model_config = ConfigDict(frozen=True)
+
+    size: int
+    pixels: Literal["windows", "hu"]
+    windows: tuple[Window, ...]  # stored; of HU, those that the dataset names as its default
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> Self:
+        """Return what ``dataset`` stores."""
+        return cls(size=dataset.spec.size, pixels=dataset.spec.store, windows=tuple(dataset.spec.windows))
+
+    def describe(self) -> str:
+        """Return it in words; equal words, equal images: HU fit whatever windows a network computes."""
+        if self.pixels == "hu":
+            return f"HU at {self.size} x {self.size}"
+        names = ", ".join(f"{window.name} {window.center:g}/{window.width:g}" for window in self.windows)
+        return f"windows {names} at {self.size} x {self.size}"
+
+
+class Meta(BaseModel):
+    """The content of ``meta.json``; unknown keys, of a later version, are ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    # How to rebuild the network.
+    network: str  # as `ich_train.model.build_model` takes it
+    channels: int  # of its input
+    classes: tuple[str, ...]  # of its logits, in their order
+    # How to make its input.
+    images: Images
+    context: int
+    windows: tuple[Window, ...]  # that it sees
+    scaling: Scaling = Scaling()
+    # What it was trained on.
+    dataset_digest: str
+    val_fold: int
+    test_fold: int
+    epoch: int
+    val_loss: float | None
 
 
 @dataclass(frozen=True)
@@ -37,13 +87,11 @@ class LoadedModel:
     """A network on its device, in evaluation mode, and the ``meta.json`` that was saved with it."""
 
     model: torch.nn.Module
-    meta: dict[str, Any]
+    meta: Meta
 
 
-def save_checkpoint(
-    folder: Path, model: torch.nn.Module, meta: Mapping[str, Any], state: Mapping[str, Any] | None = None
-) -> None:
-    """Write ``model`` and ``meta`` (and ``state``) to ``folder``, in place of what was there, whole or not at all.
+def save_checkpoint(folder: Path, model: torch.nn.Module, meta: Meta, state: Mapping[str, Any] | None = None) -> None:
+    """Write ``model`` and ``meta`` (and ``state``) to ``folder``, replacing what was there, completely or not at all.
 
     ``state`` may hold tensors, numbers, strings, and lists, tuples and dicts of those.
     """
@@ -53,17 +101,19 @@ def save_checkpoint(
     for left_over in (new, old):
         shutil.rmtree(left_over, ignore_errors=True)
     new.mkdir(parents=True)
-    # safetensors wants each tensor dense in its own memory; channels_last ones are not.
-    save_file({key: value.cpu().contiguous() for key, value in model.state_dict().items()}, new / WEIGHTS)
-    (new / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    # safetensors wants each tensor dense in its own memory; channels_last ones are not. Its own function for files
+    # gives them mode 0600, whatever the umask.
+    write_whole(new / WEIGHTS, save({key: value.cpu().contiguous() for key, value in model.state_dict().items()}))
+    write_whole(new / META, meta.model_dump_json(indent=1).encode())
     if state is not None:
-        torch.save(dict(state), new / STATE)
-    for path in (*new.iterdir(), new):
-        _flush(path)
+        saved = io.BytesIO()
+        torch.save(dict(state), saved)
+        write_whole(new / STATE, saved.getvalue())
+    sync_folder(new)
     if folder.exists():
         folder.rename(old)
     new.rename(folder)
-    _flush(folder.parent)
+    sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -76,53 +126,45 @@ def has_checkpoint(folder: Path) -> bool:
 def load_model(folder: Path, device: torch.device | str) -> LoadedModel:
     """Return the network saved at ``folder`` (``runs/NAME/best``) on ``device``, ready to predict.
 
-    Raises `TrainError` where there is none, or its files are damaged.
+    Raises `TrainError` if there is none or its files are damaged, `UsageError` if its code cannot be imported.
     """
-    meta = _read_meta(folder)
-    model = build_model(meta["name"], channels=meta["channels"], size=meta["size"], classes=len(meta["classes"]))
+    meta = read_meta(folder)
+    model = build_model(meta.network, channels=meta.channels, size=meta.images.size, classes=len(meta.classes))
     load_parameters(folder, model)
     return LoadedModel(model.to(device).eval(), meta)
 
 
+def read_meta(folder: Path) -> Meta:
+    """Return the ``meta.json`` of the checkpoint at ``folder``; raises `TrainError` if it cannot be read."""
+    if not has_checkpoint(folder):
+        raise TrainError(f"No checkpoint in {folder}. Name a run that has trained.")
+    try:
+        return Meta.model_validate_json((folder / META).read_bytes())
+    except (OSError, ValidationError) as error:
+        raise TrainError(f"Cannot read the description of a network in {folder / META}: {error}.") from error
+
+
 def load_parameters(folder: Path, model: torch.nn.Module) -> None:
-    """Fill ``model`` with the weights saved at ``folder``; raises `TrainError` where they are damaged or do not fit."""
+    """Fill ``model`` with the weights saved at ``folder``; raises `TrainError` if they are damaged or do not fit."""
     try:
         model.load_state_dict(load_file(folder / WEIGHTS))
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise TrainError(f"Expected the weights of a run in {folder / WEIGHTS}; found: {error}.") from error
+        raise TrainError(f"Cannot read the weights of a run in {folder / WEIGHTS}: {error}.") from error
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """Return the ``state`` saved at ``folder``, tensors on the CPU; raises `TrainError` where it is damaged."""
+    """Return the ``state`` saved at ``folder``, tensors on the CPU; raises `TrainError` if it is damaged."""
     try:
         state: dict[str, Any] = torch.load(folder / STATE, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise TrainError(
-            f"Expected the state of a training run in {folder / STATE}; found: {error}. "
-            "The run cannot go on: start another, with its best weights if they will do."
+            f"Cannot read the state of a training run in {folder / STATE}: {error}. The run cannot be resumed: start "
+            "another one, with its best weights if they will do."
         ) from error
     return state
-
-
-def _read_meta(folder: Path) -> dict[str, Any]:
-    if not has_checkpoint(folder):
-        raise TrainError(f"Expected a checkpoint in {folder}; there is none. Name a run that has trained.")
-    try:
-        meta: dict[str, Any] = json.loads((folder / META).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TrainError(f"Expected what describes a network in {folder / META}; found: {error}.") from error
-    return meta
 
 
 def _recover(folder: Path) -> None:
     old = folder.with_name(f"{folder.name}.old")
     if old.is_dir() and not folder.exists():
         old.rename(folder)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

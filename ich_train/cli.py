@@ -1,20 +1,23 @@
 """The command line: parses, calls one function, prints, sets the exit code.
 
-Exit codes: 0 done; 1 an error; 2 a command or recipe that cannot be meant; 130 stopped by Ctrl-C, to be resumed.
+Exit codes: 0 done; 1 an error; 2 an invalid command or recipe; 130 stopped by Ctrl-C, to be resumed.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from ich_prep.errors import IchError, UsageError
-from ich_prep.recipe import read_section, validate
-from ich_train.config import MODELS, EvalConfig, TrainConfig
+from ich_prep.command_options import options_from
+from ich_prep.errors import DatasetError, IchError, UsageError, describe_os_error
+from ich_prep.recipe import read_recipe, validate
+from ich_train.config import EvalConfig, TrainConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,12 +26,11 @@ if TYPE_CHECKING:
 
 Section = TypeVar("Section", TrainConfig, EvalConfig)
 
-DEFAULT = TrainConfig()
 RUNS = Path("runs")
 INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
 
 app = typer.Typer(
-    help="Train a hemorrhage classifier on a dataset of ich-prep, judge it, predict with it. "
+    help="Train a hemorrhage classifier on a dataset of ich-prep, evaluate it, predict with it. "
     "Research software, not a medical device.",
     no_args_is_help=True,
     add_completion=False,
@@ -37,173 +39,171 @@ app = typer.Typer(
 )
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, such as runs/baseline.")]
-Data = Annotated[Path | None, typer.Option(help=f"The dataset. Default: the run's own, else {DEFAULT.data}.")]
-Out = Annotated[Path | None, typer.Option(help="The run's folder. Default: runs/NAME, of the recipe or model.")]
-Model = Annotated[str | None, typer.Option(help=f"{', '.join(MODELS)} or timm:NAME. Default: {DEFAULT.model}.")]
-Epochs = Annotated[int | None, typer.Option(min=1, help=f"Passes over the slices. Default: {DEFAULT.epochs}.")]
-Recipe = Annotated[Path | None, typer.Option(help="A TOML file of sections; options win over it.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, or the last of its name.")]
-Weights = Annotated[Path | None, typer.Option(help="Weights to start from, in torchvision's key names.")]
-Seed = Annotated[int | None, typer.Option(min=0, help="The seed of all that is drawn.")]
-BatchSize = Annotated[int | None, typer.Option(min=1, help="Slices in a batch, of each process.")]
-Threads = Annotated[int | None, typer.Option(min=1, help=f"Threads that read data. Default: {DEFAULT.threads}.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: a GPU where there is one.")]
-Subset = Annotated[str | None, typer.Option(help="train, val, test or all. Default: as in the run's recipe.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Judge so many slices, drawn by the seed.")]
-Evaluation = Annotated[Path | None, typer.Option("--out", help="Where to write. Default: the run's folder.")]
+Out = Annotated[Path | None, typer.Option(help="The run's folder. [default: runs/NAME, of the recipe or model]")]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A TOML file of sections; options win over it.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Resume the run in --out, or the last of its name.")]
+Evaluation = Annotated[Path | None, typer.Option("--out", help="Where to write. [default: the run's folder]")]
 Submission = Annotated[Path, typer.Option("--out", help="The CSV to write, with the columns ID,Label.")]
 Sample = Annotated[Path | None, typer.Option(help="A sample submission: its lines, in its order.")]
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"ich-train {version('ich')}")
+        raise typer.Exit
+
+
+Version = Annotated[bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version.")]
+
+
+@app.callback()
+def program(*, show_version: Version = False) -> None:
+    """Options of the program itself."""
+
+
 @app.command("run")
-def run_command(
-    *,
-    data: Data = None,
-    out: Out = None,
-    model: Model = None,
-    epochs: Epochs = None,
-    recipe: Recipe = None,
-    resume: Resume = False,
-    weights: Weights = None,
-    seed: Seed = None,
-    batch_size: BatchSize = None,
-    threads: Threads = None,
-    device: Device = None,
-) -> None:
-    """Train, keep the epoch of the lowest validation loss, judge it on held-out slices, write a report."""
+@options_from(TrainConfig, "data", "model", "epochs", "weights", "seed", "batch_size", "threads", "device")
+def run_command(*, given: dict[str, Any], out: Out = None, recipe: RecipeFile = None, resume: Resume = False) -> None:
+    """Train, keep the epoch of the lowest validation loss, evaluate it on held-out slices, write a report."""
     from ich_train.runs import RECIPE, latest_folder, new_folder
 
-    name = recipe.stem if recipe else (model or DEFAULT.model).replace(":", "-").replace("/", "-")
+    name = recipe.stem if recipe else given.get("model", TrainConfig().model).replace(":", "-").replace("/", "-")
     if out is None:
         out = latest_folder(RUNS, name) if resume else new_folder(RUNS, name)
     if recipe is None and resume:
         recipe = out / RECIPE
-    given = {
-        "data": data,
-        "model": model,
-        "epochs": epochs,
-        "weights": weights,
-        "seed": seed,
-        "batch_size": batch_size,
-        "threads": threads,
-        "device": device,
-    }
-    settings = _section(recipe, "train", TrainConfig, given)
-    evaluation = _section(recipe, "eval", EvalConfig, {})
+    sections = read_recipe(recipe) if recipe else {}
+    settings = _section(recipe, sections, TrainConfig, given)
+    evaluation = _section(recipe, sections, EvalConfig, {})
+    dataset = _open(settings.data, moved_from=out if resume and "data" not in given else None)
 
-    from ich_prep.dataset.dataset import open_dataset
     from ich_train.train import train
 
-    console, dataset = _console(), open_dataset(settings.data)
-    difference = _built_otherwise(recipe, dataset) if recipe else ""
+    console = _console()
+    difference = _built_otherwise(recipe, sections, dataset) if recipe else ""
     if difference:
         console.print(difference, soft_wrap=True, style="bold")
     result = train(dataset, out, settings, evaluation, console=console, resume=resume)
     if not result.finished:
-        console.print(f"Stopped. Go on with: ich-train run --resume --out {out}", soft_wrap=True)
+        console.print(f"Stopped. Resume with: ich-train run --resume --out {out}", soft_wrap=True)
         raise typer.Exit(INTERRUPTED)
     if result.metrics is not None:
         _print_metrics(console, result.metrics, out)
 
 
 @app.command("eval")
-def eval_command(
-    run: RunFolder,
-    *,
-    data: Data = None,
-    subset: Subset = None,
-    limit: Limit = None,
-    out: Evaluation = None,
-    seed: Seed = None,
-    batch_size: BatchSize = None,
-    threads: Threads = None,
-    device: Device = None,
-) -> None:
-    """Judge a run's best epoch on a part of a dataset and write the run's report anew, or another one to --out."""
+@options_from(EvalConfig, "subset", "limit", "seed", "batch_size", default="as in the run's recipe")
+@options_from(TrainConfig, "data", "threads", "device", into="place", default="the run's")
+def eval_command(run: RunFolder, *, given: dict[str, Any], place: dict[str, Any], out: Evaluation = None) -> None:
+    """Evaluate a run's best epoch on a part of a dataset and rewrite the run's report, or write another to --out."""
     from ich_train.runs import RECIPE, settings_of
 
     settings, _ = settings_of(run)
-    given = {"subset": subset, "limit": limit, "seed": seed, "batch_size": batch_size}
-    evaluation = _section(run / RECIPE, "eval", EvalConfig, given)
+    evaluation = _section(run / RECIPE, read_recipe(run / RECIPE), EvalConfig, given)
+    dataset = _dataset_of(run, settings, place)
 
-    from ich_prep.dataset.dataset import open_dataset
-    from ich_train.evaluate import evaluate_run
+    from ich_train.evaluation.evaluate import evaluate_run
     from ich_train.ranks import choose_device
 
     metrics = evaluate_run(
         run,
-        open_dataset(data or settings.data),
-        **evaluation.model_dump(),
-        device=str(choose_device(device or settings.device)),
-        threads=threads or settings.threads,
+        dataset,
+        evaluation,
+        device=str(choose_device(place.get("device", settings.device))),
+        threads=place.get("threads", settings.threads),
         out=out,
     )
     _print_metrics(_console(), metrics, out or run)
 
 
 @app.command("predict")
+@options_from(EvalConfig, "batch_size", default="as in the run's recipe")
+@options_from(TrainConfig, "data", "threads", "device", into="place", default="the run's")
 def predict_command(
-    run: RunFolder,
-    *,
-    out: Submission,
-    data: Data = None,
-    sample: Sample = None,
-    batch_size: BatchSize = None,
-    threads: Threads = None,
-    device: Device = None,
+    run: RunFolder, *, given: dict[str, Any], place: dict[str, Any], out: Submission, sample: Sample = None
 ) -> None:
     """Write the probabilities of the test subset in the format of a Kaggle submission."""
     from ich_train.runs import settings_of
 
     settings, evaluation = settings_of(run)
+    dataset = _dataset_of(run, settings, place)
 
-    from ich_prep.dataset.dataset import open_dataset
-    from ich_train.predict import write_submission
     from ich_train.ranks import choose_device
+    from ich_train.submission import write_submission
 
-    lines = write_submission(
+    written = write_submission(
         run,
-        open_dataset(data or settings.data),
+        dataset,
         out,
         sample=sample,
-        device=choose_device(device or settings.device),
-        threads=threads or settings.threads,
-        batch_size=batch_size or evaluation.batch_size,
+        device=choose_device(place.get("device", settings.device)),
+        threads=place.get("threads", settings.threads),
+        batch_size=given.get("batch_size", evaluation.batch_size),
     )
-    _console().print(f"{lines:,} lines in {out}", soft_wrap=True)
+    console = _console()
+    console.print(f"{written.lines:,} lines in {out}", soft_wrap=True)
+    if written.without_image:
+        console.print(
+            f"{written.without_image:,} of {written.slices:,} slices have no usable image in the test subset: their lines "
+            "give each label's share of the training slices.",
+            soft_wrap=True,
+        )
 
 
 def main() -> None:
-    """Run the command line; a known error is shown as one message, without a traceback."""
+    """Run the command line; a known error, or one of the operating system, is one message without a traceback."""
     try:
         app()
     except IchError as error:
         typer.echo(f"Error: {error}", err=True)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+    except OSError as error:
+        typer.echo(f"Error: {describe_os_error(error)}. Fix this, then run the same command again.", err=True)
+        sys.exit(1)
     except KeyboardInterrupt:
-        typer.echo("Stopped. What was finished by then is kept.", err=True)
+        typer.echo("Interrupted. What was finished by then is kept.", err=True)
         sys.exit(INTERRUPTED)
 
 
-def _section(recipe: Path | None, section: str, model: type[Section], given: dict[str, Any]) -> Section:
-    """Return a section of ``recipe``, or of none, with what was ``given`` on the command line put over it."""
-    values = read_section(recipe, section) if recipe else {}
-    values |= {key: value for key, value in given.items() if value is not None}
-    return validate(model, values, where=f"{recipe} [{section}]" if recipe else "options")
+def _section(
+    recipe: Path | None, sections: Mapping[str, Mapping[str, Any]], model: type[Section], given: Mapping[str, Any]
+) -> Section:
+    """Return the section of ``model`` of a recipe, overridden by what was ``given`` on the command line."""
+    name = "train" if model is TrainConfig else "eval"
+    where = f"{recipe} [{name}]" if recipe else "options"
+    return validate(model, {**sections.get(name, {}), **given}, where=where)
 
 
-def _built_otherwise(recipe: Path, dataset: Dataset) -> str:
-    """Say where ``dataset`` is not what the section [build] of ``recipe`` makes; nothing where it is."""
+def _dataset_of(run: Path, settings: TrainConfig, place: Mapping[str, Any]) -> Dataset:
+    """Return the dataset that ``place`` names, or the one that ``run`` was trained on."""
+    data = place.get("data")
+    return _open(settings.data if data is None else data, moved_from=run if data is None else None)
+
+
+def _open(path: Path, *, moved_from: Path | None) -> Dataset:
+    """Return the dataset at ``path``; one that the run ``moved_from`` names may have been moved, and the error says so."""
+    from ich_prep.dataset.dataset import open_dataset
+
+    try:
+        return open_dataset(path)
+    except DatasetError as error:
+        if moved_from is None or (path / "zarr.json").exists():
+            raise
+        raise DatasetError(f"{error} If the dataset of {moved_from} was moved, name its place with --data.") from error
+
+
+def _built_otherwise(recipe: Path, sections: Mapping[str, Mapping[str, Any]], dataset: Dataset) -> str:
+    """Say where ``dataset`` differs from what the section [build] of ``recipe`` makes; empty if it does not."""
     from ich_prep.dataset.schema import Spec
 
-    written, built = read_section(recipe, "build"), dataset.spec
+    written, built = sections["build"], dataset.spec
     kept = ("size", "store") if built.store == "hu" else ("size", "store", "windows")  # HU are windowed as one likes
     stated: dict[str, Any] = {name: written[name] for name in kept if name in written}
-    asked = validate(Spec, stated, where=f"{recipe} [build]")
+    expected = validate(Spec, stated, where=f"{recipe} [build]")
     differences = [
-        f"{name} is {_shown(getattr(built, name))} and not {_shown(getattr(asked, name))}"
+        f"{name} is {_shown(getattr(built, name))}, not {_shown(getattr(expected, name))}"
         for name in stated
-        if getattr(built, name) != getattr(asked, name)
+        if getattr(built, name) != getattr(expected, name)
     ]
     return f"Note: {dataset.path} was not built with {recipe}: {'; '.join(differences)}." if differences else ""
 
@@ -213,7 +213,7 @@ def _shown(value: object) -> str:
 
 
 def _console() -> Console:
-    """Return standard error; of the processes that torchrun started, only the first one's speaks."""
+    """Return standard error; of the processes that torchrun started, only the first one prints."""
     from rich.console import Console
 
     return Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
@@ -222,14 +222,15 @@ def _console() -> Console:
 def _print_metrics(console: Console, metrics: dict[str, Any], run: Path) -> None:
     from rich.table import Table
 
-    from ich_train.evaluate import REPORT
+    from ich_train.evaluation.evaluate import REPORT
+    from ich_train.evaluation.report import log_loss_name
 
-    judged, view = metrics["evaluated"], metrics["by_slice"]
-    title = f"{judged['slices']:,} slices of {judged['subset']}"
-    if judged["series_labels"] and metrics["by_series_max"]:
+    evaluated, view = metrics["evaluated"], metrics["by_slice"]
+    title = f"{evaluated['slices']:,} slices of {evaluated['subset']}"
+    if evaluated["series_labels"] and metrics["by_series_max"]:
         title, view = f"Series of {title}, by their highest slice", metrics["by_series_max"]
     table = Table(title=title, title_justify="left")
-    table.add_column("label")
+    table.add_column("label", no_wrap=True, overflow="fold")
     for heading in ("positive", "ROC AUC", "95%", "average precision"):
         table.add_column(heading, justify="right")
     for name, entry in view["labels"].items():
@@ -242,7 +243,8 @@ def _print_metrics(console: Console, metrics: dict[str, Any], run: Path) -> None
             _number(entry["average_precision"]),
         )
     console.print(table)
-    console.print(f"Weighted log loss {_number(view['log_loss'])}. Report: {run / REPORT}", soft_wrap=True)
+    loss = log_loss_name([*view["labels"]]).capitalize()
+    console.print(f"{loss} {_number(view['log_loss'])}. Report: {run / REPORT}", soft_wrap=True)
 
 
 def _number(value: float | None) -> str:

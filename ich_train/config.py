@@ -1,16 +1,15 @@
-"""The numbers of a training run and of an evaluation: each knob once, with its default and its range."""
+"""The settings of a training run and of an evaluation: each knob once, with its default, its range and its help text."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 MODELS = ("baseline", "resnet18", "resnet34", "resnet50", "densenet121", "densenet169", "seresnext50")
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class TrainConfig(BaseModel):
@@ -18,44 +17,69 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    # What is learned from.
-    data: Path = Path("data.zarr")
-    context: Annotated[int, Field(ge=0)] = 0  # neighbouring slices on each side, as further channels
-    windows: tuple[str, ...] = ()  # of an HU dataset, as in [build]; () = those of the build
-    val_fold: Annotated[int, Field(ge=0)] = 0
-    test_fold: Annotated[int, Field(ge=0)] = 1  # held out, unless the dataset's own test subset has labels
-    allow_series_labels: bool = False
-    order: Literal["shuffled", "windowed"] = "shuffled"
-    sampling: Literal["uniform", "balanced"] = "uniform"  # balanced: rows with rare labels come more often
+    # Data.
+    data: Path = Field(default=Path("data.zarr"), description="The dataset.")
+    context: int = Field(default=0, ge=0, description="Neighbouring slices on each side, as further channels.")
+    windows: tuple[str, ...] = Field(
+        default=(), description="Windows of an HU dataset, made on the device; none: the dataset's."
+    )
+    val_fold: int = Field(default=0, ge=0, description="The fold that chooses the best epoch.")
+    test_fold: int = Field(
+        default=1, ge=0, description="The fold held out, unless the dataset's test subset has labels."
+    )
+    allow_series_labels: bool = Field(default=False, description="Use the labels of a series for each of its slices.")
+    order: Literal["shuffled", "windowed"] = Field(
+        default="shuffled",
+        description="windowed: shuffled among 16 shards at a time, for storage with slow random reads.",
+    )
+    sampling: Literal["uniform", "balanced"] = Field(
+        default="uniform", description="balanced: slices with rare labels are drawn more often."
+    )
 
-    # What learns.
-    model: str = "baseline"  # one of MODELS, or timm:NAME
-    weights: Path | None = None  # ImageNet weights to start from, or those of an earlier run
-    dropout: Share = 0.25  # of what goes into the fully connected layers of baseline
-    loss: Literal["bce", "rsna"] = "bce"
-    epochs: Annotated[int, Field(ge=1)] = 10
-    batch_size: Annotated[int, Field(ge=1)] = 16  # of each rank; small, for few patients want many steps
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    warmup_epochs: Annotated[float, Field(ge=0)] = 0.5
-    clip_norm: Annotated[float, Field(gt=0)] = 1.0
-    seed: Annotated[int, Field(ge=0)] = 0
+    # Network and optimization.
+    model: str = Field(
+        default="baseline",
+        description=f"The network: {', '.join(MODELS)}, timm:NAME, or package.module:NAME for one of your own.",
+    )
+    weights: Path | None = Field(
+        default=None, description="Initial weights: a run's, or ImageNet's as torchvision names them."
+    )
+    dropout: float = Field(
+        default=0.25, ge=0, le=1, description="Dropout before the fully connected layers of baseline."
+    )
+    loss: Literal["bce", "rsna"] = Field(
+        default="bce", description="rsna: cross-entropy in which any counts twice; for RSNA's six classes only."
+    )
+    epochs: int = Field(default=10, ge=1, description="Passes over the training slices.")
+    # Small, because few patients need many steps.
+    batch_size: int = Field(default=16, ge=1, description="Slices in a batch of each process.")
+    learning_rate: float = Field(default=2e-3, gt=0, description="Peak learning rate; half a cosine to 0 follows.")
+    weight_decay: float = Field(default=0.01, ge=0, description="AdamW's weight decay of kernels.")
+    warmup_epochs: float = Field(default=0.5, ge=0, description="Epochs in which the learning rate rises.")
+    clip_norm: float = Field(default=1.0, gt=0, description="Largest norm of the gradient.")
+    seed: int = Field(default=0, ge=0, description="The seed of everything random.")
 
     # Augmentation of the training batches; 0 or false turns a part off.
-    flip: bool = True  # left and right, of every second slice
-    rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 20.0
-    zoom: Share = 0.2
-    shift: Share = 0.08  # of the image's side
-    # These two are for long runs: in ten epochs on few patients they cost the thin bleeds more than they give.
-    window_jitter: Share = 0.0  # of the window's width, for its center and its width
-    noise: Share = 0.0  # standard deviation, in units of the 0..1 that a window maps to
+    flip: bool = Field(default=True, description="Mirror every second slice, left to right.")
+    rotation_degrees: float = Field(default=20.0, ge=0, le=180, description="Largest rotation.")
+    zoom: float = Field(default=0.2, ge=0, le=1, description="Largest change of scale.")
+    shift: float = Field(default=0.08, ge=0, le=1, description="Largest shift, as a share of the image's side.")
+    # The next two are for long runs: in ten epochs on few patients they cost the thin bleeds more than they give.
+    window_jitter: float = Field(
+        default=0.0, ge=0, le=1, description="Change of center and width, as a share of the width."
+    )
+    noise: float = Field(default=0.0, ge=0, le=1, description="Standard deviation of noise; a window maps to 0..1.")
 
     # Where and how it runs.
-    device: str = "auto"  # auto: the GPU where there is one
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on a CPU, else mixed
-    compile: bool = False  # torch.compile
-    cuda_graph: bool = True  # on one GPU, not in float16: the step is recorded once and played back
-    threads: Annotated[int, Field(ge=1)] = 2  # that read data
+    device: str = Field(default="auto", description="cpu, cuda, cuda:1 ...; auto: a GPU if there is one.")
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="auto: float32 on a CPU, mixed precision on a GPU."
+    )
+    compile: bool = Field(default=False, description="Use torch.compile.")
+    cuda_graph: bool = Field(
+        default=True, description="On one GPU, except in float16: record the step as a CUDA graph."
+    )
+    threads: int = Field(default=2, ge=1, description="Threads that read data.")
 
 
 # These may differ between a run and its resumption: they say where it runs, not what it learns.
@@ -67,18 +91,18 @@ class EvalConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    subset: Literal["train", "val", "test", "all"] = "test"
-    limit: Annotated[int, Field(ge=1)] | None = None  # slices, drawn by seed; None = all
-    seed: Annotated[int, Field(ge=0)] = 0
-    bootstrap: Annotated[int, Field(ge=0)] = 1000  # resamples of the patients
-    batch_size: Annotated[int, Field(ge=1)] = 64
+    subset: Literal["train", "val", "test", "all"] = Field(default="test", description="The part to evaluate.")
+    limit: int | None = Field(default=None, ge=1, description="Evaluate this many slices, drawn by the seed.")
+    seed: int = Field(default=0, ge=0, description="The seed of the draw and of the bootstrap.")
+    bootstrap: int = Field(default=1000, ge=0, description="Resamples of the patients, for the intervals.")
+    batch_size: int = Field(default=64, ge=1, description="Slices in a batch.")
 
 
 def recipe_text(sections: Mapping[str, Mapping[str, Any]]) -> str:
     """Return ``sections`` as the text of a TOML recipe.
 
-    Values may be booleans, numbers, strings, paths and sequences of those. A key whose value is None is left out, for
-    TOML has no such value: so None may only be a default.
+    Values may be booleans, numbers, strings, paths and sequences of those. A key whose value is None is omitted, because
+    TOML has no null: None may only be a default.
     """
     lines = []
     for section, values in sections.items():
@@ -91,5 +115,5 @@ def recipe_text(sections: Mapping[str, Mapping[str, Any]]) -> str:
 def _toml_value(value: object) -> str:
     if isinstance(value, tuple | list):
         return f"[{', '.join(map(_toml_value, value))}]"
-    # A JSON boolean, number or string is a TOML one too, but for DEL, which TOML wants escaped.
+    # A JSON boolean, number or string is also a TOML one, except for DEL, which TOML wants escaped.
     return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -20,20 +20,20 @@ def epoch_positions(
     weights: NDArray[np.float64] | None = None,
     window_shards: int = 16,
 ) -> NDArray[np.int64]:
-    """Return the indices into ``rows`` that one epoch visits, in the order of its visits.
+    """Return the indices into ``rows`` that one epoch visits, in order.
 
     ``rows`` is (n,) int64, the result is (n,) int64. ``sequential`` visits ``rows`` as they stand; ``shuffled`` is
     a permutation; ``windowed`` shuffles the shards, cuts them into windows of ``window_shards`` and shuffles the rows
     inside each window, so that a reader touches few shards at a time. ``weights`` (n,) float64 draws n rows with
     replacement, each in proportion to its weight, instead of visiting each row once. The result depends on the
-    arguments alone. Raises `UsageError` on an unknown order, or on weights that cannot be drawn by.
+    arguments alone. Raises `UsageError` on an unknown order, or on invalid weights.
     """
     n = len(rows)
     if order not in ORDERS:
-        raise UsageError(f"expected an order of {', '.join(ORDERS)}, found {order!r}")
+        raise UsageError(f"Unknown order {order!r}; expected {', '.join(ORDERS)}.")
     if order == "sequential":
         if weights is not None:
-            raise UsageError("weights draw rows at random and cannot be sequential: use shuffled or windowed")
+            raise UsageError("Weights draw rows at random and cannot be sequential: use shuffled or windowed.")
         return np.arange(n, dtype=np.int64)
     rng = np.random.default_rng((seed, epoch))
     if weights is None:
@@ -51,17 +51,17 @@ def epoch_positions(
 def rank_positions(positions: NDArray[np.int64], *, rank: int, world_size: int) -> NDArray[np.int64]:
     """Return the share of ``positions`` that one of ``world_size`` ranks visits: every ``world_size``-th of them.
 
-    Shares are disjoint and equally long: up to ``world_size - 1`` positions at the end of the epoch fall to nobody,
-    because ranks that took different numbers of steps would wait for each other for ever. Raises `UsageError` for a
+    Shares are disjoint and equally long: up to ``world_size - 1`` positions at the end of the epoch are skipped,
+    because ranks that took different numbers of steps would wait for each other forever. Raises `UsageError` for a
     rank outside 0 .. ``world_size - 1``.
     """
     if not 0 <= rank < world_size:
-        raise UsageError(f"expected a rank of 0 to {world_size - 1}, found {rank}")
+        raise UsageError(f"Expected a rank of 0 to {world_size - 1}; found {rank}.")
     return positions[: len(positions) // world_size * world_size][rank::world_size]
 
 
 def _probabilities(weights: NDArray[np.float64], n: int) -> NDArray[np.float64]:
     if weights.shape != (n,) or not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
-        raise UsageError(f"expected one weight >= 0 for each of the {n} rows, not all of them 0, found {weights!r}")
+        raise UsageError(f"Expected one weight >= 0 for each of the {n} rows, not all of them 0; found {weights!r}.")
     probabilities: NDArray[np.float64] = weights / weights.sum()
     return probabilities

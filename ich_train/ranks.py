@@ -16,7 +16,7 @@ from torch import distributed
 
 from ich_prep.errors import UsageError
 
-AGREE_STEPS = 10  # so often the ranks ask each other whether one was told to stop: asking makes a GPU wait
+AGREE_STEPS = 10  # between two agreements of the ranks on whether to stop: agreeing makes a GPU wait
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this process is the one that writes files and speaks to the user."""
+        """Whether this process is the one that writes files and prints."""
         return self.rank == 0
 
     def total(self, sums: torch.Tensor) -> torch.Tensor:
-        """Return the sum of ``sums`` over the ranks, on each of them; ``sums`` stays as it is."""
+        """Return the sum of ``sums`` over the ranks, on each of them; ``sums`` is unchanged."""
         summed = sums.clone()
         if self.world_size > 1:
             distributed.all_reduce(summed)
@@ -46,14 +46,14 @@ class Ranks:
                 distributed.broadcast(buffer, src=0)
 
     def wait(self) -> None:
-        """Return when all ranks have come here."""
+        """Return when all ranks have called this."""
         self.total(torch.zeros(1, device=self.device)).item()
 
 
 class Stop:
-    """Whether the run was told to stop, by Ctrl-C or SIGTERM on any rank; a context, in which these do nothing else.
+    """Whether the run was asked to stop, by Ctrl-C or SIGTERM on any rank; a context, in which these do nothing else.
 
-    A third signal is not held back, for a run that cannot come to its next step.
+    A third signal acts as usual, for a run that does not reach its next step.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -62,7 +62,7 @@ class Stop:
         self._before: dict[signal.Signals, signal.Handlers | Callable[..., object] | int | None] = {}
 
     def __enter__(self) -> Self:
-        # Python lets only the main thread have signal handlers; elsewhere, nobody sends it a Ctrl-C either.
+        # Python allows signal handlers in the main thread only; no other thread receives a Ctrl-C.
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._count) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
@@ -73,7 +73,7 @@ class Stop:
         self._restore()
 
     def agreed(self) -> bool:
-        """Return whether some rank was told to stop: the same answer on all, which must all ask."""
+        """Return whether some rank was asked to stop: the same answer on all, which must all call this."""
         asked = torch.tensor(float(self._signals), device=self._ranks.device)
         return self._ranks.total(asked).item() > 0
 
@@ -95,7 +95,7 @@ class Stop:
 
 @contextmanager
 def join_ranks(device: str) -> Iterator[Ranks]:
-    """Join the processes that torchrun says there are, or be the only one, and leave them at the end.
+    """Join the processes that torchrun says there are, or be the only one; leave them at the end.
 
     ``device`` is as in `choose_device`. Raises `UsageError` as that does.
     """
@@ -114,9 +114,9 @@ def join_ranks(device: str) -> Iterator[Ranks]:
 
 
 def own_stream(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which ``device``, a GPU, is the current one and computes in a stream of its own.
+    """Return a context in which ``device``, a GPU, is the current one and computes in its own stream.
 
-    The default stream cannot be recorded. What was begun in the current one is waited for.
+    The default stream cannot be recorded. Work already queued in the current one is waited for.
     """
     if device.type != "cuda":
         return nullcontext()
@@ -126,10 +126,10 @@ def own_stream(device: torch.device) -> AbstractContextManager[object]:
 
 
 def choose_device(device: str, *, index: int = 0) -> torch.device:
-    """Return the device that ``device`` names: ``auto``, ``cpu``, ``cuda``, or ``cuda:1`` and the like.
+    """Return the device that ``device`` names: ``auto``, ``cpu``, ``cuda``, or one like ``cuda:1``.
 
-    ``auto`` is the GPU where there is one; a GPU without a number is number ``index``. Raises `UsageError` for a device
-    that torch does not know or cannot use here.
+    ``auto`` is a GPU if there is one; a GPU without a number is number ``index``. Raises `UsageError` for a device that
+    torch does not know or cannot use here.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -137,5 +137,5 @@ def choose_device(device: str, *, index: int = 0) -> torch.device:
         chosen = torch.device(f"cuda:{index}" if device == "cuda" else device)
         torch.empty(1, device=chosen)
     except (AssertionError, RuntimeError) as error:
-        raise UsageError(f"Expected a device that can be used here, such as cpu; found {device!r}: {error}") from error
+        raise UsageError(f"Cannot use the device {device!r} here: {error}") from error
     return chosen

@@ -3,9 +3,9 @@
 ::
 
     runs/NAME/
-        recipe.toml          what was asked for, every knob spelled out
+        recipe.toml          the settings, all of them
         history.csv          a line for each epoch
-        best/  last/         checkpoints: the lowest validation loss, and the state to go on from
+        best/  last/         checkpoints: the lowest validation loss, and the state to resume from
         metrics.json  predictions.parquet  report.html  pictures/  curves/    the evaluation
 """
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ich_prep.dataset.storage import write_whole
 from ich_prep.errors import TrainError, UsageError
 from ich_prep.recipe import load_section
 from ich_train.config import FREE_ON_RESUME, EvalConfig, TrainConfig, recipe_text
@@ -35,42 +35,41 @@ class Epoch:
 
     epoch: int  # from 1
     seconds: float  # training and validation
-    train_loss: float  # mean over the epoch, while the weights change and with augmentation
-    train_accuracy: float  # share of right answers at 0.5 over all known labels
+    train_loss: float  # mean over the epoch, while the weights change, with augmentation
+    train_accuracy: float  # share of correct answers at 0.5 over all known labels
     val_loss: float
     val_accuracy: float
     learning_rate: float  # at the epoch's end
     slices_per_s: float  # of training, all ranks together
-    wait_share: float  # of the training time, spent waiting for data
+    wait_share: float  # share of the training time spent waiting for data
 
 
 def new_folder(root: Path, name: str) -> Path:
-    """Return ``root/name``, or ``root/name-k`` where there are some: k is one more than the highest, from 2 on."""
+    """Return ``root/name``, or if it is taken ``root/name-k``: k is one more than the highest, from 2 on."""
     return _numbered(root, name, max(_numbers(root, name), default=0) + 1)
 
 
 def latest_folder(root: Path, name: str) -> Path:
-    """Return that of ``root/name``, ``root/name-2`` ... with the highest number; raises `UsageError` where there is none."""
+    """Return the one of ``root/name``, ``root/name-2`` ... with the highest number; raises `UsageError` if there is none."""
     numbers = _numbers(root, name)
     if not numbers:
-        raise UsageError(f"Expected a run to resume at {root / name}; there is none. Name its folder with --out.")
+        raise UsageError(f"No run to resume at {root / name}. Name its folder with --out.")
     return _numbered(root, name, max(numbers))
 
 
 def start(out: Path, settings: TrainConfig, evaluation: EvalConfig | None) -> None:
-    """Make the folder ``out`` of a new run and write its recipe; raises `UsageError` where there is something in it."""
+    """Make the folder ``out`` of a new run and write its recipe; raises `UsageError` if it is not empty."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(
-            f"Expected an empty or new folder at {out}; it holds something. Go on with its run by --resume, or name "
-            "another folder with --out."
+            f"{out} is not an empty folder. Continue its run with --resume, or name another folder with --out."
         )
     out.mkdir(parents=True, exist_ok=True)
     sections = {"train": settings} if evaluation is None else {"train": settings, "eval": evaluation}
-    write_whole(out / RECIPE, recipe_text({name: values.model_dump() for name, values in sections.items()}))
+    write_whole(out / RECIPE, recipe_text({name: values.model_dump() for name, values in sections.items()}).encode())
 
 
 def check_same(out: Path, before: TrainConfig, settings: TrainConfig) -> None:
-    """Raise `UsageError` where ``settings`` would make another run than ``before``, those of the run in ``out``."""
+    """Raise `UsageError` if ``settings`` would make another run than ``before``, those of the run in ``out``."""
     differing = [
         f"{key} (was {was}, now {getattr(settings, key)})"
         for key, was in before
@@ -78,15 +77,15 @@ def check_same(out: Path, before: TrainConfig, settings: TrainConfig) -> None:
     ]
     if differing:
         raise UsageError(
-            f"A run goes on with the settings that it began with; for {out} these differ: {', '.join(differing)}. "
-            "Leave them as they were, or start another run, which may take this one's weights with --weights."
+            f"Cannot resume {out} with different settings: {', '.join(differing)}. Restore them, or start another run, "
+            "from this one's weights with --weights if you like."
         )
 
 
 def settings_of(out: Path) -> tuple[TrainConfig, EvalConfig]:
-    """Return the settings of the run in the folder ``out``; raises `UsageError` where no run began there."""
+    """Return the settings of the run in the folder ``out``; raises `UsageError` if it is not the folder of a run."""
     if not (out / RECIPE).is_file():
-        raise UsageError(f"Expected the folder of a run, with a {RECIPE}; found none in {out}.")
+        raise UsageError(f"{out} is not the folder of a run: there is no {RECIPE} in it.")
     return load_section(out / RECIPE, "train", TrainConfig), load_section(out / RECIPE, "eval", EvalConfig)
 
 
@@ -97,7 +96,7 @@ def write_history(out: Path, history: Sequence[Epoch]) -> None:
     writer.writerow(field.name for field in dataclasses.fields(Epoch))
     # repr, and so csv, writes the shortest decimal that reads back as the same number.
     writer.writerows(dataclasses.astuple(epoch) for epoch in history)
-    write_whole(out / HISTORY, text.getvalue())
+    write_whole(out / HISTORY, text.getvalue().encode())
 
 
 def read_history(out: Path) -> list[Epoch]:
@@ -109,31 +108,21 @@ def read_history(out: Path) -> list[Epoch]:
                 for line in csv.DictReader(file)
             ]
     except (OSError, TypeError, ValueError) as error:
-        raise TrainError(f"Expected the history of a run in {out / HISTORY}; found: {error}.") from error
+        raise TrainError(f"Cannot read the history of a run in {out / HISTORY}: {error}.") from error
 
 
 def overfitting_since(history: Sequence[Epoch]) -> int | None:
-    """Return the epoch from which training accuracy rose while validation accuracy fell, or None.
+    """Return the epoch after that of the lowest validation loss, if training only overfitted from there on, or None.
 
-    That is the epoch after the one of the highest validation accuracy, where at least two epochs followed and over all
-    of them together, by the slope of a straight line, the one rose and the other fell.
+    It did if at least two epochs followed and over all of them, by the slope of a straight line, training accuracy rose
+    and validation accuracy fell.
     """
-    peak = max(range(len(history)), key=lambda k: history[k].val_accuracy, default=0)
-    tail = history[peak:]
+    lowest = min(range(len(history)), key=lambda k: history[k].val_loss, default=0)
+    tail = history[lowest:]
     if len(tail) < 3:
         return None
-    rise = np.polyfit(range(len(tail)), [(epoch.train_accuracy, epoch.val_accuracy) for epoch in tail], deg=1)[0]
-    return tail[1].epoch if rise[0] > 0 > rise[1] else None
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` so that a reader sees all of it or what was there before."""
-    new = path.with_name(f"{path.name}.tmp")
-    with new.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
+    slopes = np.polyfit(range(len(tail)), [(epoch.train_accuracy, epoch.val_accuracy) for epoch in tail], deg=1)[0]
+    return tail[1].epoch if slopes[0] > 0 > slopes[1] else None
 
 
 def _numbered(root: Path, name: str, number: int) -> Path:

@@ -1,4 +1,4 @@
-"""Which rows of a dataset train a model, choose its best epoch, and judge it."""
+"""Which rows of a dataset train a model, choose its best epoch, and test it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ich_prep.dataset.classes import RSNA_CLASSES
 from ich_prep.errors import UsageError
-from ich_train.data import read_labels, usable_rows
+from ich_train.rows import column, labelled_rows
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -38,17 +37,17 @@ def split_rows(
     allow_series_labels: bool,
     needed: Collection[str] = ("train", "val", "test"),
 ) -> Split:
-    """Return the usable, labelled rows of ``dataset`` as a `Split`.
+    """Return the labelled rows of ``dataset`` as a `Split`.
 
-    Where the dataset's own test subset has labels, it is the test part, and the training part has all folds but
-    ``val_fold``; other slices of its patients are in no part. Elsewhere ``test_fold`` is held out. Raises `UsageError`
-    where the two folds are one, a part that is ``needed`` would be empty, no slice has a label, or labels are those of
+    If the dataset's own test subset has labels, it is the test part, and the training part has all folds but
+    ``val_fold``; other slices of its patients are in no part. Otherwise ``test_fold`` is held out. Raises `UsageError`
+    if the two folds are the same, a part that is ``needed`` would be empty, no slice has a label, or labels are those of
     whole series and ``allow_series_labels`` is false.
     """
-    rows = usable_rows(dataset, allow_series_labels=allow_series_labels)
-    in_test_subset = column(dataset.slices, "subset", rows) == "test"
+    rows = labelled_rows(dataset, allow_series_labels=allow_series_labels)
+    in_test_subset = column(dataset, "subset", rows) == "test"
     # A slice of the test subset has no fold.
-    fold = np.where(in_test_subset, -1, column(dataset.slices, "fold", rows)).astype(np.int64)
+    fold = np.where(in_test_subset, -1, column(dataset, "fold", rows)).astype(np.int64)
     in_no_part = np.zeros(len(rows), bool)
     if in_test_subset.any():
         is_test = in_test_subset
@@ -56,7 +55,7 @@ def split_rows(
         tested = pc.unique(patients.filter(pa.array(is_test)))
         in_no_part = pc.is_in(patients, value_set=tested).to_numpy() & ~is_test
     elif val_fold == test_fold:
-        raise UsageError(f"Expected val_fold and test_fold to differ; found {val_fold} for both.")
+        raise UsageError(f"val_fold and test_fold are both {val_fold}: they must differ.")
     else:
         is_test = fold == test_fold
     is_val = (fold == val_fold) & ~in_no_part
@@ -66,35 +65,20 @@ def split_rows(
             folds, sizes = np.unique(fold[fold >= 0], return_counts=True)
             counts = ", ".join(f"{k}: {size}" for k, size in zip(folds, sizes, strict=True)) or "none"
             raise UsageError(
-                f"Expected slices for {', '.join(needed)}; found none for {part} with val_fold {val_fold} "
-                f"and test_fold {test_fold}. Labelled slices in each fold: {counts}. Choose other folds, or build with "
-                "more patients or fewer folds."
+                f"No slices for {part} with val_fold {val_fold} and test_fold {test_fold}. Labelled slices in each fold: "
+                f"{counts}. Choose other folds, or build with more patients or fewer folds."
             )
     return split
 
 
-def label_matrix(dataset: Dataset, rows: NDArray[np.int64]) -> NDArray[np.int8]:
-    """Return the six labels of ``rows``, (n, 6) int8 in the order of ``CLASSES``, -1 where unknown."""
-    return read_labels(dataset)[rows]
-
-
 def balanced_weights(labels: NDArray[np.int8]) -> NDArray[np.float64]:
-    """Return how often to draw each slice, (n,) float64, so that slices with rare labels are not rarely seen.
+    """Return how often to draw each slice, (n,) float64, so that slices with rare labels are seen more often.
 
-    ``labels`` is (n, 6) int8. A slice counts as its rarest positive label, or as negative; the weight is one over the
-    square root of how many count as the same, which brings a rare label up without showing its few slices only.
+    ``labels`` is (n, classes) int8. A slice counts as its rarest positive label, or as negative; the weight is one over
+    the square root of how many count as the same, which raises a rare label without showing its few slices only.
     """
     positives = (labels == 1).sum(axis=0)
     rarest = np.where(labels == 1, positives, np.iinfo(np.int64).max).argmin(axis=1)
-    kind = np.where((labels == 1).any(axis=1), rarest, len(RSNA_CLASSES))
-    weights: NDArray[np.float64] = 1 / np.sqrt(np.bincount(kind, minlength=len(RSNA_CLASSES) + 1)[kind])
+    kind = np.where((labels == 1).any(axis=1), rarest, labels.shape[1])
+    weights: NDArray[np.float64] = 1 / np.sqrt(np.bincount(kind, minlength=labels.shape[1] + 1)[kind])
     return weights
-
-
-def column(slices: pa.Table, name: str, rows: NDArray[np.int64]) -> NDArray[np.generic]:
-    """Return the column ``name`` of ``rows``, (n,); a null number is -1."""
-    values = slices.column(name).take(pa.array(rows))
-    if not pa.types.is_string(values.type) and not pa.types.is_dictionary(values.type):
-        values = values.fill_null(-1)
-    found: NDArray[np.generic] = np.asarray(values.to_numpy(zero_copy_only=False))
-    return found

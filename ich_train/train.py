@@ -1,7 +1,7 @@
 """The training loop: rows of a dataset in, a folder with the best network and its report out.
 
-All that is random is a function of (seed, epoch, step, rank), and the learning rate one of the step: so a run that was
-stopped goes on exactly with no more than its weights, its optimizer's state and the loader's place.
+Everything random is a function of (seed, epoch, step, rank), and the learning rate one of the step: so a run that was
+stopped resumes exactly with no more than its weights, its optimizer's state and the loader's position.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ import torch
 from ich_prep.errors import TrainError
 from ich_train.checkpoint import has_checkpoint, load_parameters, load_state, save_checkpoint
 from ich_train.config import TrainConfig
-from ich_train.data import on_device
 from ich_train.loss import loss_sums
-from ich_train.progress import Meter, Reporter, tensorboard
+from ich_train.meters import Meter, Reporter, tensorboard
 from ich_train.ranks import Ranks, Stop, join_ranks, own_stream
+from ich_train.resume import meta_of, restore, state_of
 from ich_train.runs import BEST, LAST, METRICS, Epoch, check_same, settings_of, start, write_history
-from ich_train.setup import Training, prepare
+from ich_train.session import Session, prepare
+from ich_train.to_device import to_device
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to. ``finished`` is false where it was told to stop; ``metrics`` are those of the evaluation."""
+    """What a run came to. ``finished`` is false if it was stopped; ``metrics`` are those of the evaluation."""
 
     out: Path
     history: tuple[Epoch, ...]
@@ -53,111 +54,118 @@ def train(
     console: Console,
     resume: bool = False,
 ) -> Result:
-    """Train as ``settings`` say on ``dataset``, evaluate the best epoch if ``evaluation`` says how, return the result.
+    """Train with ``settings`` on ``dataset``, evaluate the best epoch unless ``evaluation`` is None, return the result.
 
-    Writes the folder ``out``, from rank 0 only where torchrun started several processes. ``resume`` goes on with the
-    run in ``out``. SIGINT and SIGTERM end the step at hand, write ``last/`` and return. Raises `UsageError` for
-    settings that cannot be meant, `TrainError` where the loss is no longer a number, a checkpoint is damaged, or a step
-    cannot be recorded as a CUDA graph.
+    Writes the folder ``out``, from rank 0 only if torchrun started several processes. ``resume`` continues the run in
+    ``out``. SIGINT and SIGTERM finish the current step, write ``last/`` and return. Raises `UsageError` for invalid
+    settings, `TrainError` if the loss is no longer finite, a checkpoint is damaged, or a step cannot be recorded as a
+    CUDA graph.
     """
     with join_ranks(settings.device) as ranks, own_stream(ranks.device), Stop(ranks) as stop:
-        saved = _saved_state(out, settings, ranks) if resume else None
-        training = prepare(dataset, settings, ranks, weights=settings.weights if saved is None else None)
+        session = _start_or_resume(dataset, out, settings, evaluation, ranks, resume=resume)
         reporter = Reporter(console, epochs=settings.epochs, silent=not ranks.first)
-        if saved is not None:
-            load_parameters(out / LAST, training.model)
-            training.resume(saved)
-            del saved  # an optimizer's state is twice as large as its network
-        elif ranks.first and not resume:
-            start(out, settings, evaluation)
-        reporter.say(_outline(training, ranks))
+        reporter.say(_outline(session))
         if resume:
             reporter.say(
-                f"Going on with {out} in epoch {len(training.history) + 1}, after {training.step} steps of it."
+                f"Resuming {out} in epoch {len(session.history) + 1}, after {session.steps_done} of its steps."
             )
-        events = tensorboard(out, len(training.history) + 1) if ranks.first else nullcontext()
+        events = tensorboard(out, len(session.history) + 1) if ranks.first else nullcontext()
 
         with reporter, events as board:
-            while len(training.history) < settings.epochs:
-                ended = _train_epoch(training, ranks, stop, reporter)
-                if not ended:
-                    training.meter.sums = ranks.total(training.meter.sums)
-                    _save(training, out / LAST, ranks, with_state=True)
-                    return Result(out, tuple(training.history), finished=False)
-                line = _close_epoch(training, ranks)
+            while len(session.history) < settings.epochs:
+                complete = _train_epoch(session, stop, reporter)
+                if not complete:
+                    session.meter.sums = ranks.total(session.meter.sums)
+                    _save(session, out / LAST, with_state=True)
+                    return Result(out, tuple(session.history), finished=False)
+                line = _close_epoch(session)
 
-                # Best before last: a run that dies between the two does this epoch again and finds the same best.
-                if line is training.best:
-                    _save(training, out / BEST, ranks)
+                # Best before last: a run that dies between the two repeats this epoch and finds the same best.
+                if line is session.best:
+                    _save(session, out / BEST)
                 if ranks.first:
-                    (out / METRICS).unlink(missing_ok=True)  # of an earlier epoch, where the run was judged on its way
-                    write_history(out, training.history)
-                _save(training, out / LAST, ranks, with_state=True)
-                reporter.epoch(line, best=line is training.best)
+                    (out / METRICS).unlink(missing_ok=True)  # of an evaluation of an earlier epoch
+                    write_history(out, session.history)
+                _save(session, out / LAST, with_state=True)
+                reporter.epoch(line, best=line is session.best)
                 if board is not None:
                     for name, value in asdict(line).items():
                         board.add_scalar(name, value, line.epoch)
                 work_left = line.epoch < settings.epochs or evaluation is not None
                 if work_left and stop.agreed():
-                    return Result(out, tuple(training.history), finished=False)
+                    return Result(out, tuple(session.history), finished=False)
 
-        reporter.summary(training.history)
+        reporter.summary(session.history)
 
-    result = Result(out, tuple(training.history), finished=True)
-    del training  # a recorded step keeps its memory as long as it lives
-    if evaluation is None or not ranks.first or (resume and _is_judged(out, dataset, evaluation)):
+    result = Result(out, tuple(session.history), finished=True)
+    del session  # a recorded step keeps its memory as long as it lives
+    if evaluation is None or not ranks.first or (resume and _is_evaluated(out, dataset, evaluation)):
         return result
-    from ich_train.evaluate import evaluate_run
+    from ich_train.evaluation.evaluate import evaluate_run
 
-    metrics = evaluate_run(out, dataset, **evaluation.model_dump(), device=str(ranks.device), threads=settings.threads)
+    metrics = evaluate_run(out, dataset, evaluation, device=str(ranks.device), threads=settings.threads)
     return replace(result, metrics=metrics)
 
 
-def _train_epoch(training: Training, ranks: Ranks, stop: Stop, reporter: Reporter) -> bool:
-    """Take the steps that the epoch at hand still has; return False where the run was told to stop before its end."""
-    settings, loader, meter = training.settings, training.loader, training.meter
-    epoch, steps = len(training.history) + 1, len(loader)
-    training.model.train()
-    began, wait_began = time.perf_counter() - meter.seconds, loader.wait_seconds - meter.wait_s
-    for batch in on_device(loader, ranks.device):
-        rate = _rate(training, training.step)
-        seed = step_seed(settings.seed, epoch=epoch, step=training.step, rank=ranks.rank)
-        sums = training.learn(batch.images, batch.labels, rate=rate, seed=seed)
+def _start_or_resume(
+    dataset: Dataset, out: Path, settings: TrainConfig, evaluation: EvalConfig | None, ranks: Ranks, *, resume: bool
+) -> Session:
+    """Return a new run, its folder started, or with ``resume`` that in ``out`` at the place where it was stopped."""
+    saved = _saved_state(out, settings, ranks) if resume else None
+    session = prepare(dataset, settings, ranks, weights=settings.weights if saved is None else None)
+    if saved is not None:
+        load_parameters(out / LAST, session.model)
+        restore(session, saved)
+    elif ranks.first and not resume:
+        start(out, settings, evaluation)
+    return session
 
-        training.step += 1
+
+def _train_epoch(session: Session, stop: Stop, reporter: Reporter) -> bool:
+    """Take the remaining steps of the current epoch; return False if the run was stopped before its end."""
+    settings, ranks = session.settings, session.ranks
+    loader, step, meter = session.loader, session.step, session.meter
+    epoch, steps = len(session.history) + 1, len(loader)
+    session.model.train()
+    began, wait_began = time.perf_counter() - meter.seconds, loader.wait_seconds - meter.wait_s
+    for batch in to_device(loader, ranks.device):
+        rate = _rate(session, session.steps_done)
+        seed = step_seed(settings.seed, epoch=epoch, step=session.steps_done, rank=ranks.rank)
+        sums = step(batch.images, batch.labels, rate=rate, seed=seed)
+
+        session.steps_done += 1
         meter.sums += sums
         meter.slices += len(batch.rows) * ranks.world_size
         meter.seconds = time.perf_counter() - began
         meter.wait_s = loader.wait_seconds - wait_began
-        reporter.step(epoch, training.step, steps, meter)
-        if training.step < steps and stop.agreed_at(training.step):
+        reporter.step(epoch, session.steps_done, steps, meter)
+        if session.steps_done < steps and stop.agreed_at(session.steps_done):
             return False
     meter.seconds = time.perf_counter() - began  # a GPU may have had some steps in its queue
     return True
 
 
-def _rate(training: Training, step: int) -> float:
-    """Return the learning rate of ``step`` of the epoch at hand."""
-    settings, steps = training.settings, len(training.loader)
+def _rate(session: Session, step: int) -> float:
+    """Return the learning rate of ``step`` of the current epoch."""
+    settings, steps = session.settings, len(session.loader)
     return learning_rate(
-        len(training.history) * steps + step,
+        len(session.history) * steps + step,
         peak=settings.learning_rate,
         warmup_steps=round(settings.warmup_epochs * steps),
         all_steps=settings.epochs * steps,
     )
 
 
-def _close_epoch(training: Training, ranks: Ranks) -> Epoch:
-    """Validate, add the epoch's line to the history and return it; the training then stands at the next one's start."""
-    meter, epoch = training.meter, len(training.history) + 1
-    train_loss, train_accuracy = meter.means(ranks)
+def _close_epoch(session: Session) -> Epoch:
+    """Validate, add the epoch to the history and return its line; the session is then at the start of the next one."""
+    meter, epoch = session.meter, len(session.history) + 1
+    train_loss, train_accuracy = meter.means(session.ranks)
     began = time.perf_counter()
-    val_loss, val_accuracy = _validate(training, ranks)
+    val_loss, val_accuracy = _validate(session)
     if not math.isfinite(train_loss + val_loss):
         raise TrainError(
-            f"Expected losses that are numbers; found {train_loss} in training and {val_loss} in validation in epoch "
-            f"{epoch}. Start another run with a lower learning_rate than {training.settings.learning_rate:g}, or in "
-            "float32."
+            f"The loss is not finite in epoch {epoch}: {train_loss} in training, {val_loss} in validation. Start another "
+            f"run with a lower learning_rate than {session.settings.learning_rate:g}, or in float32."
         )
     line = Epoch(
         epoch=epoch,
@@ -166,78 +174,79 @@ def _close_epoch(training: Training, ranks: Ranks) -> Epoch:
         train_accuracy=train_accuracy,
         val_loss=val_loss,
         val_accuracy=val_accuracy,
-        learning_rate=_rate(training, len(training.loader) - 1),
+        learning_rate=_rate(session, len(session.loader) - 1),
         slices_per_s=meter.slices / meter.seconds,
         wait_share=min(meter.wait_s / meter.seconds, 1.0),
     )
-    training.history.append(line)
-    training.step = 0
-    training.meter = Meter.new(ranks.device)
+    session.history.append(line)
+    session.steps_done = 0
+    session.meter = Meter.new(session.ranks.device)
     return line
 
 
-def _validate(training: Training, ranks: Ranks) -> tuple[float, float]:
+def _validate(session: Session) -> tuple[float, float]:
     """Return the mean loss and the accuracy over the validation rows of all ranks."""
-    ranks.share_buffers(training.model)
-    training.model.eval()
+    ranks, step = session.ranks, session.step
+    ranks.share_buffers(session.model)
+    session.model.eval()
     meter = Meter.new(ranks.device)
-    with torch.inference_mode(), training.mixed():
-        for batch in on_device(training.val_loader, ranks.device):
-            logits = training.model(training.preprocess(batch.images))
-            meter.sums += torch.stack(loss_sums(logits, batch.labels, training.label_weights))
+    with torch.inference_mode(), step.autocast():
+        for batch in to_device(session.val_loader, ranks.device):
+            logits = session.model(session.preprocess(batch.images))
+            meter.sums += torch.stack(loss_sums(logits, batch.labels, step.weights))
     return meter.means(ranks)
 
 
-def _save(training: Training, folder: Path, ranks: Ranks, *, with_state: bool = False) -> None:
-    if ranks.first:
-        save_checkpoint(folder, training.model, training.meta(), training.state() if with_state else None)
+def _save(session: Session, folder: Path, *, with_state: bool = False) -> None:
+    if session.ranks.first:
+        save_checkpoint(folder, session.model, meta_of(session), state_of(session) if with_state else None)
 
 
 def _saved_state(out: Path, settings: TrainConfig, ranks: Ranks) -> dict[str, Any] | None:
-    """Return the state of the run in ``out``, which must have begun with the same ``settings``; None if it has none."""
+    """Return the state of the run in ``out``, which must have started with the same ``settings``; None if it has none."""
     before, _ = settings_of(out)
-    # A replacement that was cut short is put right by one rank before the others look.
+    # An interrupted replacement is recovered by one rank before the others look.
     if ranks.first:
         has_checkpoint(out / LAST)
     ranks.wait()
     state = load_state(out / LAST) if has_checkpoint(out / LAST) else None
-    # The recipe may have been edited since; but earlier versions saved no settings.
-    if state is not None and "settings" in state:
+    if state is not None:  # the recipe may have been edited since
         before = TrainConfig.model_validate(state["settings"])
     check_same(out, before, settings)
     return state
 
 
-def _is_judged(out: Path, dataset: Dataset, evaluation: EvalConfig) -> bool:
-    """Return whether the run in ``out`` was last evaluated on ``dataset``, as ``evaluation`` says."""
+def _is_evaluated(out: Path, dataset: Dataset, evaluation: EvalConfig) -> bool:
+    """Return whether the last evaluation of the run in ``out`` was on ``dataset``, as ``evaluation`` says."""
     if not (out / METRICS).exists():
         return False
     metrics = json.loads((out / METRICS).read_text(encoding="utf-8"))
-    judged = metrics["evaluated"]
+    evaluated = metrics["evaluated"]
     return metrics["dataset"]["digest"] == dataset.digest and all(
-        judged[name] == value for name, value in evaluation.model_dump(exclude={"batch_size"}).items()
+        evaluated[name] == value for name, value in evaluation.model_dump(exclude={"batch_size"}).items()
     )
 
 
-def _outline(training: Training, ranks: Ranks) -> str:
-    """Say in a line what is trained on what."""
-    device = ranks.device
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+def _outline(session: Session) -> str:
+    """Describe in a line what is trained on what."""
+    ranks, settings = session.ranks, session.settings
+    name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else str(ranks.device)
+    where = name if ranks.world_size == 1 else f"{ranks.world_size} x {name}"
+    precision = str(session.step.precision).removeprefix("torch.")
     return (
-        f"Training {training.settings.model} in {str(training.precision).removeprefix('torch.')} on "
-        f"{where if ranks.world_size == 1 else f'{ranks.world_size} x {where}'}: {len(training.loader.rows):,} slices, "
-        f"{len(training.loader):,} steps an epoch, of {training.settings.batch_size} slices each; "
-        f"{len(training.val_loader.rows) * ranks.world_size:,} slices to validate."
+        f"Training {settings.model} in {precision} on {where}: {len(session.loader.rows):,} slices, "
+        f"{len(session.loader):,} steps an epoch, of {settings.batch_size} slices each; "
+        f"{len(session.val_loader.rows) * ranks.world_size:,} slices to validate."
     )
 
 
 def learning_rate(step: int, *, peak: float, warmup_steps: int, all_steps: int) -> float:
-    """Return the learning rate of ``step``, counted from 0: a straight rise to ``peak``, then half a cosine to 0."""
+    """Return the learning rate of ``step``, counted from 0: a linear rise to ``peak``, then half a cosine to 0."""
     if step < warmup_steps:
         return peak * (step + 1) / (warmup_steps + 1)
     return peak * (1 + math.cos(math.pi * (step - warmup_steps) / max(all_steps - warmup_steps, 1))) / 2
 
 
 def step_seed(seed: int, *, epoch: int, step: int, rank: int) -> int:
-    """Return the seed, 0 .. 2**64 - 1, of all that chance decides in one step of one rank."""
+    """Return the seed, 0 .. 2**64 - 1, of everything random in one step of one rank."""
     return int(np.random.SeedSequence((seed, epoch, step, rank)).generate_state(1, np.uint64)[0])

@@ -24,8 +24,8 @@ def local_path(given: str | Path, what: str) -> Path:
     scheme = _SCHEME.match(str(given))
     if scheme:
         raise UsageError(
-            f"{what} is a URL ({scheme[1]}://{str(given)[scheme.end() :]}); only paths of a file system are supported. Mount the bucket, or copy the data "
-            "to a local disk."
+            f"{what} is a URL ({scheme[1]}://{str(given)[scheme.end() :]}); only paths of a file system are supported. "
+            "Mount the bucket, or copy the data to a local disk."
         )
     return Path(given)
 

@@ -22,8 +22,6 @@ import zarr
 import zarrs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ich_train.loader import SliceLoader
-from ich_train.rows import labelled_rows
 from numpy.typing import NDArray
 
 from ich_prep.build_dataset import build
@@ -34,6 +32,8 @@ from ich_prep.dataset.windows import window_codes
 from ich_prep.errors import CorruptionError, DatasetError, UsageError
 from ich_prep.stages.publish import digest_of
 from ich_prep.summary import summary_of
+from ich_train.loader import SliceLoader
+from ich_train.rows import labelled_rows
 from tests.support.cli import copy_with_working_folder
 
 

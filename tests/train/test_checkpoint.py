@@ -7,21 +7,45 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from ich_prep.dataset.classes import RSNA_CLASSES
+from ich_prep.dataset.windows import PRESETS
 from ich_prep.errors import TrainError
-from ich_train.checkpoint import has_checkpoint, load_model, load_parameters, load_state, save_checkpoint
+from ich_train.checkpoint import (
+    Images,
+    Meta,
+    has_checkpoint,
+    load_model,
+    load_parameters,
+    load_state,
+    read_meta,
+    save_checkpoint,
+)
 from ich_train.model import build_model
+from ich_train.preprocess import Scaling
 
-META: dict[str, Any] = {"name": "baseline", "channels": 3, "size": 32, "classes": list(RSNA_CLASSES), "epoch": 4}
+WINDOWS = (PRESETS["brain"], PRESETS["subdural"], PRESETS["bone"])
+META = Meta(
+    network="baseline",
+    channels=3,
+    classes=RSNA_CLASSES,
+    images=Images(size=32, pixels="windows", windows=WINDOWS),
+    context=0,
+    windows=WINDOWS,
+    scaling=Scaling(),
+    dataset_digest="0f",
+    val_fold=0,
+    test_fold=1,
+    epoch=4,
+    val_loss=0.25,
+)
 
 
 def model_of(value: float) -> torch.nn.Module:
-    model = build_model("baseline", channels=3, size=32)
+    model = build_model("baseline", channels=3, size=32, classes=6)
     for parameter in model.parameters():
         torch.nn.init.constant_(parameter, value)
     return model
@@ -34,7 +58,7 @@ def value_of(folder: Path) -> float:
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
-    model = build_model("baseline", channels=3, size=32)
+    model = build_model("baseline", channels=3, size=32, classes=6)
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.rand(2, 3, 32, 32)).sum().backward()
     optimizer.step()
@@ -53,7 +77,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
 
 
 def test_a_network_in_channels_last_is_saved_whole(tmp_path: Path) -> None:
-    model = build_model("baseline", channels=3, size=32).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = build_model("baseline", channels=3, size=32, classes=6).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     save_checkpoint(tmp_path / "best", model, META)
     loaded = load_model(tmp_path / "best", "cpu").model
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
@@ -118,7 +142,7 @@ def test_a_killed_writer_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
 
 def test_damage_is_told(tmp_path: Path) -> None:
     folder = tmp_path / "last"
-    with pytest.raises(TrainError, match="there is none"):
+    with pytest.raises(TrainError, match="No checkpoint"):
         load_model(folder, "cpu")
     save_checkpoint(folder, model_of(1), META, {"step": 1})
     weights = folder / "model.safetensors"
@@ -128,9 +152,9 @@ def test_damage_is_told(tmp_path: Path) -> None:
         load_model(folder, "cpu")
     weights.write_bytes(whole)
     with pytest.raises(TrainError, match=r"model\.safetensors"):
-        load_parameters(folder, build_model("baseline", channels=1, size=32))
+        load_parameters(folder, build_model("baseline", channels=1, size=32, classes=6))
     (folder / "state.pt").write_bytes(b"")
-    with pytest.raises(TrainError, match="cannot go on"):
+    with pytest.raises(TrainError, match="cannot be resumed"):
         load_state(folder)
     (folder / "meta.json").write_text("{", encoding="utf-8")
     with pytest.raises(TrainError, match=r"meta\.json"):
@@ -139,10 +163,27 @@ def test_damage_is_told(tmp_path: Path) -> None:
 
 def test_a_state_with_pickled_objects_is_refused(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "last", model_of(1), META, {"path": Path("x")})
-    with pytest.raises(TrainError, match="cannot go on"):
+    with pytest.raises(TrainError, match="cannot be resumed"):
         load_state(tmp_path / "last")
 
 
-def test_meta_is_plain_json(tmp_path: Path) -> None:
+def test_meta_is_plain_json_of_which_unknown_keys_are_ignored(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "best", model_of(1), META)
-    assert json.loads((tmp_path / "best" / "meta.json").read_text(encoding="utf-8")) == META
+    file = tmp_path / "best" / "meta.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    assert content["classes"] == list(RSNA_CLASSES)
+    assert content["images"]["windows"][0] == {"name": "brain", "center": 40.0, "width": 80.0}
+    file.write_text(json.dumps(content | {"of_a_later_version": 1}), encoding="utf-8")
+    assert read_meta(tmp_path / "best") == META
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_files_have_the_permissions_that_the_umask_leaves(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        save_checkpoint(tmp_path / "last", model_of(1), META, {"step": 1})
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "last").iterdir()} == dict.fromkeys(
+        ("model.safetensors", "meta.json", "state.pt"), mode
+    )

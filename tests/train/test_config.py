@@ -14,7 +14,7 @@ from ich_prep.options import BuildOptions
 from ich_prep.recipe import load_section
 from ich_train.config import EvalConfig, TrainConfig, recipe_text
 
-PIPELINES = Path(__file__).parent.parent / "pipelines"
+PIPELINES = Path(__file__).parents[2] / "pipelines"
 
 # A file system's names, as far as UTF-8 has them.
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
@@ -101,3 +101,10 @@ def test_the_readme_tells_every_recipe_key_and_default() -> None:
 def test_two_knobs_have_no_default() -> None:
     optional = [name for model in (TrainConfig, EvalConfig) for name, value in model() if value is None]
     assert optional == ["weights", "limit"]
+
+
+def test_every_knob_has_a_help_text() -> None:
+    for model in (TrainConfig, EvalConfig):
+        for name, field in model.model_fields.items():
+            assert field.description, name
+            assert field.description.endswith("."), name

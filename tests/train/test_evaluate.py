@@ -3,15 +3,13 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
-from ich_prep.store import SLICES
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
+from tests.support.training_runs import save_untrained
 
 from ich_prep.build_dataset import Allowances, build
 from ich_prep.dataset.classes import RSNA_CLASSES
@@ -20,15 +18,15 @@ from ich_prep.dataset.schema import Spec
 from ich_prep.dataset.tables import write_table
 from ich_prep.errors import TrainError, UsageError
 from ich_prep.phantom import synthesize
-from ich_train.augment import Preprocess
-from ich_train.checkpoint import load_model, save_checkpoint
-from ich_train.evaluate import draw_rows, evaluate_run
-from ich_train.metrics import rsna_log_loss
-from ich_train.model import build_model
+from ich_train.checkpoint import load_model
+from ich_train.config import EvalConfig
+from ich_train.evaluation.evaluate import draw_rows, evaluate_run
+from ich_train.evaluation.metrics import log_loss
+from ich_train.evaluation.report import CAPTIONS
 from ich_train.predict import predict_rows
-from ich_train.report import PICTURE_WORDS
+from ich_train.preprocess import Preprocess
 from ich_train.runs import Epoch, write_history
-from ich_train.split import label_matrix, split_rows
+from ich_train.split import split_rows
 
 SPLIT = {"val_fold": 0, "test_fold": 1}
 
@@ -57,22 +55,7 @@ def hu_dataset(source, tmp_path_factory):
 def make_run(folder, dataset, *, context=0):
     """A run whose network has its first weights."""
     folder.mkdir()
-    torch.manual_seed(0)
-    channels = len(dataset.spec.windows) * (2 * context + 1)
-    meta = {
-        "name": "baseline",
-        "channels": channels,
-        "size": dataset.spec.size,
-        "context": context,
-        "store": dataset.spec.store,
-        "windows": [asdict(window) for window in dataset.spec.windows],
-        "classes": list(RSNA_CLASSES),
-        "epoch": 2,
-        "val_loss": 0.4,
-        "dataset_digest": dataset.digest,
-        "split": SPLIT,
-    }
-    save_checkpoint(folder / "best", build_model("baseline", channels=channels, size=dataset.spec.size), meta)
+    save_untrained(folder, dataset, context=context)
     line = {"seconds": 1.0, "learning_rate": 1e-3, "slices_per_s": 100.0, "wait_share": 0.01}
     lines = [(1, 0.6, 0.7, 0.6, 0.7), (2, 0.5, 0.8, 0.4, 0.9)]
     names = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
@@ -83,17 +66,17 @@ def make_run(folder, dataset, *, context=0):
 @pytest.fixture(scope="module")
 def evaluated(dataset, tmp_path_factory):
     run = make_run(tmp_path_factory.mktemp("runs") / "baseline", dataset)
-    return run, evaluate_run(run, dataset, bootstrap=20)
+    return run, evaluate_run(run, dataset, EvalConfig(bootstrap=20))
 
 
 def test_folder_holds_all_that_is_promised(evaluated):
     run, metrics = evaluated
     assert json.loads((run / "metrics.json").read_text()) == metrics
     assert {path.stem for path in (run / "pictures").iterdir()} == {
-        *PICTURE_WORDS,
+        *CAPTIONS,
         *(f"sheet_{name}" for name in RSNA_CLASSES),
     }
-    assert (run / "report.html").read_text().count("data:image/png;base64,") == len(PICTURE_WORDS) + len(RSNA_CLASSES)
+    assert (run / "report.html").read_text().count("data:image/png;base64,") == len(CAPTIONS) + len(RSNA_CLASSES)
     assert {path.name for path in (run / "curves").iterdir()} == {"roc.csv", "precision_recall.csv"}
 
 
@@ -118,13 +101,13 @@ def test_metrics_are_those_of_the_predictions(evaluated):
     table = pq.read_table(run / "predictions.parquet")
     labels = np.stack([table[name].to_numpy() for name in RSNA_CLASSES], axis=1)
     probabilities = np.stack([table[f"p_{name}"].to_numpy() for name in RSNA_CLASSES], axis=1)
-    assert metrics["by_slice"]["log_loss"] == rsna_log_loss(labels, probabilities)
+    assert metrics["by_slice"]["log_loss"] == log_loss(labels, probabilities, RSNA_CLASSES)
     frame = table.to_pandas()
     by_series = frame.groupby("series_instance_uid").max(numeric_only=True)
     mean = frame.groupby("series_instance_uid")[[f"p_{name}" for name in RSNA_CLASSES]].mean()
-    judged = [name for name in RSNA_CLASSES if frame[name].nunique() == 2]
-    assert {"any"} <= set(judged)
-    for name in judged:
+    two_classes = [name for name in RSNA_CLASSES if frame[name].nunique() == 2]
+    assert {"any"} <= set(two_classes)
+    for name in two_classes:
         entry = metrics["by_slice"]["labels"][name]
         truth, score = frame[name], frame[f"p_{name}"]
         assert entry["roc_auc"] == pytest.approx(roc_auc_score(truth, score))
@@ -144,10 +127,10 @@ def test_metrics_are_those_of_the_predictions(evaluated):
 def test_thresholds_are_found_on_validation_alone(evaluated, dataset):
     run, metrics = evaluated
     loaded = load_model(run / "best", "cpu")
-    preprocess = Preprocess(store="windows", windows=dataset.spec.windows)
+    preprocess = Preprocess(pixels="windows", windows=dataset.spec.windows)
     rows = split_rows(dataset, **SPLIT, allow_series_labels=False).val
     probabilities = predict_rows(loaded.model, preprocess, dataset, rows, context=0)
-    labels = label_matrix(dataset, rows)
+    labels = dataset.labels[rows]
     for j, name in enumerate(RSNA_CLASSES):
         threshold = metrics["by_slice"]["labels"][name]["at_best_f1"]["threshold"]
         assert (threshold is None) == (len(set(labels[:, j])) == 1)
@@ -195,7 +178,7 @@ def test_curve_files_are_those_of_the_predictions(evaluated):
 def test_an_evaluation_repeats_to_the_byte(evaluated, dataset, tmp_path):
     run, _ = evaluated
     again = make_run(tmp_path / "again", dataset)
-    evaluate_run(again, dataset, bootstrap=20, threads=1)
+    evaluate_run(again, dataset, EvalConfig(bootstrap=20), threads=1)
     written = sorted(path.relative_to(run) for path in run.rglob("*") if path.is_file())
     assert [name for name in written if (run / name).read_bytes() != (again / name).read_bytes()] == []
 
@@ -211,7 +194,7 @@ def relabelled(dataset, tmp_path):
         for name, values in columns.items():
             field = table.schema.field(name)
             table = table.set_column(table.schema.get_field_index(name), field, pa.array(values, field.type))
-        write_table(copy / SLICES, table)
+        write_table(copy / "labels/slices.parquet", table)
         return open_dataset(copy)
 
     return change
@@ -226,7 +209,7 @@ def test_a_series_of_which_a_slice_has_no_label_is_not_known_to_be_negative(eval
     columns["label_level"][row] = "none"
     for name in RSNA_CLASSES:
         columns[name][row] = None
-    after = evaluate_run(run, relabelled(**columns), bootstrap=0, out=tmp_path / "judged")
+    after = evaluate_run(run, relabelled(**columns), EvalConfig(bootstrap=0), out=tmp_path / "judged")
     for view in ("by_series_max", "by_series_mean"):
         for name in RSNA_CLASSES:
             entry, was = after[view]["labels"][name], before[view]["labels"][name]
@@ -246,14 +229,14 @@ def test_a_limit_draws_unseen_slices_by_seed_without_repeats(dataset):
 
 def test_a_draw_of_all_from_hu_with_neighbours(hu_dataset, dataset, tmp_path):
     run = make_run(tmp_path / "run", hu_dataset, context=1)
-    metrics = evaluate_run(run, hu_dataset, subset="all", limit=20, bootstrap=3)
+    metrics = evaluate_run(run, hu_dataset, EvalConfig(subset="all", limit=20, bootstrap=3))
     assert metrics["model"]["channels"] == 9
     assert metrics["evaluated"]["slices"] == 20
     assert metrics["by_series_max"] is metrics["by_series_mean"] is None
     assert "Only the subset test is unseen" in (run / "report.html").read_text()
     # The same network on the windows that the other build stored: the same probabilities.
     loaded = load_model(run / "best", "cpu")
-    preprocess = Preprocess(store="windows", windows=dataset.spec.windows)
+    preprocess = Preprocess(pixels="windows", windows=dataset.spec.windows)
     table = pq.read_table(run / "predictions.parquet")
     expected = predict_rows(loaded.model, preprocess, dataset, table["row"].to_numpy(), context=1)
     assert table["p_any"].to_numpy() == pytest.approx(expected[:, 5], abs=1e-6)
@@ -266,7 +249,7 @@ def test_a_network_is_judged_by_another_dataset_with_labels_of_whole_series(eval
     build(tmp_path / "cq500", tmp_path / "cq500.zarr", Spec(size=64, folds=3), workers=0, allow=allow)
     run, before = evaluated
     other = open_dataset(tmp_path / "cq500.zarr")
-    metrics = evaluate_run(run, other, subset="all", bootstrap=3, out=tmp_path / "judged" / "cq500")
+    metrics = evaluate_run(run, other, EvalConfig(subset="all", bootstrap=3), out=tmp_path / "judged" / "cq500")
     assert metrics["evaluated"]["series_labels"]
     assert not metrics["dataset"]["trained_on"]
     assert metrics["by_series_max"]["cases"] == len(other.series)
@@ -279,14 +262,14 @@ def test_all_of_a_dataset_is_judged_where_parts_of_the_split_are_empty(evaluated
     run, _ = evaluated
     folds = [None if fold is None else SPLIT["test_fold"] for fold in dataset.slices["fold"].to_pylist()]
     other = relabelled(fold=folds)
-    metrics = evaluate_run(run, other, subset="all", bootstrap=3, out=tmp_path / "judged")
+    metrics = evaluate_run(run, other, EvalConfig(subset="all", bootstrap=3), out=tmp_path / "judged")
     assert metrics["evaluated"]["slices"] == metrics["dataset"]["parts"]["test"]["slices"] > 0
     for view in ("by_slice", "by_series_max", "by_series_mean"):
         assert metrics[view]["labels"]["any"]["roc_auc"] is not None
         assert metrics[view]["labels"]["any"]["at_best_f1"]["threshold"] is None
         assert metrics[view]["position_only"] == dict.fromkeys(RSNA_CLASSES)
-    with pytest.raises(UsageError, match="none for val"):
-        evaluate_run(run, other, subset="val", out=tmp_path / "val")
+    with pytest.raises(UsageError, match="No slices for val"):
+        evaluate_run(run, other, EvalConfig(subset="val"), out=tmp_path / "val")
 
 
 def test_slices_whose_study_stands_for_the_patient_are_counted(evaluated, dataset, relabelled, tmp_path):
@@ -296,26 +279,21 @@ def test_slices_whose_study_stands_for_the_patient_are_counted(evaluated, datase
     flags = [["gap_before"] if row % 2 else [] for row in range(len(dataset))]
     for row in (*split.train[:5], *split.test[-3:], *split.val[:2]):
         flags[row] = [*flags[row], "patient_is_study"]
-    metrics = evaluate_run(run, relabelled(flags=flags), bootstrap=0, out=tmp_path / "judged")
+    metrics = evaluate_run(run, relabelled(flags=flags), EvalConfig(bootstrap=0), out=tmp_path / "judged")
     assert metrics["dataset"]["patient_is_study"] == 8
-    assert "8 slices, judged or to train on, have no PatientID" in (tmp_path / "judged" / "report.html").read_text()
-
-
-def test_an_unknown_subset_is_refused(dataset, tmp_path):
-    with pytest.raises(UsageError, match=r"train, val, test, all; found 'vla'"):
-        evaluate_run(tmp_path, dataset, subset="vla")
+    assert "8 slices, evaluated or to train on, have no PatientID" in (tmp_path / "judged" / "report.html").read_text()
 
 
 def test_another_kind_of_dataset_is_refused(dataset, hu_dataset, tmp_path):
     run = make_run(tmp_path / "run", dataset)
-    with pytest.raises(UsageError, match=r"Expected a dataset of windows brain 40/80, .* found HU at 64 x 64"):
-        evaluate_run(run, hu_dataset)
+    with pytest.raises(UsageError, match=r"other images .*: windows brain 40/80, .* not HU at 64 x 64"):
+        evaluate_run(run, hu_dataset, EvalConfig())
 
 
 def test_a_folder_without_a_trained_network_is_refused(dataset, tmp_path):
     with pytest.raises(TrainError, match="history"):
-        evaluate_run(tmp_path, dataset)
+        evaluate_run(tmp_path, dataset, EvalConfig())
     run = make_run(tmp_path / "run", dataset)
     shutil.rmtree(run / "best")
-    with pytest.raises(TrainError, match="checkpoint"):
-        evaluate_run(run, dataset)
+    with pytest.raises(TrainError, match="No checkpoint"):
+        evaluate_run(run, dataset, EvalConfig())

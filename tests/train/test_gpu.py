@@ -18,11 +18,12 @@ from ich_prep.dataset.schema import Spec
 from ich_prep.errors import TrainError
 from ich_prep.phantom import synthesize
 from ich_train.config import EvalConfig, TrainConfig
-from ich_train.data import SliceLoader, on_device
+from ich_train.loader import SliceLoader
 from ich_train.predict import predict_rows
 from ich_train.ranks import Ranks, own_stream
-from ich_train.setup import Training, prepare
+from ich_train.session import Session, prepare
 from ich_train.step import UNRECORDED_STEPS
+from ich_train.to_device import to_device
 from ich_train.train import train
 from tests.support.slow_reads import interrupt_at_read, slow_down
 
@@ -51,7 +52,7 @@ def dataset(path: Path) -> Dataset:
     return open_dataset(path)
 
 
-def training(dataset: Dataset, **changed: Any) -> Training:
+def session_of(dataset: Dataset, **changed: Any) -> Session:
     given = {"batch_size": 8, "model": "resnet18", "window_jitter": 0.1, "noise": 0.01, "device": "cuda"} | changed
     settings = TrainConfig.model_validate(given)
     return prepare(dataset, settings, Ranks(0, 1, torch.device("cuda:0")), weights=None)
@@ -60,11 +61,11 @@ def training(dataset: Dataset, **changed: Any) -> Training:
 def lessons(dataset: Dataset, steps: int, **changed: Any) -> tuple[list[float], torch.Tensor]:
     """The loss of each step, and the first kernel after the last."""
     with own_stream(torch.device("cuda:0")):
-        one = training(dataset, **changed)
+        one = session_of(dataset, **changed)
         one.model.train()
         losses = []
-        for number, batch in zip(range(steps), on_device(one.loader, torch.device("cuda:0")), strict=False):
-            sums = one.learn(batch.images, batch.labels, rate=1e-3 / (1 + number), seed=number)
+        for number, batch in zip(range(steps), to_device(one.loader, torch.device("cuda:0")), strict=False):
+            sums = one.step(batch.images, batch.labels, rate=1e-3 / (1 + number), seed=number)
             losses.append(float(sums[0] / sums[1]))
         return losses, next(one.model.parameters()).detach().cpu()
 
@@ -84,11 +85,11 @@ def test_a_recorded_step_learns_what_a_launched_one_does(dataset: Dataset, preci
 
 def test_chance_is_another_one_at_each_step_that_is_played_back(dataset: Dataset) -> None:
     with own_stream(torch.device("cuda:0")):
-        one = training(dataset, learning_rate=1e-9)
+        one = session_of(dataset, learning_rate=1e-9)
         one.model.train()
-        batch = next(on_device(one.loader, torch.device("cuda:0")))
+        batch = next(to_device(one.loader, torch.device("cuda:0")))
         seeds = [*range(UNRECORDED_STEPS + 4), UNRECORDED_STEPS + 3]
-        losses = [one.learn(batch.images, batch.labels, rate=0.0, seed=seed)[0].item() for seed in seeds]
+        losses = [one.step(batch.images, batch.labels, rate=0.0, seed=seed)[0].item() for seed in seeds]
     assert len(set(losses[:-1])) == len(seeds) - 1
     assert losses[-1] == pytest.approx(losses[-2], rel=1e-4)
 
@@ -104,7 +105,7 @@ def test_time_spent_waiting_for_data_is_the_gpus(dataset: Dataset, slow: str) ->
     matrix = torch.randn(8192, 8192, device=device)
     with own_stream(device):
         start = time.perf_counter()
-        for _ in on_device(loader, device):
+        for _ in to_device(loader, device):
             if slow == "GPU":
                 torch.mm(matrix, matrix)
         share = loader.wait_seconds / (time.perf_counter() - start)
@@ -129,7 +130,7 @@ def test_a_run_is_stopped_goes_on_and_is_judged(path: Path, tmp_path: Path) -> N
 
 
 def test_predictions_are_those_of_the_processor(dataset: Dataset) -> None:
-    one = training(dataset, model="baseline", precision="float32")
+    one = session_of(dataset, model="baseline", precision="float32")
     one.model.eval()
     rows = np.random.default_rng(0).permutation(len(dataset))[:50]
     there = predict_rows(one.model, one.preprocess, dataset, rows, context=0, batch_size=16, device="cuda:0")
@@ -140,11 +141,11 @@ def test_predictions_are_those_of_the_processor(dataset: Dataset) -> None:
 def test_a_network_that_cannot_be_recorded_is_told_with_the_way_out(dataset: Dataset) -> None:
     """Stands last: the generator of a process in which a recording broke off is of no more use."""
     with own_stream(torch.device("cuda:0")):
-        one = training(dataset)
-        network = one.network
-        one.network = lambda images: network(images) * (1.0 if images.sum().item() else 0.5)
-        batch = next(on_device(one.loader, torch.device("cuda:0")))
+        one = session_of(dataset)
+        network = one.step.network
+        one.step.network = lambda images: network(images) * (1.0 if images.sum().item() else 0.5)
+        batch = next(to_device(one.loader, torch.device("cuda:0")))
         for seed in range(UNRECORDED_STEPS):
-            one.learn(batch.images, batch.labels, rate=1e-3, seed=seed)
+            one.step(batch.images, batch.labels, rate=1e-3, seed=seed)
         with pytest.raises(TrainError, match="cuda_graph = false"):
-            one.learn(batch.images, batch.labels, rate=1e-3, seed=9)
+            one.step(batch.images, batch.labels, rate=1e-3, seed=9)

@@ -9,22 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ich_prep.store import SLICES
 
 from ich_prep.build_dataset import Allowances, build
 from ich_prep.dataset.classes import RSNA_CLASSES
 from ich_prep.dataset.dataset import Dataset, open_dataset
-from ich_prep.dataset.schema import OK, Spec, shard_path
-from ich_prep.dataset.tables import write_table
+from ich_prep.dataset.schema import Spec, shard_path
 from ich_prep.errors import CorruptionError, UsageError
 from ich_prep.phantom import synthesize
-from ich_train.data import SliceDataset, SliceLoader, neighbours, read_labels, usable_rows
+from ich_train.loader import SliceDataset, SliceLoader
+from ich_train.rows import labelled_rows
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +53,7 @@ def rows_of(batches: list[tuple[list[int], bytes, bytes]]) -> list[int]:
 
 @pytest.mark.parametrize("order", ["sequential", "shuffled", "windowed"])
 def test_a_batch_holds_the_pixels_and_labels_of_its_rows(dataset: Dataset, order: str) -> None:
-    labels = read_labels(dataset)
+    labels = dataset.labels
     seen = []
     for batch in SliceLoader(dataset, batch_size=7, order=order):
         rows = batch.rows.numpy()
@@ -65,7 +62,7 @@ def test_a_batch_holds_the_pixels_and_labels_of_its_rows(dataset: Dataset, order
         np.testing.assert_array_equal(batch.images.numpy(), dataset.read(rows))
         np.testing.assert_array_equal(batch.labels.numpy(), labels[rows])
         seen += rows.tolist()
-    assert sorted(seen) == usable_rows(dataset).tolist()
+    assert sorted(seen) == labelled_rows(dataset).tolist()
     assert (seen == sorted(seen)) == (order == "sequential")
 
 
@@ -122,12 +119,12 @@ def test_ranks_share_the_rows(dataset: Dataset, drop_last: bool) -> None:
     assert len({len(share) for share in shares}) == 1
     together = [row for share in shares for row in share]
     assert len(set(together)) == len(together)
-    lost = len(usable_rows(dataset)) - len(together)
+    lost = len(labelled_rows(dataset)) - len(together)
     assert lost <= (3 * 8 if drop_last else 2)
 
 
 def test_weights_draw_rows_more_often(dataset: Dataset) -> None:
-    rows = usable_rows(dataset)
+    rows = labelled_rows(dataset)
     weights = np.where(np.arange(len(rows)) < 3, 1.0, 0.0)
     assert set(rows_of(taken(SliceLoader(dataset, batch_size=8, weights=weights)))) == set(rows[:3].tolist())
 
@@ -139,19 +136,6 @@ def test_context_brings_the_neighbours_of_the_series(dataset: Dataset) -> None:
             first, last = np.flatnonzero(series == series[row])[[0, -1]].tolist()
             wanted = np.clip(np.arange(row - 2, row + 3), first, last)
             np.testing.assert_array_equal(images, dataset.read(wanted).reshape(images.shape))
-
-
-def test_a_neighbour_that_is_set_aside_is_the_nearest_one_that_is_not(path: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "data.zarr"
-    shutil.copytree(path, copy)
-    table = open_dataset(path).slices
-    status = table["status"].to_pylist()
-    status[5] = "decode_failed"
-    write_table(copy / SLICES, table.set_column(table.schema.get_field_index("status"), "status", pa.array(status)))
-    dataset = open_dataset(copy)
-    assert 5 not in usable_rows(dataset)
-    found = neighbours(dataset, np.array([4, 6, 7]), 2)
-    assert found.tolist() == [[2, 3, 4, 4, 6], [4, 6, 6, 7, 8], [6, 6, 7, 8, 9]]
 
 
 def test_breaking_off_leaves_no_thread(dataset: Dataset) -> None:
@@ -185,16 +169,6 @@ def test_settings_that_cannot_be_meant_are_refused(wrong: dict[str, int], datase
         SliceLoader(dataset, **wrong)  # type: ignore[arg-type]
 
 
-def test_labels_of_whole_series_are_taken_only_when_allowed(tmp_path: Path) -> None:
-    synthesize(tmp_path / "cq500", series=3, size=32, layout="cq500", workers=0)
-    build(tmp_path / "cq500", tmp_path / "data.zarr", Spec(size=32), workers=0, allow=Allowances(missing_images=True))
-    dataset = open_dataset(tmp_path / "data.zarr")
-    with pytest.raises(UsageError, match=r"rows=usable_rows\(dataset, allow_series_labels=True\)"):
-        SliceLoader(dataset)
-    ok = pc.equal(dataset.slices["status"], OK).to_numpy(zero_copy_only=False)
-    assert usable_rows(dataset, allow_series_labels=True).tolist() == np.flatnonzero(ok).tolist() != []
-
-
 def test_a_loader_of_no_labelled_slice_is_refused_unless_rows_are_named(tmp_path: Path) -> None:
     synthesize(tmp_path / "cq500", series=3, size=32, layout="cq500", workers=0)
     (tmp_path / "cq500" / "reads.csv").unlink()
@@ -203,15 +177,21 @@ def test_a_loader_of_no_labelled_slice_is_refused_unless_rows_are_named(tmp_path
     dataset = open_dataset(tmp_path / "data.zarr")
     with pytest.raises(UsageError, match="none of these has a label"):
         SliceLoader(dataset)
-    with pytest.raises(UsageError, match="none of these has a label"):
-        SliceDataset(dataset.path)
+    for named in (dataset, dataset.path):
+        with pytest.raises(UsageError, match="none of these has a label"):
+            SliceDataset(named)
     assert rows_of(taken(SliceLoader(dataset, np.arange(9), batch_size=4, order="sequential"))) == [*range(9)]
 
 
+def test_a_dataset_is_named_by_its_path_or_open(path: Path, dataset: Dataset) -> None:
+    assert taken(SliceLoader(str(path), batch_size=16)) == taken(SliceLoader(dataset, batch_size=16))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_data_loader_of_ones_own(path: Path, dataset: Dataset, workers: int) -> None:
-    slices = SliceDataset(path)
-    assert len(slices) == len(usable_rows(dataset))
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_data_loader_of_ones_own(path: Path, dataset: Dataset, workers: int, opened: bool) -> None:
+    slices = SliceDataset(dataset if opened else path)
+    assert len(slices) == len(labelled_rows(dataset))
     images, labels, rows = [], [], []
     loader = torch.utils.data.DataLoader(
         slices, batch_size=16, num_workers=workers, multiprocessing_context="spawn" if workers else None
@@ -220,9 +200,9 @@ def test_a_data_loader_of_ones_own(path: Path, dataset: Dataset, workers: int) -
         images.append(image)
         labels.append(label)
         rows += row.tolist()
-    assert rows == usable_rows(dataset).tolist()
+    assert rows == labelled_rows(dataset).tolist()
     np.testing.assert_array_equal(torch.cat(images).numpy(), dataset.read(rows))
-    np.testing.assert_array_equal(torch.cat(labels).numpy(), read_labels(dataset)[rows])
+    np.testing.assert_array_equal(torch.cat(labels).numpy(), dataset.labels[rows])
     image, label, row = slices[3]
     assert row == rows[3]
     assert image.shape == dataset.shape[1:]

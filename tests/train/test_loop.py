@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 import torch
-from ich_prep.store import SLICES
 from rich.console import Console
 
 from ich_prep.build_dataset import build
@@ -23,14 +22,16 @@ from ich_prep.dataset.classes import RSNA_CLASSES
 from ich_prep.dataset.dataset import Dataset, open_dataset
 from ich_prep.dataset.schema import Spec
 from ich_prep.dataset.tables import write_table
+from ich_prep.dataset.windows import Window
 from ich_prep.errors import TrainError, UsageError
 from ich_prep.phantom import synthesize
 from ich_train.checkpoint import load_model
 from ich_train.config import EvalConfig, TrainConfig
-from ich_train.evaluate import evaluate_run
+from ich_train.evaluation.evaluate import evaluate_run
 from ich_train.ranks import Ranks
+from ich_train.resume import restore
 from ich_train.runs import Epoch, read_history, settings_of
-from ich_train.setup import prepare
+from ich_train.session import prepare
 from ich_train.split import split_rows
 from ich_train.train import Result, learning_rate, step_seed, train
 from tests.support.slow_reads import interrupt_at_read
@@ -104,9 +105,9 @@ def test_a_run_leaves_what_it_promises(dataset: Dataset, tmp_path: Path) -> None
     assert not (out / "best" / "state.pt").exists()
     best = min(result.history, key=lambda line: line.val_loss)
     meta = load_model(out / "best", "cpu").meta
-    assert (meta["epoch"], meta["val_loss"]) == (best.epoch, best.val_loss)
-    assert meta["dataset_digest"] == dataset.digest
-    assert load_model(out / "last", "cpu").meta["epoch"] == 3
+    assert (meta.epoch, meta.val_loss) == (best.epoch, best.val_loss)
+    assert meta.dataset_digest == dataset.digest
+    assert load_model(out / "last", "cpu").meta.epoch == 3
     outline, *lines = printed.splitlines()
     train_rows = split_rows(dataset, val_fold=0, test_fold=1, allow_series_labels=False).train
     assert outline.startswith(f"Training baseline in float32 on cpu: {len(train_rows):,} slices, ")
@@ -114,6 +115,20 @@ def test_a_run_leaves_what_it_promises(dataset: Dataset, tmp_path: Path) -> None
         assert "training loss" in line
         assert "waiting for data" in line
     assert "lowest validation loss" in printed
+
+
+def test_the_label_table_is_read_once(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    read_table = Dataset.read_table
+
+    def counted(self: Dataset, name: str, columns: Any = None) -> pa.Table:
+        read.append(name)
+        return read_table(self, name, columns)
+
+    monkeypatch.setattr(Dataset, "read_table", counted)
+    of = settings(epochs=1, context=1, sampling="balanced")
+    train(dataset, tmp_path / "run", of, QUICK, console=Console(file=io.StringIO()))
+    assert read.count("labels/slices.parquet") == 1
 
 
 def test_the_seed_decides_the_run(dataset: Dataset, tmp_path: Path) -> None:
@@ -136,7 +151,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(path: Path, tmp_path: Path,
     assert state["step"] > 0, "the stop was meant to fall into the middle of an epoch"
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     resumed, printed = quiet_train(open_dataset(path), tmp_path / "stopped", of, resume=True)
-    assert f"in epoch {len(stopped.history) + 1}, after {state['step']} steps" in printed
+    assert f"in epoch {len(stopped.history) + 1}, after {state['step']} of its steps" in printed
     assert resumed.finished
     assert lessons(resumed.history) == lessons(whole.history)
     for folder in ("best", "last"):
@@ -164,7 +179,7 @@ def test_a_run_that_another_dataset_judged_last_is_judged_by_its_own(
     run, console = tmp_path / "run", Console(file=io.StringIO())
     train(dataset, run, settings(epochs=1), QUICK, console=console)
     build(tree, tmp_path / "other.zarr", Spec(size=32, slices_per_shard=32, folds=3), workers=0)
-    evaluate_run(run, open_dataset(tmp_path / "other.zarr"), **QUICK.model_dump())
+    evaluate_run(run, open_dataset(tmp_path / "other.zarr"), QUICK)
     resumed = train(dataset, run, settings(epochs=1), QUICK, console=console, resume=True)
     assert resumed.metrics is not None
     assert resumed.metrics["dataset"]["digest"] == dataset.digest
@@ -192,10 +207,10 @@ def test_a_run_goes_on_in_the_precision_of_another_device(path: Path, tmp_path: 
     interrupt_at_read(stopping, 50)
     assert not quiet_train(stopping, tmp_path / "run", settings(epochs=3))[0].finished
     alone = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
-    training = prepare(open_dataset(path), settings(epochs=3, precision="float16"), alone, weights=None)
-    training.resume(torch.load(tmp_path / "run" / "last" / "state.pt", weights_only=True))
-    assert training.scaler.is_enabled()
-    assert training.history
+    session = prepare(open_dataset(path), settings(epochs=3, precision="float16"), alone, weights=None)
+    restore(session, torch.load(tmp_path / "run" / "last" / "state.pt", weights_only=True))
+    assert session.step.scaler.is_enabled()
+    assert session.history
 
 
 def test_a_run_that_was_stopped_on_a_gpu_goes_on_without_one(path: Path, tmp_path: Path) -> None:
@@ -271,7 +286,7 @@ def with_unknown_labels(path: Path, copy: Path) -> Path:
     for name in RSNA_CLASSES[:-1]:
         values = pc.if_else(bare, pa.scalar(None, pa.int8()), slices[name])
         slices = slices.set_column(slices.schema.get_field_index(name), slices.schema.field(name), values)
-    write_table(copy / SLICES, slices)
+    write_table(copy / "labels/slices.parquet", slices)
     return copy
 
 
@@ -318,11 +333,11 @@ def test_hu_windowed_on_the_device_teach_what_windows_teach(tree: Path, dataset:
     windows, _ = quiet_train(dataset, tmp_path / "windows", of)
     hu, _ = quiet_train(open_dataset(tmp_path / "hu.zarr"), tmp_path / "hu", of)
     assert lessons(hu.history) == lessons(windows.history)
-    assert load_model(tmp_path / "hu" / "best", "cpu").meta["channels"] == 9
+    assert load_model(tmp_path / "hu" / "best", "cpu").meta.channels == 9
     named = settings(epochs=1, windows=["stroke", "blood=75/215"])
     quiet_train(open_dataset(tmp_path / "hu.zarr"), tmp_path / "named", named)
     meta = load_model(tmp_path / "named" / "best", "cpu").meta
-    assert meta["windows"][1] == {"name": "blood", "center": 75.0, "width": 215.0}
+    assert meta.windows[1] == Window("blood", center=75.0, width=215.0)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
@@ -346,8 +361,8 @@ def test_a_compiled_network_learns_the_same(dataset: Dataset, tmp_path: Path) ->
     [
         ({"batch_size": 5000}, "at least one batch of 5000"),
         ({"windows": ["brain"]}, "Leave them out"),
-        ({"model": "resnet19"}, "nearest is 'resnet18'"),
-        ({"val_fold": 7}, "none for val"),
+        ({"model": "resnet19"}, "Did you mean 'resnet18'"),
+        ({"val_fold": 7}, "No slices for val"),
         ({"device": "quantum"}, "quantum"),
         ({"weights": "nowhere.pth"}, r"nowhere\.pth"),
     ],
@@ -379,17 +394,6 @@ def test_a_run_does_not_go_on_with_an_edited_recipe(dataset: Dataset, tmp_path: 
     edited, _ = settings_of(tmp_path / "run")
     with pytest.raises(UsageError, match=r"epochs \(was 1, now 5\)"):
         quiet_train(dataset, tmp_path / "run", edited, resume=True)
-
-
-def test_a_checkpoint_without_settings_is_held_to_the_recipe(dataset: Dataset, tmp_path: Path) -> None:
-    quiet_train(dataset, tmp_path / "run", settings(epochs=1))
-    place = tmp_path / "run" / "last" / "state.pt"
-    state = torch.load(place, weights_only=True)
-    del state["settings"]
-    torch.save(state, place)
-    with pytest.raises(UsageError, match=r"epochs \(was 1, now 5\)"):
-        quiet_train(dataset, tmp_path / "run", settings(epochs=5), resume=True)
-    assert quiet_train(dataset, tmp_path / "run", settings(epochs=1), resume=True)[0].finished
 
 
 def test_the_learning_rate_rises_then_falls_to_nothing() -> None:
@@ -447,7 +451,7 @@ def test_from_shuffled_labels_there_is_nothing_to_learn(sixty: Path, tmp_path: P
     source[train_rows] = np.random.default_rng(0).permutation(train_rows)
     for name in RSNA_CLASSES:
         slices = slices.set_column(slices.schema.get_field_index(name), name, slices[name].take(pa.array(source)))
-    write_table(copy / SLICES, slices)
+    write_table(copy / "labels/slices.parquet", slices)
     aucs = held_out_aucs(copy, tmp_path / "run", seed=0)
     assert 0.4 <= aucs["any"] <= 0.6
     # A subtype has a dozen positives here: only their mean is that certain.

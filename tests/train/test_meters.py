@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from ich_train.progress import Meter, Reporter, tensorboard
+from ich_train.meters import Meter, Reporter, tensorboard
 from ich_train.runs import Epoch
 
 FIRST = Epoch(1, 12.0, 0.5, 0.80, 0.45, 0.82, 1e-3, 1234.0, 0.015)
@@ -35,7 +35,7 @@ def test_a_terminal_shows_a_bar_with_rate_loss_and_waiting() -> None:
 
 
 def test_elsewhere_there_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ich_train.progress.LINE_S", 0.0)
+    monkeypatch.setattr("ich_train.meters.LINE_S", 0.0)
     shown, text = reporter(terminal=False)
     with shown:
         shown.step(2, 1500, 2000, meter())

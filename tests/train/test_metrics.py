@@ -17,19 +17,19 @@ from sklearn.metrics import (
 )
 
 from ich_prep.dataset.classes import RSNA_CLASSES
-from ich_train.metrics import (
+from ich_train.evaluation.metrics import (
     DECISION,
     MEASURES,
-    RSNA_WEIGHTS,
     best_f1_thresholds,
     by_series,
+    log_loss,
     measure,
     position_scores,
     precision_recall_curves,
     roc_aucs,
     roc_curves,
-    rsna_log_loss,
 )
+from ich_train.rsna import class_weights
 
 NO_THRESHOLDS = (None,) * len(RSNA_CLASSES)
 
@@ -79,7 +79,7 @@ def expected_ranking(truth, score):
 @settings(deadline=None, max_examples=40)
 def test_every_measure_is_that_of_scikit_learn(given_cases, thresholds):
     labels, probabilities, patients = given_cases
-    found = measure(labels, probabilities, patients, thresholds, resamples=0, seed=0)
+    found = measure(labels, probabilities, patients, thresholds, classes=RSNA_CLASSES, resamples=0, seed=0)
     assert found["cases"] == len(labels)
     assert found["patients"] == len(np.unique(patients))
     flat = {name: [] for name in MEASURES}
@@ -133,7 +133,7 @@ def test_intervals_are_those_of_explicitly_resampled_cases(given_cases):
     names = np.unique(patients)
     thresholds = (0.25, 0.5, 0.75, 0.3, None, 0.5)
     resamples, seed = 7, 11
-    found = measure(labels, probabilities, patients, thresholds, resamples=resamples, seed=seed)
+    found = measure(labels, probabilities, patients, thresholds, classes=RSNA_CLASSES, resamples=resamples, seed=seed)
     if len(names) < 2:
         assert found["log_loss_interval"] is None
         assert not any(found["labels"]["any"]["intervals"].values())
@@ -143,7 +143,17 @@ def test_intervals_are_those_of_explicitly_resampled_cases(given_cases):
     for _ in range(resamples):
         chosen = names[rng.integers(len(names), size=len(names))]
         lines = np.concatenate([np.flatnonzero(patients == name) for name in chosen])
-        drawn.append(measure(labels[lines], probabilities[lines], patients[lines], thresholds, resamples=0, seed=0))
+        drawn.append(
+            measure(
+                labels[lines],
+                probabilities[lines],
+                patients[lines],
+                thresholds,
+                classes=RSNA_CLASSES,
+                resamples=0,
+                seed=0,
+            )
+        )
     for entry in (*(("labels", name) for name in RSNA_CLASSES), ("micro",)):
         for name in MEASURES:
             values = [look_up(one, ".".join((*entry, name))) for one in drawn]
@@ -159,7 +169,7 @@ def test_intervals_are_those_of_explicitly_resampled_cases(given_cases):
 
 
 def test_weighted_ranking_is_that_of_scikit_learn_with_sample_weights():
-    from ich_train.metrics import _Ranked
+    from ich_train.evaluation.metrics import _Ranked
 
     rng = np.random.default_rng(0)
     truth = (rng.random(2000) < 0.1).astype(np.int8)
@@ -180,7 +190,7 @@ def test_macro_interval_averages_the_same_labels_in_every_resample():
     probabilities = rng.random((6, 6))
     patients = np.array([0, 0, 1, 1, 2, 2])
     resamples = 40
-    found = measure(labels, probabilities, patients, NO_THRESHOLDS, resamples=resamples, seed=5)
+    found = measure(labels, probabilities, patients, NO_THRESHOLDS, classes=RSNA_CLASSES, resamples=resamples, seed=5)
     assert found["macro"]["labels"]["roc_auc"] == 2
     rng = np.random.default_rng(5)
     means = []
@@ -203,16 +213,16 @@ def test_log_loss_is_the_direct_formula(given_cases):
                 clipped = min(max(float(chance), 1e-15), 1 - 1e-15)
                 total -= (2 if name == "any" else 1) * math.log(clipped if label else 1 - clipped)
                 weight += 2 if name == "any" else 1
-    assert close(rsna_log_loss(labels, probabilities), total / weight if weight else math.nan)
+    assert close(log_loss(labels, probabilities, RSNA_CLASSES), total / weight if weight else math.nan)
 
 
 def test_log_loss_weighs_any_twice_and_clips():
     labels = np.zeros((1, 6), np.int8)
     labels[0, 5] = 1
-    assert RSNA_WEIGHTS.tolist() == [1, 1, 1, 1, 1, 2]
-    assert rsna_log_loss(labels, np.full((1, 6), 0.5)) == pytest.approx(math.log(2))
+    assert class_weights(RSNA_CLASSES) == (1, 1, 1, 1, 1, 2)
+    assert log_loss(labels, np.full((1, 6), 0.5), RSNA_CLASSES) == pytest.approx(math.log(2))
     certain_and_wrong = np.array([[0, 0, 0, 0, 0, 0]], np.float32)
-    assert rsna_log_loss(labels, certain_and_wrong) == pytest.approx(-2 / 7 * math.log(1e-15))
+    assert log_loss(labels, certain_and_wrong, RSNA_CLASSES) == pytest.approx(-2 / 7 * math.log(1e-15))
 
 
 @given(cases())
@@ -234,7 +244,9 @@ def test_one_class_is_undefined_in_every_measure():
     labels = np.zeros((10, 6), np.int8)
     labels[:, 1] = 1
     labels[:, 2] = -1
-    found = measure(labels, np.full((10, 6), 0.7), np.arange(10), (0.5,) * 6, resamples=20, seed=0)
+    found = measure(
+        labels, np.full((10, 6), 0.7), np.arange(10), (0.5,) * 6, classes=RSNA_CLASSES, resamples=20, seed=0
+    )
     for entry in found["labels"].values():
         assert all(look_up(entry, name) is None for name in MEASURES)
         assert not any(entry["intervals"].values())
@@ -250,7 +262,7 @@ def test_one_class_is_undefined_in_every_measure():
     assert found["macro"]["labels"]["roc_auc"] == 0
     assert found["micro"]["labels"]["roc_auc"] == 5
     assert found["log_loss"] > 0
-    assert roc_aucs(labels, np.full((10, 6), 0.7)) == dict.fromkeys(RSNA_CLASSES)
+    assert roc_aucs(labels, np.full((10, 6), 0.7), RSNA_CLASSES) == dict.fromkeys(RSNA_CLASSES)
     assert best_f1_thresholds(labels, np.full((10, 6), 0.7)) == NO_THRESHOLDS
 
 
@@ -258,7 +270,10 @@ def test_one_class_is_undefined_in_every_measure():
 @settings(deadline=None, max_examples=15)
 def test_curves_pass_through_what_their_thresholds_call(given_cases):
     labels, probabilities, _ = given_cases
-    roc, precision_recall = roc_curves(labels, probabilities), precision_recall_curves(labels, probabilities)
+    roc, precision_recall = (
+        roc_curves(labels, probabilities, RSNA_CLASSES),
+        precision_recall_curves(labels, probabilities, RSNA_CLASSES),
+    )
     for j, name in enumerate(RSNA_CLASSES):
         known = labels[:, j] >= 0
         truth, score = labels[known, j], probabilities[known, j]
@@ -304,7 +319,7 @@ def test_position_scores_are_shares_in_the_same_twentieth():
     scores = position_scores(known, labels, np.array([0.01, 0.52, 0.99, 0.3]))
     assert scores[:, 5] == pytest.approx([0.5, 1.0, 0.0, 3 / 5])
     assert np.isnan(scores[:, 0]).all()
-    assert roc_aucs(np.array([[0] * 6, [1] * 6, [0] * 6, [0] * 6], np.int8), scores)["epidural"] is None
+    assert roc_aucs(np.array([[0] * 6, [1] * 6, [0] * 6, [0] * 6], np.int8), scores, RSNA_CLASSES)["epidural"] is None
 
 
 def test_the_same_seed_gives_the_same_intervals():
@@ -312,9 +327,30 @@ def test_the_same_seed_gives_the_same_intervals():
     labels = (rng.random((200, 6)) < 0.3).astype(np.int8)
     probabilities, patients = rng.random((200, 6)), rng.integers(0, 30, 200)
     one, two, other = (
-        measure(labels, probabilities, patients, (0.5,) * 6, resamples=50, seed=seed) for seed in (1, 1, 2)
+        measure(labels, probabilities, patients, (0.5,) * 6, classes=RSNA_CLASSES, resamples=50, seed=seed)
+        for seed in (1, 1, 2)
     )
     assert one == two
     assert one["macro"]["intervals"] != other["macro"]["intervals"]
     low, high = one["macro"]["intervals"]["roc_auc"]
     assert low < one["macro"]["roc_auc"] < high
+
+
+@given(cases())
+@settings(deadline=None, max_examples=10)
+def test_measures_of_other_classes_are_those_of_each_label_alone(given_cases):
+    labels, probabilities, patients = given_cases
+    chosen, classes = [4, 5, 1], ("fracture", "any", "mass")
+    found = measure(
+        labels[:, chosen], probabilities[:, chosen], patients, (0.5,) * 3, classes=classes, resamples=3, seed=0
+    )
+    everything = measure(labels, probabilities, patients, (0.5,) * 6, classes=RSNA_CLASSES, resamples=3, seed=0)
+    assert list(found["labels"]) == list(classes)
+    for name, j in zip(classes, chosen, strict=True):
+        assert found["labels"][name] == everything["labels"][RSNA_CLASSES[j]]
+    # Only among RSNA's six classes does any count twice.
+    known = labels[:, chosen] >= 0
+    chances = np.clip(probabilities[:, chosen].astype(float), 1e-15, 1 - 1e-15)
+    losses = -np.log(np.where(labels[:, chosen] > 0, chances, 1 - chances)[known])
+    expected = losses.mean() if len(losses) else math.nan
+    assert found["log_loss"] is None if math.isnan(expected) else found["log_loss"] == pytest.approx(expected, rel=1e-5)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 import subprocess
@@ -26,14 +27,9 @@ def published(name: str, model: nn.Module) -> Tensors:
         if name.startswith("densenet"):
             if key.endswith("num_batches_tracked"):
                 continue  # the published files are older than that
-            key = re.sub(r"layers\.(norm|conv)([12])\.", r"\1.\2.", key).replace("class_layers.out.", "classifier.")  # noqa: PLW2901
-        if name.startswith("seresnext"):
-            key = re.sub(r"(layer\d\.\d+\.conv\d)\.conv\.", r"\1.", key)  # noqa: PLW2901
-            key = re.sub(r"conv(\d)\.adn\.N\.", r"bn\1.", key)  # noqa: PLW2901
-            key = key.replace("project.conv.", "downsample.0.").replace("project.adn.N.", "downsample.1.")  # noqa: PLW2901
-            if ".se_layer." in key:
-                key = key.replace("se_layer.fc.0.", "se_module.fc1.").replace("se_layer.fc.2.", "se_module.fc2.")  # noqa: PLW2901
-                value = value[:, :, None, None] if value.ndim == 2 else value  # noqa: PLW2901
+            key = re.sub(r"(denselayer\d+\.)(norm|conv)([12])\.", r"\1\2.\3.", key)  # noqa: PLW2901
+        if ".se_module." in key and value.ndim == 2:
+            value = value[:, :, None, None]  # noqa: PLW2901
         tensors[key] = value.clone()
     return tensors
 
@@ -48,7 +44,7 @@ def disturb(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("size", [32, 128, 200, 512])
 def test_baseline_is_four_convolutions_with_pooling_and_two_fully_connected_layers(size: int) -> None:
-    model = build_model("baseline", channels=9, size=size)
+    model = build_model("baseline", channels=9, size=size, classes=6)
     kinds = [type(module) for module in model.modules() if not list(module.children())]
     assert kinds.count(nn.Conv2d) == 4
     assert kinds.count(nn.Linear) == 2
@@ -58,7 +54,7 @@ def test_baseline_is_four_convolutions_with_pooling_and_two_fully_connected_laye
 
 
 def test_the_last_pooling_of_baseline_halves_at_128_pixels() -> None:
-    model = build_model("baseline", channels=1, size=128)
+    model = build_model("baseline", channels=1, size=128, classes=6)
     assert isinstance(model, Baseline)
     x = torch.rand(1, 128, 16, 16)
     assert torch.equal(model.last_pool(x), model.pool(x))
@@ -67,7 +63,7 @@ def test_the_last_pooling_of_baseline_halves_at_128_pixels() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_networks_take_any_number_of_channels(name: str) -> None:
     channels = CHANNELS[name]
-    model = build_model(name, channels=channels, size=32).eval()
+    model = build_model(name, channels=channels, size=32, classes=6).eval()
     with torch.inference_mode():
         assert model(torch.zeros(2, channels, 32, 32)).shape == (2, 6)
     first, *rest = conv_layers(model)
@@ -93,8 +89,8 @@ def test_densenet121_has_the_layers_of_the_published_one() -> None:
 def test_published_weights_give_the_published_network(tmp_path: Path, name: str, suffix: str) -> None:
     source = disturb(build_model(name, channels=3, size=64, classes=1000))
     tensors = published(name, source)
-    if name != "resnet18":
-        assert tensors.keys() != source.state_dict().keys()
+    shapes = {key: value.shape for key, value in source.state_dict().items()}
+    assert (name == "resnet18") == ({key: value.shape for key, value in tensors.items()} == shapes)
     file = tmp_path / f"weights.{suffix}"
     if suffix == "pth":
         torch.save({"state_dict": {f"module.{key}": value for key, value in tensors.items()}}, file)
@@ -112,9 +108,9 @@ def test_weights_for_colours_fit_other_channels_and_another_number_of_labels(tmp
     file = tmp_path / "weights.safetensors"
     save_file(published(name, source), file)
     torch.manual_seed(4)
-    fresh = build_model(name, channels=9, size=64)
+    fresh = build_model(name, channels=9, size=64, classes=6)
     torch.manual_seed(4)
-    adapted = build_model(name, channels=9, size=64, weights=file)
+    adapted = build_model(name, channels=9, size=64, classes=6, weights=file)
     first = f"{conv_layers(adapted)[0][0]}.weight"
     head = [layer for layer, module in adapted.named_modules() if isinstance(module, nn.Linear)][-1]
     before, after, theirs = fresh.state_dict(), adapted.state_dict(), source.state_dict()
@@ -130,15 +126,15 @@ def test_weights_for_colours_fit_other_channels_and_another_number_of_labels(tmp
 
 
 def test_a_run_can_start_from_an_earlier_one(tmp_path: Path) -> None:
-    source = build_model("baseline", channels=3, size=64)
+    source = build_model("baseline", channels=3, size=64, classes=6)
     file = tmp_path / "model.safetensors"
     save_file(source.state_dict(), file)
-    loaded = build_model("baseline", channels=3, size=64, weights=file)
+    loaded = build_model("baseline", channels=3, size=64, classes=6, weights=file)
     assert all(torch.equal(a, b) for a, b in zip(source.parameters(), loaded.parameters(), strict=True))
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    model = build_model("resnet18", channels=3, size=64)
+    model = build_model("resnet18", channels=3, size=64, classes=6)
     tensors = dict(model.state_dict())
     file = tmp_path / "weights.safetensors"
     for change, message in (
@@ -153,20 +149,20 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
 def test_files_that_are_not_weights_are_refused(tmp_path: Path, name: str) -> None:
-    model = build_model("baseline", channels=3, size=32)
+    model = build_model("baseline", channels=3, size=32, classes=6)
     file = tmp_path / name
-    with pytest.raises(UsageError, match="safetensors or as a state dict"):
+    with pytest.raises(UsageError, match="Cannot read weights"):
         load_weights(model, "baseline", file)
     file.write_bytes(b"nothing of the kind")
-    with pytest.raises(UsageError, match="safetensors or as a state dict"):
+    with pytest.raises(UsageError, match="Cannot read weights"):
         load_weights(model, "baseline", file)
 
 
 def test_a_pickled_object_is_refused_and_not_run(tmp_path: Path) -> None:
     file = tmp_path / "weights.pth"
     torch.save({"model": Touch(tmp_path / "ran")}, file)
-    with pytest.raises(UsageError, match="safetensors or as a state dict"):
-        build_model("baseline", channels=3, size=32, weights=file)
+    with pytest.raises(UsageError, match="Cannot read weights"):
+        build_model("baseline", channels=3, size=32, classes=6, weights=file)
     assert not (tmp_path / "ran").exists()
 
 
@@ -184,25 +180,137 @@ def test_a_state_dict_of_other_things_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "weights.pth"
     torch.save({"conv1.weight": torch.zeros(1), "epoch": 3}, file)
     with pytest.raises(UsageError, match="state dict of tensors"):
-        build_model("baseline", channels=3, size=32, weights=file)
+        build_model("baseline", channels=3, size=32, classes=6, weights=file)
 
 
 def test_unknown_names_and_small_images_are_refused() -> None:
-    with pytest.raises(UsageError, match="nearest is 'resnet50'"):
-        build_model("resnet5", channels=3, size=64)
+    with pytest.raises(UsageError, match=r"'resnet5' is unknown\..* Did you mean 'resnet50'\?"):
+        build_model("resnet5", channels=3, size=64, classes=6)
     with pytest.raises(UsageError, match="at least 32 x 32"):
-        build_model("resnet18", channels=3, size=16)
+        build_model("resnet18", channels=3, size=16, classes=6)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="timm is installed")
 def test_timm_is_asked_for_where_it_is_missing() -> None:
     with pytest.raises(UsageError, match="pip install timm"):
-        build_model("timm:resnet18", channels=3, size=64)
+        build_model("timm:resnet18", channels=3, size=64, classes=6)
 
 
-def test_monai_is_imported_only_when_asked_for() -> None:
+def test_no_other_library_is_imported_for_a_network() -> None:
     program = (
-        "import sys; from ich_train.model import build_model; build_model('baseline', channels=3, size=32);"
-        "assert not {'monai', 'timm', 'matplotlib'} & set(sys.modules)"
+        "import sys; from ich_train.model import MODELS, build_model\n"
+        "for name in MODELS: build_model(name, channels=3, size=32, classes=6)\n"
+        "assert not {'monai', 'timm', 'torchvision', 'matplotlib'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+MONAI_NAMES = {  # patterns of MONAI's key names -> ours, which are the published ones
+    "resnet": (),
+    "densenet": ((r"layers\.(norm|conv)", r"\1"), (r"^class_layers\.out\.", "classifier.")),
+    "seresnext": (
+        (r"^(layer\d\.\d+\.conv\d)\.conv\.", r"\1."),
+        (r"conv(\d)\.adn\.N\.", r"bn\1."),
+        (r"project\.conv\.", "downsample.0."),
+        (r"project\.adn\.N\.", "downsample.1."),
+        (r"se_layer\.fc\.0\.", "se_module.fc1."),
+        (r"se_layer\.fc\.2\.", "se_module.fc2."),
+    ),
+}
+
+
+def monai_model(name: str, *, channels: int, classes: int) -> nn.Module:
+    """MONAI's network of that name, in the form for which ImageNet weights are published."""
+    nets = "monai.networks.nets"
+    if name.startswith("resnet"):
+        build = getattr(importlib.import_module(f"{nets}.resnet"), name)
+        return build(  # type: ignore[no-any-return]
+            spatial_dims=2, n_input_channels=channels, num_classes=classes, conv1_t_stride=2, bias_downsample=False
+        )
+    if name.startswith("densenet"):
+        build = getattr(importlib.import_module(f"{nets}.densenet"), name.replace("densenet", "DenseNet"))
+        return build(spatial_dims=2, in_channels=channels, out_channels=classes)  # type: ignore[no-any-return]
+    build = importlib.import_module(f"{nets}.senet").SEResNext50
+    return build(spatial_dims=2, in_channels=channels, num_classes=classes)  # type: ignore[no-any-return]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("monai") is None, reason="MONAI is not installed: networks NOT compared")
+@pytest.mark.parametrize("name", MODELS[1:])
+def test_networks_are_those_of_monai_to_the_bit(name: str) -> None:
+    theirs = disturb(monai_model(name, channels=5, classes=7))
+    ours = build_model(name, channels=5, size=64, classes=7).eval()
+    tensors: Tensors = {}
+    for key, value in theirs.state_dict().items():
+        for pattern, replacement in next(MONAI_NAMES[family] for family in MONAI_NAMES if name.startswith(family)):
+            key = re.sub(pattern, replacement, key)  # noqa: PLW2901
+        tensors[key] = value
+    ours.load_state_dict(tensors)
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+    images = torch.rand(2, 5, 96, 96)
+    with torch.inference_mode():
+        assert torch.equal(ours(images), theirs(images))
+
+
+OWN = """
+import torch
+from torch import nn
+
+class Small(nn.Module):
+    def __init__(self, *, channels, size, classes):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 4, 3, padding=1)
+        self.fc = nn.Linear(4, classes)
+
+    def forward(self, images):
+        return self.fc(self.conv(images).mean(dim=(2, 3)))
+
+def one_logit(channels, size, classes):
+    return Small(channels=channels, size=size, classes=1)
+
+def other_channels(channels, size, classes):
+    return Small(channels=channels + 1, size=size, classes=classes)
+
+def not_a_module(**given):
+    return 3
+
+def other_arguments(inputs):
+    return 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a module in the current folder that makes networks."""
+    (tmp_path / "own_networks.py").write_text(OWN, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_networks", raising=False)
+    return "own_networks"
+
+
+def test_a_network_of_ones_own_is_made_by_name(own: str, tmp_path: Path) -> None:
+    before = list(sys.path)
+    model = build_model(f"{own}:Small", channels=9, size=32, classes=3)
+    assert sys.path == before
+    assert model.training
+    assert model(torch.zeros(2, 9, 32, 32)).shape == (2, 3)
+    file = tmp_path / "weights.safetensors"
+    save_file(model.state_dict(), file)
+    again = build_model(f"{own}:Small", channels=9, size=32, classes=3, weights=file)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("own_networks:Smal", r"In own_networks, the name 'Smal' is unknown\. Did you mean 'Small'\?"),
+        ("no_such_networks:Small", "Cannot import no_such_networks.*Run in the folder that holds it"),
+        ("own_networks:one_logit", r"returned \(2, 1\) for a batch of 2; it must return logits of \(2, 3\)"),
+        ("own_networks:other_channels", r"fails on a batch of \(2, 9, 32, 32\)"),
+        ("own_networks:not_a_module", "returned int; it must return a torch.nn.Module"),
+        ("own_networks:other_arguments", r"Cannot call .*channels.*It must take these three arguments"),
+    ],
+)
+@pytest.mark.usefixtures("own")
+def test_what_makes_no_such_network_is_refused(name: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        build_model(name, channels=9, size=32, classes=3)

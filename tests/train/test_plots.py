@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from ich_prep.dataset.classes import RSNA_CLASSES
-from ich_train import plots
-from ich_train.metrics import best_f1_thresholds, measure, precision_recall_curves, roc_curves
+from ich_train.evaluation import plots
+from ich_train.evaluation.metrics import best_f1_thresholds, measure, precision_recall_curves, roc_curves
 
 RNG = np.random.default_rng(0)
 LABELS = (RNG.random((120, 6)) < [0, 0.2, 0.2, 0.2, 0.3, 0.5]).astype(np.int8)  # never an epidural bleed
@@ -21,7 +21,7 @@ PROBABILITIES = np.clip(RNG.random((120, 6)) * 0.6 + LABELS * 0.3, 0, 1)
 @pytest.fixture(scope="module")
 def measures():
     thresholds = best_f1_thresholds(LABELS, PROBABILITIES)
-    return measure(LABELS, PROBABILITIES, np.arange(120) // 6, thresholds, resamples=20, seed=0)
+    return measure(LABELS, PROBABILITIES, np.arange(120) // 6, thresholds, classes=RSNA_CLASSES, resamples=20, seed=0)
 
 
 def pixels(figure):
@@ -62,7 +62,7 @@ def test_history_of_one_epoch_is_drawn():
     ],
 )
 def test_panels_name_every_label_and_say_what_is_undefined(measures, draw, curves, word):
-    figure = draw(curves(LABELS, PROBABILITIES), measures)
+    figure = draw(curves(LABELS, PROBABILITIES, RSNA_CLASSES), measures)
     found = texts(figure)
     assert set(RSNA_CLASSES) <= set(found)
     assert found.count(f"{word} undefined") == 1
@@ -118,5 +118,22 @@ def test_no_picture_is_longer_than_a_browser_draws():
 
 
 def test_pyplot_is_never_imported():
-    code = "import sys, ich_train.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
+    code = "import sys, ich_train.evaluation.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 7])
+def test_any_number_of_labels_has_a_panel_each(count):
+    classes = [f"label_{k}" for k in range(count)]
+    labels = (RNG.random((80, count)) < 0.4).astype(np.int8)
+    probabilities = RNG.random((80, count))
+    thresholds = best_f1_thresholds(labels, probabilities)
+    view = measure(labels, probabilities, np.arange(80) // 4, thresholds, classes=classes, resamples=3, seed=0)
+    for figure in (
+        plots.roc_panels(roc_curves(labels, probabilities, classes), view),
+        plots.precision_recall_panels(precision_recall_curves(labels, probabilities, classes), view),
+        plots.confusion_panels(view, "at_half"),
+    ):
+        assert set(classes) <= set(texts(figure))
+        assert sum(axes.axison for axes in figure.axes) == count
+        assert inked(pixels(figure)) > 0.005

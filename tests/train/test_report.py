@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from ich_prep.dataset.classes import RSNA_CLASSES
-from ich_train.metrics import best_f1_thresholds, measure, roc_aucs
-from ich_train.report import NOTICE, PICTURE_WORDS, report_html
+from ich_prep.html import NOTICE
+from ich_train.evaluation.metrics import best_f1_thresholds, measure, roc_aucs
+from ich_train.evaluation.report import CAPTIONS, report_html
 from ich_train.runs import Epoch
 
 VOID = {"meta", "img"}
-PICTURES = {name: name.encode() for name in (*PICTURE_WORDS, *(f"sheet_{name}" for name in RSNA_CLASSES))}
+PICTURES = {name: name.encode() for name in (*CAPTIONS, *(f"sheet_{name}" for name in RSNA_CLASSES))}
 
 
 class Page(HTMLParser):
@@ -44,7 +45,7 @@ def parse(page):
 
 
 def epoch(k, train_accuracy, val_accuracy):
-    return Epoch(k, 1.0, 0.5 / k, train_accuracy, 0.6 / k, val_accuracy, 1e-3, 500.0, 0.01)
+    return Epoch(k, 1.0, 0.5 / k, train_accuracy, 0.6 + abs(k - 2), val_accuracy, 1e-3, 500.0, 0.01)
 
 
 HISTORY = [epoch(1, 0.7, 0.7), epoch(2, 0.8, 0.8)]
@@ -56,13 +57,19 @@ def metrics():
     labels = (rng.random((60, 6)) < [0, 0.2, 0.2, 0.2, 0.3, 0.5]).astype(np.int8)
     probabilities = rng.random((60, 6))
     view = measure(
-        labels, probabilities, np.arange(60) // 6, best_f1_thresholds(labels, probabilities), resamples=9, seed=0
-    ) | {"position_only": roc_aucs(labels, rng.random((60, 6)))}
+        labels,
+        probabilities,
+        np.arange(60) // 6,
+        best_f1_thresholds(labels, probabilities),
+        classes=RSNA_CLASSES,
+        resamples=9,
+        seed=0,
+    ) | {"position_only": roc_aucs(labels, rng.random((60, 6)), RSNA_CLASSES)}
     part = {"slices": 60, "series": 10, "patients": 10, "positives": dict.fromkeys(RSNA_CLASSES, 3)}
     return {
         "model": {
-            "name": "baseline",
-            "size": 64,
+            "network": "baseline",
+            "images": {"size": 64},
             "context": 1,
             "epoch": 2,
             "windows": [{"name": "brain", "center": 40.0, "width": 80.0}],
@@ -94,8 +101,9 @@ def metrics():
 def test_page_is_whole_and_holds_every_picture(metrics):
     page = parse(report_html(metrics, HISTORY, PICTURES))
     assert [base64.b64decode(source.removeprefix("data:image/png;base64,")) for source in page.sources] == [
-        *(PICTURES[name] for name in PICTURE_WORDS if name != "feature_maps"),
-        *(PICTURES[f"sheet_{name}"] for name in reversed(RSNA_CLASSES)),
+        *(PICTURES[name] for name in CAPTIONS if name != "feature_maps"),
+        PICTURES["sheet_any"],
+        *(PICTURES[f"sheet_{name}"] for name in RSNA_CLASSES if name != "any"),
         PICTURES["feature_maps"],
     ]
     text = "".join(page.text)
@@ -127,7 +135,7 @@ def test_what_is_undefined_is_called_so(metrics):
 
 def notes(metrics, history=HISTORY):
     html = report_html(metrics, history, PICTURES)
-    return [part.split("</p>")[0] for part in html.split("<p class='note'>")[1:]]
+    return [part.split("</p>")[0] for part in html.split('<p class="note">')[1:]]
 
 
 def test_a_plain_run_has_no_notes(metrics):
@@ -153,7 +161,7 @@ def test_a_draw_has_no_series_and_says_so(metrics):
     [
         ("evaluated", {"subset": "val"}, "Only the subset test is unseen"),
         ("evaluated", {"series_labels": True}, "read the results by series"),
-        ("dataset", {"patient_is_study": 1200}, "1,200 slices, judged or to train on, have no PatientID"),
+        ("dataset", {"patient_is_study": 1200}, "1,200 slices, evaluated or to train on, have no PatientID"),
         ("dataset", {"trained_on": False}, "not the dataset that the network was trained on"),
     ],
 )
@@ -167,8 +175,8 @@ def test_what_weakens_the_numbers_is_noted(metrics, part, values, words):
     ("subset", "slices", "words"),
     [
         ("test", 60, "were found on its part val."),
-        ("val", 60, "were found on its part val, which is judged too"),
-        ("all", 60, "were found on its part val, which is judged too"),
+        ("val", 60, "were found on its part val, which is evaluated too"),
+        ("all", 60, "were found on its part val, which is evaluated too"),
         ("all", 0, "no thresholds of best F1"),
     ],
 )
@@ -178,3 +186,18 @@ def test_of_another_dataset_it_is_said_where_thresholds_come_from(metrics, subse
     metrics["evaluated"] |= {"subset": subset}
     (note,) = notes(metrics)
     assert words in note
+
+
+def test_without_any_there_is_no_number_of_it(metrics):
+    """Classes are those of the metrics: a dataset of others than RSNA's has a plain log loss."""
+    for name in ("by_slice", "by_series_max", "by_series_mean"):
+        metrics[name] = {**metrics[name], "labels": {"mass": metrics[name]["labels"]["any"]}}
+        metrics[name]["position_only"] = {"mass": 0.5}
+    for part in metrics["dataset"]["parts"].values():
+        part["positives"] = {"mass": 3}
+    page = parse(report_html(metrics, HISTORY, {**PICTURES, "sheet_mass": b"mass"}))
+    text = "".join(page.text)
+    assert "of any" not in text
+    assert "weighted" not in text
+    assert "of 1 labels" in text
+    assert base64.b64encode(b"mass").decode() in page.sources[-2]

@@ -23,9 +23,10 @@ from ich_train.runs import (
 NUMBER = st.floats(allow_nan=False, allow_infinity=False)
 
 
-def history(train: list[float], val: list[float]) -> list[Epoch]:
+def history(train: list[float], val: list[float], lowest: int) -> list[Epoch]:
+    """Epochs with these accuracies, the validation loss of which is lowest in the epoch ``lowest``."""
     return [
-        Epoch(k, 1.0, 0.5, rising, 0.5, falling, 1e-3, 100.0, 0.0)
+        Epoch(k, 1.0, 0.5, rising, 0.5 + abs(k - lowest) / 10, falling, 1e-3, 100.0, 0.0)
         for k, (rising, falling) in enumerate(zip(train, val, strict=True), start=1)
     ]
 
@@ -52,18 +53,20 @@ def test_the_columns_of_a_history(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("train", "val", "since"),
+    ("train", "val", "lowest", "since"),
     [
-        ([], [], None),
-        ([0.7, 0.8, 0.9, 0.95], [0.7, 0.8, 0.85, 0.9], None),  # both rise
-        ([0.7, 0.8, 0.9, 0.95, 0.97], [0.7, 0.8, 0.78, 0.75, 0.76], 3),
-        ([0.7, 0.8, 0.9], [0.7, 0.8, 0.79], None),  # one epoch later is too early to tell
-        ([0.7, 0.8, 0.7, 0.6], [0.7, 0.8, 0.7, 0.6], None),  # both fall: something else is wrong
-        ([0.7, 0.8, 0.9, 0.95], [0.9, 0.8, 0.8, 0.8], 2),
+        ([], [], 1, None),
+        ([0.7, 0.8, 0.9, 0.95], [0.7, 0.8, 0.85, 0.9], 2, None),  # both rise
+        ([0.7, 0.8, 0.9, 0.95, 0.97], [0.7, 0.8, 0.78, 0.75, 0.76], 2, 3),
+        ([0.7, 0.8, 0.9, 0.95, 0.97], [0.7, 0.8, 0.78, 0.75, 0.76], 5, None),  # the loss is lowest in the last epoch
+        ([0.7, 0.8, 0.9, 0.95, 0.97], [0.7, 0.8, 0.78, 0.75, 0.76], 4, None),  # one epoch later is too early to tell
+        ([0.7, 0.8, 0.7, 0.6], [0.7, 0.8, 0.7, 0.6], 2, None),  # both fall: something else is wrong
+        ([0.7, 0.8, 0.9, 0.95], [0.9, 0.8, 0.8, 0.8], 1, 2),
+        ([0.7, 0.8, 0.9, 0.95], [0.9, 0.8, 0.8, 0.85], 2, None),  # accuracy fell before, and rises again
     ],
 )
-def test_overfitting_is_dated(train: list[float], val: list[float], since: int | None) -> None:
-    assert overfitting_since(history(train, val)) == since
+def test_overfitting_is_dated(train: list[float], val: list[float], lowest: int, since: int | None) -> None:
+    assert overfitting_since(history(train, val, lowest)) == since
 
 
 def test_folders_are_numbered_when_the_name_is_taken(tmp_path: Path) -> None:
@@ -89,7 +92,7 @@ def test_a_run_remembers_its_settings(tmp_path: Path) -> None:
     settings, evaluation = TrainConfig(epochs=3, weights=Path("w.pth")), EvalConfig(limit=100)
     start(tmp_path / "run", settings, evaluation)
     assert settings_of(tmp_path / "run") == (settings, evaluation)
-    with pytest.raises(UsageError, match="holds something"):
+    with pytest.raises(UsageError, match="not an empty folder"):
         start(tmp_path / "run", settings, evaluation)
     with pytest.raises(UsageError, match=r"recipe\.toml"):
         settings_of(tmp_path)

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from ich_prep.store import SLICES
 
 from ich_prep.dataset.classes import RSNA_CLASSES
 from ich_prep.dataset.dataset import Dataset, open_dataset
 from ich_prep.dataset.tables import write_table
 from ich_prep.errors import UsageError
-from ich_train.split import balanced_weights, column, label_matrix, split_rows
+from ich_train.rows import column
+from ich_train.split import balanced_weights, split_rows
 
 Change = Callable[[pa.Table], pa.Table]
 
@@ -29,7 +29,7 @@ def changed(dataset_path: Path, tmp_path: Path) -> Callable[[Change], Dataset]:
     def change(with_table: Change) -> Dataset:
         copy = tmp_path / "data.zarr"
         shutil.copytree(dataset_path, copy)
-        write_table(copy / SLICES, with_table(open_dataset(dataset_path).slices))
+        write_table(copy / "labels/slices.parquet", with_table(open_dataset(dataset_path).slices))
         return open_dataset(copy)
 
     return change
@@ -51,13 +51,13 @@ def test_parts_are_folds_of_labelled_slices(dataset_path: Path) -> None:
     val, test, *_ = folds_of(dataset)
     split = split_rows(dataset, val_fold=val, test_fold=test, allow_series_labels=False)
     assert all(rows.dtype == np.int64 and (np.diff(rows) > 0).all() for rows in vars(split).values())
-    assert set(column(dataset.slices, "fold", split.val)) == {val}
-    assert set(column(dataset.slices, "fold", split.test)) == {test}
-    assert not {val, test} & set(column(dataset.slices, "fold", split.train))
+    assert set(column(dataset, "fold", split.val)) == {val}
+    assert set(column(dataset, "fold", split.test)) == {test}
+    assert not {val, test} & set(column(dataset, "fold", split.train))
     together = np.concatenate([*vars(split).values()])
-    assert set(column(dataset.slices, "subset", together)) == {"train"}
+    assert set(column(dataset, "subset", together)) == {"train"}
     assert len(together) == pc.sum(pc.equal(dataset.slices["subset"], "train")).as_py()
-    patients = [set(column(dataset.slices, "patient_id", rows)) for rows in vars(split).values()]
+    patients = [set(column(dataset, "patient_id", rows)) for rows in vars(split).values()]
     assert sum(map(len, patients)) == len(set.union(*patients))
 
 
@@ -70,8 +70,8 @@ def test_a_labelled_test_subset_is_the_test_part(changed: Callable[[Change], Dat
     dataset = changed(label_test_subset)
     val, other, *_ = folds_of(dataset)
     split = split_rows(dataset, val_fold=val, test_fold=other, allow_series_labels=False)
-    assert set(column(dataset.slices, "subset", split.test)) == {"test"}
-    assert other in column(dataset.slices, "fold", split.train)
+    assert set(column(dataset, "subset", split.test)) == {"test"}
+    assert other in column(dataset, "fold", split.train)
 
 
 def test_a_patient_of_a_labelled_test_subset_is_in_no_other_part(changed: Callable[[Change], Dataset]) -> None:
@@ -87,7 +87,7 @@ def test_a_patient_of_a_labelled_test_subset_is_in_no_other_part(changed: Callab
     val, other, *_ = folds_of(dataset)
     for fold in (val, other):
         split = split_rows(dataset, val_fold=fold, test_fold=9, allow_series_labels=False)
-        patients = [set(column(dataset.slices, "patient_id", rows)) for rows in vars(split).values()]
+        patients = [set(column(dataset, "patient_id", rows)) for rows in vars(split).values()]
         assert (
             sum(map(len, patients)) == len(set.union(*patients)) == len(set(dataset.slices["patient_id"].to_pylist()))
         )
@@ -97,7 +97,7 @@ def test_slices_set_aside_are_in_no_part(changed: Callable[[Change], Dataset]) -
     dataset = changed(lambda table: replaced(table, "status", ["decode_failed", "ok"] * (len(table) // 2) + ["ok"]))
     val, test, *_ = folds_of(dataset)
     split = split_rows(dataset, val_fold=val, test_fold=test, allow_series_labels=False)
-    assert set(column(dataset.slices, "status", np.concatenate([*vars(split).values()]))) == {"ok"}
+    assert set(column(dataset, "status", np.concatenate([*vars(split).values()]))) == {"ok"}
 
 
 def test_series_labels_are_refused_unless_allowed(changed: Callable[[Change], Dataset]) -> None:
@@ -117,9 +117,9 @@ def test_a_dataset_without_labels_is_called_that(changed: Callable[[Change], Dat
 def test_folds_that_cannot_be_meant_are_refused(dataset_path: Path) -> None:
     dataset = open_dataset(dataset_path)
     val, *_ = folds_of(dataset)
-    with pytest.raises(UsageError, match="to differ"):
+    with pytest.raises(UsageError, match="must differ"):
         split_rows(dataset, val_fold=val, test_fold=val, allow_series_labels=False)
-    with pytest.raises(UsageError, match=rf"none for test .*test_fold 9.*{val}: \d+"):
+    with pytest.raises(UsageError, match=rf"No slices for test .*test_fold 9.*{val}: \d+"):
         split_rows(dataset, val_fold=val, test_fold=9, allow_series_labels=False)
 
 
@@ -128,14 +128,14 @@ def test_a_part_that_is_not_needed_may_be_empty(dataset_path: Path) -> None:
     val, *_ = folds_of(dataset)
     split = split_rows(dataset, val_fold=val, test_fold=9, allow_series_labels=False, needed=["val"])
     assert len(split.test) == 0 < len(split.val)
-    with pytest.raises(UsageError, match="Expected slices for val; found none for val"):
+    with pytest.raises(UsageError, match="No slices for val with val_fold 9"):
         split_rows(dataset, val_fold=9, test_fold=val, allow_series_labels=False, needed=["val"])
 
 
 def test_labels_come_in_the_order_of_the_classes(dataset_path: Path) -> None:
     dataset = open_dataset(dataset_path)
     rows = np.array([40, 3, 3, 17])
-    labels = label_matrix(dataset, rows)
+    labels = dataset.labels[rows]
     assert labels.dtype == np.int8
     for row, line in zip(rows.tolist(), labels.tolist(), strict=True):
         stored = dataset.slices.slice(row, 1).to_pylist()[0]

@@ -1,9 +1,10 @@
-"""From stored pixels to what a network takes, on the device: windows, normalisation, augmentation of whole batches."""
+"""From stored pixels to a network's input, on the device: windows, normalization, augmentation of whole batches."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,30 +15,40 @@ from ich_prep.dataset.windows import Window, window_table
 from ich_prep.errors import UsageError
 from ich_train.config import TrainConfig
 
-# Mean and standard deviation of ImageNet, averaged over its colours: so weights from there meet inputs of the scale
-# that they know, however many channels there are. A network that starts from nothing does not mind.
-MEAN, STD = 0.449, 0.226
+
+@dataclass(frozen=True)
+class Scaling:
+    """What is subtracted from window values of 0..1, and what they are then divided by.
+
+    The default is ImageNet's, averaged over its colours: so weights from there get inputs of the scale that they were
+    trained on, however many channels there are. For random weights it makes no difference.
+    """
+
+    mean: float = 0.449
+    std: float = 0.226
 
 
 class Preprocess(nn.Module):
-    """Turns stored pixels into normalised windows.
+    """Turns stored pixels into normalized windows.
 
-    ``store`` is ``windows`` or ``hu``, as in the dataset; ``windows`` are the dataset's, or for HU those to compute.
+    ``pixels`` is ``windows`` or ``hu``, as in the dataset; ``windows`` are the dataset's, or for HU those to compute.
     """
 
-    tables: torch.Tensor  # (windows, 65536) uint8, by int16 HU seen as uint16; of an HU store
-    centers: torch.Tensor  # (windows,) float32, in HU; where windows are stored (1,), in codes
+    tables: torch.Tensor  # (windows, 65536) uint8, indexed by int16 HU seen as uint16; empty if windows are stored
+    centers: torch.Tensor  # (windows,) float32, in HU; if windows are stored (1,), in codes
     widths: torch.Tensor
 
-    def __init__(self, *, store: str, windows: Sequence[Window], channels_last: bool = False) -> None:
+    def __init__(
+        self, *, pixels: str, windows: Sequence[Window], scaling: Scaling = Scaling(), channels_last: bool = False
+    ) -> None:
         super().__init__()
-        if store not in ("windows", "hu"):
-            raise UsageError(f"Expected a store of windows or hu; found {store!r}.")
-        self.store = store
+        if pixels not in ("windows", "hu"):
+            raise UsageError(f"Unknown pixels {pixels!r}; expected windows or hu.")
+        self.pixels, self.scaling = pixels, scaling
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        tables = np.stack([window_table(window) for window in windows]) if store == "hu" else np.empty((0, 65536))
+        tables = np.stack([window_table(window) for window in windows]) if pixels == "hu" else np.empty((0, 65536))
         self.register_buffer("tables", torch.from_numpy(tables.astype(np.uint8)), persistent=False)
-        spans = [(window.center, window.width) for window in windows] if store == "hu" else [(127.5, 255.0)]
+        spans = [(window.center, window.width) for window in windows] if pixels == "hu" else [(127.5, 255.0)]
         centers, widths = torch.tensor(spans).unbind(1)
         self.register_buffer("centers", centers, persistent=False)
         self.register_buffer("widths", widths, persistent=False)
@@ -45,11 +56,11 @@ class Preprocess(nn.Module):
     def codes(self, images: torch.Tensor) -> torch.Tensor:
         """Return the 8-bit window codes of ``images``, (b, c', h, w) uint8.
 
-        (b, c, h, w) uint8 windows come back as they are. Of int16 HU, each channel becomes one channel for each window,
-        side by side, with the very codes that a build with ``store = "windows"`` would have written: they come from
-        the same table.
+        (b, c, h, w) uint8 windows are returned as they are. Each channel of int16 HU becomes one channel for each
+        window, side by side, with exactly the codes that a build of windows would have written: they come from the same
+        table.
         """
-        if self.store == "windows":
+        if self.pixels == "windows":
             return images
         b, c, h, w = images.shape
         place = (images.to(torch.int32) & 0xFFFF).flatten()
@@ -59,15 +70,15 @@ class Preprocess(nn.Module):
         return codes.flatten(1, 2)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Return (b, c', h, w) float32, the codes of ``images`` brought to mean 0 and standard deviation 1."""
-        return self.normalised(self.codes(images) / 255)
+        """Return (b, c', h, w) float32, the codes of ``images``, normalized."""
+        return self.normalized(self.codes(images) / 255)
 
     def jittered(self, images: torch.Tensor, shift: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
-        """Return the windows of ``images`` as values of 0..1, not rounded, each image through windows of its own.
+        """Return the windows of ``images`` as values of 0..1, not rounded, each image through its own windows.
 
         ``shift`` (b,) moves the centers up, in units of the width; ``gain`` (b,) divides the widths. The result is
-        (b, c', h, w) float32. HU beyond the dataset's window come into view only where HU are stored: a store of
-        windows has clipped them, and stays clipped.
+        (b, c', h, w) float32. HU beyond the dataset's window become visible only if HU are stored: stored windows are
+        clipped, and stay clipped.
         """
         b = len(images)
         # ((x - center) / width - shift) * gain + 0.5, in one pass over the pixels.
@@ -75,16 +86,16 @@ class Preprocess(nn.Module):
         offset = (0.5 - gain.unsqueeze(1) * (self.centers / self.widths + shift.unsqueeze(1))).view(b, 1, -1, 1, 1)
         return torch.addcmul(offset, images.float().unsqueeze(2), scale).flatten(1, 2).clamp_(0, 1)
 
-    def normalised(self, values: torch.Tensor) -> torch.Tensor:
-        """Return window values of 0..1 brought to mean 0 and standard deviation 1, in place, in the memory format."""
-        return values.sub_(MEAN).div_(STD).contiguous(memory_format=self.memory_format)
+    def normalized(self, values: torch.Tensor) -> torch.Tensor:
+        """Return window values of 0..1 scaled in place by ``scaling``, in the memory format."""
+        return values.sub_(self.scaling.mean).div_(self.scaling.std).contiguous(memory_format=self.memory_format)
 
 
 class Augment:
-    """Turns stored pixels into normalised windows as `Preprocess` does, after chance has moved and changed them.
+    """Turns stored pixels into normalized windows as `Preprocess` does, moved and changed at random.
 
-    How much is said by ``amounts``; every image of a batch has its own window jitter, flip, rotation, zoom, shift and
-    noise, the same for all its channels (the noise excepted).
+    ``amounts`` says how much; every image of a batch has its own window jitter, flip, rotation, zoom, shift and noise,
+    the same for all its channels (except the noise).
     """
 
     def __init__(self, preprocess: Preprocess, amounts: TrainConfig) -> None:
@@ -94,7 +105,7 @@ class Augment:
     def __call__(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Return (b, c', h, w) float32 for (b, c, h, w) uint8 windows or int16 HU.
 
-        ``generator`` lives on the device of ``images``; its state decides everything.
+        ``generator`` lives on the device of ``images``; its state determines the result.
         """
         b, device, amounts = len(images), images.device, self.amounts
 
@@ -115,7 +126,7 @@ class Augment:
             values = _warped(values, mirror=mirror, angle=angle, scale=scale, move_x=move_x, move_y=move_y)
         if amounts.noise:
             values.add_(torch.randn(values.shape, generator=generator, device=device), alpha=amounts.noise)
-        return self.preprocess.normalised(values)
+        return self.preprocess.normalized(values)
 
 
 def _warped(
@@ -127,7 +138,7 @@ def _warped(
     move_x: torch.Tensor,
     move_y: torch.Tensor,
 ) -> torch.Tensor:
-    # affine_grid wants the way back, from a place in the result to one in the image, in units of half its side.
+    # affine_grid wants the inverse, from a point of the result to one of the image, in units of half its side.
     cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
     back = torch.stack([cos * mirror, -sin, move_x, sin * mirror, cos, move_y], dim=1).view(-1, 2, 3)
     grid = functional.affine_grid(back, list(values.shape), align_corners=False)

@@ -1,14 +1,15 @@
 """Pictures of a run: how training went, how good the probabilities are, what the network makes of a slice.
 
-Every function takes numbers and returns a figure of its own; nothing here knows folders or datasets. The figures are
+Every function takes numbers and returns a new figure; nothing here knows folders or datasets. The figures are
 drawn without pyplot: no state is shared, and no display is needed.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -21,15 +22,12 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from ich_prep.dataset.classes import RSNA_CLASSES
-from ich_train.metrics import Curve
+from ich_prep.html import BLUE, FAINT, GREY, INK, MUTED, ORANGE
+from ich_train.evaluation.metrics import POLICY_WORDS, Curve
 
-INK, MUTED, FAINT = "#1f2933", "#66727f", "#d5dae0"
-BLUE, GREY, ORANGE = "#1f5a96", "#8a96a3", "#c2571a"
 SHADES = LinearSegmentedColormap.from_list("shades", ["#ffffff", BLUE])
 DPI = 140
 LONGEST_SIDE = 30_000  # pixels; browsers draw no image of more than 32,767
-POLICY_WORDS = {"at_half": "threshold 0.5", "at_best_f1": "threshold of best F1 on validation"}
 
 
 @dataclass(frozen=True)
@@ -74,13 +72,13 @@ def history_curve(
 
 
 def roc_panels(curves: Mapping[str, Curve], measures: Mapping[str, Any]) -> Figure:
-    """Return the ROC curve of each label in a panel of its own, the other labels faint behind it.
+    """Return the ROC curve of each label in its own panel, the other labels faint behind it.
 
-    ``measures`` is the by-slice result of `ich_train.metrics.measure`: it gives the areas and the points at which the
-    two thresholds work.
+    ``measures`` is the by-slice result of `ich_train.evaluation.metrics.measure`: it gives the areas, and the points of
+    the two thresholds.
     """
-    figure = _figure(9.6, 7.3)
-    for name, axes in _label_panels(figure):
+    figure = _figure(*_grid_size(measures["labels"], panel=(3.2, 3.45), beside=0.4))
+    for name, axes in _label_panels(figure, measures["labels"]):
         _style(axes, x="false positive rate", y="true positive rate", unit_square=True)
         axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)))
         entry = measures["labels"][name]
@@ -95,9 +93,9 @@ def roc_panels(curves: Mapping[str, Curve], measures: Mapping[str, Any]) -> Figu
 
 
 def precision_recall_panels(curves: Mapping[str, Curve], measures: Mapping[str, Any]) -> Figure:
-    """Return precision over recall of each label in a panel of its own, dotted at the share of positives."""
-    figure = _figure(9.6, 7.3)
-    for name, axes in _label_panels(figure):
+    """Return precision over recall of each label in its own panel, dotted at the share of positives."""
+    figure = _figure(*_grid_size(measures["labels"], panel=(3.2, 3.45), beside=0.4))
+    for name, axes in _label_panels(figure, measures["labels"]):
         _style(axes, x="recall", y="precision", unit_square=True)
         entry = measures["labels"][name]
         cases = entry["positives"] + entry["negatives"]
@@ -115,8 +113,8 @@ def precision_recall_panels(curves: Mapping[str, Curve], measures: Mapping[str, 
 
 def confusion_panels(measures: Mapping[str, Any], policy: str) -> Figure:
     """Return the confusion matrix of each label at the threshold of ``policy``, shaded by the share of its line."""
-    figure = _figure(8.6, 6.2)
-    for name, axes in _label_panels(figure):
+    figure = _figure(*_grid_size(measures["labels"], panel=(8.6 / 3, 3.1), beside=0.0))
+    for name, axes in _label_panels(figure, measures["labels"]):
         at = measures["labels"][name][policy]
         axes.set_title(name, loc="left", color=INK, size=10, weight="bold")
         axes.set_xticks([0, 1], ["no", "yes"], color=MUTED, size=8)
@@ -222,8 +220,25 @@ def _style(axes: Axes, *, x: str, y: str, unit_square: bool = False) -> None:
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "0.5", "", "1"])
 
 
-def _label_panels(figure: Figure) -> Iterator[tuple[str, Axes]]:
-    return zip(RSNA_CLASSES, figure.subplots(2, 3).flat, strict=True)
+def _grid(labels: Collection[str]) -> tuple[int, int]:
+    """Return the rows and columns of panels for ``labels``: six of them stand in two rows of three."""
+    columns = {1: 1, 2: 2, 4: 2}.get(len(labels), 3)
+    return -(-len(labels) // columns), columns
+
+
+def _grid_size(labels: Collection[str], *, panel: tuple[float, float], beside: float) -> tuple[float, float]:
+    """Return the width and height in inches of a figure with a panel for each of ``labels``, and ``beside`` for a legend."""
+    rows, columns = _grid(labels)
+    return max(panel[0] * columns, 4.8), panel[1] * rows + beside
+
+
+def _label_panels(figure: Figure, labels: Collection[str]) -> Iterator[tuple[str, Axes]]:
+    panels = figure.subplots(*_grid(labels), squeeze=False).flat
+    for name, axes in zip_longest(labels, panels):
+        if name is None:
+            axes.set_axis_off()
+        else:
+            yield name, axes
 
 
 def _curve_panel(

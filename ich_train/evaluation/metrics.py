@@ -1,14 +1,15 @@
 """How well probabilities fit labels: per label, macro and micro, with intervals that resample patients.
 
-Labels are (n, 6) int8 in the order of ``CLASSES`` with -1 = unknown, probabilities (n, 6) float. A case is a slice or a
-series, whichever the arrays hold one line of. A case is called positive when its probability >= the threshold.
+Labels are (n, classes) int8 with -1 = unknown, probabilities (n, classes) float; ``classes`` are their names, in order. A
+case is a slice or a series: a line of the arrays. A case is called positive if its probability >= the threshold.
 
-A measure is undefined (NaN inside, None outside) when its label has cases of one class only, or when its denominator is
-zero: a constant label says nothing about a model, and 0 or 1 would pretend that it does.
+A measure is undefined (NaN inside, None outside) if its label has cases of one class only, or if its denominator is
+zero: a constant label says nothing about a model, and 0 or 1 would suggest that it does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
-from ich_prep.dataset.classes import RSNA_CLASSES
+from ich_train.rsna import class_weights
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
-Labels = npt.NDArray[np.int8]
+LabelArray = npt.NDArray[np.int8]
 Probabilities = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 Thresholds = tuple[float | None, ...]
 
@@ -28,72 +29,74 @@ COUNTS = ("tn", "fp", "fn", "tp")  # in the order of 2 * truth + called
 RANKING = ("roc_auc", "average_precision")
 DECISION = ("accuracy", "precision", "recall", "f1")
 POLICIES = ("at_half", "at_best_f1")
+POLICY_WORDS = {"at_half": "threshold 0.5", "at_best_f1": "threshold of best F1 on validation"}
 MEASURES = RANKING + tuple(f"{policy}.{name}" for policy in POLICIES for name in DECISION)
 
-RSNA_WEIGHTS: Floats = np.array([2.0 if name == "any" else 1.0 for name in RSNA_CLASSES])
 PROBABILITY_FLOOR = 1e-15  # the competition's clip; in float64 1 - 1e-15 is still below 1
 POSITION_BINS = 20
 INTERVAL_PERCENT = (2.5, 97.5)
 
 
-def best_f1_thresholds(labels: Labels, probabilities: Probabilities) -> Thresholds:
-    """Return for each label the threshold that gives the highest F1: one of its probabilities, None where undefined."""
-    return tuple(_best_f1(*_known(labels[:, j], probabilities[:, j])) for j in range(len(RSNA_CLASSES)))
+def best_f1_thresholds(labels: LabelArray, probabilities: Probabilities) -> Thresholds:
+    """Return for each label the threshold that gives the highest F1: one of its probabilities, None if undefined."""
+    return tuple(_best_f1(*_known(labels[:, j], probabilities[:, j])) for j in range(labels.shape[1]))
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Points of a curve with the lowest probability called positive at each, infinity where none is."""
+    """Points of a curve with the lowest probability called positive at each, infinity if none is."""
 
     x: Floats  # false positive rate, or recall
     y: Floats  # true positive rate, or precision
     threshold: Floats
 
 
-def roc_curves(labels: Labels, probabilities: Probabilities) -> dict[str, Curve]:
-    """Return the ROC curve of each label that has both classes; points on a straight line are left out."""
-    return {name: Curve(*roc_curve(*column)) for name, column in _two_class_columns(labels, probabilities)}
+def roc_curves(labels: LabelArray, probabilities: Probabilities, classes: Sequence[str]) -> dict[str, Curve]:
+    """Return the ROC curve of each label that has both classes, without points on a straight line."""
+    return {name: Curve(*roc_curve(*column)) for name, column in _two_class_columns(labels, probabilities, classes)}
 
 
-def precision_recall_curves(labels: Labels, probabilities: Probabilities) -> dict[str, Curve]:
+def precision_recall_curves(
+    labels: LabelArray, probabilities: Probabilities, classes: Sequence[str]
+) -> dict[str, Curve]:
     """Return the precision over recall of each label that has both classes, recall falling."""
     curves = {}
-    for name, column in _two_class_columns(labels, probabilities):
+    for name, column in _two_class_columns(labels, probabilities, classes):
         precision, recall, threshold = precision_recall_curve(*column, drop_intermediate=True)
         curves[name] = Curve(recall, precision, np.append(threshold, np.inf))
     return curves
 
 
-def rsna_log_loss(labels: Labels, probabilities: Probabilities) -> float | None:
-    """Return the weighted log loss of the RSNA 2019 competition: weight 2 for any, 1 for the others, divided by 7.
+def log_loss(labels: LabelArray, probabilities: Probabilities, classes: Sequence[str]) -> float | None:
+    """Return the mean log loss over the known labels, weighted by `ich_train.rsna.class_weights`; None if none is known.
 
-    In float64, with probabilities clipped to [1e-15, 1 - 1e-15]. An unknown label counts neither in the sum nor in the
-    weights; None when no label is known.
+    For RSNA's six classes that is the weighted log loss of the competition. In float64, with probabilities clipped to
+    [1e-15, 1 - 1e-15].
     """
-    losses, weights = _log_loss_terms(labels, probabilities)
+    losses, weights = _log_loss_terms(labels, probabilities, class_weights(classes))
     return float(losses.sum() / weights.sum()) if weights.any() else None
 
 
-def roc_aucs(labels: Labels, scores: Probabilities) -> dict[str, float | None]:
-    """Return the area under the ROC curve of each label by name, None where undefined or where scores are NaN."""
+def roc_aucs(labels: LabelArray, scores: Probabilities, classes: Sequence[str]) -> dict[str, float | None]:
+    """Return the area under the ROC curve of each label by name, None if it is undefined or scores are NaN."""
     areas: dict[str, float | None] = {}
-    for j, name in enumerate(RSNA_CLASSES):
+    for j, name in enumerate(classes):
         truth, score = _known(labels[:, j], scores[:, j])
         areas[name] = None if np.isnan(score).any() else _plain(_ranking(truth, score)[0])
     return areas
 
 
 def by_series(
-    series: Integers, sizes: Integers, labels: Labels, probabilities: Probabilities, *, how: Literal["max", "mean"]
-) -> tuple[Labels, Floats, Integers]:
-    """Return labels (m, 6), probabilities (m, 6) float64 and the index of one slice (m,) for each of m series.
+    series: Integers, sizes: Integers, labels: LabelArray, probabilities: Probabilities, *, how: Literal["max", "mean"]
+) -> tuple[LabelArray, Floats, Integers]:
+    """Return labels (m, classes), probabilities (m, classes) float64 and the index of one slice (m,) for each of m series.
 
-    ``series`` (n,) says which series a slice is of, ``sizes`` (n,) how many slices that has, those that are not given
-    too; the series come out in ascending order. A series is positive when any of its slices is, negative when all that
-    it has are known to be, else unknown. Its probability is the maximum or mean over the slices given.
+    ``series`` (n,) says which series a slice is of, ``sizes`` (n,) how many slices that has, including those
+    not given; the series come out in ascending order. A series is positive if any of its slices is, negative if all of
+    them are known to be, else unknown. Its probability is the maximum or mean over the slices given.
     """
     names, first, code = np.unique(series, return_index=True, return_inverse=True)
-    shape = len(names), len(RSNA_CLASSES)
+    shape = len(names), labels.shape[1]
     positive, negatives = np.zeros(shape, bool), np.zeros(shape, np.int64)
     np.logical_or.at(positive, code, labels > 0)
     np.add.at(negatives, code, labels == 0)
@@ -108,15 +111,15 @@ def by_series(
     return reduced, total / np.bincount(code, minlength=len(names))[:, None], first
 
 
-def position_scores(known: Floats, known_labels: Labels, positions: Floats) -> Floats:
-    """Return the probabilities (n, 6) that a model gives which sees nothing but where in its series a slice lies.
+def position_scores(known: Floats, known_labels: LabelArray, positions: Floats) -> Floats:
+    """Return the probabilities (n, classes) of a model that sees nothing but where in its series a slice lies.
 
     ``known`` (m,) and ``positions`` (n,) are relative positions in [0, 1]. The probability of a label is its share
-    among the training slices ``known_labels`` (m, 6) in the same twentieth of the series, among all of them where that
-    twentieth holds none, and NaN where the label is never known.
+    among the training slices ``known_labels`` (m, classes) in the same twentieth of the series, among all of them if that
+    twentieth has none, and NaN if the label is never known.
     """
-    scores = np.zeros((len(positions), len(RSNA_CLASSES)))
-    for j in range(len(RSNA_CLASSES)):
+    scores = np.zeros((len(positions), known_labels.shape[1]))
+    for j in range(known_labels.shape[1]):
         truth, where = _known(known_labels[:, j], known)
         cases = np.bincount(_position_bins(where), minlength=POSITION_BINS)
         positives = np.bincount(_position_bins(where), weights=truth, minlength=POSITION_BINS)
@@ -127,27 +130,28 @@ def position_scores(known: Floats, known_labels: Labels, positions: Floats) -> F
 
 
 def measure(
-    labels: Labels,
+    labels: LabelArray,
     probabilities: Probabilities,
     patients: Integers,
     thresholds: Thresholds,
     *,
+    classes: Sequence[str],
     resamples: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Return every measure of n cases as plain values fit for JSON: by label, macro, micro and the weighted log loss.
+    """Return every measure of n cases as plain values fit for JSON: by label, macro, micro and the log loss.
 
-    ``patients`` (n,) says whose case it is; ``thresholds`` were found on other cases. Macro is the mean over the labels
+    ``patients`` (n,) says whose case it is; ``thresholds`` come from other cases. Macro is the mean over the labels
     for which a measure is defined, micro pools the cases of all labels (at the best-F1 thresholds: of those that have
     one); ``labels`` in either says how many those are. Intervals [low, high] hold 95% of ``resamples`` bootstrap
-    resamples of the patients, each with all its cases. A resample in which the measure is undefined is left out; an
-    interval is None where that befell more than half of them, or where there are fewer than two patients.
+    resamples of the patients, each with all its cases. A resample in which the measure is undefined is skipped; an
+    interval is None if more than half of them are, or if there are fewer than two patients.
     """
     names, owner = np.unique(patients, return_inverse=True)
-    columns = [(*_known(labels[:, j], probabilities[:, j]), owner[labels[:, j] >= 0]) for j in range(len(RSNA_CLASSES))]
+    columns = [(*_known(labels[:, j], probabilities[:, j]), owner[labels[:, j] >= 0]) for j in range(len(classes))]
     truths, scores, owners = (np.concatenate(part) for part in zip(*columns, strict=True))
     columns.append((truths, scores, owners))  # micro
-    sums = _PatientSums.of(labels, probabilities, owner, thresholds)
+    sums = _PatientSums.of(labels, probabilities, owner, thresholds, class_weights(classes))
     everyone = np.ones(len(names))
     counts = sums.counts(everyone)
     values = np.column_stack([[_ranking(truth, score) for truth, score, _ in columns], _decisions(counts)])
@@ -161,7 +165,7 @@ def measure(
         drawn[b] = np.column_stack([[column.ranking(weights) for column in ranked], _decisions(sums.counts(weights))])
         losses[b] = sums.log_loss(weights)
 
-    by_label = {name: _entry(values[j], drawn[:, j]) for j, name in enumerate(RSNA_CLASSES)}
+    by_label = {name: _entry(values[j], drawn[:, j]) for j, name in enumerate(classes)}
     for entry, cases, threshold in zip(by_label.values(), counts[:-1], thresholds, strict=True):
         entry["positives"], entry["negatives"] = int(cases[0, 2:].sum()), int(cases[0, :2].sum())
         entry["at_half"] |= {"threshold": 0.5, **_count_words(cases[0])}
@@ -176,7 +180,7 @@ def measure(
     return {
         "cases": len(labels),
         "patients": len(names),
-        "log_loss": rsna_log_loss(labels, probabilities),
+        "log_loss": log_loss(labels, probabilities, classes),
         "log_loss_interval": _interval(losses),
         "labels": by_label,
         "macro": _macro(values[:-1], drawn[:, :-1]),
@@ -198,7 +202,7 @@ class _Ranked:
     ends: Integers  # (g,) and where it has ended
 
     @classmethod
-    def of(cls, truth: Labels, score: Floats, owner: Integers) -> _Ranked:
+    def of(cls, truth: LabelArray, score: Floats, owner: Integers) -> _Ranked:
         order = np.argsort(-score, kind="stable")
         positives = order[truth[order] > 0]
         distinct, positive_starts = np.unique(-score[positives], return_index=True)
@@ -232,9 +236,16 @@ class _PatientSums:
     losses: Floats  # (patient, 2): log loss and its weights
 
     @classmethod
-    def of(cls, labels: Labels, probabilities: Probabilities, owner: Integers, thresholds: Thresholds) -> _PatientSums:
+    def of(
+        cls,
+        labels: LabelArray,
+        probabilities: Probabilities,
+        owner: Integers,
+        thresholds: Thresholds,
+        weights: Sequence[float],
+    ) -> _PatientSums:
         patients = int(owner.max(initial=-1)) + 1
-        shape = patients, len(RSNA_CLASSES), len(POLICIES), len(COUNTS)
+        shape = patients, len(weights), len(POLICIES), len(COUNTS)
         counted = np.zeros(shape)
         for j, best in enumerate(thresholds):
             truth, score = _known(labels[:, j], probabilities[:, j])
@@ -242,16 +253,17 @@ class _PatientSums:
             for k, threshold in enumerate((0.5, best)):
                 if threshold is not None:
                     cell = whose * len(COUNTS) + 2 * truth + (score >= threshold)
-                    found = np.bincount(cell, minlength=patients * len(COUNTS))
-                    counted[:, j, k] = found.reshape(patients, len(COUNTS))
+                    counts = np.bincount(cell, minlength=patients * len(COUNTS))
+                    counted[:, j, k] = counts.reshape(patients, len(COUNTS))
         terms = (
-            np.bincount(owner, weights=term, minlength=patients) for term in _log_loss_terms(labels, probabilities)
+            np.bincount(owner, weights=term, minlength=patients)
+            for term in _log_loss_terms(labels, probabilities, weights)
         )
         return cls(counted.reshape(patients, -1), np.column_stack([*terms]))
 
     def counts(self, weights: Floats) -> Floats:
         """Return (label or micro, policy, count) when patient p counts ``weights[p]`` times."""
-        labels = (weights @ self.counted).reshape(len(RSNA_CLASSES), len(POLICIES), len(COUNTS))
+        labels = (weights @ self.counted).reshape(-1, len(POLICIES), len(COUNTS))
         return np.concatenate([labels, labels.sum(axis=0, keepdims=True)])
 
     def log_loss(self, weights: Floats) -> float:
@@ -273,18 +285,20 @@ def _decisions(counts: Floats) -> Floats:
     return measures.reshape(len(counts), -1)
 
 
-def _ranking(truth: Labels, score: Floats) -> tuple[float, float]:
+def _ranking(truth: LabelArray, score: Floats) -> tuple[float, float]:
     if not truth.any() or truth.all():
         return np.nan, np.nan
     return float(roc_auc_score(truth, score)), float(average_precision_score(truth, score))
 
 
-def _two_class_columns(labels: Labels, scores: Probabilities) -> list[tuple[str, tuple[Labels, Floats]]]:
-    columns = [(name, _known(labels[:, j], scores[:, j])) for j, name in enumerate(RSNA_CLASSES)]
+def _two_class_columns(
+    labels: LabelArray, scores: Probabilities, classes: Sequence[str]
+) -> list[tuple[str, tuple[LabelArray, Floats]]]:
+    columns = [(name, _known(labels[:, j], scores[:, j])) for j, name in enumerate(classes)]
     return [(name, column) for name, column in columns if column[0].any() and not column[0].all()]
 
 
-def _best_f1(truth: Labels, score: Floats) -> float | None:
+def _best_f1(truth: LabelArray, score: Floats) -> float | None:
     if not truth.any() or truth.all():
         return None
     precision, recall, thresholds = precision_recall_curve(truth, score)
@@ -293,10 +307,12 @@ def _best_f1(truth: Labels, score: Floats) -> float | None:
     return float(thresholds[np.argmax(f1[:-1])])  # the last point calls nothing positive and has no threshold
 
 
-def _log_loss_terms(labels: Labels, probabilities: Probabilities) -> tuple[Floats, Floats]:
+def _log_loss_terms(
+    labels: LabelArray, probabilities: Probabilities, of_classes: Sequence[float]
+) -> tuple[Floats, Floats]:
     """Return for each case (n,) its weighted log loss, summed over its known labels, and the sum of their weights."""
     clipped = np.clip(probabilities.astype(np.float64), PROBABILITY_FLOOR, 1 - PROBABILITY_FLOOR)
-    weights = np.where(labels >= 0, RSNA_WEIGHTS, 0.0)
+    weights = np.where(labels >= 0, np.array(of_classes), 0.0)
     losses = -np.log(np.where(labels > 0, clipped, 1 - clipped))
     return (weights * losses).sum(axis=1), weights.sum(axis=1)
 
@@ -306,7 +322,7 @@ def _macro(values: Floats, drawn: Floats) -> dict[str, Any]:
     defined = ~np.isnan(values)
     count = defined.sum(axis=0)
     means = [values[kept, i].mean() if kept.any() else np.nan for i, kept in enumerate(defined.T)]
-    # The same labels in every resample: a mean over whichever happen to be defined would estimate something else.
+    # The same labels in every resample: a mean over those that happen to be defined would estimate something else.
     resampled = [drawn[:, kept, i].mean(axis=1) if kept.any() else drawn[:, 0, i] for i, kept in enumerate(defined.T)]
     return _entry(np.array(means), np.column_stack(resampled)) | {
         "labels": dict(zip(MEASURES, count.tolist(), strict=True))
@@ -335,7 +351,7 @@ def _count_words(counts: Floats) -> dict[str, int]:
     return {name: int(count) for name, count in zip(COUNTS, counts, strict=True)}
 
 
-def _known(labels: Labels, scores: Floats | Probabilities) -> tuple[Labels, Floats]:
+def _known(labels: LabelArray, scores: Floats | Probabilities) -> tuple[LabelArray, Floats]:
     known = labels >= 0
     return labels[known], scores[known].astype(np.float64)
 

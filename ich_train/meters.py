@@ -1,4 +1,4 @@
-"""What a training run tells the person who waits for it: a bar on a terminal, a line now and then elsewhere."""
+"""What a training run measures and shows while it goes on: a bar on a terminal, an occasional line elsewhere."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from ich_train.runs import Epoch, overfitting_since
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-REFRESH_S = 0.25  # a bar that asks a GPU for its loss more often would hold it up
-LINE_S = 30.0  # between two lines where there is no terminal
+REFRESH_S = 0.25  # asking a GPU for its loss more often would slow it down
+LINE_S = 30.0  # between two lines without a terminal
 
 
 @dataclass
 class Meter:
-    """Adds up an epoch as it goes."""
+    """The sums of an epoch so far."""
 
     sums: torch.Tensor  # (4,) float64 on the device: those of `ich_train.loss.Sums`, of this rank
     slices: int = 0  # of all ranks
     seconds: float = 0.0
-    wait_s: float = 0.0  # of these, spent waiting for data
+    wait_s: float = 0.0  # of these, waiting for data
 
     @classmethod
     def new(cls, device: torch.device) -> Meter:
@@ -48,7 +48,7 @@ class Meter:
 
 
 class Reporter:
-    """Shows a run as it goes on; on every rank but the first, ``silent``."""
+    """Shows the progress of a run; ``silent`` on every rank but the first."""
 
     def __init__(self, console: Console, *, epochs: int, silent: bool) -> None:
         self._console = console
@@ -84,10 +84,10 @@ class Reporter:
             self._console.print(text, soft_wrap=True, highlight=False)
 
     def step(self, epoch: int, step: int, steps: int, meter: Meter) -> None:
-        """Show that ``step`` of ``steps`` of an epoch are done; does nothing most of the time."""
+        """Show that ``step`` of ``steps`` of an epoch are done; most calls show nothing."""
         now, lines = time.perf_counter(), self._bar.disable
         soon = now - self._shown_at < (LINE_S if lines else REFRESH_S)
-        at_end = step == steps and not lines  # where there are lines, that of the epoch follows
+        at_end = step == steps and not lines  # a line of the whole epoch follows
         if self._silent or (soon and not at_end):
             return
         self._shown_at = now
@@ -103,7 +103,7 @@ class Reporter:
         )
 
     def epoch(self, line: Epoch, *, best: bool) -> None:
-        """Print what an epoch came to."""
+        """Print the results of an epoch."""
         self.say(
             f"epoch {line.epoch}/{self._epochs}: "
             f"training loss {line.train_loss:.4f}, accuracy {line.train_accuracy:.4f}; "
@@ -132,7 +132,7 @@ class Reporter:
         self.say("* lowest validation loss: kept as best/")
         since = overfitting_since(history)
         if since is not None:
-            self.say(f"Overfitting since epoch {since}: training accuracy rises while validation accuracy falls.")
+            self.say(f"Overfitting since epoch {since}: validation loss rises and validation accuracy falls.")
 
 
 def tensorboard(out: Path, first_epoch: int) -> AbstractContextManager[SummaryWriter | None]:

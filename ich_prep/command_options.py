@@ -1,0 +1,108 @@
+"""Command-line options made from the fields of a pydantic model: each knob's type, range, default and help text once."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+
+def options_from(
+    model: type[BaseModel], *names: str, into: str = "given", default: str | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return a decorator that gives a Typer command an option for each field ``names`` of ``model`` (none: for all).
+
+    The command gets those that stand on the command line as the dict of its parameter ``into``, to be validated by the
+    model, with values from elsewhere beside them. Several decorators may fill several parameters. ``default`` is what
+    the help texts say instead of the model's defaults. A Typer option is declared with a number's range and a literal's
+    choices; fields of other types than those, text, paths and booleans are passed as text, which the model must parse.
+    An option that is given twice is refused: the last one would win silently.
+    """
+    fields = {name: model.model_fields[name] for name in names or model.model_fields}
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(command, include_extras=True)
+        own = [
+            parameter.replace(annotation=hints.get(parameter.name, parameter.annotation))
+            for parameter in inspect.signature(command).parameters.values()
+        ]
+        added = [_option(name, field, default) for name, field in fields.items()]
+
+        @functools.wraps(command)
+        def call(**values: Any) -> None:
+            given = dict(_once(fields, {name: values.pop(name) for name in fields}))
+            command(**values, **{into: given})
+
+        kept = [parameter for parameter in own if parameter.name != into]
+        keywords = [*(p for p in kept if p.kind is p.KEYWORD_ONLY), *added]
+        positional = [p for p in kept if p.kind is not p.KEYWORD_ONLY]
+        # Typer reads both, and of a wrapped function it would read the original's.
+        call.__signature__ = inspect.Signature([*positional, *keywords])  # type: ignore[attr-defined]
+        call.__annotations__ = {parameter.name: parameter.annotation for parameter in (*kept, *added)}
+        del call.__wrapped__
+        return call
+
+    return decorate
+
+
+def _option(name: str, field: FieldInfo, default: str | None) -> inspect.Parameter:
+    kind = _kind(name, field.annotation)
+    shown = default if default is not None else _shown(field.default)
+    text = (field.description or "") + (f" [default: {shown}]" if shown else "")
+    flag = f"--{name.replace('_', '-')}"
+    declaration = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
+    limits = {"min": _limit(field, "ge"), "max": _limit(field, "le")} if kind in (int, float) else {}
+    metavar = None if kind is bool else f"<{'|'.join(kind) if issubclass(kind, StrEnum) else kind.__name__.lower()}>"
+    option = typer.Option(declaration, help=text.strip(), show_default=False, metavar=metavar, **limits)
+    # Each is declared as a list, to see it when it is given twice; of a flag, the last one wins, as for any flag.
+    annotation = kind | None if kind is bool else Union[list[kind], None]  # type: ignore[valid-type]  # noqa: UP007
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, option]
+    )
+
+
+def _once(fields: dict[str, FieldInfo], values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield name and value of each option that was given, which must be once."""
+    for name in fields:
+        value = values[name]
+        if isinstance(value, list):
+            if len(value) > 1:
+                flag = f"--{name.replace('_', '-')}"
+                raise typer.BadParameter(
+                    f"{flag} was given {len(value)} times ({', '.join(map(str, value))}): give one."
+                )
+            value = value[0] if value else None
+        if value is not None:
+            yield name, value.value if isinstance(value, StrEnum) else value
+
+
+def _kind(name: str, annotation: Any) -> Any:
+    """Return the type of the option for the field ``name``: str for whatever the model has to parse itself."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        annotation = next(one for one in get_args(annotation) if one is not type(None))
+    if get_origin(annotation) is Literal:  # of which Typer takes no lists
+        return StrEnum(name, {choice: choice for choice in get_args(annotation)})
+    return annotation if annotation in (bool, int, float, str, Path) else str
+
+
+def _limit(field: FieldInfo, name: str) -> Any:
+    return next((getattr(limit, name) for limit in field.metadata if hasattr(limit, name)), None)
+
+
+def _shown(value: Any) -> str:
+    """Return a default as a user would write it; none for what is off or missing."""
+    if value is None or value is False or value == ():
+        return ""
+    if value is True:
+        return "on"
+    if isinstance(value, tuple | list):
+        return ",".join(str(getattr(one, "name", one)) for one in value)
+    return str(value)

@@ -1,0 +1,261 @@
+"""Evaluates a trained network on rows of a dataset: probabilities, measures, curves, pictures and a report.
+
+::
+
+    runs/NAME/
+        metrics.json            every measure; written last: its presence says that the evaluation is complete
+        predictions.parquet     a line for each slice: what it is, its labels, its probabilities
+        curves/*.csv            the points of the ROC and precision-recall curves
+        pictures/*.png          what the report shows
+        report.html             all of it on one page
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pyarrow import csv
+
+from ich_prep.dataset.storage import write_whole
+from ich_train.evaluation.cases import Cases, cases_of
+from ich_train.evaluation.figures import curves_of, draw_figures
+from ich_train.evaluation.metrics import best_f1_thresholds, by_series, measure, position_scores, roc_aucs
+from ich_train.evaluation.plots import png
+from ich_train.evaluation.report import report_html
+from ich_train.predict import Predictor, load_predictor, predict_rows
+from ich_train.runs import METRICS, read_history
+from ich_train.split import Split, split_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    from ich_prep.dataset.dataset import Dataset
+    from ich_train.checkpoint import Meta
+    from ich_train.config import EvalConfig
+    from ich_train.evaluation.metrics import Curve
+
+VERSION = 1  # of metrics.json
+PREDICTIONS, PICTURES, CURVES, REPORT = "predictions.parquet", "pictures", "curves", "report.html"
+AXES = {"roc": ("false_positive_rate", "true_positive_rate"), "precision_recall": ("recall", "precision")}
+IDENTITY = ("row", "sop_instance_uid", "series_instance_uid", "patient_id", "subset", "fold")
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of an evaluation. ``complete``: all of the subset, and so whole series."""
+
+    split: Split
+    evaluated: NDArray[np.int64]
+    complete: bool
+
+
+def evaluate_run(
+    run: Path,
+    dataset: Dataset,
+    evaluation: EvalConfig,
+    *,
+    device: str = "cpu",
+    threads: int = 2,
+    out: Path | None = None,
+) -> dict[str, Any]:
+    """Evaluate the best network of the folder ``run`` on a part of ``dataset``; write everything, return the metrics.
+
+    The files go to the folder ``out``, or to ``run``. Labels of whole series are accepted, whatever the network learned
+    from: the report says so, and the measures by series are those that count then.
+
+    The parts train, val and test are split as in training. The thresholds of best F1 come from the whole validation
+    part; if that is empty there are none, and without a training part there is no position-only baseline. With a
+    ``limit`` there are no results by series, because the drawn slices of a series are not the series. Raises
+    `TrainError` if the run has no network or history, and `UsageError` if the dataset does not fit it, or has no labels
+    or none in the subset.
+    """
+    out = out or run
+    history = read_history(run)
+    predictor = load_predictor(run, dataset, device=device)
+    rows = _choose_rows(dataset, predictor.meta, evaluation)
+    cases, validation = _predict(dataset, predictor, rows, evaluation, threads=threads)
+    metrics = _measure(dataset, predictor.meta, rows, cases, validation, evaluation)
+    curves = curves_of(cases)
+    figures = draw_figures(dataset, predictor, cases, curves, metrics["by_slice"], history)
+    pictures = {name: png(figure) for name, figure in figures.items()}
+
+    out.mkdir(parents=True, exist_ok=True)
+    (out / METRICS).unlink(missing_ok=True)  # of the evaluation that is replaced
+    _write_files(out, dataset, cases, curves, pictures)
+    write_whole(out / REPORT, report_html(metrics, history, pictures).encode())
+    write_whole(out / METRICS, (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode())
+    return metrics
+
+
+def draw_rows(rows: NDArray[np.int64], *, limit: int | None, seed: int) -> NDArray[np.int64]:
+    """Return ``limit`` of ``rows``, ascending, drawn by ``seed`` without repeats; all of them if there are no more."""
+    if limit is None or limit >= len(rows):
+        return rows
+    return np.sort(np.random.default_rng(seed).choice(rows, size=limit, replace=False))
+
+
+def measure_views(
+    cases: Cases,
+    validation: Cases,
+    baseline: NDArray[np.float64],
+    *,
+    complete: bool,
+    resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Return the measures of ``cases`` by slice and, if they are ``complete`` series, by series (maximum and mean).
+
+    The thresholds of best F1 are those of ``validation`` in the same view. ``position_only`` beside them is the area
+    under the ROC curve of ``baseline`` (n, classes), probabilities that depend on each slice's place in its series only.
+    """
+    given: dict[str, Any] = {"classes": cases.classes, "resamples": resamples, "seed": seed}
+    thresholds = best_f1_thresholds(validation.labels, validation.probabilities)
+    views: dict[str, Any] = {
+        "by_slice": measure(cases.labels, cases.probabilities, cases.patients, thresholds, **given)
+        | {"position_only": roc_aucs(cases.labels, baseline, cases.classes)},
+        "by_series_max": None,
+        "by_series_mean": None,
+    }
+    for how in ("max", "mean") if complete else ():
+        val_labels, val_probabilities, _ = by_series(
+            validation.series, validation.series_sizes, validation.labels, validation.probabilities, how=how
+        )
+        labels, probabilities, first = by_series(
+            cases.series, cases.series_sizes, cases.labels, cases.probabilities, how=how
+        )
+        _, by_position, _ = by_series(cases.series, cases.series_sizes, cases.labels, baseline, how=how)
+        thresholds = best_f1_thresholds(val_labels, val_probabilities)
+        views[f"by_series_{how}"] = measure(labels, probabilities, cases.patients[first], thresholds, **given) | {
+            "position_only": roc_aucs(labels, by_position, cases.classes)
+        }
+    return views
+
+
+def _choose_rows(dataset: Dataset, meta: Meta, evaluation: EvalConfig) -> _Rows:
+    subset = evaluation.subset
+    split = split_rows(
+        dataset,
+        val_fold=meta.val_fold,
+        test_fold=meta.test_fold,
+        allow_series_labels=True,
+        needed=() if subset == "all" else (subset,),
+    )
+    candidates = np.sort(np.concatenate([*vars(split).values()])) if subset == "all" else vars(split)[subset]
+    rows = draw_rows(candidates, limit=evaluation.limit, seed=evaluation.seed)
+    return _Rows(split, rows, complete=len(rows) == len(candidates))
+
+
+def _predict(
+    dataset: Dataset, predictor: Predictor, rows: _Rows, evaluation: EvalConfig, *, threads: int
+) -> tuple[Cases, Cases]:
+    """Return the evaluated slices and those of the validation part, each slice predicted once."""
+    rows_to_predict = np.union1d(rows.evaluated, rows.split.val)
+    probabilities = predict_rows(
+        predictor.model,
+        predictor.preprocess,
+        dataset,
+        rows_to_predict,
+        context=predictor.meta.context,
+        batch_size=evaluation.batch_size,
+        threads=threads,
+        device=predictor.device,
+    )
+    cases, validation = (
+        cases_of(dataset, part, probabilities[np.searchsorted(rows_to_predict, part)])
+        for part in (rows.evaluated, rows.split.val)
+    )
+    return cases, validation
+
+
+def _measure(
+    dataset: Dataset, meta: Meta, rows: _Rows, cases: Cases, validation: Cases, evaluation: EvalConfig
+) -> dict[str, Any]:
+    """Return the content of ``metrics.json``."""
+    unpredicted = np.empty((len(rows.split.train), len(dataset.classes)), np.float32)
+    training = cases_of(dataset, rows.split.train, unpredicted)
+    baseline = position_scores(training.positions, training.labels, cases.positions)
+    levels = dataset.slices["label_level"].take(pa.array(cases.rows))
+    return {
+        "version": VERSION,
+        "model": meta.model_dump(mode="json"),
+        "dataset": _describe(dataset, rows, meta),
+        "evaluated": evaluation.model_dump(exclude={"batch_size"})
+        | {"slices": len(cases.rows), "series_labels": bool(pc.any(pc.equal(levels, "series")).as_py())},
+    } | measure_views(
+        cases, validation, baseline, complete=rows.complete, resamples=evaluation.bootstrap, seed=evaluation.seed
+    )
+
+
+def _describe(dataset: Dataset, rows: _Rows, meta: Meta) -> dict[str, Any]:
+    """Return what the dataset is and how many slices, series, patients and positives each part of the split has."""
+    parts = {}
+    for name, part in vars(rows.split).items():
+        taken = dataset.slices.select(["series_row", "patient_id"]).take(pa.array(part))
+        positives = (dataset.labels[part] > 0).sum(axis=0)
+        parts[name] = {
+            "slices": len(part),
+            "series": pc.count_distinct(taken["series_row"]).as_py(),
+            "patients": pc.count_distinct(taken["patient_id"]).as_py(),
+            "positives": dict(zip(dataset.classes, positives.tolist(), strict=True)),
+        }
+    return {
+        "name": dataset.path.name,
+        "digest": dataset.digest,
+        "trained_on": dataset.digest == meta.dataset_digest,
+        "slices": len(dataset.slices),
+        "series": len(dataset.series),
+        "patients": pc.count_distinct(dataset.slices["patient_id"]).as_py(),
+        "parts": parts,
+        "patient_is_study": _count_without_patient(dataset, np.union1d(rows.evaluated, rows.split.train)),
+    }
+
+
+def _count_without_patient(dataset: Dataset, rows: NDArray[np.int64]) -> int:
+    """Return how many of the slices ``rows`` have their study's UID for a patient."""
+    flags = dataset.slices["flags"].take(pa.array(rows))
+    return int(pc.equal(pc.list_flatten(flags), "patient_is_study").to_numpy().sum())
+
+
+def _write_files(
+    out: Path,
+    dataset: Dataset,
+    cases: Cases,
+    curves: Mapping[str, Mapping[str, Curve]],
+    pictures: Mapping[str, bytes],
+) -> None:
+    pq.write_table(_predictions(dataset, cases), out / PREDICTIONS)
+    (out / CURVES).mkdir(exist_ok=True)
+    for name, of_labels in curves.items():
+        x, y = AXES[name]
+        _write_curves(out / CURVES / f"{name}.csv", of_labels, x=x, y=y)
+    (out / PICTURES).mkdir(exist_ok=True)
+    for name, picture in pictures.items():
+        (out / PICTURES / f"{name}.png").write_bytes(picture)
+
+
+def _predictions(dataset: Dataset, cases: Cases) -> pa.Table:
+    taken = dataset.slices.select([*IDENTITY, *cases.classes]).take(pa.array(cases.rows))
+    for j, name in enumerate(cases.classes):
+        taken = taken.append_column(f"p_{name}", pa.array(cases.probabilities[:, j], pa.float32()))
+    return taken
+
+
+def _write_curves(path: Path, curves: Mapping[str, Curve], *, x: str, y: str) -> None:
+    table = pa.table(
+        {
+            "label": pa.array([name for name, curve in curves.items() for _ in curve.x], pa.string()),
+            x: np.concatenate([np.empty(0), *(curve.x for curve in curves.values())]),
+            y: np.concatenate([np.empty(0), *(curve.y for curve in curves.values())]),
+            "threshold": np.concatenate([np.empty(0), *(curve.threshold for curve in curves.values())]),
+        }
+    )
+    csv.write_csv(table, path)

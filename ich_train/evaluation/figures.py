@@ -1,0 +1,139 @@
+"""The pictures of an evaluation: which slices, layers and curves are drawn; `ich_train.evaluation.plots` draws them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ich_prep.dataset.classes import ANY
+from ich_train.evaluation.metrics import POLICIES, precision_recall_curves, roc_curves
+from ich_train.evaluation.plots import (
+    Example,
+    LayerMaps,
+    confusion_panels,
+    example_sheet,
+    feature_maps,
+    history_curve,
+    precision_recall_panels,
+    roc_panels,
+)
+from ich_train.loader import SliceLoader
+from ich_train.model import conv_layers
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+    from ich_prep.dataset.dataset import Dataset
+    from ich_train.evaluation.cases import Cases
+    from ich_train.evaluation.metrics import Curve
+    from ich_train.predict import Predictor
+    from ich_train.runs import Epoch
+
+SHEET_COLUMNS = 4  # slices in a line of a sheet
+
+
+def curves_of(cases: Cases) -> dict[str, dict[str, Curve]]:
+    """Return the curves of each label: ``roc`` and ``precision_recall``."""
+    given = cases.labels, cases.probabilities, cases.classes
+    return {"roc": roc_curves(*given), "precision_recall": precision_recall_curves(*given)}
+
+
+def draw_figures(
+    dataset: Dataset,
+    predictor: Predictor,
+    cases: Cases,
+    curves: Mapping[str, Mapping[str, Curve]],
+    view: Mapping[str, Any],
+    history: Sequence[Epoch],
+) -> dict[str, Figure]:
+    """Return every picture of a report by name; ``view`` holds the measures by slice."""
+    figures = draw_history(history, kept=predictor.meta.epoch)
+    figures["roc"] = roc_panels(curves["roc"], view)
+    figures["precision_recall"] = precision_recall_panels(curves["precision_recall"], view)
+    figures |= {f"confusion_{policy}": confusion_panels(view, policy) for policy in POLICIES}
+    for name in cases.classes:
+        threshold = view["labels"][name]["at_best_f1"]["threshold"]
+        figures[f"sheet_{name}"] = draw_sheet(dataset, predictor, cases, name, 0.5 if threshold is None else threshold)
+    figures["feature_maps"] = draw_feature_maps(dataset, predictor, most_certain(cases))
+    return figures
+
+
+def draw_history(history: Sequence[Epoch], kept: int) -> dict[str, Figure]:
+    """Return the curves of loss and accuracy by name; ``kept`` is the epoch whose weights are evaluated."""
+    epochs = [line.epoch for line in history]
+    return {
+        quantity: history_curve(
+            epochs,
+            [getattr(line, f"train_{quantity}") for line in history],
+            [getattr(line, f"val_{quantity}") for line in history],
+            quantity=quantity,
+            kept=kept,
+        )
+        for quantity in ("loss", "accuracy")
+    }
+
+
+def draw_sheet(dataset: Dataset, predictor: Predictor, cases: Cases, label: str, threshold: float) -> Figure:
+    """Return the slices on which the network was most certain of ``label``, right and wrong, with their windows.
+
+    At most one slice of a series in each of the four groups, so that one bleed does not fill the sheet.
+    """
+    j = cases.classes.index(label)
+    probability, truth = cases.probabilities[:, j], cases.labels[:, j]
+    called = probability >= threshold
+    groups = {}
+    for title, end, chosen, certainty in (
+        ("True positives", "highest", (truth == 1) & called, probability),
+        ("False positives", "highest", (truth == 0) & called, probability),
+        ("False negatives", "lowest", (truth == 1) & ~called, -probability),
+        ("True negatives", "lowest", (truth == 0) & ~called, -probability),
+    ):
+        best = np.flatnonzero(chosen)
+        best = best[np.argsort(-certainty[best], kind="stable")]
+        _, first = np.unique(cases.series[best], return_index=True)
+        picked = best[np.sort(first)[:SHEET_COLUMNS]]
+        groups[f"{title}: {chosen.sum():,}, the {end} probability first"] = [
+            Example(_windows(dataset, predictor, cases.rows[k]), f"p {probability[k]:.3f} · row {cases.rows[k]}")
+            for k in picked
+        ]
+    return example_sheet(groups, columns=SHEET_COLUMNS)
+
+
+def draw_feature_maps(dataset: Dataset, predictor: Predictor, row: int) -> Figure:
+    """Return what each convolution layer of the network makes of the slice ``row``."""
+    context = predictor.meta.context
+    loader = SliceLoader(dataset, np.array([row]), batch_size=1, order="sequential", context=context, pin=False)
+    layers = conv_layers(predictor.model)
+    maps: dict[str, torch.Tensor] = {}
+    handles = [
+        layer.register_forward_hook(lambda _layer, _inputs, output, name=name: maps.update({name: output}))
+        for name, layer in layers
+    ]
+    (batch,) = loader
+    images = batch.images.to(predictor.device)
+    with torch.inference_mode():
+        predictor.model(predictor.preprocess(images))
+    for handle in handles:
+        handle.remove()
+    # In the order of the forward pass.
+    reached = [LayerMaps(name, output[0].float().cpu().numpy()) for name, output in maps.items()]
+    return feature_maps(predictor.preprocess.codes(images)[0].cpu().numpy(), reached)
+
+
+def most_certain(cases: Cases) -> int:
+    """Return the row of the highest probability of ``any``, or of all classes without it; if possible of a positive."""
+    columns = [cases.classes.index(ANY)] if ANY in cases.classes else slice(None)
+    probability, truth = cases.probabilities[:, columns], cases.labels[:, columns]
+    return int(cases.rows[np.argmax((probability + (truth == 1)).max(axis=1))])
+
+
+def _windows(dataset: Dataset, predictor: Predictor, row: int) -> NDArray[np.uint8]:
+    """Return the windows of one slice as 8-bit codes (channel, y, x), without its neighbours."""
+    images = torch.from_numpy(dataset.read([row])).to(predictor.device)
+    codes: NDArray[np.uint8] = predictor.preprocess.codes(images)[0].cpu().numpy()
+    return codes

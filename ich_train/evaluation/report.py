@@ -1,0 +1,304 @@
+"""One self-contained HTML page that shows an evaluated run: no scripts, no other files, nothing fetched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from ich_prep.dataset.classes import ANY
+from ich_prep.html import Cell, Row, Tile, render
+from ich_train.evaluation.metrics import DECISION, POLICIES, POLICY_WORDS
+from ich_train.rsna import is_rsna
+from ich_train.runs import Epoch, overfitting_since
+
+TEMPLATE = "report.html.jinja"
+DECISION_WORDS = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1"}
+AVERAGES = {"macro": "mean over labels", "micro": "all cases pooled"}
+BY_SERIES = (
+    "A series is positive if any of its slices is, negative if all are known to be; its probability is the {how} of its "
+    "labelled slices."
+)
+VIEW_WORDS = {
+    "by_slice": ("By slice", ""),
+    "by_series_max": ("By series, maximum over slices", BY_SERIES.format(how="highest")),
+    "by_series_mean": ("By series, mean over slices", BY_SERIES.format(how="mean")),
+}
+
+
+@dataclass(frozen=True)
+class Caption:
+    """What stands over a picture."""
+
+    title: str
+    text: str
+
+
+CAPTIONS = {
+    "loss": Caption(
+        "Loss", "Mean loss of each epoch. Training loss is taken while the weights change, on augmented slices."
+    ),
+    "accuracy": Caption("Accuracy", "Share of correct answers at 0.5 over all slices and labels of each epoch."),
+    "roc": Caption("ROC", "Each label in its panel, the others faint behind it. With its 95% interval by patients."),
+    "precision_recall": Caption(
+        "Precision and recall", "The dotted line is the share of positives, which a guess also reaches."
+    ),
+    "confusion_at_half": Caption("Confusion at 0.5", "Counts of slices; percentages and shades are shares of a line."),
+    "confusion_at_best_f1": Caption(
+        "Confusion at best F1",
+        "Each label at the threshold of the highest F1 on validation. Counts of slices; percentages are of a line.",
+    ),
+    "feature_maps": Caption(
+        "Feature maps",
+        "What each convolution layer makes of one slice: of each layer the maps with the largest spread, the strongest "
+        "first, each stretched from its own 1st to its 99th percentile.",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table under a title."""
+
+    head: Sequence[str]
+    rows: Sequence[Row]
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class View:
+    """The results by slice or by series."""
+
+    title: str
+    text: str
+    ranking: Table
+    decisions: Sequence[Table]
+    open: bool
+
+
+def report_html(metrics: Mapping[str, Any], history: Sequence[Epoch], pictures: Mapping[str, bytes]) -> str:
+    """Return the page: ``metrics`` of `ich_train.evaluation.evaluate.evaluate_run`, the epochs, and PNG files by name.
+
+    The names of pictures are those of ``CAPTIONS``, and ``sheet_<label>`` for the sheets of slices.
+    """
+    model, data = metrics["model"], metrics["dataset"]
+    classes = list(metrics["by_slice"]["labels"])
+    return render(
+        files("ich_train.evaluation").joinpath(TEMPLATE).read_text(encoding="utf-8"),
+        title=f"{model['network']} on {data['name']}",
+        tiles=_tiles(metrics),
+        notes=_notes(metrics, history),
+        facts=_facts(metrics),
+        parts=_parts(data, classes),
+        views=[_view(name, metrics[name]) for name in VIEW_WORDS if metrics[name] is not None],
+        history=_history(history, model),
+        policies=POLICIES,
+        captions=CAPTIONS,
+        pictures=pictures,
+        windows=", ".join(window["name"] for window in model["windows"]),
+        sheets=sorted(classes, key=lambda name: name != ANY),
+    )
+
+
+def log_loss_name(classes: Sequence[str]) -> str:
+    """Return what the log loss over ``classes`` is called: it is weighted for RSNA's only."""
+    return "weighted log loss" if is_rsna(classes) else "log loss"
+
+
+def _tiles(metrics: Mapping[str, Any]) -> list[Tile]:
+    view, evaluated = metrics["by_slice"], metrics["evaluated"]
+    labels, macro = view["labels"], view["macro"]
+    counted = f"mean ROC AUC of {macro['labels']['roc_auc']} labels"
+    tiles = [
+        Tile(_number(macro["roc_auc"]), counted, _range(macro["intervals"]["roc_auc"])),
+        Tile(_number(view["log_loss"]), log_loss_name([*labels]), _range(view["log_loss_interval"])),
+        Tile(
+            Cell(f"{evaluated['slices']:,}"),
+            f"slices of {view['patients']:,} patients evaluated",
+            evaluated["subset"],
+        ),
+    ]
+    if ANY in labels:
+        of_any = labels[ANY]
+        tiles.insert(
+            0, Tile(_number(of_any["roc_auc"]), "ROC AUC of any, by slice", _range(of_any["intervals"]["roc_auc"]))
+        )
+        tiles.insert(3, Tile(_number(view["position_only"][ANY]), "ROC AUC of any from position only"))
+    return tiles
+
+
+def _notes(metrics: Mapping[str, Any], history: Sequence[Epoch]) -> list[str]:
+    evaluated, data, notes = metrics["evaluated"], metrics["dataset"], []
+    since = overfitting_since(history)
+    if since is not None:
+        notes.append(
+            f"Overfitting from epoch {since} on: validation loss rises and validation accuracy falls. The weights of "
+            f"epoch {metrics['model']['epoch']} were kept."
+        )
+    if data["trained_on"] and evaluated["subset"] in ("train", "val", "all"):
+        notes.append(
+            f"The slices evaluated are those of the subset {evaluated['subset']}: the network, its best epoch or its "
+            "thresholds were chosen on some of them. Only the subset test is unseen."
+        )
+    if evaluated["series_labels"]:
+        notes.append("Labels here are those of whole series, copied to their slices: read the results by series.")
+    if data["patient_is_study"]:
+        notes.append(
+            f"{data['patient_is_study']:,} slices, evaluated or to train on, have no PatientID; their study is used as "
+            "the patient. One person can be in several parts of the split, and intervals resample studies."
+        )
+    if metrics["by_series_max"] is None:
+        notes.append(
+            f"{evaluated['slices']:,} slices were drawn with seed {evaluated['seed']}; as they are not whole series, "
+            "there are no results by series."
+        )
+    if not data["trained_on"]:
+        notes.append(_other_dataset(data, evaluated["subset"]))
+    return notes
+
+
+def _other_dataset(data: Mapping[str, Any], subset: str) -> str:
+    note = (
+        "This is not the dataset that the network was trained on. The parts below are of this dataset: a patient who is "
+        "in both may have been trained on. "
+    )
+    if not data["parts"]["val"]["slices"]:
+        return note + "It has no part val, and so no thresholds of best F1."
+    if subset in ("val", "all"):
+        return note + (
+            "The thresholds of best F1 were found on its part val, which is evaluated too: results at them are better "
+            "than they would be on other slices."
+        )
+    return note + "The thresholds of best F1 were found on its part val."
+
+
+def _facts(metrics: Mapping[str, Any]) -> list[Row]:
+    model, data, evaluated = metrics["model"], metrics["dataset"], metrics["evaluated"]
+    size = model["images"]["size"]
+    windows = ", ".join(f"{w['name']} {w['center']:g}/{w['width']:g}" for w in model["windows"])
+    neighbours = f"; neighbouring slices on each side: {model['context']}" if model["context"] else ""
+    drawn = f", {evaluated['limit']:,} drawn with seed {evaluated['seed']}" if metrics["by_series_max"] is None else ""
+    facts = {
+        "network": f"{model['network']}, the epoch of the lowest validation loss: {model['epoch']}",
+        "input": f"{size} × {size} pixels in the windows {windows} (center/width in HU){neighbours}",
+        "dataset": f"{data['name']}: {data['slices']:,} slices, {data['series']:,} series, {data['patients']:,} patients",
+        "digest": data["digest"],
+        "evaluated": f"{evaluated['subset']}: {evaluated['slices']:,} slices{drawn}",
+        "intervals": f"{evaluated['bootstrap']:,} bootstrap resamples of the patients, seed {evaluated['seed']}",
+    }
+    return [Row(fact) for fact in facts.items()]
+
+
+def _parts(data: Mapping[str, Any], classes: Sequence[str]) -> Table:
+    rows = [
+        Row(
+            [
+                name,
+                *(f"{part[unit]:,}" for unit in ("slices", "series", "patients")),
+                *(
+                    Cell(f"{count:,}", (f"{count / max(part['slices'], 1):.1%}",))
+                    for count in (part["positives"][label] for label in classes)
+                ),
+            ]
+        )
+        for name, part in data["parts"].items()
+    ]
+    return Table(["part", "slices", "series", "patients", *classes], rows)
+
+
+def _view(name: str, view: Mapping[str, Any]) -> View:
+    title, words = VIEW_WORDS[name]
+    unit = "slices" if name == "by_slice" else "series"
+    interval = _range(view["log_loss_interval"])
+    loss = _number(view["log_loss"]).text + (f" ({interval})" if interval else "")
+    text = f"{words} {view['cases']:,} {unit} of {view['patients']:,} patients.".strip()
+    return View(
+        title=title,
+        text=f"{text} {_capital(log_loss_name([*view['labels']]))} {loss}.",
+        ranking=_ranking(view),
+        decisions=[_decisions(view, policy) for policy in POLICIES],
+        open=name == "by_slice",
+    )
+
+
+def _ranking(view: Mapping[str, Any]) -> Table:
+    rows = [
+        Row(
+            [
+                name,
+                f"{entry['positives']:,}",
+                f"{entry['negatives']:,}",
+                _measured(entry, "roc_auc"),
+                _number(view["position_only"][name]),
+                _measured(entry, "average_precision"),
+            ]
+        )
+        for name, entry in view["labels"].items()
+    ]
+    total = len(rows)
+    for name, words in AVERAGES.items():
+        values = [_averaged(view[name], measure, total) for measure in ("roc_auc", "average_precision")]
+        rows.append(Row([Cell(name, (words,)), "", "", values[0], "", values[1]], mean=True))
+    return Table(["label", "positive", "negative", "ROC AUC", "position only", "average precision"], rows)
+
+
+def _decisions(view: Mapping[str, Any], policy: str) -> Table:
+    counts = ("tp", "fp", "fn", "tn")
+    rows = []
+    for name, entry in view["labels"].items():
+        at = entry[policy]
+        numbers = ["" if at[count] is None else f"{at[count]:,}" for count in counts]
+        values = [_measured(entry, f"{policy}.{measure}") for measure in DECISION]
+        rows.append(Row([name, _number(at["threshold"]), *numbers, *values]))
+    total = len(rows)
+    for name, words in AVERAGES.items():
+        entry = view[name]
+        numbers = [f"{entry[policy][count]:,}" if count in entry[policy] else "" for count in counts]
+        values = [_averaged(entry, f"{policy}.{measure}", total) for measure in DECISION]
+        rows.append(Row([Cell(name, (words,)), "", *numbers, *values], mean=True))
+    head = ["label", "threshold", *map(str.upper, counts), *(DECISION_WORDS[name] for name in DECISION)]
+    return Table(head, rows, title=_capital(POLICY_WORDS[policy]))
+
+
+def _history(history: Sequence[Epoch], model: Mapping[str, Any]) -> Table:
+    rows = [
+        Row(
+            [
+                f"{line.epoch} (kept)" if line.epoch == model["epoch"] else str(line.epoch),
+                *(f"{value:.4f}" for value in (line.train_loss, line.train_accuracy, line.val_loss, line.val_accuracy)),
+                f"{line.slices_per_s:,.0f}",
+                f"{line.wait_share:.1%}",
+            ]
+        )
+        for line in history
+    ]
+    head = ["epoch", "training loss", "accuracy", "validation loss", "accuracy", "slices/s", "waiting for data"]
+    return Table(head, rows)
+
+
+def _measured(entry: Mapping[str, Any], measure: str) -> Cell:
+    """Return a measure with its interval in small print; ``measure`` is one of `ich_train.evaluation.metrics.MEASURES`."""
+    value: Any = entry
+    for key in measure.split("."):
+        value = value[key]
+    return _number(value, _range(entry["intervals"][measure]))
+
+
+def _averaged(entry: Mapping[str, Any], measure: str, total: int) -> Cell:
+    """Return a measure of the macro or micro row with its interval and the number of labels that it is taken over."""
+    cell = _measured(entry, measure)
+    return Cell(cell.text, (*cell.small, f"{entry['labels'][measure]} of {total} labels"), cell.undefined)
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _number(value: float | None, *small: str) -> Cell:
+    small = tuple(filter(None, small))
+    return Cell("undefined", small, undefined=True) if value is None else Cell(f"{value:.3f}", small)
+
+
+def _range(interval: Sequence[float] | None) -> str:
+    return "" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"

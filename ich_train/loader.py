@@ -1,0 +1,194 @@
+"""Batches of labelled slices in a random order: what a batch holds depends on the seed and the epoch alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ich_prep.dataset.dataset import Dataset, open_dataset
+from ich_prep.errors import UsageError
+from ich_train.feed import Arrays, Buffer, Feed
+from ich_train.order import epoch_positions, rank_positions
+from ich_train.rows import labelled_rows, neighbours
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class Batch(NamedTuple):
+    """Some slices: views of a buffer that is reused once the next batch is taken.
+
+    ``images``: (b, channel x (2 context + 1), y, x), uint8 window codes or int16 HU; with context the slices below
+    come first. ``labels``: (b, classes) int8, -1 where unknown. ``rows``: (b,) int64, the rows of the dataset, always on
+    the CPU.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    rows: torch.Tensor
+
+
+class SliceLoader:
+    """Iterates over the batches of an epoch; each full pass moves on to the next epoch.
+
+    ``dataset`` is an open dataset or its path. ``rows`` (default: all labelled ones) are visited in the ``order``
+    "sequential", "shuffled" or "windowed" (see ``order.epoch_positions``), drawn by ``weights`` if given; each of
+    several ranks visits its own share. ``context`` neighbours below and above are added as channels. ``threads`` read
+    ahead up to ``prefetch`` batches, in buffers as `ich_train.feed.Feed` describes, pinned if ``pin`` (default: if there
+    is a GPU). ``wait_seconds`` is how long the consumer has waited for data.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset | str | Path,
+        rows: NDArray[np.int64] | None = None,
+        batch_size: int = 64,
+        order: str = "shuffled",
+        seed: int = 0,
+        threads: int = 2,
+        context: int = 0,
+        *,
+        weights: NDArray[np.float64] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = False,
+        prefetch: int = 4,
+        pin: bool | None = None,
+    ) -> None:
+        if batch_size < 1 or threads < 1 or prefetch < 1 or context < 0:
+            raise UsageError(
+                "Expected batch_size, threads and prefetch of 1 or more and context of 0 or more; "
+                f"got {batch_size}, {threads}, {prefetch} and {context}."
+            )
+        self.dataset = _opened(dataset)
+        self.rows = labelled_rows(self.dataset) if rows is None else np.asarray(rows, np.int64)
+        self.batch_size, self.order, self.seed = batch_size, order, seed
+        self.weights, self.rank, self.world_size, self.drop_last = weights, rank, world_size, drop_last
+        self._epoch = self._batch = 0
+        self._labels = self.dataset.labels[self.rows]
+        self._read_rows = neighbours(self.dataset, self.rows, context) if context else self.rows[:, np.newaxis]
+        channels, *sides = self.dataset.shape[1:]
+        self._feed = Feed(
+            (
+                Buffer((batch_size, channels * (2 * context + 1), *sides), self.dataset.dtype),
+                Buffer((batch_size, len(self.dataset.classes)), np.int8),
+                Buffer((batch_size,), np.int64, on_host=True),
+            ),
+            threads=threads,
+            prefetch=prefetch,
+            pin=torch.cuda.is_available() if pin is None else pin,
+        )
+
+    def __len__(self) -> int:
+        share = len(self.rows) // self.world_size
+        return share // self.batch_size if self.drop_last else -(-share // self.batch_size)
+
+    @property
+    def wait_seconds(self) -> float:
+        """How long the consumer has waited for data."""
+        return self._feed.wait_seconds
+
+    def set_epoch(self, epoch: int) -> None:
+        """Start ``epoch`` at its first batch."""
+        self._epoch, self._batch = epoch, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the loader's position: after the batches that were taken, in the order that these settings give."""
+        return {"epoch": self._epoch, "batch": self._batch, **self._settings()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume from ``state``; raises ``UsageError`` if it belongs to other settings, and so to another order."""
+        settings = self._settings()
+        different = [
+            f"{name} was {state.get(name)} and is {value}"
+            for name, value in settings.items()
+            if state.get(name) != value
+        ]
+        if different:
+            raise UsageError(
+                f"Expected the state of a loader with the same settings; {'; '.join(different)}. Resume with the settings "
+                "that the run started with."
+            )
+        self._epoch, self._batch = int(state["epoch"]), int(state["batch"])
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches, first = self._batches(), self._batch
+
+        def read(arrays: Arrays, number: int) -> None:
+            self._fill(arrays, batches[number])
+
+        with closing(self._feed.run(read, range(first, len(batches)))) as filled:  # type: ignore[type-var]
+            for number, tensors in enumerate(filled, start=first):
+                self._batch = number + 1
+                if self._batch == len(batches):
+                    self._epoch, self._batch = self._epoch + 1, 0
+                size = len(batches[number])
+                yield Batch(*(tensor[:size] for tensor in tensors) if size < self.batch_size else tensors)
+
+    def _settings(self) -> dict[str, Any]:
+        names = ("batch_size", "order", "seed", "rank", "world_size", "drop_last")
+        return {**{name: getattr(self, name) for name in names}, "rows": len(self.rows)}
+
+    def _batches(self) -> list[NDArray[np.int64]]:
+        """Return the positions, indices into ``rows``, of each batch of this epoch."""
+        positions = epoch_positions(
+            self.rows,
+            order=self.order,
+            seed=self.seed,
+            epoch=self._epoch,
+            rows_per_shard=self.dataset.spec.slices_per_shard,
+            weights=self.weights,
+        )
+        mine = rank_positions(positions, rank=self.rank, world_size=self.world_size)
+        return [mine[at : at + self.batch_size] for at in range(0, len(self) * self.batch_size, self.batch_size)]
+
+    def _fill(self, arrays: Arrays, positions: NDArray[np.int64]) -> None:
+        images, labels, rows = arrays
+        size = len(positions)
+        wanted = self._read_rows[positions].reshape(-1)
+        self.dataset.read(wanted, out=images[:size].reshape(len(wanted), *self.dataset.shape[1:]))
+        labels[:size] = self._labels[positions]
+        rows[:size] = self.rows[positions]
+
+
+class SliceDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor, int]]):
+    """The labelled slices of a dataset for a ``torch.utils.data.DataLoader`` of your own.
+
+    ``dataset`` is an open dataset or its path. Item i is (image, labels, row): uint8 or int16 (channel, y, x), int8
+    (classes,), and the row. ``__getitems__`` reads a whole batch at once. It can be sent to worker processes: each opens
+    the dataset for itself.
+    """
+
+    def __init__(self, dataset: Dataset | str | Path, rows: NDArray[np.int64] | None = None) -> None:
+        opened = _opened(dataset)
+        self.path = opened.path
+        self.rows = labelled_rows(opened) if rows is None else np.asarray(rows, np.int64)
+        self._labels = opened.labels[self.rows]
+        self._dataset: Dataset | None = opened
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
+        """Return the items of a batch: views of one array that is read at once."""
+        if self._dataset is None:
+            self._dataset = open_dataset(self.path)
+        positions = np.asarray(indices, np.int64)
+        images = torch.from_numpy(self._dataset.read(self.rows[positions]))
+        labels = torch.from_numpy(self._labels[positions])
+        return list(zip(images, labels, self.rows[positions].tolist(), strict=True))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_dataset": None}
+
+
+def _opened(dataset: Dataset | str | Path) -> Dataset:
+    return open_dataset(dataset) if isinstance(dataset, str | Path) else dataset

@@ -1,0 +1,71 @@
+"""What a checkpoint says of a session, and the way back: the session at the place where the checkpoint was taken."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from ich_prep.errors import TrainError
+from ich_train.checkpoint import Images, Meta
+from ich_train.meters import Meter
+from ich_train.runs import Epoch
+from ich_train.session import Session
+
+
+def meta_of(session: Session) -> Meta:
+    """Return what ``meta.json`` says of the network as it is now."""
+    settings = session.settings
+    return Meta(
+        network=settings.model,
+        channels=session.channels,
+        classes=session.dataset.classes,
+        images=Images.of(session.dataset),
+        context=settings.context,
+        windows=session.windows,
+        scaling=session.preprocess.scaling,
+        dataset_digest=session.dataset.digest,
+        val_fold=settings.val_fold,
+        test_fold=settings.test_fold,
+        epoch=len(session.history),
+        val_loss=session.history[-1].val_loss if session.history else None,
+    )
+
+
+def state_of(session: Session) -> dict[str, Any]:
+    """Return what `restore` needs, beside the weights, to resume from here."""
+    return {
+        "dataset_digest": session.dataset.digest,
+        "settings": session.settings.model_dump(mode="json"),
+        "optimizer": session.step.optimizer.state_dict(),
+        "scaler": session.step.scaler.state_dict(),
+        "loader": session.loader.state_dict(),
+        "history": [asdict(line) for line in session.history],
+        "step": session.steps_done,
+        "meter": asdict(session.meter),
+    }
+
+
+def restore(session: Session, state: Mapping[str, Any]) -> None:
+    """Bring ``session`` to where ``state`` was taken; raises `TrainError` if that was on another dataset."""
+    dataset, step, ranks = session.dataset, session.step, session.ranks
+    if state["dataset_digest"] != dataset.digest:
+        raise TrainError(
+            f"The run started with another dataset: its digest was {state['dataset_digest']}, that of {dataset.path} is "
+            f"{dataset.digest}. Name the right one with --data."
+        )
+    step.optimizer.load_state_dict(state["optimizer"])
+    for group in step.optimizer.param_groups:
+        group["capturable"] = False  # until a step is recorded
+    if state["scaler"]:  # empty if the run started in another precision, on another device
+        step.scaler.load_state_dict(state["scaler"])
+    # Only the first rank's position was saved: the others were at the same batch, of their own shares.
+    session.loader.load_state_dict(state["loader"] | {"rank": ranks.rank})
+    session.history = [Epoch(**line) for line in state["history"]]
+    session.steps_done = state["step"]
+    session.meter = Meter(**state["meter"])
+    # The sums of all ranks were added up before they were saved: the first rank goes on with them.
+    sums = session.meter.sums if ranks.first else torch.zeros_like(session.meter.sums)
+    session.meter.sums = sums.to(ranks.device)

@@ -1,0 +1,73 @@
+"""Which rows of a dataset can be learned from, and which rows lie beside them in their series."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ich_prep.dataset.schema import OK
+from ich_prep.errors import UsageError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ich_prep.dataset.dataset import Dataset
+
+
+def labelled_rows(dataset: Dataset, *, allow_series_labels: bool = False) -> NDArray[np.int64]:
+    """Return the rows whose status is ok and that have a known label, ascending.
+
+    Raises ``UsageError`` if there are none, or if labels are those of whole series, which are weak labels of their
+    slices, unless allowed.
+    """
+    levels = dataset.slices["label_level"]
+    ok = _equal(dataset.slices["status"], OK)
+    by_series = _equal(levels, "series")
+    if by_series.any() and not allow_series_labels:
+        raise UsageError(
+            f"Expected labels of slices; {int(by_series.sum())} slices of {dataset.path} have the label of their whole "
+            "series. To use those as labels of each slice, set allow_series_labels = true in [train], or in Python pass "
+            "rows=labelled_rows(dataset, allow_series_labels=True)."
+        )
+    rows = np.flatnonzero(ok & ~_equal(levels, "none"))
+    if not len(rows):
+        raise UsageError(
+            f"No labelled slices in {dataset.path}: of its {len(ok)} slices {int(ok.sum())} have pixels, and none of "
+            "these has a label. Build again with --labels; to read slices without labels, pass their rows."
+        )
+    return rows
+
+
+def neighbours(dataset: Dataset, rows: NDArray[np.int64], context: int) -> NDArray[np.int64]:
+    """Return for each of ``rows`` the rows from ``context`` below to ``context`` above in its series, (n, 2 context + 1).
+
+    A neighbour that is missing, or whose status is not ok, is replaced by the nearest one towards the slice.
+    """
+    ok = _equal(dataset.slices["status"], OK)
+    series = dataset.slices["series_row"].to_numpy()
+    taken = np.repeat(rows[:, np.newaxis], 2 * context + 1, axis=1)
+    for sign in (-1, 1):
+        for distance in range(1, context + 1):
+            wanted = rows + sign * distance
+            inside = np.clip(wanted, 0, len(series) - 1)
+            exists = (inside == wanted) & (series[inside] == series[rows]) & ok[inside]
+            nearer = taken[:, context + sign * (distance - 1)]
+            taken[:, context + sign * distance] = np.where(exists, wanted, nearer)
+    return taken
+
+
+def column(dataset: Dataset, name: str, rows: NDArray[np.int64]) -> NDArray[np.generic]:
+    """Return the column ``name`` of the label table at ``rows``, (n,); a null number is -1."""
+    values = dataset.slices[name].take(pa.array(rows))
+    if not pa.types.is_string(values.type) and not pa.types.is_dictionary(values.type):
+        values = values.fill_null(-1)
+    array: NDArray[np.generic] = np.asarray(values.to_numpy(zero_copy_only=False))
+    return array
+
+
+def _equal(values: pa.ChunkedArray, word: str) -> NDArray[np.bool_]:
+    equal: NDArray[np.bool_] = pc.equal(values, word).to_numpy(zero_copy_only=False)
+    return equal

@@ -1,0 +1,49 @@
+"""Batches on their way to a GPU: copied in a stream of their own while the one before is computed."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from functools import cache
+
+import torch
+
+from ich_train.loader import Batch
+
+MAX_QUEUED_STEPS = 2  # computations in the queue of a GPU while the host prepares the next
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the one stream in which batches travel to ``device``: the allocator keeps memory for each stream apart."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def to_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yield ``batches`` with images and labels on ``device``; their rows stay on the CPU.
+
+    On a GPU a batch is copied in a stream of its own, while the one before it is computed. The host runs no further than
+    ``MAX_QUEUED_STEPS`` computations ahead: otherwise it would use up what the loader has ready, wait for buffers that
+    the GPU still has to read, and count that as waiting for data. The loader reuses a buffer only after the computing
+    stream, which waits for the copy, has passed that point.
+    """
+    if device.type != "cuda":
+        for batch in batches:
+            yield Batch(batch.images.to(device), batch.labels.to(device), batch.rows)
+        return
+    copies, computing = _copy_stream(device), torch.cuda.current_stream(device)
+    queued: deque[torch.cuda.Event] = deque()
+    for batch in batches:
+        with torch.cuda.stream(copies):
+            images = batch.images.to(device, non_blocking=True)
+            labels = batch.labels.to(device, non_blocking=True)
+        computing.wait_stream(copies)
+        for tensor in (images, labels):
+            tensor.record_stream(computing)  # the allocator reuses their memory after the computation only
+        yield Batch(images, labels, batch.rows)
+        queued.append(torch.cuda.Event(blocking=True))  # type: ignore[no-untyped-call]
+        queued[-1].record(computing)
+        if len(queued) > MAX_QUEUED_STEPS:
+            queued.popleft().synchronize()
+    for computed in queued:
+        computed.synchronize()

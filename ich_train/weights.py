@@ -1,0 +1,84 @@
+"""Initial weights from a file: ImageNet's under their published names, or those of an earlier run."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ich_prep.errors import UsageError
+
+# torchvision's first DenseNet files have a dot where its networks have none: norm.1 for norm1.
+_OLD_DENSENET = re.compile(r"(denselayer\d+)\.(norm|conv)\.([12])\.")
+
+
+def load_weights(model: nn.Module, name: str, file: Path) -> None:
+    """Initialize ``model``, the network called ``name``, with the weights of ``file``, under its own key names.
+
+    ``file`` is a safetensors file, or a state dict saved by torch, which is read with ``weights_only=True``. A first
+    convolution for another number of channels is adapted: each of its new channels gets the mean over the file's,
+    scaled so that the sum over channels, and with it the scale of what follows, is kept. A last fully connected layer
+    for another number of classes keeps what ``model`` has. Raises `UsageError` for a file that cannot be read, and for
+    any other key that is missing, unknown or of another shape.
+    """
+    tensors = {_OLD_DENSENET.sub(r"\1.\2\3.", key): value for key, value in _read_tensors(file).items()}
+    expected = model.state_dict()
+    _keep_head(tensors, expected, model)
+    first = next((f"{key}.weight" for key, layer in model.named_modules() if isinstance(layer, nn.Conv2d)), "")
+    if first in tensors and tensors[first].shape[1:2] != expected[first].shape[1:2]:
+        tensors[first] = _adapted(tensors[first], channels=expected[first].shape[1])
+    for key, value in tensors.items():
+        # The Cadene files hold fully connected layers as 1 x 1 convolutions.
+        if key in expected and value.shape == (*expected[key].shape, 1, 1):
+            tensors[key] = value.flatten(1)
+    # Files from before torch 0.4.1 do not count batches, and nothing here reads the counts.
+    missing = [key for key in expected if key not in tensors and not key.endswith("num_batches_tracked")]
+    unknown = [key for key in tensors if key not in expected]
+    misshapen = [key for key in tensors if key in expected and tensors[key].shape != expected[key].shape]
+    for what, keys in (("are missing", missing), ("are unknown", unknown), ("have another shape", misshapen)):
+        if keys:
+            raise UsageError(
+                f"{file} does not hold weights of {name}: {len(keys)} of its {len(expected)} tensors {what}, such as "
+                f"{', '.join(keys[:3])}. Name a file of the same network, with torchvision's key names."
+            )
+    model.load_state_dict(tensors, strict=False)
+
+
+def _keep_head(tensors: dict[str, torch.Tensor], expected: Mapping[str, torch.Tensor], model: nn.Module) -> None:
+    """Replace the last fully connected layer of ``tensors`` by the ``expected`` one if it is for other classes."""
+    layers = [key for key, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    head = [key for key in expected if layers and key.startswith(f"{layers[-1]}.")]
+    if any(key in tensors and tensors[key].shape != expected[key].shape for key in head):
+        tensors.update((key, expected[key]) for key in head)
+
+
+def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if file.suffix == ".safetensors":
+            content: Any = load_file(file)
+        else:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        raise UsageError(
+            f"Cannot read weights from {file}: {error}. Expected safetensors or a state dict saved by torch."
+        ) from error
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise UsageError(
+            f"Expected a state dict of tensors in {file}; found a {type(content).__name__} of other things."
+        )
+    return {str(key).removeprefix("module."): value for key, value in content.items()}
+
+
+def _adapted(weight: torch.Tensor, *, channels: int) -> torch.Tensor:
+    # (out, in, y, x) -> (out, channels, y, x)
+    return weight.mean(dim=1, keepdim=True).repeat(1, channels, 1, 1) * (weight.shape[1] / channels)
