@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 
 from ich_prep import store
 from ich_prep.dicom.accept import check_slice
-from ich_prep.dicom.header import ELEMENTS, SKIM_BYTES, Element, Header, read_header_from
+from ich_prep.dicom.elements import ELEMENTS, Element, Header
+from ich_prep.dicom.header import SKIM_BYTES, read_header_from
 from ich_prep.errors import Reason, SliceError
 from ich_prep.ledger import write_whole
 from ich_prep.sources import Source, open_source, read_ahead, shown
@@ -100,10 +101,15 @@ def _columns(header: Header) -> dict[str, Any]:
         line[name] = _finite(line[name], count)
     line["signed"] = header.pixel_representation == 1
     line["monochrome1"] = header.photometric == "MONOCHROME1"
-    if header.padding is not None:
-        limit = header.padding if header.padding_limit is None else header.padding_limit
-        line["padding_low"], line["padding_high"] = sorted((header.padding, limit))
+    line["padding_low"], line["padding_high"] = _padding_range(header.padding, header.padding_limit)
     return line
+
+
+def _padding_range(padding: int | None, limit: int | None) -> tuple[int | None, int | None]:
+    """Return the least and the greatest stored value that is padding (PS3.3 C.7.5.1.1.2)."""
+    if padding is None or limit is None:
+        return padding, padding
+    return min(padding, limit), max(padding, limit)
 
 
 def _finite(numbers: tuple[float, ...] | None, count: int) -> list[float] | None:

@@ -10,9 +10,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import pyarrow as pa
+
 from ich_prep import ledger, store
 from ich_prep.errors import BuildError, UsageError, words_of
-from ich_prep.sources import Listing
+from ich_prep.sources import Listing, shown
 from ich_prep.store import Spec, State
 
 
@@ -88,15 +90,22 @@ def _differences(before: Mapping[str, str | None], now: Mapping[str, str | None]
 
 def _listing_difference(folder: Path, listing: Listing) -> str:
     table = store.read_parquet(folder / store.FILES)
-    before = dict(zip(table["path"].to_pylist(), table["size"].to_pylist(), strict=True))
-    now = dict(zip(listing.files["path"].to_pylist(), listing.files["size"].to_pylist(), strict=True))
+    before, now = _sizes_and_reasons(table), _sizes_and_reasons(listing.files)
+    both = sorted(now.keys() & before.keys())
     added, removed = sorted(now.keys() - before.keys()), sorted(before.keys() - now.keys())
-    resized = sorted(path for path in now.keys() & before.keys() if now[path] != before[path])
-    example = (added or removed or resized)[0].decode(errors="backslashreplace")
+    resized = [path for path in both if now[path][0] != before[path][0]]
+    others = [path for path in both if now[path][1] != before[path][1]]
+    damaged = f", {len(others)} are damaged in one of the archives only" if others else ""
+    example = shown((added or removed or resized or others)[0])
     return (
         f"of the {len(before)} source files {len(removed)} are gone, {len(resized)} have another size and {len(added)} "
-        f"are new (for one, {example})"
+        f"are new{damaged} (for one, {example})"
     )
+
+
+def _sizes_and_reasons(files: pa.Table) -> dict[bytes, tuple[int, str | None]]:
+    columns = (files[name].to_pylist() for name in ("path", "size", "reason"))
+    return {path: (size, reason) for path, size, reason in zip(*columns, strict=True)}
 
 
 def disown(target: Path) -> None:

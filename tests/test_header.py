@@ -20,7 +20,8 @@ from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
 
 from ich_prep.dicom import header
-from ich_prep.dicom.header import DEFLATED_LE, EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE, Header, read_header, skim
+from ich_prep.dicom.elements import DEFLATED_LE, EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE, Header, interpret
+from ich_prep.dicom.header import read_header, skim
 from ich_prep.errors import Reason, SliceError
 from ich_prep.phantom import LAYOUTS, synthesize
 
@@ -109,14 +110,14 @@ def by_pydicom(path: Path) -> Header:
     """The header by the fallback alone."""
     data = path.read_bytes()
     elements = header._read_with_pydicom(data[: header.SKIM_BYTES], lambda length: data[:length])
-    return header._interpret(elements, len(data), 0, 0)
+    return interpret(elements, len(data), 0, 0)
 
 
 def by_skim(path: Path) -> Header | None:
     """The header by the skim alone."""
     data = path.read_bytes()
     found = skim(data[: header.LONGEST_SKIM])
-    return None if found is None else header._interpret(found, len(data), 0, 0)
+    return None if found is None else interpret(found, len(data), 0, 0)
 
 
 def refused(path: Path) -> SliceError:

@@ -20,7 +20,8 @@ from pydicom.dataset import Dataset
 from ich_prep import scan, store
 from ich_prep.dicom.accept import ENHANCED_CT, SECONDARY_CAPTURE, check_slice
 from ich_prep.dicom.decode import PLUGINS
-from ich_prep.dicom.header import DEFLATED_LE, EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE, Header, read_header
+from ich_prep.dicom.elements import DEFLATED_LE, EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE, Header
+from ich_prep.dicom.header import read_header
 from ich_prep.errors import Reason, SliceError
 from ich_prep.phantom import synthesize
 from ich_prep.phantom.dicom import CT_IMAGE

@@ -6,7 +6,7 @@ import math
 from typing import Final
 
 from ich_prep.dicom.decode import NATIVE, missing_decoder
-from ich_prep.dicom.header import DEFLATED_LE, EXPLICIT_BE, Header
+from ich_prep.dicom.elements import DEFLATED_LE, EXPLICIT_BE, Header
 from ich_prep.errors import Reason, SliceError
 
 LARGEST_SIDE: Final = 4096

@@ -26,15 +26,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from ich_prep.compiled import crc32c
-from ich_prep.dicom.header import (
-    DEFLATED_LE,
-    EXPLICIT_BE,
-    EXPLICIT_LE,
-    IMPLICIT_LE,
-    INFLATED_LIMIT,
-    inflate,
-    walk_meta,
-)
+from ich_prep.dicom.elements import DEFLATED_LE, EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE
+from ich_prep.dicom.header import INFLATED_LIMIT, inflate, walk_meta
 from ich_prep.errors import Reason, SliceError
 
 if TYPE_CHECKING:

@@ -13,11 +13,21 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final
+from typing import TYPE_CHECKING, BinaryIO, Final
 
 from ich_prep.compiled import crc32c
+from ich_prep.dicom.elements import (
+    DEFLATED_LE,
+    EXPLICIT_BE,
+    EXPLICIT_LE,
+    IMPLICIT_LE,
+    PIXEL_DATA,
+    WANTED,
+    Elements,
+    Header,
+    interpret,
+)
 from ich_prep.errors import Reason, SliceError
 
 if TYPE_CHECKING:
@@ -29,14 +39,8 @@ SKIM_BYTES: Final = 8 * 1024
 LONGEST_SKIM: Final = 256 * 1024
 INFLATED_LIMIT: Final = 64 * 1024 * 1024
 
-IMPLICIT_LE: Final = "1.2.840.10008.1.2"
-EXPLICIT_LE: Final = "1.2.840.10008.1.2.1"
-DEFLATED_LE: Final = "1.2.840.10008.1.2.1.99"
-EXPLICIT_BE: Final = "1.2.840.10008.1.2.2"
 
-_PIXEL_DATA: Final = 0x7FE00010
 _UNDEFINED: Final = 0xFFFFFFFF
-MANY: Final = 0
 _BLANKS: Final = " \0\t\n\v\f\r\x1c\x1d\x1e\x1f"
 
 _LONG_VRS: Final = frozenset(
@@ -50,91 +54,6 @@ _SHORT_VRS: Final = frozenset(
 _explicit = struct.Struct("<HH2sH").unpack_from
 _implicit = struct.Struct("<HHI").unpack_from
 _length32 = struct.Struct("<I").unpack_from
-
-
-@dataclass(frozen=True, slots=True)
-class Element:
-    """A data element that is read from each header: ``name`` in ``Header``, ``tag`` and ``vr`` of PS3.6.
-
-    ``count`` is its number of values, ``MANY`` where that varies: more than one make a tuple. ``kept``: the scan writes it
-    to a column of this name. ``either_sign``: of VR "US or SS", signed where PixelRepresentation says so.
-    """
-
-    name: str
-    tag: int
-    vr: bytes
-    count: int
-    kept: bool
-    either_sign: bool
-
-
-def _element(tag: int, vr: str, *, count: int = 1, kept: bool = False, either_sign: bool = False) -> Any:
-    """Declare a field of ``Header`` that is the element ``tag``; see ``Element``."""
-    return field(metadata={"element": (tag, vr.encode(), count, kept, either_sign)})
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """What a slice's file says of itself; ``None`` where it says nothing.
-
-    ``pixel_offset`` is the byte at which native pixels begin, or the first item of encapsulated ones; ``pixel_length``
-    is their length in bytes, -1 when encapsulated. Both count in the inflated stream when the file is deflated, and are
-    None when there is no PixelData. ``position`` (x, y, z) and ``pixel_spacing`` (between rows, between columns) are in
-    mm; ``orientation`` holds the six direction cosines of PS3.3 C.7.6.2.1.1. ``padding`` and ``padding_limit`` are
-    stored values. ``crc32c`` covers the first ``header_bytes`` of the file: it shows later whether this is the file
-    that was read.
-
-    Each element is declared here and nowhere else: the skim and the columns of the scan follow from it.
-    """
-
-    transfer_syntax: str
-    file_size: int
-    header_bytes: int
-    crc32c: int
-    pixel_offset: int | None
-    pixel_length: int | None
-    image_type: tuple[str, ...] = _element(0x00080008, "CS", count=MANY)
-    sop_class_uid: str | None = _element(0x00080016, "UI")
-    sop_instance_uid: str | None = _element(0x00080018, "UI", kept=True)
-    modality: str | None = _element(0x00080060, "CS")
-    patient_id: str | None = _element(0x00100020, "LO", kept=True)
-    study_instance_uid: str | None = _element(0x0020000D, "UI", kept=True)
-    series_instance_uid: str | None = _element(0x0020000E, "UI", kept=True)
-    instance_number: int | None = _element(0x00200013, "IS", kept=True)
-    position: tuple[float, ...] | None = _element(0x00200032, "DS", count=3, kept=True)
-    orientation: tuple[float, ...] | None = _element(0x00200037, "DS", count=6, kept=True)
-    samples_per_pixel: int | None = _element(0x00280002, "US")
-    photometric: str | None = _element(0x00280004, "CS")
-    frames: int | None = _element(0x00280008, "IS")
-    rows: int | None = _element(0x00280010, "US", kept=True)
-    columns: int | None = _element(0x00280011, "US", kept=True)
-    pixel_spacing: tuple[float, ...] | None = _element(0x00280030, "DS", count=2, kept=True)
-    bits_allocated: int | None = _element(0x00280100, "US", kept=True)
-    bits_stored: int | None = _element(0x00280101, "US", kept=True)
-    high_bit: int | None = _element(0x00280102, "US")
-    pixel_representation: int | None = _element(0x00280103, "US")
-    padding: int | None = _element(0x00280120, "US", either_sign=True)
-    padding_limit: int | None = _element(0x00280121, "US", either_sign=True)
-    rescale_intercept: float | None = _element(0x00281052, "DS", kept=True)
-    rescale_slope: float | None = _element(0x00281053, "DS", kept=True)
-    lossy: str | None = _element(0x00282110, "CS")
-
-
-ELEMENTS: Final = tuple(
-    Element(one.name, *one.metadata["element"]) for one in fields(Header) if "element" in one.metadata
-)
-# Tag -> VR, name, and whether the VR may be SS instead: what the skim asks of each element that it meets.
-_WANTED: Final = {one.tag: (one.vr, one.name, one.either_sign) for one in ELEMENTS}
-
-
-@dataclass(frozen=True, slots=True)
-class Elements:
-    """The elements that a reader found: texts stripped, numbers of VR US as they stand, nothing interpreted."""
-
-    transfer_syntax: str
-    values: dict[str, str | int]
-    pixel_offset: int | None
-    pixel_length: int | None
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
@@ -174,7 +93,7 @@ def read_header_from(source: Source, key: bytes) -> Header:
             data = read_first(header_bytes)
     except OSError as error:
         raise SliceError(Reason.UNREADABLE, error.strerror or str(error)) from None
-    return _interpret(elements, size, header_bytes, crc32c(data[:header_bytes]))
+    return interpret(elements, size, header_bytes, crc32c(data[:header_bytes]))
 
 
 def skim(data: bytes) -> Elements | None:
@@ -221,7 +140,7 @@ def walk_meta(data: bytes) -> tuple[str | None, int]:
 
 
 def _walk_explicit(data: bytes, position: int, syntax: str, values: dict[str, str | int]) -> Elements | None:
-    wanted_of, long_vrs, short_vrs, previous = _WANTED.get, _LONG_VRS, _SHORT_VRS, 0
+    wanted_of, long_vrs, short_vrs, previous = WANTED.get, _LONG_VRS, _SHORT_VRS, 0
     while True:
         group, element, vr, length = _explicit(data, position)
         tag = group << 16 | element
@@ -233,13 +152,13 @@ def _walk_explicit(data: bytes, position: int, syntax: str, values: dict[str, st
         elif vr in long_vrs:
             (length,) = _length32(data, position + 8)
             position += 12
-            if tag == _PIXEL_DATA:
+            if tag == PIXEL_DATA:
                 return _at_pixels(syntax, values, position, length)
             if length == _UNDEFINED:
                 return None
         else:
             return None
-        if tag > _PIXEL_DATA:
+        if tag > PIXEL_DATA:
             return None
         wanted = wanted_of(tag)
         if wanted is not None and not _store(values, wanted, vr, data[position : position + length], length):
@@ -248,17 +167,17 @@ def _walk_explicit(data: bytes, position: int, syntax: str, values: dict[str, st
 
 
 def _walk_implicit(data: bytes, position: int, syntax: str, values: dict[str, str | int]) -> Elements | None:
-    wanted_of, previous = _WANTED.get, 0
+    wanted_of, previous = WANTED.get, 0
     if data[position + 4 : position + 6].isalpha():
         return None  # explicit VR under the name of implicit VR
     while True:
         group, element, length = _implicit(data, position)
         tag = group << 16 | element
-        if tag <= previous or tag > _PIXEL_DATA:
+        if tag <= previous or tag > PIXEL_DATA:
             return None
         previous = tag
         position += 8
-        if tag == _PIXEL_DATA:
+        if tag == PIXEL_DATA:
             return _at_pixels(syntax, values, position, length)
         if length == _UNDEFINED:
             return None
@@ -318,10 +237,10 @@ def _read_with_pydicom(data: bytes, read_first: Callable[[int], bytes]) -> Eleme
                 stream = io.BytesIO(inflate(file.read()))
             big_endian = syntax == EXPLICIT_BE
             dataset = read_dataset(
-                stream, syntax == IMPLICIT_LE, not big_endian, stop_when=lambda tag, _vr, _length: tag == _PIXEL_DATA
+                stream, syntax == IMPLICIT_LE, not big_endian, stop_when=lambda tag, _vr, _length: tag == PIXEL_DATA
             )
             values: dict[str, str | int] = {}
-            for tag, (vr, name, _) in _WANTED.items():
+            for tag, (vr, name, _) in WANTED.items():
                 if tag in dataset:
                     _store_pydicom(values, vr, name, dataset, tag)
             at = stream.tell()
@@ -403,60 +322,3 @@ def inflate(data: bytes) -> bytes:
     if inflater.unconsumed_tail:
         raise SliceError(Reason.TOO_LARGE, f"expected at most {INFLATED_LIMIT} bytes after inflating, found more")
     return inflated
-
-
-def _interpret(elements: Elements, size: int, header_bytes: int, crc32c: int) -> Header:
-    """Return the elements as a ``Header``; raises BAD_HEADER where a number is not one."""
-    signed = elements.values.get("pixel_representation") == 1
-    values: list[Any] = [*map(elements.values.get, _NAMES)]
-    try:
-        for index, convert in _CONVERTED:
-            values[index] = convert(values[index])
-    except ValueError as error:
-        raise SliceError(Reason.BAD_HEADER, f"expected numbers where PS3.6 has DS or IS: {error}") from None
-    if signed:
-        for index in _EITHER_SIGN:
-            values[index] = _as_signed(values[index])
-    at = elements.pixel_offset, elements.pixel_length
-    return Header(elements.transfer_syntax, size, header_bytes, crc32c, *at, *values)
-
-
-def _texts(text: str | int | None) -> tuple[str, ...]:
-    return tuple(part.strip() for part in str(text or "").split("\\"))
-
-
-def _integer(text: str | int | None) -> int | None:
-    if text is None:
-        return None
-    number = float(text)
-    if not (number.is_integer() and abs(number) < 2**31):  # PS3.5 6.2, IS
-        raise ValueError(f"not an integer of 32 bits: {text!r}")
-    return int(number)
-
-
-def _decimal(text: str | int | None) -> float | None:
-    return None if text is None else float(text)
-
-
-def _decimals(text: str | int | None) -> tuple[float, ...] | None:
-    return None if text is None else tuple([float(part) for part in str(text).split("\\")])
-
-
-def _as_signed(word: int | None) -> int | None:
-    """Return 16 bits as the signed number that they are in two's complement."""
-    return word - 0x10000 if word is not None and word > 0x7FFF else word
-
-
-def _converter(element: Element) -> Callable[[str | int | None], Any] | None:
-    """Return what makes a value of the element's text; None where it stays as it is."""
-    if element.vr == b"IS":
-        return _integer
-    if element.vr == b"DS":
-        return _decimal if element.count == 1 else _decimals
-    return None if element.count == 1 else _texts
-
-
-# The elements are the last fields of Header, in this order.
-_NAMES: Final = tuple(one.name for one in ELEMENTS)
-_CONVERTED: Final = tuple((index, convert) for index, one in enumerate(ELEMENTS) if (convert := _converter(one)))
-_EITHER_SIGN: Final = tuple(index for index, one in enumerate(ELEMENTS) if one.either_sign)

@@ -35,7 +35,7 @@ def inflate_first(chunks: Iterable[bytes], length: int, *, wbits: int) -> bytes:
 
     Raises ``SliceError`` (BAD_ARCHIVE).
     """
-    inflater = _engine.decompressobj(wbits=wbits)
+    inflater = zlib.decompressobj(wbits=wbits)  # for a few kilobytes: ISA-L takes longer to begin
     parts: list[bytes] = []
     missing = length
     try:
@@ -45,7 +45,7 @@ def inflate_first(chunks: Iterable[bytes], length: int, *, wbits: int) -> bytes:
             missing -= len(part)
             if missing == 0 or inflater.eof:
                 break
-    except _engine.error as error:
+    except zlib.error as error:
         raise SliceError(Reason.BAD_ARCHIVE, f"damaged deflate stream: {error}") from None
     return b"".join(parts)
 

@@ -105,6 +105,18 @@ def test_a_build_goes_on_from_another_container(packed_tree: Path, from_folder: 
     assert published(out) == published(from_folder)
 
 
+def test_an_archive_that_cannot_be_read_whole_is_another_source(tree: Path, unfinished: Path, tmp_path: Path) -> None:
+    src = stored(tree, tmp_path)
+    data = bytearray(src.read_bytes())
+    at = data.index(b"stage_2_test/ID_", data.index(b"PK\x01\x02")) - 46
+    data[at + 8] |= 1  # the first slice is encrypted now
+    src.write_bytes(data)
+    with pytest.raises(
+        BuildError, match=r"0 have another size and 0 are new, 1 are damaged in one of the archives only"
+    ):
+        build(src, unfinished, SMALL, workers=0)
+
+
 def test_several_sources_are_one_dataset(phantom_tree: Path, dataset_path: Path, tmp_path: Path) -> None:
     """The same slices, from one folder for each subset: the paths differ, and only the quarantine shows paths."""
     labels = phantom_tree / "stage_2_train.csv"
