@@ -130,7 +130,7 @@ def test_a_file_that_could_not_be_read_is_read_once_it_can_be(
     stage: str, tree: Path, dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A mount that went away, a disk that failed: mended, the same command goes on."""
-    out, lost, opened = tmp_path / "data.zarr", str(train_file(tree)), os.open
+    out, lost, opened = tmp_path / "data.zarr", os.fsencode(train_file(tree)), os.open
 
     def fail(path: Any, *rest: Any, **more: Any) -> int:
         if path == lost and (stage == "scan" or (out / "build" / "plan.parquet").exists()):
@@ -139,7 +139,7 @@ def test_a_file_that_could_not_be_read_is_read_once_it_can_be(
 
     with (
         monkeypatch.context() as broken,
-        pytest.raises(BuildError, match=f"1 unreadable; for one, .*{Path(lost).name}"),
+        pytest.raises(BuildError, match=f"1 unreadable; for one, .*{train_file(tree).name}"),
     ):
         broken.setattr(os, "open", fail)
         build(tree, out, SMALL, workers=0, allow=Allowances(max_quarantined=0.0))
