@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from tests.support.training_runs import with_classes
 
 from ich_prep.build_dataset import build
 from ich_prep.dataset.schema import Spec
 from ich_prep.phantom import synthesize
 from ich_train.checkpoint import load_model
 from ich_train.cli import main
+from tests.support.training_runs import with_classes
 
 CLASSES = ("fracture", "mass", "any")
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
-from tests.support.training_runs import save_untrained
 
 from ich_prep.build_dataset import Allowances, build
 from ich_prep.dataset.classes import RSNA_CLASSES
@@ -27,6 +26,7 @@ from ich_train.predict import predict_rows
 from ich_train.preprocess import Preprocess
 from ich_train.runs import Epoch, write_history
 from ich_train.split import split_rows
+from tests.support.training_runs import save_untrained
 
 SPLIT = {"val_fold": 0, "test_fold": 1}
 

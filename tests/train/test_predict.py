@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.support.training_runs import save_untrained, with_classes
 
 from ich_prep.dataset.dataset import Dataset, open_dataset
 from ich_prep.errors import UsageError
 from ich_train.loader import SliceLoader
 from ich_train.predict import load_predictor, predict_rows
 from ich_train.preprocess import Scaling
+from tests.support.training_runs import save_untrained, with_classes
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import csv
 
 import numpy as np
 import pytest
-from tests.support.training_runs import save_untrained, with_classes
 
 from ich_prep.build_dataset import Allowances, build
 from ich_prep.dataset.classes import RSNA_CLASSES
@@ -15,6 +14,7 @@ from ich_prep.phantom import synthesize
 from ich_train.predict import load_predictor, predict_rows
 from ich_train.split import split_rows
 from ich_train.submission import Submission, write_submission
+from tests.support.training_runs import save_untrained, with_classes
 
 
 @pytest.fixture(scope="module")
