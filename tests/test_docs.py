@@ -1,11 +1,12 @@
 """Every command and snippet of the documentation is run, in the order in which a reader meets it.
 
-Each page runs in a folder of its own beside small sources (``rsna``, ``cq500``, ``scans``) and the project's recipes,
-which are cut down to a size that a test can build and train: what is checked is that every command and option, key and
+Each page runs in its own folder, beside small sources (``rsna``, ``cq500``, ``scans``, some of them as archives too) and
+the project's recipes, which are cut down to a size that a test can build and train: what is checked is that every command and option, key and
 name exists and does what the page says, not how well a network learns. Fences and their markers:
 
 * ``sh``: each line is a command of ``ich-prep``, ``ich-train`` or ``python -m`` of these; ``python``: run in one
-  namespace a page; ``toml``: a recipe, checked, and written to FILE after ``<!-- file: FILE -->``.
+  namespace a page; ``toml``: a recipe, which is checked.
+* ``<!-- file: FILE -->`` before a fence of ``toml`` or ``python``: written to FILE; such Python is not run.
 * ``<!-- output -->`` before a fence: what the block above it prints; ``...`` stands for any text.
 * ``<!-- no-run: REASON -->`` before a fence: not run, and why.
 """
@@ -17,6 +18,7 @@ import doctest
 import io
 import re
 import shlex
+import shutil
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -109,6 +111,14 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     synthesize(folder / "rsna", series=10, size=32, seed=10, layout="rsna")  # bleeds in each fold
     synthesize(folder / "cq500", series=3, size=32, seed=2, layout="cq500")
     synthesize(folder / "scans", series=3, size=32, seed=3, layout="folder")
+    archive(folder / "rsna-intracranial-hemorrhage-detection", folder / "rsna")
+    downloads = folder / "cq500-downloads"  # an archive a patient
+    downloads.mkdir()
+    shutil.copy(folder / "cq500" / "reads.csv", downloads)
+    for patient in sorted((folder / "cq500").glob("CQ500CT*")):
+        archive(downloads / patient.name.split()[0].replace("CQ500CT", "CQ500-CT-"), folder / "cq500", patient.name)
+    synthesize(folder / "more", series=1, size=32, seed=4, layout="folder")
+    archive(folder / "more-scans", folder / "more")
     (folder / "pipelines").mkdir()
     for recipe in (ROOT / "pipelines").glob("*.toml"):
         sections = tomllib.loads(recipe.read_text(encoding="utf-8"))
@@ -119,6 +129,11 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         (folder / "pipelines" / recipe.name).write_text(recipe_text(small), encoding="utf-8")
     return folder
+
+
+def archive(name: Path, folder: Path, below: str = ".") -> None:
+    """Write ``name``.zip with the files of ``folder``, or of a folder ``below`` it, by paths relative to ``folder``."""
+    shutil.make_archive(str(name), "zip", folder, below)
 
 
 @pytest.fixture
@@ -149,8 +164,9 @@ def run_block(block: Block, namespace: dict[str, Any], place: Path) -> str:
     """Run a block; return what it printed."""
     if block.language == "toml":
         check_recipe(block)
-        if block.marker:
-            (place / block.marker.removeprefix("file: ")).write_text(block.text, encoding="utf-8")
+    if block.marker.startswith("file: "):
+        (place / block.marker.removeprefix("file: ")).write_text(block.text, encoding="utf-8")
+    if block.marker or block.language == "toml":
         return ""
     with captured() as stream:
         if block.language == "sh":
