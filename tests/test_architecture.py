@@ -11,9 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 WALK = (ROOT / "docs" / "walk.svg").read_text(encoding="utf-8")
-
-# The page describes the packages in their wings.
-pytestmark = pytest.mark.skipif(not (ROOT / "ich_prep" / "dataset").is_dir(), reason="the wings are not built yet")
+LAYERS = (ROOT / "docs" / "layers.svg").read_text(encoding="utf-8")
+BLUE = "#cfe3ff"  # of the boxes that ich_train imports
 
 
 def table_under(title: str) -> list[list[str]]:
@@ -34,6 +33,26 @@ def test_the_layers_are_those_of_the_contract() -> None:
     ]
     held = [{name.strip(" ()").removeprefix("ich_prep.") for name in re.split(r"[|:]", layer)} for layer in layers]
     assert [set(re.findall(r"`(\w+)`", line[1])) for line in table_under("Layers")] == held
+
+
+def test_the_picture_of_the_layers_shows_the_same_modules() -> None:
+    heights: dict[str, list[str]] = {}  # the y of boxes -> their names, from top to bottom
+    for y, label in re.findall(r'<rect x="\d+" y="(\d+)" [^>]*/>\n<text [^>]*>(\w+)', LAYERS):
+        if label != "ich_train":  # it stands beside all of them
+            heights.setdefault(y, []).append(label)
+    shown = [set(names) for names in heights.values()]
+    assert [set(re.findall(r"`(\w+)`", line[1])) for line in table_under("Layers")] == shown
+
+
+def test_what_ich_train_imports_is_blue_and_stands_on_the_page() -> None:
+    blue = set(re.findall(rf'fill="{BLUE}"[^>]*/>\n<text [^>]*>(\w+)', LAYERS))
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "ich_train").rglob("*.py")]
+    imported = {
+        name for text in sources for name in re.findall(r"^\s*(?:from|import) ich_prep\.(\w+)", text, re.MULTILINE)
+    }
+    assert imported == blue
+    (sentence,) = re.findall(r"^`ich_train` imports (.*), and nothing else", PAGE, re.MULTILINE)
+    assert {name.removeprefix("ich_prep.") for name in re.findall(r"`([\w.]+)`", sentence)} == imported
 
 
 @pytest.mark.parametrize("station", table_under("One slice's walk"), ids=lambda station: station[0])

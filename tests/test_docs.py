@@ -1,8 +1,9 @@
 """Every command and snippet of the documentation is run, in the order in which a reader meets it.
 
-Each page runs in its own folder, beside small sources (``rsna``, ``cq500``, ``scans``, some of them as archives too) and
-the project's recipes, which are cut down to a size that a test can build and train: what is checked is that every command and option, key and
-name exists and does what the page says, not how well a network learns. Fences and their markers:
+Each page runs in its own folder, beside small sources (``rsna``, ``cq500``, ``scans``, some of them as archives too)
+and the project's recipes, which are cut down to a size that a test can build and train: what is checked is that every
+command and option, key and name exists and does what the page says, not how well a network learns. Fences and their
+markers:
 
 * ``sh``: each line is a command of ``ich-prep``, ``ich-train`` or ``python -m`` of these; ``python``: run in one
   namespace a page; ``toml``: a recipe, which is checked.
