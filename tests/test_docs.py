@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import doctest
 import io
+import pkgutil
 import re
 import shlex
 import shutil
@@ -229,3 +230,16 @@ def test_every_link_between_pages_leads_somewhere(page: str) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", document):
         if not re.match(r"https?://|#|mailto:", target):
             assert ((ROOT / page).parent / target.split("#")[0]).exists(), f"{page} links to {target}"
+
+
+@pytest.mark.parametrize("page", ALL)
+def test_every_file_that_a_page_names_exists(page: str) -> None:
+    document = (ROOT / page).read_text(encoding="utf-8")
+    named = re.findall(r"`((?:ich_prep|ich_train|tests|docs|pipelines|\.ci)/[\w./-]*)`", document)
+    missing = {name for name in named if not (ROOT / name).exists() and "NAME" not in name}
+    assert not missing
+
+
+@pytest.mark.parametrize("name", re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE))
+def test_every_name_of_the_python_api_is_importable(name: str) -> None:
+    assert pkgutil.resolve_name(name).__doc__
