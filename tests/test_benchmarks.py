@@ -20,7 +20,7 @@ from benchmarks import agree, document, files, measure, racing, scaling, trainin
 from benchmarks.measure import Found, compete, contest, in_process, publish, ratios
 from ich_prep.build_dataset import build
 from ich_prep.dataset.dataset import open_dataset
-from ich_prep.dataset.schema import Spec
+from ich_prep.dataset.spec import Spec
 from ich_prep.dicom.header import read_header
 from ich_prep.phantom import synthesize
 from ich_train.config import TrainConfig

@@ -18,7 +18,7 @@ from pydicom.encaps import encapsulate
 
 from ich_prep.build_dataset import Allowances, build
 from ich_prep.dataset.dataset import open_dataset
-from ich_prep.dataset.schema import Spec
+from ich_prep.dataset.spec import Spec
 from ich_prep.phantom import synthesize
 from tests.support.cli import working
 

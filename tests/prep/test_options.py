@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ich_prep.dataset.schema import Spec
+from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.windows import PRESETS, Window
 from ich_prep.errors import UsageError
 from ich_prep.options import BuildOptions, resolve

@@ -10,7 +10,7 @@ import pytest
 
 from ich_prep.build_dataset import build
 from ich_prep.dataset.dataset import open_dataset
-from ich_prep.dataset.schema import Spec
+from ich_prep.dataset.spec import Spec
 from ich_prep.phantom import synthesize
 from ich_train.cli import main
 from ich_train.config import MODELS, TrainConfig

@@ -20,7 +20,7 @@ from rich.console import Console
 from ich_prep.build_dataset import build
 from ich_prep.dataset.classes import RSNA_CLASSES
 from ich_prep.dataset.dataset import Dataset, open_dataset
-from ich_prep.dataset.schema import Spec
+from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.tables import write_table
 from ich_prep.dataset.windows import Window
 from ich_prep.errors import TrainError, UsageError
