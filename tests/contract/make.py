@@ -1,6 +1,6 @@
 """Write the datasets beside this file anew: only for a new format, since old ones must stay readable.
 
-``python tests/contract/make.py``. What they hold is in ``expected.json``, by which the tests read them.
+``python -m tests.contract.make``. What they hold is in ``expected.json``, by which the tests read them.
 """
 
 from __future__ import annotations

@@ -297,7 +297,7 @@ def test_an_overwrite_that_is_killed_is_no_dataset_and_goes_on(
     script = (
         "import os, shutil, signal, sys\n"
         "from ich_prep.build_dataset import build\n"
-        "from ich_prep.dataset.schema import Spec\n"
+        "from ich_prep.dataset.spec import Spec\n"
         "real = shutil.rmtree\n"
         "def die(path):\n"
         "    real(path)\n"

@@ -128,7 +128,7 @@ def test_the_label_table_is_read_once(dataset: Dataset, tmp_path: Path, monkeypa
     monkeypatch.setattr(Dataset, "read_table", counted)
     of = settings(epochs=1, context=1, sampling="balanced")
     train(dataset, tmp_path / "run", of, QUICK, console=Console(file=io.StringIO()))
-    assert read.count("labels/slices.parquet") == 1
+    assert read.count("slices") == 1
 
 
 def test_the_seed_decides_the_run(dataset: Dataset, tmp_path: Path) -> None:
