@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ich_prep.build_dataset import build
     from ich_prep.dataset import open_dataset
-    from ich_prep.dataset.schema import Spec
+    from ich_prep.dataset.spec import Spec
     from ich_prep.dataset.windows import Window
     from ich_prep.dataset.xarray_view import open_xarray
     from ich_prep.scans import render_file
@@ -23,7 +23,7 @@ __all__ = ["Spec", "Window", "__version__", "build", "open_dataset", "open_xarra
 # Imported on first use: a training job that opens a dataset loads neither Dask nor pydicom.
 _HOMES = {
     "build": "ich_prep.build_dataset",
-    "Spec": "ich_prep.dataset.schema",
+    "Spec": "ich_prep.dataset.spec",
     "open_dataset": "ich_prep.dataset",
     "open_xarray": "ich_prep.dataset.xarray_view",
     "render_file": "ich_prep.scans",

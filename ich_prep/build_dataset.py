@@ -23,7 +23,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ich_prep.dataset import native, open_dataset
-from ich_prep.dataset.schema import OK, Spec, shard_path
+from ich_prep.dataset.schema import OK, shard_path
+from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.storage import clear_leftovers, local_path, size_of, sync_file, write_whole
 from ich_prep.dataset.tables import read_parquet, write_table
 from ich_prep.errors import BuildError, Reason, SourceError

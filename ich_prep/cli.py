@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from ich_prep.command_options import options_from
 from ich_prep.errors import IchError, UsageError, describe_os_error
+from ich_prep.options import BuildOptions, resolve
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,65 +75,19 @@ def synth(
 
 
 @app.command()
+@options_from(BuildOptions)
 def build(
+    *,
     src: Annotated[list[Path], typer.Option(help="Folder or zip archive with the DICOM files; may be repeated.")],
     out: Annotated[Path, typer.Option(help="The dataset to build, or to resume.")],
-    recipe: Annotated[Path | None, typer.Option(help="TOML file whose [build] holds any of these; flags win.")] = None,
-    layout: Annotated[str | None, typer.Option(help="auto, rsna, cq500 or folder. [auto]")] = None,
-    labels: Annotated[Path | None, typer.Option(help="Label CSV. [the one found in the tree]")] = None,
-    size: Annotated[int | None, typer.Option(help="Rows and columns of a stored slice. [512]")] = None,
-    store: Annotated[str | None, typer.Option(help="windows (uint8) or hu (int16). [windows]")] = None,
-    windows: Annotated[
-        str | None,
-        typer.Option(
-            help="Of brain, subdural, bone, soft_tissue, stroke, or name=center/width in HU. [brain,subdural,bone]"
-        ),
-    ] = None,
-    classes: Annotated[
-        str | None, typer.Option(help="Label columns of the folder layout, as a,b,c. [RSNA's six]")
-    ] = None,
-    slices_per_shard: Annotated[int | None, typer.Option(help="Slices in one file. [256]")] = None,
-    codec: Annotated[str | None, typer.Option(help="lz4, zstd or none. [lz4]")] = None,
-    folds: Annotated[int | None, typer.Option(help="Number of folds, by patient. [5]")] = None,
-    build_dir: Annotated[
-        Path | None, typer.Option(help="Working folder, needed to resume. [the dataset's path with .build appended]")
-    ] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes; 0: this one. [one a core]")] = None,
-    scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler to use instead.")] = None,
-    max_quarantined: Annotated[float | None, typer.Option(help="Largest share of damaged files. [0.01]")] = None,
-    allow_unlabelled: Annotated[
-        bool | None, typer.Option("--allow-unlabelled", help="Keep slices without a label.")
-    ] = None,
-    allow_missing_images: Annotated[
-        bool | None, typer.Option("--allow-missing-images", help="Continue when labels have no image.")
-    ] = None,
-    allow_contradictions: Annotated[
-        bool | None, typer.Option("--allow-contradictions", help="Take contradictory labels as unknown.")
+    recipe: Annotated[
+        Path | None, typer.Option(help="TOML file whose [build] holds any of these; options win.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing dataset or build.")] = False,
+    given: dict[str, Any],
 ) -> None:
     """Build a dataset. To resume an interrupted build, run the same command again."""
-    from ich_prep.options import BuildOptions, resolve
-
-    given = {
-        "layout": layout,
-        "labels": labels,
-        "size": size,
-        "store": store,
-        "windows": windows,
-        "classes": classes,
-        "slices_per_shard": slices_per_shard,
-        "codec": codec,
-        "folds": folds,
-        "build_dir": build_dir,
-        "workers": workers,
-        "scheduler": scheduler,
-        "max_quarantined": max_quarantined,
-        "allow_unlabelled": allow_unlabelled,
-        "allow_missing_images": allow_missing_images,
-        "allow_contradictions": allow_contradictions,
-    }
-    options: BuildOptions = resolve(recipe, given)
+    options = resolve(recipe, given)
 
     from ich_prep import build_dataset
     from ich_prep.progress import TerminalProgress

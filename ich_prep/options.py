@@ -1,4 +1,4 @@
-"""The knobs of ``ich-prep build``: those of the spec, and those that do not change the bytes. Each is declared once."""
+"""The options of ``ich-prep build``: those of the spec, and those that do not change the bytes. Each is declared once."""
 
 from __future__ import annotations
 
@@ -8,21 +8,25 @@ from typing import Any
 
 from pydantic import Field
 
-from ich_prep.dataset.schema import Spec
+from ich_prep.dataset.spec import Spec
 from ich_prep.recipe import read_section, validate
 
 
 class BuildOptions(Spec):
-    """What a recipe's ``[build]`` may say, and the command line too."""
+    """What a recipe's ``[build]`` may set, and the command line too."""
 
-    labels: Path | None = None
-    build_dir: Path | None = None
-    workers: int | None = Field(default=None, ge=0, le=4096)
-    scheduler: str | None = None
-    max_quarantined: float = Field(default=0.01, ge=0, le=1)
-    allow_unlabelled: bool = False
-    allow_missing_images: bool = False
-    allow_contradictions: bool = False
+    labels: Path | None = Field(default=None, description="Label CSV. [default: the one found in the source]")
+    build_dir: Path | None = Field(
+        default=None, description="Working folder, needed to resume. [default: the dataset's path with .build appended]"
+    )
+    workers: int | None = Field(
+        default=None, ge=0, le=4096, description="Processes; 0: this one. [default: one a core]"
+    )
+    scheduler: str | None = Field(default=None, description="Address of a Dask scheduler to use instead.")
+    max_quarantined: float = Field(default=0.01, ge=0, le=1, description="Largest share of damaged files.")
+    allow_unlabelled: bool = Field(default=False, description="Keep slices without a label.")
+    allow_missing_images: bool = Field(default=False, description="Continue when labels have no image.")
+    allow_contradictions: bool = Field(default=False, description="Take contradictory labels as unknown.")
 
     def spec(self) -> Spec:
         """Return the part that changes the bytes."""
@@ -30,8 +34,7 @@ class BuildOptions(Spec):
 
 
 def resolve(recipe: Path | None, given: Mapping[str, Any]) -> BuildOptions:
-    """Return the options of a ``recipe``, if there is one, overruled by those ``given`` that are not None."""
+    """Return the options of a ``recipe``, if there is one, overridden by those ``given``."""
     written = {} if recipe is None else read_section(recipe, "build")
     validate(BuildOptions, written, where=f"{recipe} [build]")
-    stated = {name: value for name, value in given.items() if value is not None}
-    return validate(BuildOptions, {**written, **stated}, where="ich-prep build")
+    return validate(BuildOptions, {**written, **given}, where="ich-prep build")

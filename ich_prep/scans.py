@@ -18,7 +18,7 @@ from ich_prep.stages.shard import SliceRenderer, pixel_source
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ich_prep.dataset.schema import Spec
+    from ich_prep.dataset.spec import Spec
 
 
 def render_file(path: str | os.PathLike[str], spec: Spec) -> NDArray[Any]:

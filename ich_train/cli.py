@@ -194,7 +194,7 @@ def _open(path: Path, *, moved_from: Path | None) -> Dataset:
 
 def _built_otherwise(recipe: Path, sections: Mapping[str, Mapping[str, Any]], dataset: Dataset) -> str:
     """Say where ``dataset`` differs from what the section [build] of ``recipe`` makes; empty if it does not."""
-    from ich_prep.dataset.schema import Spec
+    from ich_prep.dataset.spec import Spec
 
     written, built = sections["build"], dataset.spec
     kept = ("size", "store") if built.store == "hu" else ("size", "store", "windows")  # HU are windowed as one likes

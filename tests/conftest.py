@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian
 
 from ich_prep.build_dataset import build
-from ich_prep.dataset.schema import Spec
+from ich_prep.dataset.spec import Spec
 from ich_prep.phantom import synthesize
 from ich_prep.phantom.files import CT_IMAGE, file_bytes
 

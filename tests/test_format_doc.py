@@ -17,11 +17,11 @@ from ich_prep.dataset.schema import (
     SHARD_SCHEMA,
     TABLES,
     Counts,
-    Spec,
     series_schema,
     slice_schema,
     table_name,
 )
+from ich_prep.dataset.spec import Spec
 from ich_prep.errors import Reason
 
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "format.md").read_text(encoding="utf-8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 SUBTYPES = ("epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural")
 ANY = "any"
@@ -18,18 +18,18 @@ def is_rsna(classes: Sequence[str]) -> bool:
     return tuple(classes) == RSNA_CLASSES
 
 
-def class_name_problem(classes: Sequence[str], reserved: Collection[str]) -> str | None:
+def class_name_problem(classes: Sequence[str]) -> str | None:
     """Return what is wrong with the names of ``classes``, None where nothing is.
 
-    A name is ``[a-z][a-z0-9_]*``, does not start with ``x_`` and is not one of the ``reserved`` column names.
+    A name is ``[a-z][a-z0-9_]*`` and does not start with ``x_``, as the columns that a user adds do.
     """
     if not classes:
         return "at least one class is needed"
     for name in classes:
         if not _NAME.fullmatch(name):
             return f"{name!r} is not a class name: use lower-case letters, digits and _, starting with a letter"
-        if name in reserved or name.startswith("x_"):
-            return f"{name!r} is the name of another column: choose another name for the class"
+        if name.startswith("x_"):
+            return f"{name!r} is not a class name: x_ starts the columns that were kept from a label table"
     if len(set(classes)) != len(classes):
         return "a class is named twice"
     return None

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from ich_prep.dataset.classes import RSNA_CLASSES, is_rsna
+from ich_prep.dataset.schema import RESERVED_COLUMNS
 from ich_prep.errors import UsageError
 from ich_prep.layouts import cq500, folder, rsna
 from ich_prep.layouts.assignment import Assignment
@@ -14,7 +15,7 @@ from ich_prep.recipe import refuse_unknown
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from ich_prep.dataset.schema import Spec
+    from ich_prep.dataset.spec import Spec
     from ich_prep.layouts.labels import LabelTable
     from ich_prep.progress import Progress
     from ich_prep.sources import Listing, TableFile
@@ -52,8 +53,12 @@ AUTO = "auto"
 
 
 def check_layout(spec: Spec) -> None:
-    """Raise ``UsageError`` for an unknown layout, and for other classes than RSNA's in a layout that has those."""
+    """Raise ``UsageError`` for an unknown layout, a class that is the name of a column, or other classes than RSNA's in a
+    layout that has those.
+    """
     refuse_unknown([spec.layout], [AUTO, *LAYOUTS], where="layout")
+    for name in RESERVED_COLUMNS.intersection(spec.classes):
+        raise UsageError(f"--classes: {name!r} is the name of another column. Choose another name for the class.")
     if spec.layout not in (AUTO, "folder") and not is_rsna(spec.classes):
         raise UsageError(
             f"The layout {spec.layout} has RSNA's six classes; --classes {','.join(spec.classes)} needs --layout folder."

@@ -14,7 +14,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from ich_prep.dataset.dataset import open_dataset
-from ich_prep.dataset.schema import IMAGES, LABELS, ROOT, Spec
+from ich_prep.dataset.schema import IMAGES, LABELS, ROOT
+from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.storage import remove_tree, sync_folder
 from ich_prep.dataset.tables import read_parquet
 from ich_prep.errors import BuildError, UsageError, describe_os_error

@@ -22,7 +22,7 @@ from ich_prep.stages.geometry import Spacing, group_starts, measure_spacing, ord
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ich_prep.dataset.schema import Spec
+    from ich_prep.dataset.spec import Spec
     from ich_prep.layouts.assignment import Assignment
 
 # Columns of the slice table that stand in the scan, or come from the layout, under the same name.

@@ -29,7 +29,7 @@ from ich_prep.stages.state import write_state
 from ich_prep.versions import PACKAGE, all_versions, library_versions
 
 if TYPE_CHECKING:
-    from ich_prep.dataset.schema import Spec
+    from ich_prep.dataset.spec import Spec
     from ich_prep.stages.state import BuildFolder, State
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from ich_prep.dataset.schema import Spec
+    from ich_prep.dataset.spec import Spec
     from ich_prep.sources import Source
 
 FILES_AHEAD = 8

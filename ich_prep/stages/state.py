@@ -12,7 +12,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ich_prep.dataset.dataset import BUILD_SUFFIX, STATE
-from ich_prep.dataset.schema import FORMAT, Spec
+from ich_prep.dataset.schema import FORMAT
+from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.storage import local_path, write_whole
 from ich_prep.errors import DatasetError
 

@@ -1,6 +1,6 @@
 """Write the datasets beside this file anew: only for a new format, since old ones must stay readable.
 
-``python tests/contract/make.py``. What they hold is in ``expected.json``, by which the tests read them.
+``python -m tests.contract.make``. What they hold is in ``expected.json``, by which the tests read them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pydicom.encaps import encapsulate
 
 from ich_prep.build_dataset import Allowances, build
 from ich_prep.dataset.dataset import open_dataset
-from ich_prep.dataset.schema import Spec
+from ich_prep.dataset.spec import Spec
 from ich_prep.phantom import synthesize
 from tests.support.cli import working
 

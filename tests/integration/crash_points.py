@@ -18,7 +18,7 @@ from typing import Any
 
 from ich_prep.build_dataset import build
 from ich_prep.dataset.dataset import open_dataset
-from ich_prep.dataset.schema import Spec
+from ich_prep.dataset.spec import Spec
 from tests.support.cli import published
 
 SPEC = Spec(size=32, slices_per_shard=16)

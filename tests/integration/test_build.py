@@ -17,7 +17,7 @@ from distributed import LocalCluster
 
 from ich_prep.build_dataset import build
 from ich_prep.dataset.dataset import open_dataset
-from ich_prep.dataset.schema import Spec
+from ich_prep.dataset.spec import Spec
 from ich_prep.errors import BuildError, DatasetError, SourceError, UsageError
 from ich_prep.phantom import synthesize
 from tests.support.cli import SMALL, copy_with_working_folder, prep, published, start, train_file, wait_for, working
@@ -297,7 +297,7 @@ def test_an_overwrite_that_is_killed_is_no_dataset_and_goes_on(
     script = (
         "import os, shutil, signal, sys\n"
         "from ich_prep.build_dataset import build\n"
-        "from ich_prep.dataset.schema import Spec\n"
+        "from ich_prep.dataset.spec import Spec\n"
         "real = shutil.rmtree\n"
         "def die(path):\n"
         "    real(path)\n"

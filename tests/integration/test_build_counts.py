@@ -269,7 +269,7 @@ MEASURE = """
 import json, sys
 from pathlib import Path
 from ich_prep import build_dataset, execute
-from ich_prep.dataset.schema import Spec
+from ich_prep.dataset.spec import Spec
 
 def peak(_=0):
     lines = Path("/proc/self/status").read_text().splitlines()

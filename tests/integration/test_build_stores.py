@@ -13,7 +13,7 @@ import pytest
 from ich_prep.build_dataset import Allowances, build
 from ich_prep.dataset.classes import RSNA_CLASSES
 from ich_prep.dataset.dataset import open_dataset
-from ich_prep.dataset.schema import Spec
+from ich_prep.dataset.spec import Spec
 from ich_prep.progress import NoProgress
 from ich_prep.verify import verify
 from tests.support.cli import SMALL, prep

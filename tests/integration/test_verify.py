@@ -13,8 +13,9 @@ import pytest
 
 from ich_prep.build_dataset import build
 from ich_prep.dataset.dataset import open_dataset
-from ich_prep.dataset.schema import ROOT, TABLES, Spec, shard_path, table_name
+from ich_prep.dataset.schema import ROOT, TABLES, shard_path, table_name
 from ich_prep.dataset.shard_format import index_bytes
+from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.tables import write_table
 from ich_prep.errors import DatasetError, SourceError, UsageError
 from ich_prep.phantom import synthesize

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ich_prep.build_dataset import Allowances, build
 from ich_prep.dataset.affine import TURNS, AffineError, NoAffine, to_ras, volume_affine
 from ich_prep.dataset.dataset import open_dataset
-from ich_prep.dataset.schema import Spec
+from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.volumes import affine_of_slices, find_series
 from ich_prep.dataset.windows import MAX_HU, MIN_HU
 from ich_prep.errors import UsageError

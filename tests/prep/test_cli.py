@@ -53,7 +53,7 @@ def test_help_names_every_command() -> None:
     [
         (["build", "--src", "nowhere", "--out", "x.zarr", "--workers", "0"], 1, "Expected a folder of DICOM files"),
         (["build", "--src", ".", "--out", ".", "--workers", "0"], 2, "lies inside the source"),
-        (["build", "--src", ".", "--out", "x.zarr", "--codec", "gzip"], 2, "codec: "),
+        (["build", "--src", ".", "--out", "x.zarr", "--codec", "gzip"], 2, "Invalid value for '--codec'"),
         (["build", "--src", ".", "--out", "x.zarr", "--layout", "rsn"], 2, "Did you mean 'rsna'?"),
         (["build", "--src", ".", "--out", "x.zarr", "--classes", "any,Any"], 2, "'Any' is not a class name"),
         (["build", "--src", ".", "--out", "x.zarr", "--classes", "a,row", "--layout", "folder"], 2, "another column"),

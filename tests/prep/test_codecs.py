@@ -13,7 +13,7 @@ from numcodecs import blosc
 
 from ich_prep.dataset.codecs import CODECS, LZ4, MAX_BLOCK_BYTES, NONE, ZSTD, Codec, block_bytes
 from ich_prep.dataset.native import ChunkCodec
-from ich_prep.dataset.schema import Spec
+from ich_prep.dataset.spec import Spec
 from ich_prep.errors import CorruptionError
 from tests.support.images import SHAPES, picture
 

@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 
 from ich_prep.build_dataset import build
 from ich_prep.dataset.dataset import Dataset, open_dataset
-from ich_prep.dataset.schema import Spec, series_schema, shard_path, slice_schema, table_name
+from ich_prep.dataset.schema import series_schema, shard_path, slice_schema, table_name
+from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.tables import write_table
 from ich_prep.dataset.windows import window_codes
 from ich_prep.errors import CorruptionError, DatasetError, UsageError

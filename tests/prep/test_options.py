@@ -7,21 +7,21 @@ from typing import Any
 
 import pytest
 
-from ich_prep.dataset.schema import Spec
+from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.windows import PRESETS, Window
 from ich_prep.errors import UsageError
 from ich_prep.options import BuildOptions, resolve
 
 
 def test_nothing_given_gives_the_defaults() -> None:
-    assert resolve(None, {"size": None, "windows": None}) == BuildOptions()
+    assert resolve(None, {}) == BuildOptions()
     assert BuildOptions().spec() == Spec()
 
 
 def test_flags_win_over_the_recipe(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('[build]\nsize = 256\ncodec = "zstd"\nwindows = ["brain", "blood=75/215"]\n', encoding="utf-8")
-    options = resolve(recipe, {"size": 128, "codec": None, "windows": None})
+    options = resolve(recipe, {"size": 128})
     assert (options.size, options.codec) == (128, "zstd")
     assert options.windows == (PRESETS["brain"], Window("blood", center=75, width=215))
     assert resolve(recipe, {"windows": "stroke, bone"}).windows == (PRESETS["stroke"], PRESETS["bone"])

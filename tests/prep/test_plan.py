@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ich_prep.dataset.classes import RSNA_CLASSES, UNKNOWN
-from ich_prep.dataset.schema import Spec, series_schema, slice_schema
+from ich_prep.dataset.schema import series_schema, slice_schema
+from ich_prep.dataset.spec import Spec
 from ich_prep.errors import Reason
 from ich_prep.layouts.assignment import Assignment
 from ich_prep.layouts.labels import Key, LabelTable, no_labels

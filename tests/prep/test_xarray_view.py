@@ -16,7 +16,7 @@ from pydicom.uid import RLELossless
 
 from ich_prep.build_dataset import Allowances, build
 from ich_prep.dataset.dataset import open_dataset
-from ich_prep.dataset.schema import Spec
+from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.where import select_rows
 from ich_prep.dataset.xarray_view import open_xarray
 from ich_prep.errors import DatasetError, UsageError

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
 
-from ich_prep.dataset.schema import Spec
+from ich_prep.dataset.spec import Spec
 
 SMALL = Spec(size=64, slices_per_shard=16)
 PREP = str(Path(sys.executable).with_name("ich-prep"))

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ich_prep.build_dataset import build
-from ich_prep.dataset.schema import Spec
+from ich_prep.dataset.spec import Spec
 from ich_prep.phantom import synthesize
 from ich_train.checkpoint import load_model
 from ich_train.cli import main

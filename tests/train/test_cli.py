@@ -10,7 +10,7 @@ import pytest
 
 from ich_prep.build_dataset import build
 from ich_prep.dataset.dataset import open_dataset
-from ich_prep.dataset.schema import Spec
+from ich_prep.dataset.spec import Spec
 from ich_prep.phantom import synthesize
 from ich_train.cli import main
 from ich_train.config import MODELS, TrainConfig
@@ -86,7 +86,7 @@ def test_ctrl_c_says_how_to_go_on(
     stopping = open_dataset(path)
     interrupt_at_read(stopping, 50)
     with monkeypatch.context() as patched:
-        patched.setattr("ich_prep.store.open_dataset", lambda _: stopping)
+        patched.setattr("ich_prep.dataset.dataset.open_dataset", lambda _: stopping)
         assert call("run", "--recipe", "quick.toml", "--data", path, "--out", "runs/mine") == 130
     run = tmp_path / "runs" / "mine"
     assert "Stopped. Resume with: ich-train run --resume --out runs/mine\n" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 from ich_prep.build_dataset import Allowances, build
 from ich_prep.dataset.classes import RSNA_CLASSES
 from ich_prep.dataset.dataset import open_dataset
-from ich_prep.dataset.schema import Spec
+from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.tables import write_table
 from ich_prep.errors import TrainError, UsageError
 from ich_prep.phantom import synthesize

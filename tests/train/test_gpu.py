@@ -14,7 +14,7 @@ from rich.console import Console
 
 from ich_prep.build_dataset import build
 from ich_prep.dataset.dataset import Dataset, open_dataset
-from ich_prep.dataset.schema import Spec
+from ich_prep.dataset.spec import Spec
 from ich_prep.errors import TrainError
 from ich_prep.phantom import synthesize
 from ich_train.config import EvalConfig, TrainConfig

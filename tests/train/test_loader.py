@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from ich_prep.build_dataset import Allowances, build
 from ich_prep.dataset.classes import RSNA_CLASSES
 from ich_prep.dataset.dataset import Dataset, open_dataset
-from ich_prep.dataset.schema import Spec, shard_path
+from ich_prep.dataset.schema import shard_path
+from ich_prep.dataset.spec import Spec
 from ich_prep.errors import CorruptionError, UsageError
 from ich_prep.phantom import synthesize
 from ich_train.loader import SliceDataset, SliceLoader

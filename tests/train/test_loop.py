@@ -20,7 +20,7 @@ from rich.console import Console
 from ich_prep.build_dataset import build
 from ich_prep.dataset.classes import RSNA_CLASSES
 from ich_prep.dataset.dataset import Dataset, open_dataset
-from ich_prep.dataset.schema import Spec
+from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.tables import write_table
 from ich_prep.dataset.windows import Window
 from ich_prep.errors import TrainError, UsageError
@@ -128,7 +128,7 @@ def test_the_label_table_is_read_once(dataset: Dataset, tmp_path: Path, monkeypa
     monkeypatch.setattr(Dataset, "read_table", counted)
     of = settings(epochs=1, context=1, sampling="balanced")
     train(dataset, tmp_path / "run", of, QUICK, console=Console(file=io.StringIO()))
-    assert read.count("labels/slices.parquet") == 1
+    assert read.count("slices") == 1
 
 
 def test_the_seed_decides_the_run(dataset: Dataset, tmp_path: Path) -> None:

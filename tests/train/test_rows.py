@@ -10,7 +10,8 @@ import pytest
 
 from ich_prep.build_dataset import Allowances, build
 from ich_prep.dataset.dataset import open_dataset
-from ich_prep.dataset.schema import OK, Spec
+from ich_prep.dataset.schema import OK
+from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.tables import write_table
 from ich_prep.errors import UsageError
 from ich_prep.phantom import synthesize

@@ -8,7 +8,7 @@ import pytest
 from ich_prep.build_dataset import Allowances, build
 from ich_prep.dataset.classes import RSNA_CLASSES
 from ich_prep.dataset.dataset import open_dataset
-from ich_prep.dataset.schema import Spec
+from ich_prep.dataset.spec import Spec
 from ich_prep.errors import UsageError
 from ich_prep.phantom import synthesize
 from ich_train.predict import load_predictor, predict_rows

@@ -1,0 +1,76 @@
+"""What a build is told to make, and what a reader has to know of it. Light: a command line is declared from it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from ich_prep.dataset.classes import RSNA_CLASSES, class_name_problem
+from ich_prep.dataset.windows import PRESETS, Window, parse_windows
+
+
+class Stored(BaseModel):
+    """What a reader has to know of the pixels. Keys of a root's spec that are not here are ignored.
+
+    ``windows`` are what a "windows" store holds, one channel each, and what a reader of an "hu" store makes by default.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    size: int = Field(default=512, ge=16, le=4096, description="Rows and columns of a stored slice.")
+    store: Literal["windows", "hu"] = Field(default="windows", description="windows (uint8 codes) or hu (int16).")
+    windows: tuple[Window, ...] = Field(
+        default=(PRESETS["brain"], PRESETS["subdural"], PRESETS["bone"]),
+        min_length=1,
+        description="Of brain, subdural, bone, soft_tissue, stroke, or name=center/width in HU.",
+    )
+    slices_per_shard: int = Field(default=256, ge=1, le=65536, description="Slices in one file.")
+    codec: Literal["lz4", "zstd", "none"] = Field(default="lz4", description="lz4, zstd or none.")
+
+    @field_validator("windows", mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        value = _words(value)
+        if isinstance(value, list | tuple) and all(isinstance(part, str) for part in value):
+            return parse_windows(value)
+        return value
+
+    @property
+    def channels(self) -> int:
+        """The number of channels of a stored slice."""
+        return len(self.windows) if self.store == "windows" else 1
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The type of a stored pixel: uint8 window codes, or int16 HU."""
+        return np.dtype(np.uint8 if self.store == "windows" else np.int16)
+
+
+class Spec(Stored):
+    """All options of a build that change the bytes or rows of a dataset, and nothing else."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layout: str = Field(default="auto", description="auto, rsna, cq500 or folder.")
+    classes: tuple[str, ...] = Field(default=RSNA_CLASSES, description="Label columns of the folder layout, as a,b,c.")
+    folds: int = Field(default=5, ge=2, le=127, description="Number of folds, by patient.")
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return _words(value)
+
+    @field_validator("classes")
+    @classmethod
+    def _named(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        problem = class_name_problem(value)
+        if problem:
+            raise ValueError(problem)
+        return value
+
+
+def _words(value: Any) -> Any:
+    """Return the words of a text that separates them by commas; anything else as it is."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
