@@ -36,8 +36,8 @@ demo: venv ## phantom files -> dataset -> trained model -> report
 test: venv lint ## the tests, in two processes, and lint and types
 	$(BIN)/pytest -n 2 --dist loadfile
 
-test-one: venv ## one test module or test: make test-one T=tests/test_folds.py
-	$(BIN)/pytest -x $(or $(T),$(error say which one: make test-one T=tests/test_folds.py))
+test-one: venv ## one test module or test: make test-one T=tests/prep/test_folds.py
+	$(BIN)/pytest -x $(or $(T),$(error say which one: make test-one T=tests/prep/test_folds.py))
 
 test-slow: venv ## the tests that take minutes
 	$(BIN)/pytest -m slow --timeout 1200

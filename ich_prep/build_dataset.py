@@ -30,7 +30,7 @@ from ich_prep.dataset.tables import read_parquet, write_table
 from ich_prep.errors import BuildError, Reason, SourceError
 from ich_prep.execute import Pool, default_workers
 from ich_prep.layouts import check_layout, choose_layout
-from ich_prep.layouts.labels import LabelTable, fill_any
+from ich_prep.layouts.labels import LabelRules, LabelTable, fill_any
 from ich_prep.progress import NoProgress, Progress
 from ich_prep.sources import Listing, local_table, open_source
 from ich_prep.stages import ledger
@@ -112,9 +112,7 @@ def build(
                 layout.read_labels(
                     listing,
                     None if labels is None else local_table(Path(labels)),
-                    classes=spec.classes,
-                    allow_contradictions=allow.contradictions,
-                    allow_unlabelled=allow.unlabelled,
+                    LabelRules(spec.classes, allow.contradictions, allow.unlabelled),
                 )
             )
         state = State(

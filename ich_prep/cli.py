@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from ich_prep.command_options import options_from
-from ich_prep.errors import IchError, UsageError, describe_os_error
+from ich_prep.command_options import INTERRUPTED, options_from, run_program
 from ich_prep.options import BuildOptions, resolve
 
 if TYPE_CHECKING:
@@ -119,7 +118,7 @@ def build(
         else:
             hint = "Run the same command without --overwrite to resume."
         typer.echo(f"Interrupted. {hint}", err=True)
-        raise typer.Exit(130) from None
+        raise typer.Exit(INTERRUPTED) from None
     _print_outcome(out, outcome)
 
 
@@ -180,10 +179,18 @@ def _show_summary(console: Console, summary: dict[str, Any]) -> None:
     )
     console.print(f"  {counts['shards']} shards, {counts['bytes'] / 1e6:,.1f} MB, codec {spec['codec']}")
     console.print(f"  digest {summary['digest']}")
-    table = Table("subset", "fold", "slices", *classes, box=None, title="Positive slices", title_justify="left")
-    for line in summary["folds"]:
-        table.add_row(line["subset"], line["fold"], *(str(line[name]) for name in ("slices", *classes)))
-    console.print(table)
+    names = ["slices", *classes]
+    width = max(map(len, names)) + 2
+    columns = max(1, (console.width - width) // 10)  # of as many folds as fit, so that no name is cut off
+    for first in range(0, len(summary["folds"]), columns):
+        folds = summary["folds"][first : first + columns]
+        headings = [f"{line['subset']} {line['fold']}".removesuffix(" -") for line in folds]
+        table = Table("positive slices", *headings, box=None, show_edge=False, pad_edge=False)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for name in names:
+            table.add_row(name, *(f"{line[name]:,}" for line in folds))
+        console.print(table)
     for title, lines in (
         ("Quarantined", {f"{line['stage']}: {line['reason']}": line["files"] for line in summary["quarantine"]}),
         ("Flags", summary["flags"]),
@@ -227,7 +234,7 @@ def _print_verification(dataset: Path, result: Verification, *, as_json: bool) -
         typer.echo(f"{problem.culprit}: {problem.what}", err=True)
     if result.problems:
         typer.echo(
-            f"{dataset}: verification failed, {_count(len(result.problems), 'problem')}. Restore the dataset, or build it "
+            f"{dataset}: verification failed: {_count(len(result.problems), 'problem')}. Restore the dataset, or build it "
             "again with --overwrite.",
             err=True,
         )
@@ -252,16 +259,8 @@ def clean(
 
 
 def main() -> NoReturn:
-    """Run the command line. A known error, or one of the operating system, is one message without a traceback."""
-    try:
-        app(standalone_mode=True)
-    except IchError as error:
-        typer.echo(f"Error: {error}", err=True)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
-    except OSError as error:
-        typer.echo(f"Error: {describe_os_error(error)}. Fix this, then run the same command again.", err=True)
-        sys.exit(1)
-    sys.exit(0)
+    """Run the command line; see ``run_program``."""
+    run_program(app)
 
 
 if __name__ == "__main__":

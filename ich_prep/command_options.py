@@ -1,18 +1,23 @@
-"""Command-line options made from the fields of a pydantic model: each knob's type, range, default and help text once."""
+"""What both command lines share: options made from the fields of a model, and how an error ends a program."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import types
 from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+
+from ich_prep.errors import IchError, UsageError, describe_os_error
+
+INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
 
 
 def options_from(
@@ -106,3 +111,22 @@ def _shown(value: Any) -> str:
     if isinstance(value, tuple | list):
         return ",".join(str(getattr(one, "name", one)) for one in value)
     return str(value)
+
+
+def run_program(app: typer.Typer) -> NoReturn:
+    """Run a program's command line and exit. A known error, or one of the operating system, is one message, no traceback.
+
+    Exit codes: 0 success, 1 an error, 2 an invalid command or recipe, 130 interrupted; others as a command sets them.
+    """
+    try:
+        app(standalone_mode=True)
+    except IchError as error:
+        typer.echo(f"Error: {error}", err=True)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except OSError as error:
+        typer.echo(f"Error: {describe_os_error(error)}. Fix this, then run the same command again.", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        typer.echo("Interrupted. Finished work is kept.", err=True)
+        sys.exit(INTERRUPTED)
+    sys.exit(0)

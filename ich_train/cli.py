@@ -6,16 +6,15 @@ Exit codes: 0 done; 1 an error; 2 an invalid command or recipe; 130 stopped by C
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
-from ich_prep.command_options import options_from
-from ich_prep.errors import DatasetError, IchError, UsageError, describe_os_error
+from ich_prep.command_options import INTERRUPTED, options_from, run_program
+from ich_prep.errors import DatasetError
 from ich_prep.recipe import read_recipe, validate
 from ich_train.config import EvalConfig, TrainConfig
 
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 Section = TypeVar("Section", TrainConfig, EvalConfig)
 
 RUNS = Path("runs")
-INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
 
 app = typer.Typer(
     help="Train a hemorrhage classifier on a dataset of ich-prep, evaluate it, predict with it. "
@@ -150,19 +148,9 @@ def predict_command(
         )
 
 
-def main() -> None:
-    """Run the command line; a known error, or one of the operating system, is one message without a traceback."""
-    try:
-        app()
-    except IchError as error:
-        typer.echo(f"Error: {error}", err=True)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
-    except OSError as error:
-        typer.echo(f"Error: {describe_os_error(error)}. Fix this, then run the same command again.", err=True)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        typer.echo("Interrupted. What was finished by then is kept.", err=True)
-        sys.exit(INTERRUPTED)
+def main() -> NoReturn:
+    """Run the command line; see ``run_program``."""
+    run_program(app)
 
 
 def _section(

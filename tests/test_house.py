@@ -92,6 +92,13 @@ def test_hooks_before_a_commit_are_local() -> None:
     assert re.findall(r"repo: (\S+)", hooks) == ["local"]
 
 
+def test_training_imports_the_light_wing_of_the_preparation_only() -> None:
+    allowed = re.compile(r"ich_prep\.(dataset|recipe|errors|html|command_options)\b")
+    lines = [line for path in (ROOT / "ich_train").rglob("*.py") for line in path.read_text().splitlines()]
+    imported = [found[1] for line in lines if (found := re.match(r"\s*(?:from|import) (ich_prep[\w.]*)", line))]
+    assert imported and not [name for name in imported if not allowed.match(name)]
+
+
 def test_no_file_names_a_place_on_somebodys_machine(project_files: list[str]) -> None:
     found = {}
     for name in project_files:

@@ -25,7 +25,7 @@ def open_xarray(path: str | Path) -> xarray.DataArray:
     or is ["hu"]; ``slice`` is the row, the line of the slice table; ``ok`` (slice) is False for a quarantined slice,
     which has no pixels and reads as the fill value (0, or -1024 HU). A dask chunk is one shard.
 
-    The mean of each window over all slices, by dask, and all slices in napari, a layer for each window::
+    The mean of each window over all slices, by dask, and all slices in napari, a layer for each window:
 
         images = open_xarray("data.zarr")
         images[images.ok.values].mean(["slice", "y", "x"]).compute()

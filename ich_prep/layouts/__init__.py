@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
-from ich_prep.dataset.classes import RSNA_CLASSES, is_rsna
+from ich_prep.dataset.classes import is_rsna
 from ich_prep.dataset.schema import RESERVED_COLUMNS
 from ich_prep.errors import UsageError
 from ich_prep.layouts import cq500, folder, rsna
 from ich_prep.layouts.assignment import Assignment
+from ich_prep.layouts.labels import DEFAULT_RULES, LabelRules
 from ich_prep.recipe import refuse_unknown
 
 if TYPE_CHECKING:
@@ -27,18 +28,10 @@ class Layout(Protocol):
     def recognise(self, listing: Listing) -> str | None:
         """Return why the tree is of this layout, or None."""
 
-    def read_labels(
-        self,
-        listing: Listing,
-        given: TableFile | None,
-        *,
-        classes: tuple[str, ...] = RSNA_CLASSES,
-        allow_contradictions: bool = False,
-        allow_unlabelled: bool = False,
-    ) -> LabelTable:
+    def read_labels(self, listing: Listing, given: TableFile | None, rules: LabelRules = DEFAULT_RULES) -> LabelTable:
         """Return the labels found in the tree, or in the file ``given``; raises ``SourceError``.
 
-        A tree without a label file has no labels where ``allow_unlabelled``, and is an error in layouts that need one.
+        A tree without a label file has no labels where the rules allow it, and is an error in layouts that need one.
         """
 
     def assign(self, slices: pa.Table, root: str) -> Assignment:

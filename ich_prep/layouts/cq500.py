@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from ich_prep.dataset.classes import RSNA_CLASSES
 from ich_prep.errors import SourceError
 from ich_prep.layouts.assignment import Assignment, no_repairs, read_csv, require_single, tables_with
-from ich_prep.layouts.labels import LabelTable, labels_from_long_table, no_labels
+from ich_prep.layouts.labels import DEFAULT_RULES, LabelRules, LabelTable, labels_from_long_table, no_labels
 
 if TYPE_CHECKING:
     from ich_prep.sources import Listing, TableFile
@@ -42,22 +42,15 @@ def recognise(listing: Listing) -> str | None:
     return None
 
 
-def read_labels(
-    listing: Listing,
-    given: TableFile | None,
-    *,
-    classes: tuple[str, ...] = RSNA_CLASSES,
-    allow_contradictions: bool = False,
-    allow_unlabelled: bool = False,
-) -> LabelTable:
+def read_labels(listing: Listing, given: TableFile | None, rules: LabelRules = DEFAULT_RULES) -> LabelTable:
     """Return the consensus of the readers, at least two of three, for each subject: labels of a scan, not of a slice.
 
     Readers may agree on a bleed and not on its type: then ``any`` is 1 and no subtype is. Where a consensus on a
     subtype stands beside none on ICH, ``any`` is 1, and a note counts it.
     """
     found = tables_with(listing, HEADER)
-    if given is None and allow_unlabelled and not found:
-        return replace(no_labels(classes), key="subject")
+    if given is None and rules.allow_unlabelled and not found:
+        return replace(no_labels(rules.classes), key="subject")
     label_file = given or require_single(found, "reads.csv with the header name,Category,R1:ICH,...")
     columns = [f"{reader}:{short}" for reader in READERS for short in COLUMNS.values()]
     table = read_csv(label_file, {"name": pa.string(), **dict.fromkeys(columns, pa.int8())})
@@ -81,7 +74,7 @@ def read_labels(
         subjects.take(pa.array(np.repeat(np.arange(len(subjects)), len(RSNA_CLASSES)))),
         np.tile(np.arange(len(RSNA_CLASSES)), len(subjects)),
         values.reshape(-1),
-        allow_contradictions=allow_contradictions,
+        allow_contradictions=rules.allow_contradictions,
     )
     notes = (
         (f"{raised} subjects have a subtype by majority and no ICH by majority: any was set to 1",) if raised else ()

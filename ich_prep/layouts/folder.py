@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ich_prep.dataset.classes import RSNA_CLASSES, UNKNOWN
+from ich_prep.dataset.classes import UNKNOWN
 from ich_prep.errors import SourceError
 from ich_prep.layouts.assignment import Assignment, header_of, no_repairs, nulls, read_csv, require_single
-from ich_prep.layouts.labels import Key, LabelTable, labels_from_long_table, no_labels
+from ich_prep.layouts.labels import DEFAULT_RULES, Key, LabelRules, LabelTable, labels_from_long_table, no_labels
 from ich_prep.recipe import refuse_unknown
 
 if TYPE_CHECKING:
@@ -26,18 +26,11 @@ def recognise(listing: Listing) -> str | None:
     return f"no other layout knows the names of the {len(listing.files)} files"
 
 
-def read_labels(
-    listing: Listing,
-    given: TableFile | None,
-    *,
-    classes: tuple[str, ...] = RSNA_CLASSES,
-    allow_contradictions: bool = False,
-    allow_unlabelled: bool = False,
-) -> LabelTable:
+def read_labels(listing: Listing, given: TableFile | None, rules: LabelRules = DEFAULT_RULES) -> LabelTable:
     """Return the labels of the CSV ``given``, or of the one in the tree that has a UID column; none, and a note
     of each CSV that is there, where none has.
 
-    Columns: ``sop_instance_uid`` or ``series_instance_uid``, and any of ``classes``; values 0, 1 or empty.
+    Columns: ``sop_instance_uid`` or ``series_instance_uid``, and any of the rules' classes; values 0, 1 or empty.
     """
     if given is None:
         with_key = [table for table in listing.tables if _key_of(header_of(table))]
@@ -47,7 +40,7 @@ def read_labels(
                 f"{table.path} is not read: it has no column {expected}, but {', '.join(header_of(table))}"
                 for table in listing.tables
             )
-            return replace(no_labels(classes), notes=others)
+            return replace(no_labels(rules.classes), notes=others)
         given = require_single(with_key, "CSV of labels")
     given.read(0)  # header_of takes a file that cannot be read for one without a header
     header = header_of(given)
@@ -57,9 +50,9 @@ def read_labels(
             f"Expected a column {' or '.join(KEYS)} in {given.path}; found {', '.join(header) or 'no header line'}."
         )
     named = [name for name in header if name != key]
-    refuse_unknown(named, classes, where=f"{given.path}: label column")
+    refuse_unknown(named, rules.classes, where=f"{given.path}: label column")
     if not named:
-        raise SourceError(f"Expected label columns in {given.path}, some of {', '.join(classes)}; found none.")
+        raise SourceError(f"Expected label columns in {given.path}, some of {', '.join(rules.classes)}; found none.")
     table = read_csv(given, {key: pa.string(), **dict.fromkeys(named, pa.int8())})
     lines = []
     for name in named:
@@ -68,19 +61,19 @@ def read_labels(
         wrong = ~np.isin(values, (0, 1))
         if wrong.any():
             raise SourceError(f"Expected 0, 1 or nothing in column {name} of {given.path}; found {values[wrong][0]}.")
-        lines.append((stated[key].combine_chunks(), np.full(len(stated), classes.index(name)), values))
+        lines.append((stated[key].combine_chunks(), np.full(len(stated), rules.classes.index(name)), values))
     keys, columns, values = (list(parts) for parts in zip(*lines, strict=True))
     everything = labels_from_long_table(
         pa.chunked_array(keys, pa.string()).combine_chunks(),
         np.concatenate(columns),
         np.concatenate(values),
-        classes=classes,
-        allow_contradictions=allow_contradictions,
+        classes=rules.classes,
+        allow_contradictions=rules.allow_contradictions,
     )
     # In the order of the file, whatever the column that first names a slice.
     order = pc.unique(table[key].combine_chunks())
     places = pc.index_in(order, value_set=everything.keys).fill_null(-1).to_numpy(zero_copy_only=False)
-    padded = np.concatenate([everything.values, np.full((1, len(classes)), UNKNOWN, np.int8)])
+    padded = np.concatenate([everything.values, np.full((1, len(rules.classes)), UNKNOWN, np.int8)])
     return replace(everything, key=key, keys=order, values=padded[places])
 
 

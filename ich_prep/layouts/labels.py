@@ -22,6 +22,18 @@ Key = Literal["sop_instance_uid", "series_instance_uid", "subject"]
 
 
 @dataclass(frozen=True)
+class LabelRules:
+    """Which labels a layout reads, and which problems of theirs do not end the build."""
+
+    classes: tuple[str, ...] = RSNA_CLASSES
+    allow_contradictions: bool = False  # contradictory labels are unknown
+    allow_unlabelled: bool = False  # a tree without a label file has no labels
+
+
+DEFAULT_RULES = LabelRules()
+
+
+@dataclass(frozen=True)
 class LabelTable:
     """What a source says about its slices, one line for each thing that is labelled.
 

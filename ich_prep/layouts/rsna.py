@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from ich_prep.dataset.classes import RSNA_CLASSES
 from ich_prep.errors import SourceError
 from ich_prep.layouts.assignment import Assignment, nulls, read_csv, require_single, tables_with
-from ich_prep.layouts.labels import LabelTable, labels_from_long_table, no_labels
+from ich_prep.layouts.labels import DEFAULT_RULES, LabelRules, LabelTable, labels_from_long_table, no_labels
 from ich_prep.pixels import repairs
 
 if TYPE_CHECKING:
@@ -38,22 +38,15 @@ def recognise(listing: Listing) -> str | None:
     return None
 
 
-def read_labels(
-    listing: Listing,
-    given: TableFile | None,
-    *,
-    classes: tuple[str, ...] = RSNA_CLASSES,
-    allow_contradictions: bool = False,
-    allow_unlabelled: bool = False,
-) -> LabelTable:
+def read_labels(listing: Listing, given: TableFile | None, rules: LabelRules = DEFAULT_RULES) -> LabelTable:
     """Return the labels of the training slices, and the slices that the sample submission lists.
 
     The label file is ``given``, or the one CSV with the header ``ID,Label`` that is no sample submission. A line is
     ``<SOP Instance UID>_<class>,<0 or 1>``.
     """
     tables = tables_with(listing, HEADER)
-    if given is None and allow_unlabelled and not tables:
-        return no_labels(classes)
+    if given is None and rules.allow_unlabelled and not tables:
+        return no_labels(rules.classes)
     samples = [table for table in tables if _SAMPLE in table.name]
     others = [table for table in tables if table not in samples]
     label_file = given or require_single(others, "label file with the header ID,Label")
@@ -64,7 +57,9 @@ def read_labels(
             f"Expected labels of 0 or 1 in {label_file.path}; found {values[~whole][0]:g} in line "
             f"{int(np.argmin(whole)) + 2}. Give the training labels with --labels (a sample submission has none)."
         )
-    labels = labels_from_long_table(keys, columns, values.astype(np.int8), allow_contradictions=allow_contradictions)
+    labels = labels_from_long_table(
+        keys, columns, values.astype(np.int8), allow_contradictions=rules.allow_contradictions
+    )
     if len(samples) > 1:
         raise SourceError(
             f"Expected one sample submission in the source; found {', '.join(table.path for table in samples)}. "

@@ -69,7 +69,7 @@ def test_a_damaged_dataset_ends_with_1_and_names_the_culprit(dataset: Path) -> N
     flip(dataset / SHARD, 100)
     found = prep("verify", dataset)
     assert found.returncode == 1
-    assert f"{dataset}: verification failed, 1 problem. " in found.stderr
+    assert f"{dataset}: verification failed: 1 problem. " in found.stderr
     assert f"{dataset / SHARD}: shard 1: row 16: checksum mismatch (stored 0x" in found.stderr
     as_json = prep("verify", dataset, "--json")
     assert as_json.returncode == 1

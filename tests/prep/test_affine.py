@@ -372,18 +372,11 @@ def test_voxels_lie_where_dcm2niix_puts_them(nifti: Any, real_data: Path, tmp_pa
         workers=0,
     )
     dataset = open_dataset(tmp_path / "hu.zarr")
-    headers = [pydicom.dcmread(path, stop_before_pixels=True) for path in sorted(source.glob("I*"))]
-    position = {header.SOPInstanceUID: [float(value) for value in header.ImagePositionPatient] for header in headers}
-    slices, series = dataset.slices.to_pylist(), dataset.series.to_pylist()
-    assert len(series) == 1 and len(slices) == 28
-    affine = volume_affine(
-        [position[line["sop_instance_uid"]] for line in slices],
-        series[0]["orientation"],
-        (series[0]["pixel_spacing_y_mm"], series[0]["pixel_spacing_x_mm"]),
-        (series[0]["source_rows"], series[0]["source_columns"]),
-        stored_size=size,
-    )
-    stored = dataset.volume(series[0]["series_instance_uid"])[:, 0]  # (z, y, x)
+    assert len(dataset.series) == 1 and len(dataset) == 28
+    affine = dataset.affine(0)
+    assert affine is not None and dataset.affine_problem(0) is None
+    np.testing.assert_array_equal(dataset.affine(0, ras=True), to_ras(affine))
+    stored = dataset.volume(series_row=0)[:, 0]  # (z, y, x)
     z, y, x = np.indices(stored.shape).reshape(3, -1)
     in_nifti = np.linalg.solve(nifti.affine, to_ras(affine)) @ np.stack([x, y, z, np.ones_like(x)])
     values = np.asanyarray(nifti.dataobj)
@@ -399,3 +392,21 @@ def test_voxels_lie_where_dcm2niix_puts_them(nifti: Any, real_data: Path, tmp_pa
         four = [values[low[0] + i, low[1] + j, np.rint(in_nifti[2]).astype(int)] for i in (0, 1) for j in (0, 1)]
         mean = np.clip(four, MIN_HU, MAX_HU).mean(axis=0)
         assert np.abs(mean - stored.ravel()).max() <= 0.5
+
+
+def test_a_volume_without_an_affine_says_why(dataset_path: Path) -> None:
+    dataset = open_dataset(dataset_path)
+    problems = [dataset.affine_problem(row) for row in range(len(dataset.series))]
+    for row, problem in enumerate(problems):
+        affine = dataset.affine(row)
+        assert (affine is None) == (problem is not None)
+        if affine is None:
+            assert problem is not None and problem.reason in set(NoAffine)
+        else:
+            last = np.flatnonzero(dataset.slices["series_row"].to_numpy() == row)[-1]
+            place = affine @ [0, 0, len(dataset.volume(series_row=row)) - 1, 1]
+            line = dataset.slices.slice(int(last), 1).to_pylist()[0]
+            assert abs(place[2] - line["position_z_mm"]) < 0.5
+    assert any(problem is None for problem in problems)
+    with pytest.raises(KeyError, match="no series_row 99"):
+        dataset.affine(99)

@@ -12,7 +12,7 @@ import pytest
 from ich_prep.dataset.classes import RSNA_CLASSES, UNKNOWN
 from ich_prep.errors import SourceError, UsageError
 from ich_prep.layouts import LAYOUTS, cq500, folder, recognise, rsna
-from ich_prep.layouts.labels import fill_any
+from ich_prep.layouts.labels import LabelRules, fill_any
 from ich_prep.phantom import synthesize
 from ich_prep.pixels.repairs import SIGN_12BIT
 from ich_prep.sources import FolderSource, Listing, local_table
@@ -138,7 +138,7 @@ def test_contradicting_rsna_lines_are_refused_or_unknown(tmp_path: Path) -> None
     listing = tree(tmp_path, {SLICE: "", "train.csv": long_csv({"ID_a": NEGATIVE}) + other})
     with pytest.raises(SourceError, match=r"2 label lines contradict.*ID_a \(any\), ID_a \(subdural\)"):
         rsna.read_labels(listing, None)
-    labels = rsna.read_labels(listing, None, allow_contradictions=True)
+    labels = rsna.read_labels(listing, None, LabelRules(allow_contradictions=True))
     assert labels.values.tolist() == [[0, 0, 0, 0, UNKNOWN, UNKNOWN]]
     assert labels.contradicted.to_pylist() == ["ID_a"]
 
@@ -347,7 +347,7 @@ def test_reads_that_make_no_labels_are_refused(text: str, message: str, tmp_path
 def test_a_subject_that_stands_twice_is_known_where_its_lines_agree(tmp_path: Path) -> None:
     text = reads_csv({"CQ500-CT-1": {"SDH": (1, 1, 0)}, "CQ500CT1": {"SDH": (1, 1, 1), "SAH": (1, 1, 0)}})
     listing = tree(tmp_path, {CQ500_SLICE: "", "reads.csv": text})
-    labels = cq500.read_labels(listing, None, allow_contradictions=True)
+    labels = cq500.read_labels(listing, None, LabelRules(allow_contradictions=True))
     assert labels.keys.to_pylist() == labels.contradicted.to_pylist() == ["CQ500-CT-1"]
     assert dict(zip(RSNA_CLASSES, labels.values[0].tolist(), strict=True)) == {
         **dict.fromkeys(RSNA_CLASSES, 0),
