@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 DEMO ?= demo
 DEMO_SERIES ?= 60
 DEMO_SIZE ?= 128
+LIGHT_VENV ?= .venv-light
 BENCH ?= bench-data
 BENCH_VENV ?= .venv-bench
 BENCH_BIN := $(BENCH_VENV)/bin
@@ -12,7 +13,7 @@ BENCH_BIN := $(BENCH_VENV)/bin
 BENCH_PINNED := $(BENCH_VENV)-pinned
 PEERS_PINNED := mosaicml-streaming litdata
 
-.PHONY: help venv demo test test-one test-slow lint format docs wheel audit bench-setup bench bench-full profile clean
+.PHONY: help venv demo test test-one test-slow test-light lint format docs wheel audit bench-setup bench bench-full profile clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -41,6 +42,14 @@ test-one: venv ## one test module or test: make test-one T=tests/prep/test_folds
 
 test-slow: venv ## the tests that take minutes
 	$(BIN)/pytest -m slow --timeout 1200
+
+test-light: ## read a dataset where only the light libraries are installed
+	rm -rf $(LIGHT_VENV)
+	$(PYTHON) -m venv $(LIGHT_VENV)
+	$(LIGHT_VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt .
+	$(LIGHT_VENV)/bin/pip uninstall --quiet --yes dask distributed opencv-python-headless pydicom pylibjpeg zarr pandas torch
+	cd $(LIGHT_VENV) && bin/python $(CURDIR)/tests/light_reader.py $(CURDIR)/tests/contract/windows.zarr
+	rm -rf $(LIGHT_VENV)
 
 lint: venv ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check --quiet .
@@ -101,11 +110,12 @@ bench-full: bench-setup ## every question of every benchmark, then docs/benchmar
 	$(BENCH_BIN)/python -m benchmarks.training --data $(BENCH)
 	$(BENCH_BIN)/python -m benchmarks.scaling --data $(BENCH)
 	$(BENCH_BIN)/python -m benchmarks.codecs --data $(BENCH)
+	$(BENCH_BIN)/python -m benchmarks.archives --data $(BENCH)
 	$(BENCH_BIN)/python -m benchmarks.document
 
 profile: bench-setup ## flame graphs of a build and of the loader in benchmarks/profiles
 	$(BENCH_BIN)/python -m benchmarks.profile --data $(BENCH)
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) $(BENCH_VENV) $(BENCH_PINNED) $(DEMO) .ruff_cache .mypy_cache .hypothesis build dist site
+	rm -rf $(VENV) $(LIGHT_VENV) $(BENCH_VENV) $(BENCH_PINNED) $(DEMO) .ruff_cache .mypy_cache .hypothesis build dist site
 	find ich_prep -name '_native*.so' -delete

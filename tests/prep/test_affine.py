@@ -394,7 +394,7 @@ def test_voxels_lie_where_dcm2niix_puts_them(nifti: Any, real_data: Path, tmp_pa
         assert np.abs(mean - stored.ravel()).max() <= 0.5
 
 
-def test_a_volume_without_an_affine_says_why(dataset_path: Path) -> None:
+def test_a_dataset_says_why_a_volume_has_no_affine(dataset_path: Path) -> None:
     dataset = open_dataset(dataset_path)
     problems = [dataset.affine_problem(row) for row in range(len(dataset.series))]
     for row, problem in enumerate(problems):
