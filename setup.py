@@ -18,7 +18,7 @@ from setuptools.command.build_ext import build_ext
 
 LIBRARY = "ich_prep.dataset._native"
 SOURCES = Path("ich_prep/dataset/native")
-FLAGS = ["-std=c11", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra"]
+FLAGS = ["-std=c11", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra"]
 
 # clang as Zig packages it, for machines without a compiler. Baseline: for every processor of this kind, not only this one.
 ZIG = "ziglang==0.15.2"

@@ -18,7 +18,7 @@ from ich_prep.dataset.codecs import block_bytes
 from tests.support.images import SHAPES, picture
 
 NATIVE = Path(native.__file__).with_name("native")
-FLAGS = ["-std=c11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread"]
+FLAGS = ["-std=c11", "-O1", "-g", "-Wall", "-Wextra", "-Werror"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 DTYPES = (np.uint8, np.int16)
 # Runs in a process of its own, with the sanitizers loaded first: from Python's side of the interface.

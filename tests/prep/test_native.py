@@ -53,7 +53,7 @@ def _library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     if compiler is None:
         pytest.skip("SKIPPED: no C compiler to build the portable library with")
     target = tmp_path_factory.mktemp("portable") / "_native.so"
-    flags = ["-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-DICH_PORTABLE", "-shared", "-fPIC", "-pthread"]
+    flags = ["-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-DICH_PORTABLE", "-shared", "-fPIC"]
     subprocess.run([compiler, *flags, "-o", str(target), *map(str, NATIVE.glob("*.c"))], check=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "__file__", str(target))

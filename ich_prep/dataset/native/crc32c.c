@@ -4,7 +4,6 @@
 
 #include "ich.h"
 
-#include <pthread.h>
 #if !defined(ICH_PORTABLE) && defined(__x86_64__)
 #define ICH_CRC_INSTRUCTION
 #include <cpuid.h>
@@ -137,7 +136,8 @@ static uint32_t update_by_instruction(uint32_t crc, const uint8_t *data, size_t 
 
 static uint32_t (*update)(uint32_t crc, const uint8_t *data, size_t length) = update_by_slices;
 
-static void init(void) {
+/* Run once, while the library is loaded: no caller has to wait for another. */
+__attribute__((constructor)) static void init(void) {
     init_slice_table();
 #ifdef ICH_CRC_INSTRUCTION
     if (has_crc_instruction()) {
@@ -148,7 +148,5 @@ static void init(void) {
 }
 
 uint32_t ich_crc32c(uint32_t crc, const uint8_t *data, size_t length) {
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
-    pthread_once(&once, init);
     return ~update(~crc, data, length);
 }
