@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from ich_prep.command_options import INTERRUPTED, options_from, run_program
+from ich_prep.command_options import options_from, run_program
+from ich_prep.errors import InterruptError
 from ich_prep.options import BuildOptions, resolve
 
 if TYPE_CHECKING:
@@ -117,8 +118,7 @@ def build(
             hint = "Nothing was replaced yet: run the same command again."
         else:
             hint = "Run the same command without --overwrite to resume."
-        typer.echo(f"Interrupted. {hint}", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+        raise InterruptError(hint) from None
     _print_outcome(out, outcome)
 
 

@@ -15,7 +15,7 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from ich_prep.errors import IchError, UsageError, describe_os_error
+from ich_prep.errors import IchError, InterruptError, UsageError, describe_os_error
 
 INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
 
@@ -120,13 +120,17 @@ def run_program(app: typer.Typer) -> NoReturn:
     """
     try:
         app(standalone_mode=True)
+    except InterruptError as error:
+        typer.echo(f"Interrupted. {error}", err=True)
+        sys.exit(INTERRUPTED)
     except IchError as error:
         typer.echo(f"Error: {error}", err=True)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except OSError as error:
         typer.echo(f"Error: {describe_os_error(error)}. Fix this, then run the same command again.", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        typer.echo("Interrupted. Finished work is kept.", err=True)
-        sys.exit(INTERRUPTED)
+    except SystemExit as leaving:
+        if leaving.code == INTERRUPTED:  # how Typer ends a command that Ctrl-C ended, without a word
+            typer.echo("Interrupted.", err=True)
+        raise
     sys.exit(0)

@@ -8,6 +8,7 @@
     ├── BuildError                a build that cannot continue: other spec, too much quarantined, a task that keeps dying
     ├── DatasetError              a directory that is not a finished dataset of a version this code reads
     │   └── CorruptionError       a dataset whose bytes are not the ones that were written
+    ├── InterruptError            Ctrl-C, with how to resume (exit code 130)
     ├── TrainError                a training run that cannot start or continue
     └── SliceError                one file or slice to quarantine; carries its reason
 """
@@ -88,6 +89,10 @@ class DatasetError(IchError):
 
 class CorruptionError(DatasetError):
     """A dataset whose bytes are not the ones that were written; the text names the file and, where known, the row."""
+
+
+class InterruptError(IchError):
+    """Ctrl-C during a command; the text says how to resume."""
 
 
 class TrainError(IchError):

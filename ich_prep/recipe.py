@@ -54,7 +54,8 @@ def validate(model: type[Model], values: Mapping[str, Any], *, where: str) -> Mo
         return model.model_validate(dict(values))
     except ValidationError as error:
         problems = "; ".join(
-            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']} (found {problem['input']!r})"
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].removeprefix('Value error, ')} "
+            f"(found {problem['input']!r})"
             for problem in error.errors()
         )
         raise UsageError(f"{where}: {problems}.") from None

@@ -51,10 +51,7 @@ def _read_attributes(root: Path) -> Any:
             "can read it."
         ) from None
     except (FileNotFoundError, NotADirectoryError):
-        if (root.with_name(root.name + BUILD_SUFFIX) / STATE).exists():
-            raise DatasetError(
-                f"The build of {root} is not finished. Run the same `ich-prep build` command again to resume it."
-            ) from None
+        _explain_by_working_folder(root)
         found = "a file" if root.is_file() else "a folder without a zarr.json" if root.is_dir() else "nothing"
         raise DatasetError(
             f"Expected a dataset at {root}; found {found}. Make one with `ich-prep build --src DICOM --out {root}`."
@@ -64,6 +61,22 @@ def _read_attributes(root: Path) -> Any:
             f"{root / ROOT} is damaged: it is not JSON. Restore it, or remove the folder and build again."
         ) from None
     return document.get("attributes") if isinstance(document, dict) else None
+
+
+def _explain_by_working_folder(root: Path) -> None:
+    """Raise ``DatasetError`` where a working folder beside ``root`` says why there is no dataset."""
+    try:
+        state = json.loads((root.with_name(root.name + BUILD_SUFFIX) / STATE).read_bytes())
+    except (OSError, ValueError):
+        return
+    if isinstance(state, dict) and state.get("published"):
+        raise DatasetError(
+            f"{root} was finished and is no longer there: it was moved or deleted. Name its present path, or run the same "
+            "`ich-prep build` command again."
+        ) from None
+    raise DatasetError(
+        f"The build of {root} is not finished. Run the same `ich-prep build` command again to resume it."
+    ) from None
 
 
 class Dataset:

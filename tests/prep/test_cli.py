@@ -141,6 +141,26 @@ def test_ctrl_c_ends_with_one_message_and_the_build_goes_on(workers: int, phanto
     assert "Writing slices: resuming after" in resumed.stderr
 
 
+def test_ctrl_c_is_never_silent(dataset_path: Path, tmp_path: Path) -> None:
+    """Also in a command that has nothing to resume."""
+    script = (
+        "import os, signal, sys\n"
+        "from ich_prep import verify\n"
+        "def interrupted(*_, **__):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    signal.pause()\n"
+        "verify.open_dataset = interrupted\n"
+        "from ich_prep.cli import main\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "verify", dataset_path], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 130
+    assert done.stderr == "Interrupted.\n"
+
+
 def test_a_terminal_gets_a_bar_and_a_pipe_gets_lines(phantom_tree: Path, tmp_path: Path) -> None:
     words = ["build", "--src", phantom_tree, "--size", 32, "--workers", 0, "--out"]
     lines = prep(*words, tmp_path / "piped.zarr").stderr

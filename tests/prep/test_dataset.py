@@ -32,10 +32,11 @@ from ich_prep.dataset.tables import write_table
 from ich_prep.dataset.windows import window_codes
 from ich_prep.errors import CorruptionError, DatasetError, UsageError
 from ich_prep.stages.publish import digest_of
+from ich_prep.stages.state import BuildFolder, read_state, write_state
 from ich_prep.summary import summary_of
 from ich_train.loader import SliceLoader
 from ich_train.rows import labelled_rows
-from tests.support.cli import copy_with_working_folder
+from tests.support.cli import copy_with_working_folder, working
 
 
 @pytest.fixture(scope="module")
@@ -372,6 +373,10 @@ def test_volumes_are_named_by_row_or_by_a_uid_of_one_volume(copy: Path, pixels: 
 def test_an_unfinished_build_says_how_to_resume(dataset_path: Path, tmp_path: Path) -> None:
     out = copy_with_working_folder(dataset_path, tmp_path / "data.zarr")
     (out / "zarr.json").unlink()
+    with pytest.raises(DatasetError, match=r"was finished and is no longer there.*moved or deleted"):
+        open_dataset(out)
+    folder = BuildFolder(working(out))
+    write_state(folder, read_state(folder).model_copy(update={"published": None}))
     with pytest.raises(DatasetError, match=r"is not finished.*to resume"):
         open_dataset(out)
 
