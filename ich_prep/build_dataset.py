@@ -32,7 +32,7 @@ from ich_prep.execute import Pool, default_workers
 from ich_prep.layouts import check_layout, choose_layout
 from ich_prep.layouts.labels import LabelRules, LabelTable, fill_any
 from ich_prep.progress import NoProgress, Progress
-from ich_prep.sources import Listing, local_table, open_source
+from ich_prep.sources import Listing, TableFile, local_table, open_source, shown
 from ich_prep.stages import ledger
 from ich_prep.stages.output import (
     build_lock,
@@ -40,6 +40,7 @@ from ich_prep.stages.output import (
     check_output_folder,
     invalidate,
     os_errors_explained,
+    output_lock,
     reset,
 )
 from ich_prep.stages.plan import Plan, make_plan
@@ -103,7 +104,7 @@ def build(
     check_layout(spec)
     native.require()
     source = open_source(places)
-    check_output_folder(out, folder, places)
+    check_output_folder(out, folder, places, overwrite=overwrite)
     with Pool(workers=count, scheduler=scheduler, modules=TASK_MODULES) as pool:
         with _timed(seconds, "list"):
             listing = source.list()
@@ -111,7 +112,7 @@ def build(
             table = fill_any(
                 layout.read_labels(
                     listing,
-                    None if labels is None else local_table(Path(labels)),
+                    None if labels is None else _label_file(labels, listing),
                     LabelRules(spec.classes, allow.contradictions, allow.unlabelled),
                 )
             )
@@ -121,12 +122,13 @@ def build(
         if not overwrite and check_existing(out, folder, state, listing):
             counts = open_dataset(out).counts.model_dump()
             return Outcome(counts=counts, already_finished=True, seconds=seconds)
-        with os_errors_explained(out), build_lock(folder):
+        with os_errors_explained(out), build_lock(folder), output_lock(out):
             if overwrite:
                 invalidate(out, folder)
             state = _start_or_resume(out, folder, state, listing)
             log = partial(_log, folder.log)
             log("start", layout=spec.layout, files=len(listing.files), notes=table.notes)
+            _say_broken_archives(listing, progress)
             for note in table.notes:
                 progress.say(f"Labels: {note}.")
             with _timed(seconds, "start workers"):
@@ -160,6 +162,21 @@ def build(
 
 
 # --- before the work -------------------------------------------------------------------------------------------------
+
+
+def _label_file(given: str | Path, listing: Listing) -> TableFile:
+    """Return the label file ``given``: one of the source, as messages name it (also inside an archive), or any other."""
+    local_path(given, "--labels")
+    inside = (table for table in listing.tables if Path(table.path) == Path(given).absolute())
+    return next(inside, None) or local_table(Path(given))
+
+
+def _say_broken_archives(listing: Listing, progress: Progress) -> None:
+    """Name each archive among the files that cannot be read: how many slices are lost with it is not known."""
+    broken = listing.files.filter(pc.equal(listing.files["reason"], str(Reason.BAD_ARCHIVE)))
+    for path, detail in zip(broken["path"].to_pylist(), broken["detail"].to_pylist(), strict=True):
+        if path.lower().endswith(b".zip"):
+            progress.say(f"Cannot read the archive {shown(path)}: {detail}. None of its files are in the dataset.")
 
 
 def _digest_listing(listing: Listing) -> str:

@@ -6,7 +6,7 @@ Exit codes: 0 success; 1 an error, or a failed verification; 2 an invalid comman
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -17,8 +17,6 @@ from ich_prep.errors import InterruptError
 from ich_prep.options import BuildOptions, resolve
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from ich_prep.build_dataset import Outcome
     from ich_prep.verify import Verification
 
@@ -57,16 +55,18 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def synth(
     out: Annotated[Path, typer.Option(help="New or empty folder to write to.")],
     series: Annotated[int, typer.Option(help="Number of series (volumes).")] = 40,
-    seed: Annotated[int, typer.Option(help="Seed; equal seeds give equal bytes.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed; equal seeds give equal bytes.")] = 0,
     size: Annotated[int, typer.Option(help="Rows and columns of a slice.")] = 512,
     layout: Annotated[str, typer.Option(help="rsna, cq500 or folder.")] = "rsna",
     defects: Annotated[bool, typer.Option("--defects", help="Add each known defect of real data.")] = False,
-    workers: Annotated[int | None, typer.Option(help="Processes; 0: this one. Default: one a core.")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes; 0: this one. [default: one a core]")] = None,
 ) -> None:
     """Write a synthetic cohort of head CT: real DICOM files and their labels."""
+    from ich_prep.dataset.storage import local_path
     from ich_prep.execute import default_workers
     from ich_prep.phantom import DEFECTS, synthesize
 
+    out = local_path(out, "--out")
     count = default_workers() if workers is None else workers
     done = synthesize(out, series=series, seed=seed, size=size, layout=layout, defects=defects, workers=count)
     typer.echo(f"{done.series} series, {done.slices} slices, {done.files} files in {out}.")
@@ -156,48 +156,45 @@ def info(
     if as_json:
         typer.echo(json.dumps(summary, indent=2))
         return
-    _show_summary(_console(), summary)
+    _show_summary(summary)
 
 
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=160)
-
-
-def _show_summary(console: Console, summary: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    spec, counts, classes = summary["spec"], summary["counts"], summary["classes"]
+def _show_summary(summary: dict[str, Any]) -> None:
+    spec, counts = summary["spec"], summary["counts"]
     shown = ", ".join(f"{w['name']} {w['center']:g}/{w['width']:g}" for w in spec["windows"])
     stored = f"uint8 windows {shown}" if spec["store"] == "windows" else "int16 HU"
-    console.print(f"{summary['path']}  ({summary['format']}, layout {spec['layout']})")
-    console.print(f"  {' x '.join(map(str, summary['shape']))} (slice, channel, y, x), {stored}")
-    console.print(
-        f"  {counts['ok']} slices ok of {counts['planned']} planned, {counts['series']} series, "
-        f"{counts['patients']} patients, {counts['found']} files found, {counts['quarantined']} quarantined"
-    )
-    console.print(f"  {counts['shards']} shards, {counts['bytes'] / 1e6:,.1f} MB, codec {spec['codec']}")
-    console.print(f"  digest {summary['digest']}")
-    names = ["slices", *classes]
-    width = max(map(len, names)) + 2
-    columns = max(1, (console.width - width) // 10)  # of as many folds as fit, so that no name is cut off
-    for first in range(0, len(summary["folds"]), columns):
-        folds = summary["folds"][first : first + columns]
-        headings = [f"{line['subset']} {line['fold']}".removesuffix(" -") for line in folds]
-        table = Table("positive slices", *headings, box=None, show_edge=False, pad_edge=False)
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for name in names:
-            table.add_row(name, *(f"{line[name]:,}" for line in folds))
-        console.print(table)
-    for title, lines in (
+    lines = [
+        f"{summary['path']}  ({summary['format']}, layout {spec['layout']})",
+        f"  {' x '.join(map(str, summary['shape']))} (slice, channel, y, x), {stored}",
+        f"  {_count(counts['ok'], 'slice')} ok of {counts['planned']:,} planned, {counts['series']:,} series, "
+        f"{_count(counts['patients'], 'patient')}",
+        f"  {_count(counts['found'], 'file')} found, {counts['quarantined']:,} quarantined",
+        f"  {_count(counts['shards'], 'shard')}, {counts['bytes'] / 1e6:,.1f} MB, codec {spec['codec']}",
+        f"  digest {summary['digest']}",
+        *_label_table(summary),
+    ]
+    for title, counted in (
         ("Quarantined", {f"{line['stage']}: {line['reason']}": line["files"] for line in summary["quarantine"]}),
         ("Flags", summary["flags"]),
         ("Repairs", summary["repairs"]),
     ):
-        if lines:
-            console.print(f"{title}: {', '.join(f'{name} {count}' for name, count in lines.items())}")
+        if counted:
+            lines.append(f"{title}: {', '.join(f'{name} {count}' for name, count in counted.items())}")
+    typer.echo("\n".join(lines))
+
+
+def _label_table(summary: dict[str, Any]) -> Iterator[str]:
+    """Yield the lines of the table of positive slices: a line a label, a column a fold, as many as fit in 80 columns."""
+    names = ["slices", *summary["classes"]]
+    title = "Positive slices"
+    width = max(len(name) for name in (*names, title)) + 2
+    columns = max(1, (80 - width) // 9)
+    for first in range(0, len(summary["folds"]), columns):
+        folds = summary["folds"][first : first + columns]
+        headings = [f"{line['subset']} {line['fold']}".removesuffix(" -") for line in folds]
+        yield f"{title:{width}}" + "".join(f"{heading:>9}" for heading in headings)
+        for name in names:
+            yield f"  {name:{width - 2}}" + "".join(f"{line[name]:9,}" for line in folds)
 
 
 @app.command()
@@ -208,7 +205,7 @@ def verify(
     ] = None,
     build_dir: Annotated[Path | None, typer.Option(help="Working folder. [DATASET.build]")] = None,
     sample: Annotated[float, typer.Option(help="Share of the slices to compare.")] = 0.01,
-    seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sample.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Check a dataset's integrity and report every problem."""

@@ -33,7 +33,7 @@ from ich_prep.sources import LARGEST_MEMBER, Source, open_source, read_whole
 from ich_prep.stages import ledger
 from ich_prep.stages.publish import digest_of, root_document
 from ich_prep.stages.shard import ShardReport
-from ich_prep.stages.state import BuildFolder, build_folder, read_state
+from ich_prep.stages.state import BuildFolder, build_folder, readable_state
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -85,7 +85,7 @@ def verify(
     given = [] if src is None else [src] if isinstance(src, str | Path) else list(src)
     source = open_source([local_path(one, "--src") for one in given]) if given else None
     if source is not None and not (belongs and folder.plan.exists()):
-        found = "belongs to another dataset" if folder.plan.exists() else "is missing"
+        found = "belongs to another dataset" if belongs is False and folder.state.exists() else "is missing or damaged"
         raise UsageError(
             f"Comparing with the sources needs the working folder of the build, whose plan names the source file of each "
             f"row; {folder.path} {found}. Name it with --build-dir, or verify without --src."
@@ -124,7 +124,8 @@ def verify(
 
 def _belongs(folder: BuildFolder, dataset: Dataset) -> bool:
     """Return whether ``folder`` is the working folder of the build that made ``dataset``."""
-    return folder.state.exists() and read_state(folder).published == dataset.digest
+    state = readable_state(folder)
+    return state is not None and state.published == dataset.digest
 
 
 def _check_digest(dataset: Dataset) -> Iterator[Problem]:
@@ -298,10 +299,7 @@ def _sample(dataset: Dataset, share: float, seed: int) -> NDArray[np.int64]:
 
 def _keys_of(source: Source, paths: list[str]) -> dict[str, bytes]:
     """Return the keys of those of ``paths`` that are in ``source``."""
-    try:
-        files = source.list().files
-    except SourceError:
-        return {}
+    files = source.list().files
     wanted = pa.array([path.encode() for path in paths], pa.binary())
     files = files.filter(pc.and_(pc.is_null(files["reason"]), pc.is_in(files["path"], value_set=wanted)))
     return {path.decode(): key for path, key in zip(files["path"].to_pylist(), files["key"].to_pylist(), strict=True)}

@@ -37,12 +37,18 @@ def open_dataset(path: str | Path) -> Dataset:
     Raises ``DatasetError`` for a path that does not exist, is not a dataset, is not finished, or is of another format.
     """
     root = local_path(path, "The dataset")
-    attributes = _read_attributes(root)
+    attributes = read_attributes(root)
     return Dataset(root, parse_root(attributes, root), attributes["ich"])
 
 
-def _read_attributes(root: Path) -> Any:
-    """Return the attributes of the root group."""
+def working_folder(root: Path) -> Path:
+    """Return where the working folder of the build of the dataset at ``root`` is, unless one was named."""
+    path = root.absolute()
+    return path.parent / (path.name + BUILD_SUFFIX)
+
+
+def read_attributes(root: Path) -> Any:
+    """Return the attributes of the root group; raises ``DatasetError`` where there is none."""
     try:
         document = json.loads((root / ROOT).read_bytes())
     except PermissionError as error:
@@ -66,7 +72,7 @@ def _read_attributes(root: Path) -> Any:
 def _explain_by_working_folder(root: Path) -> None:
     """Raise ``DatasetError`` where a working folder beside ``root`` says why there is no dataset."""
     try:
-        state = json.loads((root.with_name(root.name + BUILD_SUFFIX) / STATE).read_bytes())
+        state = json.loads((working_folder(root) / STATE).read_bytes())
     except (OSError, ValueError):
         return
     if isinstance(state, dict) and state.get("published"):

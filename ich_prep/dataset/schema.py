@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ich_prep.dataset.classes import RSNA_CLASSES
 from ich_prep.dataset.spec import Stored
-from ich_prep.errors import CorruptionError, DatasetError
+from ich_prep.errors import CorruptionError, DatasetError, UsageError
 
 FORMAT = "ich/1"
 ROOT = "zarr.json"
@@ -253,10 +253,10 @@ def parse_root(attributes: Any, path: Path) -> Root:
         return Root.model_validate(ich)
     except ValidationError as error:
         first = error.errors()[0]
-        raise CorruptionError(
-            f"{path / ROOT} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}. Restore it, or build again "
-            "with --overwrite."
-        ) from None
+        problem = f"{'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')}"
+    except UsageError as error:  # a window that is none
+        problem = str(error).removesuffix(".")
+    raise CorruptionError(f"{path / ROOT} is damaged: {problem}. Restore it, or build again with --overwrite.")
 
 
 def shard_path(out: Path, shard: int) -> Path:

@@ -46,8 +46,11 @@ def no_repairs(count: int) -> pa.Array:
 
 def read_csv(table: TableFile, types: dict[str, pa.DataType] | None = None) -> pa.Table:
     """Return a CSV file as a table; raises ``SourceError`` where it cannot be read."""
+    # Arrow's threads may outlive the reader: they must not hold an object of Python's while the interpreter ends.
+    copy = pa.BufferOutputStream()
+    copy.write(table.read())
     try:
-        return pcsv.read_csv(pa.BufferReader(table.read()), convert_options=pcsv.ConvertOptions(column_types=types))
+        return pcsv.read_csv(pa.BufferReader(copy.getvalue()), convert_options=pcsv.ConvertOptions(column_types=types))
     except pa.ArrowInvalid as error:
         raise SourceError(f"Expected a CSV of labels at {table.path}; it cannot be read: {error}.") from None
 
@@ -59,7 +62,7 @@ def header_of(table: TableFile) -> tuple[str, ...]:
     """
     try:
         line = next(iter(table.read(HEADER_BYTES).splitlines()), b"").decode("utf-8-sig")
-    except (SourceError, UnicodeDecodeError):
+    except UnicodeDecodeError:
         return ()
     return tuple(name.strip('"') for name in line.split(","))
 

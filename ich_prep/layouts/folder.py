@@ -44,6 +44,9 @@ def read_labels(listing: Listing, given: TableFile | None, rules: LabelRules = D
         given = require_single(with_key, "CSV of labels")
     given.read(0)  # header_of takes a file that cannot be read for one without a header
     header = header_of(given)
+    repeated = sorted({name for name in header if header.count(name) > 1})
+    if repeated:
+        raise SourceError(f"The column {repeated[0]} is {header.count(repeated[0])} times in {given.path}. Keep one.")
     key = _key_of(header)
     if key is None:
         raise SourceError(

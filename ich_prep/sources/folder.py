@@ -61,6 +61,9 @@ class FolderSource:
         elif ending.endswith(_GZIP):
             with contextlib.suppress(OSError):  # then the scan reports why it cannot be read
                 member = gzip_member(self._base + path)
+                if member is None:
+                    entries.add(path, size, path, Reason.BAD_ARCHIVE, "it does not end like one whole gzip file")
+                    return
                 free = folder + _freed(name, b".gz", taken)
                 entries.add(free, member.size, path + _INSIDE + member.key())
                 return

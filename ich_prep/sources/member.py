@@ -26,6 +26,8 @@ LARGEST_MEMBER: Final = 64 * 1024 * 1024
 # Deflating adds a few bytes to what cannot be compressed; much more than that is a lie.
 LOOSE_BYTES: Final = 64 * 1024
 CHUNK: Final = 16 * 1024
+EMPTY_GZIP: Final = 512  # a gzip file of nothing is not longer, whatever name and comment it has
+MAX_DEFLATE_RATIO: Final = 1032  # of deflate itself: 258 bytes in two bits
 LOCAL_HEADER_BYTES: Final = 30
 _LONGEST_LOCAL_HEADER: Final = 1024  # in practice: what is prefetched beside the data
 _LOCAL_HEADER: Final = struct.Struct("<4s2xHH16xHH")  # signature, flags, method, lengths of name and extra
@@ -60,10 +62,10 @@ class Member:
         return cls(*_KEY.unpack(key))
 
 
-def gzip_member(path: bytes) -> Member:
+def gzip_member(path: bytes) -> Member | None:
     """Return the member that is the gzip file at ``path``, of the size that its last four bytes give (RFC 1952, ISIZE).
 
-    Raises ``OSError``.
+    None where that size is impossible: the file is cut off, or has something after its first member. Raises ``OSError``.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -71,7 +73,8 @@ def gzip_member(path: bytes) -> Member:
         size = int.from_bytes(os.pread(descriptor, 4, max(0, length - 4)), "little")
     finally:
         os.close(descriptor)
-    return Member(0, length, size, 0, GZIPPED)
+    possible = size <= MAX_DEFLATE_RATIO * length and (size > 0 or length <= EMPTY_GZIP)
+    return Member(0, length, size, 0, GZIPPED) if possible else None
 
 
 def read_member(path: bytes, member: Member, buffers: Sequence[Buffer], offset: int, *, verify: bool) -> int:

@@ -5,57 +5,136 @@ What is neither a dataset nor a build of this project is left untouched.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
-import shutil
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
 
-from ich_prep.dataset.dataset import open_dataset
-from ich_prep.dataset.schema import IMAGES, LABELS, ROOT
+from ich_prep.dataset.dataset import open_dataset, read_attributes, working_folder
+from ich_prep.dataset.schema import IMAGES, LABELS, ROOT, TABLES
 from ich_prep.dataset.spec import Spec
-from ich_prep.dataset.storage import remove_tree, sync_folder
+from ich_prep.dataset.storage import sync_folder
 from ich_prep.dataset.tables import read_parquet
-from ich_prep.errors import BuildError, UsageError, describe_os_error
+from ich_prep.errors import BuildError, CorruptionError, DatasetError, UsageError, describe_os_error
 from ich_prep.sources import Listing, shown
-from ich_prep.stages.state import BuildFolder, State, read_state
+from ich_prep.stages.state import BuildFolder, State, read_state, readable_state
+
+# What a build puts into a dataset, relative to it; temporary names are those of ``renamed_when_whole``.
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{32}")
+_OURS = re.compile(
+    rf"{ROOT}|{IMAGES}/{ROOT}|{IMAGES}/c/[0-9]+/0/0/0|{LABELS}/{ROOT}|{LABELS}/({'|'.join(TABLES)})(\.[0-9]+)?\.parquet"
+)
 
 
-def check_output_folder(out: Path, folder: BuildFolder, sources: Sequence[Path]) -> None:
+def check_output_folder(out: Path, folder: BuildFolder, sources: Sequence[Path], *, overwrite: bool = False) -> None:
     """Raise ``UsageError`` unless a build may write to ``out`` and to its working ``folder``.
 
-    They must lie outside of the ``sources``, and each must be new, empty, or what a build made.
+    Both must lie outside of the ``sources``, of each other and of other datasets, and each must be new, empty, or what
+    a build made, and nothing else. A dataset that cannot be opened may be replaced with ``overwrite``.
     """
     for path, option in ((out, "--out"), (folder.path, "--build-dir")):
-        for source in sources:
-            if source.resolve() in (path.resolve(), *path.resolve().parents):
-                raise UsageError(
-                    f"{option} {path} lies inside the source {source}: its files would become sources of the next "
-                    "build. Give another folder."
-                )
-    if out == folder.path:
-        raise UsageError(f"--build-dir must not be the dataset itself: {out}. Give another folder.")
-    strangers = folder.strangers()
-    if strangers or (folder.path.exists() and not folder.path.is_dir()):
-        found = f"it holds {strangers[0].name}" if strangers else "it is a file"
+        _check_place(path, option, sources)
+    places = out.resolve(), folder.path.resolve()
+    if places[0] in (places[1], *places[1].parents) or places[1] in places[0].parents:
+        raise UsageError(
+            f"The working folder {folder.path} and the dataset {out} must not lie inside each other. Give another "
+            "--build-dir."
+        )
+    unknown = folder.unknown_files()
+    if unknown or (folder.path.exists() and not folder.path.is_dir()):
+        found = f"it holds {unknown[0].relative_to(folder.path)}" if unknown else "it is a file"
         raise UsageError(
             f"The working folder {folder.path} is not one of ich-prep ({found}), and was left untouched. Name another "
             "one with --build-dir."
         )
-    if not out.exists() or (out.is_dir() and all(path.is_dir() for path in out.rglob("*"))):
-        return
+    _check_belongs(out, folder)
     if (out / ROOT).exists():
-        open_dataset(out)  # raises for another Zarr store
+        _check_dataset(out, overwrite=overwrite)
         return
-    begun = folder.state.exists() or folder.lock.exists()
-    if begun and out.is_dir() and all(p.name in (IMAGES, LABELS) or p.name.startswith(".") for p in out.iterdir()):
+    foreign = foreign_files(out)
+    if foreign or (out.exists() and not out.is_dir()):
+        found = f"it holds {foreign[0].relative_to(out)}" if foreign else "it is a file"
+        raise UsageError(
+            f"--out must be a new or empty folder, a dataset, or an unfinished build; {out} is something else ({found}) "
+            "and was left untouched. Give another folder, or remove it."
+        )
+    if own_files(out) and not folder.state.exists() and not folder.lock.exists():
+        raise UsageError(
+            f"{out} is an unfinished build whose working folder is not {folder.path}. Name that folder with --build-dir "
+            "to resume, or remove the dataset to start again."
+        )
+
+
+def _check_place(path: Path, option: str, sources: Sequence[Path]) -> None:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{option} {os.fsencode(path)!r} is not a path in UTF-8. Give another folder.") from None
+    if not path.name:
+        raise UsageError(f"{option} {path} is the root of the file system. Give another folder.")
+    for source in sources:
+        if source.resolve() in (path.resolve(), *path.resolve().parents):
+            raise UsageError(
+                f"{option} {path} lies inside the source {source}: its files would become sources of the next build. "
+                "Give another folder."
+            )
+    inside = next((parent for parent in path.resolve().parents if (parent / ROOT).is_file()), None)
+    if inside is not None:
+        raise UsageError(f"{option} {path} lies inside the Zarr store {inside}. Give another folder.")
+
+
+def _check_belongs(out: Path, folder: BuildFolder) -> None:
+    """Raise ``UsageError`` where ``folder``, one that was named, is that of another finished dataset."""
+    state = readable_state(folder)
+    if state is None or state.published is None or folder.path == working_folder(out):
         return
-    raise UsageError(
-        f"--out must be a new folder, a dataset or an unfinished build (with its working folder {folder.path}); {out} "
-        "is something else and was left untouched. Give another folder, or remove it."
-    )
+    try:
+        belongs = open_dataset(out).digest == state.published
+    except DatasetError:
+        belongs = bool(own_files(out))  # of a build that was interrupted while it published
+    if not belongs:
+        raise UsageError(
+            f"The working folder {folder.path} belongs to another dataset than {out}. Name another one with --build-dir."
+        )
+
+
+def _check_dataset(out: Path, *, overwrite: bool) -> None:
+    """Raise ``DatasetError`` where what is at ``out`` is not a dataset, or one that may only be replaced."""
+    try:
+        open_dataset(out)
+    except DatasetError as error:
+        if not overwrite or foreign_files(out) or not own_files(out, shards_only=True):
+            raise
+        if isinstance(error, CorruptionError) or "ich" in (read_attributes(out) or {}):
+            return
+        raise
+
+
+def own_files(out: Path, *, shards_only: bool = False) -> list[Path]:
+    """Return the files of ``out`` that a build puts into a dataset, or only its shards; temporary ones too."""
+    pattern = re.compile(rf"{IMAGES}/c/[0-9]+/0/0/0") if shards_only else _OURS
+    return [path for path in _files_of(out) if pattern.fullmatch(_whole_name(path, out))]
+
+
+def foreign_files(out: Path) -> list[Path]:
+    """Return the files of ``out`` that no build puts into a dataset."""
+    return [path for path in _files_of(out) if not _OURS.fullmatch(_whole_name(path, out))]
+
+
+def _files_of(out: Path) -> list[Path]:
+    return sorted(path for path in out.rglob("*") if path.is_symlink() or not path.is_dir()) if out.is_dir() else []
+
+
+def _whole_name(path: Path, out: Path) -> str:
+    """Return the path relative to ``out`` that a file has, or that a temporary file will have."""
+    relative = path.relative_to(out)
+    temporary = _TEMPORARY.fullmatch(path.name)
+    return str(relative.with_name(temporary[1]) if temporary else relative)
 
 
 def check_existing(out: Path, folder: BuildFolder, state: State, listing: Listing) -> bool:
@@ -65,7 +144,7 @@ def check_existing(out: Path, folder: BuildFolder, state: State, listing: Listin
     belongs to any spec: the next run keeps the headers that it read where it can.
     """
     finished = (out / ROOT).exists()
-    before = read_state(folder) if folder.state.exists() else None
+    before = readable_state(folder) if finished else read_state(folder) if folder.state.exists() else None
     if finished:
         differences = _dataset_differences(out, folder, before, state, listing)
     elif before is None or before.plan is None:
@@ -161,40 +240,55 @@ def invalidate(out: Path, folder: BuildFolder) -> None:
 
 
 def reset(out: Path, folder: BuildFolder) -> None:
-    """Remove what an earlier build left, but for the lock that this one holds; make the folders of a new build."""
-    for path in (out / IMAGES, out / LABELS):
-        remove_tree(path)
-    for path in folder.path.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path != folder.lock:
-            path.unlink(missing_ok=True)
+    """Remove what an earlier build left, but for the lock that this one holds; make the folders of a new build.
+
+    Only files that a build makes are removed.
+    """
+    for path in own_files(out):
+        path.unlink()
+    for name in (IMAGES, LABELS):
+        _remove_empty_folders(out / name)
+    for path in folder.own_files():
+        if path != folder.lock:
+            path.unlink()
     for path in (folder.scan, folder.done, out / IMAGES / "c"):
-        path.mkdir(parents=True)
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def _remove_empty_folders(folder: Path) -> None:
+    for path in sorted((path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink()), reverse=True):
+        with contextlib.suppress(OSError):  # it holds something else
+            path.rmdir()
 
 
 def clean(out: Path, folder: BuildFolder) -> int:
     """Remove the working folder of the finished dataset ``out``; return how many bytes that freed.
 
-    Raises ``DatasetError`` where the dataset is not finished, ``UsageError`` where the folder holds files of somebody
-    else, ``BuildError`` where it belongs to another dataset or a process is building.
+    Raises ``DatasetError`` where the dataset is not finished, ``UsageError`` where the folder holds other files,
+    ``BuildError`` where it belongs to another dataset or a process is building.
     """
     dataset = open_dataset(out)
     if not folder.path.is_dir():
         return 0
-    strangers = folder.strangers()
-    if strangers or not folder.state.exists():
-        found = strangers[0].name if strangers else "no state.json"
-        raise UsageError(f"{folder.path} is not the working folder of a build (found {found}); nothing was removed.")
+    unknown = folder.unknown_files()
+    if unknown or not folder.state.exists():
+        found = f"it holds {unknown[0].relative_to(folder.path)}" if unknown else "it has no state.json"
+        raise UsageError(f"{folder.path} is not the working folder of a build ({found}); nothing was removed.")
     if read_state(folder).published != dataset.digest:
         raise BuildError(
             f"The working folder {folder.path} belongs to another dataset than {out}, or to a build that is not "
             "finished; nothing was removed."
         )
     with build_lock(folder):
-        freed = sum(path.stat().st_size for path in folder.path.rglob("*") if path.is_file())
-        folder.state.unlink()  # first: half a working folder must not be taken for a whole one
-        shutil.rmtree(folder.path)
+        files = folder.own_files()
+        freed = sum(path.stat().st_size for path in files)
+        for path in sorted(
+            files, key=lambda path: path == folder.state
+        ):  # last: until then the command can be repeated
+            path.unlink()
+    for path in (folder.scan, folder.done, folder.path):
+        with contextlib.suppress(OSError):  # a link to a folder stays
+            path.rmdir()
     return freed
 
 
@@ -211,6 +305,23 @@ def build_lock(folder: BuildFolder) -> Iterator[None]:
                 "this command again."
             ) from None
         yield
+
+
+@contextmanager
+def output_lock(out: Path) -> Iterator[None]:
+    """Hold a lock on the folder ``out`` itself; raises ``BuildError`` where a build with another working folder does."""
+    out.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise BuildError(
+            f"Another process is building {out}, with another working folder. Wait for it, or stop it, then run this "
+            "command again."
+        ) from None
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -6,16 +6,20 @@ meant to be shared. A dataset is complete without it.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ich_prep.dataset.dataset import BUILD_SUFFIX, STATE
+from ich_prep.dataset.dataset import STATE, working_folder
 from ich_prep.dataset.schema import FORMAT
 from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.storage import local_path, write_whole
 from ich_prep.errors import DatasetError
+
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{32}")
+_BATCH, _ENTRY = re.compile(r"[0-9]{5,}\.parquet"), re.compile(r"[0-9]{5,}\.json")
 
 
 @dataclass(frozen=True)
@@ -90,18 +94,33 @@ class BuildFolder:
             self.label_problems, self.log, self.lock,
         )  # fmt: skip
 
-    def strangers(self) -> list[Path]:
-        """Return what lies in the folder that no build put there; temporary files of killed builds are not strangers."""
-        known = {path.name for path in self.members()}
+    def own_files(self) -> list[Path]:
+        """Return the files in the folder that builds put there, temporary files of killed builds too."""
+        return [path for path in self._files() if self._is_own(path)]
+
+    def unknown_files(self) -> list[Path]:
+        """Return the files in the folder that no build put there."""
+        return [path for path in self._files() if not self._is_own(path)]
+
+    def _files(self) -> list[Path]:
         if not self.path.is_dir():
             return []
-        return sorted(path for path in self.path.iterdir() if path.name not in known and not path.name.startswith("."))
+        return sorted(path for path in self.path.rglob("*") if path.is_symlink() or not path.is_dir())
+
+    def _is_own(self, path: Path) -> bool:
+        temporary = _TEMPORARY.fullmatch(path.name)
+        name = temporary[1] if temporary else path.name
+        if path.parent == self.scan:
+            return _BATCH.fullmatch(name) is not None
+        if path.parent == self.done:
+            return _ENTRY.fullmatch(name) is not None
+        return path.with_name(name) in self.members() and path.parent == self.path
 
 
 def build_folder(out: Path, given: str | Path | None = None) -> BuildFolder:
     """Return the working folder of the dataset ``out``: the one ``given``, else the one beside it."""
     if given is None:
-        return BuildFolder(out.with_name(out.name + BUILD_SUFFIX))
+        return BuildFolder(working_folder(out))
     return BuildFolder(local_path(given, "--build-dir").absolute())
 
 
@@ -130,8 +149,17 @@ def read_state(folder: BuildFolder) -> State:
     except (OSError, ValidationError) as error:
         what = error.strerror if isinstance(error, OSError) else "it is not what this version writes"
         raise DatasetError(
-            f"Cannot read the state of a build at {folder.state}: {what}. Build again with --overwrite."
+            f"Cannot read the state of a build at {folder.state}: {what}. A finished dataset does not need it: remove the "
+            "working folder. An unfinished build can only be built again, with --overwrite."
         ) from None
+
+
+def readable_state(folder: BuildFolder) -> State | None:
+    """Return the state of the build in ``folder``, None where there is none or it cannot be read."""
+    try:
+        return read_state(folder) if folder.state.exists() else None
+    except DatasetError:
+        return None
 
 
 def write_state(folder: BuildFolder, state: State) -> None:

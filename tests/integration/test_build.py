@@ -295,14 +295,16 @@ def test_an_overwrite_that_is_killed_is_no_dataset_and_goes_on(
     out = tmp_path / "data.zarr"
     build(phantom_tree, out, SMALL, workers=0)
     script = (
-        "import os, shutil, signal, sys\n"
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
         "from ich_prep.build_dataset import build\n"
         "from ich_prep.dataset.spec import Spec\n"
-        "real = shutil.rmtree\n"
-        "def die(path):\n"
-        "    real(path)\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "shutil.rmtree = die\n"
+        "real = Path.unlink\n"
+        "def die(path, missing_ok=False):\n"
+        "    real(path, missing_ok=missing_ok)\n"
+        "    if path.parent.name == '0':\n"  # a shard
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "Path.unlink = die\n"
         "build(sys.argv[1], sys.argv[2], Spec(size=64, slices_per_shard=16), workers=0, overwrite=True)\n"
     )
     killed = subprocess.run([sys.executable, "-c", script, phantom_tree, out], check=False)

@@ -155,7 +155,7 @@ def test_shards_that_went_away_between_two_runs_are_written_anew(
     out = unfinished
     shard_path(out, 1).unlink()
     os.truncate(shard_path(out, 3), 1000)
-    shard_path(out, 1).with_name(".0.killed").write_bytes(b"what a killed worker left")
+    shard_path(out, 1).with_name(f".0.{0:032x}").write_bytes(b"what a killed worker left")
     build(phantom_tree, out, SMALL, workers=0)
     assert published(out) == published(dataset_path)
 

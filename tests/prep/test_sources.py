@@ -9,6 +9,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ich_prep.errors import Reason, SliceError, SourceError, UsageError
@@ -136,7 +137,7 @@ def test_a_gzip_file_beside_what_was_in_it_keeps_its_ending(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("data", "detail"),
     [
-        (gzip.compress(b"content", mtime=0)[:-5], "after inflating"),
+        (gzip.compress(b"content", mtime=0)[:-4] + b"\x06\0\0\0", "after inflating"),
         (gzip.compress(b"content", mtime=0)[:-4] + b"\x08\0\0\0", "e"),  # zlib finds that itself: its words differ
         (gzip.compress(b"content", mtime=0)[:-8] + bytes(4) + b"\x07\0\0\0", "damaged deflate stream"),
         (b"not gzip at all \x07\0\0\0", "damaged deflate stream"),
@@ -150,6 +151,13 @@ def test_a_damaged_gzip_file_is_refused_when_it_is_read(data: bytes, detail: str
         source.read_into(key, [bytearray(min(100, source.size(key)))], verify=True)
     assert caught.value.reason in (Reason.BAD_ARCHIVE, Reason.TOO_LARGE)
     assert detail in caught.value.detail or caught.value.reason == Reason.TOO_LARGE
+
+
+@pytest.mark.parametrize("tail", [b"", gzip.compress(b"", mtime=0), bytes(64)])
+def test_a_gzip_file_that_does_not_end_like_one_is_quarantined(tail: bytes, tmp_path: Path) -> None:
+    data = gzip.compress(np.random.default_rng(0).bytes(4000), mtime=0)
+    source = write(tmp_path, {"1.dcm.gz": data + tail if tail else data[:-1000]})
+    assert content(source) == {"1.dcm.gz": "bad_archive"}
 
 
 def test_a_gzip_file_that_leads_nowhere_is_listed(tmp_path: Path) -> None:
