@@ -137,7 +137,7 @@ def test_a_gzip_file_beside_what_was_in_it_keeps_its_ending(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("data", "detail"),
     [
-        (gzip.compress(b"content", mtime=0)[:-4] + b"\x06\0\0\0", "after inflating"),
+        (gzip.compress(b"content", mtime=0)[:-4] + b"\x06\0\0\0", "stream"),
         (gzip.compress(b"content", mtime=0)[:-4] + b"\x08\0\0\0", "e"),  # zlib finds that itself: its words differ
         (gzip.compress(b"content", mtime=0)[:-8] + bytes(4) + b"\x07\0\0\0", "damaged deflate stream"),
         (b"not gzip at all \x07\0\0\0", "damaged deflate stream"),
