@@ -1,4 +1,4 @@
-"""Hooks of the documentation site: what ``--help`` prints becomes a reference, and pages from outside of docs/ join."""
+"""Hooks of the documentation site: make a reference of the output of ``--help``, and add pages from outside docs/."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Fill in the reference of each program, and let links lead to pages of the site."""
+    """Fill in the reference of each program, and point links to pages of the site."""
     for name, path in OUTSIDE.items():
         markdown = markdown.replace(f"(../{path})", f"({name})")
     markdown = markdown.replace("(../docs/", "(").replace("(docs/", "(")
