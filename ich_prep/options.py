@@ -1,4 +1,4 @@
-"""The options of ``ich-prep build``: those of the spec, and those that do not change the bytes. Each is declared once."""
+"""The options of ``ich-prep build``: those of the spec, and those that do not change the bytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ich_prep.recipe import read_section, validate
 
 
 class BuildOptions(Spec):
-    """What a recipe's ``[build]`` may set, and the command line too."""
+    """The options that a recipe's ``[build]`` and the command line may set."""
 
     labels: Path | None = Field(default=None, description="Label CSV. [default: the one found in the source]")
     build_dir: Path | None = Field(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-BUILD_SUFFIX = ".build"  # of the working folder beside a dataset
+BUILD_SUFFIX = ".build"  # of the working folder next to a dataset
 STATE = "state.json"
 
 
@@ -110,7 +110,7 @@ class Dataset:
 
     @cached_property
     def series(self) -> pa.Table:
-        """One line a volume, in the order of its rows; the columns of ``schema.series_schema``."""
+        """One line per volume, in the order of its rows; the columns of ``schema.series_schema``."""
         return self.read_table("series")
 
     @cached_property

@@ -1,6 +1,6 @@
-"""The output of a build: whether the folder may be used, and whether it holds this dataset, another one, or a build.
+"""The output folder of a build: may it be used, and does it contain this dataset, another one, or an unfinished build?
 
-What is neither a dataset nor a build of this project is left untouched.
+Anything that is neither a dataset nor a build of this project is left untouched.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ich_prep.stages.state import BuildFolder, State, read_state
 def check_output_folder(out: Path, folder: BuildFolder, sources: Sequence[Path]) -> None:
     """Raise ``UsageError`` unless a build may write to ``out`` and to its working ``folder``.
 
-    They must lie outside of the ``sources``, and each must be new, empty, or what a build made.
+    They must lie outside of the ``sources``, and each must be new, empty, or made by a build.
     """
     for path, option in ((out, "--out"), (folder.path, "--build-dir")):
         for source in sources:
@@ -37,11 +37,11 @@ def check_output_folder(out: Path, folder: BuildFolder, sources: Sequence[Path])
                 )
     if out == folder.path:
         raise UsageError(f"--build-dir must not be the dataset itself: {out}. Give another folder.")
-    strangers = folder.strangers()
-    if strangers or (folder.path.exists() and not folder.path.is_dir()):
-        found = f"it holds {strangers[0].name}" if strangers else "it is a file"
+    unknown = folder.unknown_files()
+    if unknown or (folder.path.exists() and not folder.path.is_dir()):
+        reason = f"it contains {unknown[0].name}" if unknown else "it is a file"
         raise UsageError(
-            f"The working folder {folder.path} is not one of ich-prep ({found}), and was left untouched. Name another "
+            f"The working folder {folder.path} was not made by ich-prep ({reason}), and was left untouched. Name another "
             "one with --build-dir."
         )
     if not out.exists() or (out.is_dir() and all(path.is_dir() for path in out.rglob("*"))):
@@ -49,8 +49,8 @@ def check_output_folder(out: Path, folder: BuildFolder, sources: Sequence[Path])
     if (out / ROOT).exists():
         open_dataset(out)  # raises for another Zarr store
         return
-    begun = folder.state.exists() or folder.lock.exists()
-    if begun and out.is_dir() and all(p.name in (IMAGES, LABELS) or p.name.startswith(".") for p in out.iterdir()):
+    started = folder.state.exists() or folder.lock.exists()
+    if started and out.is_dir() and all(p.name in (IMAGES, LABELS) or p.name.startswith(".") for p in out.iterdir()):
         return
     raise UsageError(
         f"--out must be a new folder, a dataset or an unfinished build (with its working folder {folder.path}); {out} "
@@ -59,10 +59,10 @@ def check_output_folder(out: Path, folder: BuildFolder, sources: Sequence[Path])
 
 
 def check_existing(out: Path, folder: BuildFolder, state: State, listing: Listing) -> bool:
-    """Return whether the dataset that this build would make is at ``out`` already.
+    """Return whether ``out`` already is the dataset that this build would make.
 
-    Raises ``BuildError`` where another dataset is, or the unfinished build of another one. A build without a plan
-    belongs to any spec: the next run keeps the headers that it read where it can.
+    Raises ``BuildError`` if it is another dataset, or an unfinished build of another one. A build without a plan can
+    continue with any spec: the next run reuses the headers that it read, as far as they are still valid.
     """
     finished = (out / ROOT).exists()
     before = read_state(folder) if folder.state.exists() else None
@@ -130,7 +130,7 @@ def _shown(value: object) -> str:
 
 
 def _listing_difference(folder: BuildFolder, listing: Listing) -> str:
-    """Return in words how the sources differ from those that were listed; less exact where the working folder is gone."""
+    """Return in words how the sources differ from those that were listed; less exact if the working folder is gone."""
     if not folder.files.exists():
         return f"the source files have changed (which ones is known only with the working folder {folder.path})"
     table = read_parquet(folder.files)
@@ -161,7 +161,7 @@ def invalidate(out: Path, folder: BuildFolder) -> None:
 
 
 def reset(out: Path, folder: BuildFolder) -> None:
-    """Remove what an earlier build left, but for the lock that this one holds; make the folders of a new build."""
+    """Remove what an earlier build left, except the lock, which this build holds; make the folders of a new build."""
     for path in (out / IMAGES, out / LABELS):
         remove_tree(path)
     for path in folder.path.iterdir():
@@ -176,16 +176,16 @@ def reset(out: Path, folder: BuildFolder) -> None:
 def clean(out: Path, folder: BuildFolder) -> int:
     """Remove the working folder of the finished dataset ``out``; return how many bytes that freed.
 
-    Raises ``DatasetError`` where the dataset is not finished, ``UsageError`` where the folder holds files of somebody
-    else, ``BuildError`` where it belongs to another dataset or a process is building.
+    Raises ``DatasetError`` if the dataset is not finished, ``UsageError`` if the folder contains other files,
+    ``BuildError`` if it belongs to another dataset or a process is building.
     """
     dataset = open_dataset(out)
     if not folder.path.is_dir():
         return 0
-    strangers = folder.strangers()
-    if strangers or not folder.state.exists():
-        found = strangers[0].name if strangers else "no state.json"
-        raise UsageError(f"{folder.path} is not the working folder of a build (found {found}); nothing was removed.")
+    unknown = folder.unknown_files()
+    if unknown or not folder.state.exists():
+        reason = f"found {unknown[0].name}" if unknown else "found no state.json"
+        raise UsageError(f"{folder.path} is not the working folder of a build ({reason}); nothing was removed.")
     if read_state(folder).published != dataset.digest:
         raise BuildError(
             f"The working folder {folder.path} belongs to another dataset than {out}, or to a build that is not "
@@ -193,14 +193,14 @@ def clean(out: Path, folder: BuildFolder) -> int:
         )
     with build_lock(folder):
         freed = sum(path.stat().st_size for path in folder.path.rglob("*") if path.is_file())
-        folder.state.unlink()  # first: half a working folder must not be taken for a whole one
+        folder.state.unlink()  # first: a half-removed folder must not look complete
         shutil.rmtree(folder.path)
     return freed
 
 
 @contextmanager
 def build_lock(folder: BuildFolder) -> Iterator[None]:
-    """Hold the build's lock; raises ``BuildError`` where another process does."""
+    """Hold the build's lock; raises ``BuildError`` if another process does."""
     folder.path.mkdir(parents=True, exist_ok=True)
     with folder.lock.open("wb") as file:
         try:

@@ -352,7 +352,7 @@ def test_a_working_folder_that_is_not_ours_is_not_touched(overwrite: bool, phant
     out = tmp_path / "data.zarr"
     working(out).mkdir()
     (working(out) / "main.c").write_text("mine")
-    with pytest.raises(UsageError, match=r"not one of ich-prep \(it holds main\.c\).*--build-dir"):
+    with pytest.raises(UsageError, match=r"not made by ich-prep \(it contains main\.c\).*--build-dir"):
         build(phantom_tree, out, SMALL, workers=0, overwrite=overwrite)
     assert [path.name for path in working(out).iterdir()] == ["main.c"]
 

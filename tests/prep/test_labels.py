@@ -78,7 +78,7 @@ def test_a_third_line_does_not_settle_a_contradiction() -> None:
 def test_equal_lines_are_counted() -> None:
     once = [("a", number, 0) for number in range(len(RSNA_CLASSES))]
     assert gathered(once).notes == ()
-    assert gathered(once + once).notes == ("6 label lines stand more than once",)
+    assert gathered(once + once).notes == ("6 duplicate label lines (ignored)",)
 
 
 def test_any_is_filled_in_from_the_subtypes() -> None:

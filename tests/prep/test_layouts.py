@@ -113,7 +113,7 @@ def test_the_long_csv_is_read_in_its_order_and_doubles_are_counted(tmp_path: Pat
     assert labels.key == "sop_instance_uid"
     assert labels.keys.to_pylist() == ["ID_b", "ID_a"]
     assert labels.values.tolist() == [list(SUBDURAL), list(NEGATIVE)]
-    assert labels.notes == ("6 label lines stand more than once",)
+    assert labels.notes == ("6 duplicate label lines (ignored)",)
     assert labels.listed.to_pylist() == []
 
 
