@@ -87,7 +87,7 @@ class DatasetError(IchError):
 
 
 class CorruptionError(DatasetError):
-    """A dataset whose bytes are not the ones that were written; the text names the file and, where known, the row."""
+    """A dataset whose bytes are not the ones that were written; the text names the file and, if known, the row."""
 
 
 class TrainError(IchError):

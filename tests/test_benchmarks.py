@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic: who is better, what a table says, what a model foretells, whether two runs agree."""
+"""The benchmarks' own arithmetic: who is better, what a table says, what a model predicts, whether two runs agree."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from benchmarks import agree, document, files, measure, racing, scaling, training
-from benchmarks.measure import Found, compete, contest, in_process, publish, ratios
+from benchmarks.measure import Result, compete, contest, in_process, publish, ratios
 from ich_prep.build_dataset import build
 from ich_prep.dataset.dataset import open_dataset
 from ich_prep.dataset.spec import Spec
@@ -66,12 +66,12 @@ def test_a_contender_that_fails_is_left_out_and_the_others_go_on(capsys: pytest.
 
     found = compete({"a": fails, "b": lambda raised: {"rate": 1.0}}, 2)
     assert {name: len(one.runs) for name, one in found.items()} == {"b": 2}
-    assert "Left out: a: no such library" in capsys.readouterr().err
+    assert "Skipped: a: no such library" in capsys.readouterr().err
 
 
 def test_a_table_shows_shares_of_the_limit_and_how_many_times_as_fast() -> None:
     rates = {"ours": (100.0, 50.0, 130.0), "limit": (200.0, 100.0, 200.0), "peer": (25.0, 12.5, 20.0)}
-    found = {name: Found([{"rate": rate} for rate in some]) for name, some in rates.items()}
+    found = {name: Result([{"rate": rate} for rate in some]) for name, some in rates.items()}
     lines = contest("x", found, limit="limit", ours="ours", more={}).lines
     assert [line[0] for line in lines] == ["ours", "limit", "peer"]
     assert [line[-2:] for line in lines] == [["0.50", "1.00 x"], ["1.00", "0.50 x"], ["0.12", "4.00 x"]]
@@ -118,7 +118,7 @@ def run_of(slices: int, *, fixed: float, serial: float, driver: float, worker: f
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_the_model_foretells_a_build_that_behaves_like_it(workers: int) -> None:
+def test_the_model_predicts_a_build_that_behaves_like_it(workers: int) -> None:
     truth = {"fixed": 1.5, "serial": 1e-4, "driver": 2e-4, "worker": 1.2e-3}
     few, many = run_of(1_000, **truth, workers=2), run_of(4_000, **truth, workers=2)
     model = scaling.fit(few, many, serial=scaling.serial_cost(few, many))
@@ -132,7 +132,7 @@ def test_the_model_foretells_a_build_that_behaves_like_it(workers: int) -> None:
 
 def test_a_typical_run_is_made_of_medians() -> None:
     runs = [{"slices": 9, "stages": {"scan": a, "plan": b}, "cpu": {"driver": b}} for a, b in ((1, 6), (5, 4), (2, 5))]
-    assert scaling.typical(Found(runs)) == {"slices": 9, "stages": {"scan": 2, "plan": 5}, "cpu": {"driver": 5}}
+    assert scaling.typical(Result(runs)) == {"slices": 9, "stages": {"scan": 2, "plan": 5}, "cpu": {"driver": 5}}
 
 
 @pytest.mark.parametrize("name", ["ID_0123456789", "1.2.840.113619.2.5.1762583153.9"])
@@ -202,7 +202,7 @@ def test_windows_of_which_much_was_stolen_count_only_where_there_are_no_others(
     assert racing.steady_rate(batches(), 2 * racing.WINDOW) == pytest.approx(expected, rel=0.05)
 
 
-def test_a_run_of_which_much_was_stolen_is_run_once_more_and_the_better_served_counts(
+def test_a_run_of_which_much_was_stolen_is_run_once_more_and_the_less_disturbed_counts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def told(shares: list[float]) -> list[float]:
@@ -223,10 +223,10 @@ def test_stolen_time_is_a_share_of_the_time_of_all_cores() -> None:
 
 
 def test_held_memory_counts_what_a_process_has_of_its_own() -> None:
-    before = racing.held(os.getpid())
+    before = racing.memory_of(os.getpid())
     block = mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE)  # fresh from the kernel: the heap may have room of its own
     np.frombuffer(block, np.uint8)[:] = 1
-    assert racing.held(os.getpid()) - before == pytest.approx(len(block), rel=0.2)
+    assert racing.memory_of(os.getpid()) - before == pytest.approx(len(block), rel=0.2)
 
 
 def test_a_contender_that_fails_is_told_with_its_last_words() -> None:

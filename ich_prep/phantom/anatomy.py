@@ -164,7 +164,7 @@ def ramp(outside_mm: Field, edge_mm: float) -> Field:
 def ellipsoid(
     plane: Plane, centre_mm: tuple[float, float, float], half_mm: tuple[float, float, float], turn_deg: float
 ) -> Field | None:
-    """Return the distance in mm (roughly; negative inside) from the cut of an ellipsoid, None where it is not cut."""
+    """Return the distance in mm (roughly; negative inside) from the cut of an ellipsoid, None if it is not cut."""
     left = 1.0 - ((plane.z_mm - centre_mm[2]) / half_mm[2]) ** 2
     if left <= 0.0:
         return None

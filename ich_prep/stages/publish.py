@@ -180,7 +180,7 @@ def root_document(out: Path, ich: dict[str, Any]) -> bytes:
     """Return the bytes of the root's ``zarr.json``: a group with the attribute ``ich``.
 
     It repeats the metadata of the images and the labels, as zarr-python's consolidated metadata does: xarray looks for
-    that first, and warns where it is missing.
+    that first, and warns if it is missing.
     """
     document = {
         "attributes": {"ich": ich},

@@ -156,7 +156,7 @@ def test_a_uid_may_hold_underscores_and_class_names(tmp_path: Path) -> None:
         ({"a.csv": long_csv({"ID_a": NEGATIVE}), "b.csv": long_csv({"ID_a": NEGATIVE})}, r"a\.csv, .*b\.csv"),
         (
             {"a.csv": long_csv({"ID_a": NEGATIVE}), **{f"stage_{n}_sample_submission.csv": SAMPLE for n in (1, 2)}},
-            r"one sample submission.*stage_1.*stage_2.*out of the source",
+            r"one sample submission.*stage_1.*stage_2.*Keep only the one of the stage",
         ),
         ({"a.csv": "ID,Label\nID_a_haematoma,0\n"}, r"line 2 has 'ID_a_haematoma'"),
         ({"a.csv": "ID,Label\nID_a_any,0\nID_b_any,0.5\n"}, r"found 0\.5 in line 3"),
