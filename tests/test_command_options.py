@@ -44,7 +44,7 @@ def run(app: typer.Typer, *words: str) -> tuple[int, str]:
     return done.exit_code, " ".join(done.output.split())
 
 
-def test_only_what_stands_on_the_command_line_is_given() -> None:
+def test_only_options_on_the_command_line_are_given() -> None:
     app, calls = app_of()
     assert run(app, "here", "--loud", "--size", "64", "--codec", "zstd", "--no-flip", "--windows", "a,b")[0] == 0
     assert run(app, "here")[0] == 0
@@ -90,7 +90,7 @@ def test_some_fields_and_another_default() -> None:
         (["--size", "64", "--size", "64"], "--size was given 2 times"),
     ],
 )
-def test_what_is_wrong_or_stands_twice_is_refused(words: list[str], message: str) -> None:
+def test_invalid_and_repeated_options_are_refused(words: list[str], message: str) -> None:
     app, calls = app_of()
     code, told = run(app, "here", *words)
     assert code == 2

@@ -34,12 +34,12 @@ def by_slice(*values: tuple[int, ...]) -> LabelTable:
     return LabelTable("sop_instance_uid", keys, np.array(values, np.int8), NO_KEYS, NO_KEYS)
 
 
-def test_the_classes_stand_in_the_order_of_the_contract() -> None:
+def test_the_classes_are_in_the_order_of_the_contract() -> None:
     assert RSNA_CLASSES == ("epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural", "any")
 
 
 @given(st.lists(lines, max_size=40))
-def test_lines_are_gathered_as_a_dictionary_would(given_lines: list[Line]) -> None:
+def test_a_long_table_is_gathered_like_a_dictionary(given_lines: list[Line]) -> None:
     said: dict[tuple[str, int], set[int]] = {}
     for key, label, value in given_lines:
         said.setdefault((key, label), set()).add(value)

@@ -1,4 +1,4 @@
-"""The compiled library: other libraries read what it writes, and no input makes it touch memory that is not its own."""
+"""The compiled library: other libraries read what it writes, and no input makes it access memory outside of its buffers."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_frames_of_blosc_are_read(
 
 
 def test_equal_pixels_give_equal_frames_on_every_processor() -> None:
-    """The bytes of a dataset depend on it. Where they must change, ICH_ENCODER in native/ich.h is raised as well."""
+    """The bytes of a dataset depend on it. If they must change, raise ICH_ENCODER in native/ich.h as well."""
     rows, columns = np.mgrid[:900, :500]
     noise = (rows * 40_503 + columns * 2_654_435) % 65_521
     plain = np.where(((rows // 60 + columns // 45) % 3 > 0) | (noise % 7 == 0), noise, 1000).reshape(3, 300, 500)

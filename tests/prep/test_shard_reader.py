@@ -281,7 +281,7 @@ def test_a_shard_of_another_shape_is_an_error(size: int, codec: Codec, folder: P
 
 
 @pytest.mark.parametrize("at", [2, 4, 8, 16, 20])
-def test_a_frame_that_was_never_written_here_is_an_error(at: int, tmp_path: Path) -> None:
+def test_a_valid_frame_from_elsewhere_is_an_error(at: int, tmp_path: Path) -> None:
     """Its checksum matches; its header or one of its offsets is invalid."""
     size = SIZES[1]
     write_shards(tmp_path, some_pixels(size), LZ4)
@@ -330,7 +330,7 @@ def test_expected_checksums_are_those_that_the_writer_returned(codec: Codec, thr
 
 @EACH_CODEC
 @pytest.mark.parametrize("threads", [1, 3])
-def test_swapped_shards_are_an_error_where_checksums_are_expected(codec: Codec, threads: int, tmp_path: Path) -> None:
+def test_swapped_shards_are_an_error_if_checksums_are_expected(codec: Codec, threads: int, tmp_path: Path) -> None:
     checksums = write_shards(tmp_path, some_pixels(), codec)
     (tmp_path / "1").rename(tmp_path / "spare")
     (tmp_path / "3").rename(tmp_path / "1")
@@ -366,7 +366,7 @@ def test_unsuitable_checksums_are_refused(checksums: NDArray[np.uint32], said: s
 def test_shards_may_contain_more_chunks_than_there_are_rows(
     slices: int, folder: Path, pixels: NDArray[np.uint8]
 ) -> None:
-    """The number of rows comes from outside: the array in the store may be longer."""
+    """The number of rows is given: the array in the store may be longer."""
     rows = np.setdiff1d(np.arange(slices), ABSENT)
     out = np.empty((len(rows), SLICE_BYTES), np.uint8)
     with open_reader(folder, slices=slices) as shorter:
