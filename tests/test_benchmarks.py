@@ -205,14 +205,14 @@ def test_disturbed_windows_count_only_if_there_are_no_others(
 def test_a_disturbed_run_is_repeated_and_the_less_disturbed_counts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def told(shares: list[float]) -> list[float]:
+    def rates(shares: list[float]) -> list[float]:
         left, runs = iter(shares), iter([{"rate": 1.0}, {"rate": 2.0}, {"rate": 3.0}])
         monkeypatch.setattr(measure, "stolen_since", lambda _: next(left))
         return [measure.undisturbed(lambda: next(runs))["rate"], next(runs)["rate"]]
 
-    assert told([0.01]) == [1.0, 2.0]
-    assert told([0.2, 0.1]) == [2.0, 3.0]
-    assert told([0.2, 0.3]) == [1.0, 3.0]
+    assert rates([0.01]) == [1.0, 2.0]
+    assert rates([0.2, 0.1]) == [2.0, 3.0]
+    assert rates([0.2, 0.3]) == [1.0, 3.0]
 
 
 def test_stolen_time_is_a_share_of_the_time_of_all_cores() -> None:

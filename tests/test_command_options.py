@@ -57,7 +57,7 @@ def test_only_options_on_the_command_line_are_given() -> None:
 
 
 def test_help_has_the_texts_ranges_choices_and_defaults_of_the_model() -> None:
-    code, told = run(app_of()[0], "--help")
+    code, output = run(app_of()[0], "--help")
     assert code == 0
     for part in (
         "--size <int> Rows and columns. [default: 512] [16<=x<=4096]",
@@ -68,15 +68,15 @@ def test_help_has_the_texts_ranges_choices_and_defaults_of_the_model() -> None:
         "--flip / --no-flip Flip it. [default: on]",
         "--labels <path> A file.",
     ):
-        assert part in told, told
+        assert part in output, output
 
 
 def test_some_fields_and_another_default() -> None:
     app, calls = app_of("size", "codec", default="as before")
-    code, told = run(app, "--help")
+    code, output = run(app, "--help")
     assert code == 0
-    assert told.count("[default: as before]") == 2
-    assert "--windows" not in told
+    assert output.count("[default: as before]") == 2
+    assert "--windows" not in output
     assert run(app, "here", "--size", "32")[0] == 0
     assert calls[0]["given"] == {"size": 32}
 
@@ -92,9 +92,9 @@ def test_some_fields_and_another_default() -> None:
 )
 def test_invalid_and_repeated_options_are_refused(words: list[str], message: str) -> None:
     app, calls = app_of()
-    code, told = run(app, "here", *words)
+    code, output = run(app, "here", *words)
     assert code == 2
-    assert message in told
+    assert message in output
     assert not calls
 
 

@@ -83,11 +83,11 @@ def test_every_column_and_reason_of_the_quarantine() -> None:
 def test_every_key_of_the_root(dataset_path: Path) -> None:
     attributes = open_dataset(dataset_path).attributes
     lines = re.findall(r"^\| (`.*?`) \| (.*) \|$", section("The root's attribute `ich`"), re.MULTILINE)
-    said = {name: what for names, what in lines for name in re.findall(r"`(\w+)`", names)}
-    assert said.keys() == attributes.keys()
-    assert said["spec"].split(", ") == [name for name in Spec.model_fields if name != "classes"]
-    assert set(attributes["spec"]) == set(said["spec"].split(", "))
-    assert said["counts"].split(", ") == list(Counts.model_fields)
+    described = {name: what for names, what in lines for name in re.findall(r"`(\w+)`", names)}
+    assert described.keys() == attributes.keys()
+    assert described["spec"].split(", ") == [name for name in Spec.model_fields if name != "classes"]
+    assert set(attributes["spec"]) == set(described["spec"].split(", "))
+    assert described["counts"].split(", ") == list(Counts.model_fields)
     assert attributes["counts"].keys() == Counts.model_fields.keys()
 
 

@@ -218,9 +218,9 @@ def test_headers_are_not_read_again_when_labels_are_given_later(tmp_path: Path) 
 def test_contradicting_labels_are_refused_or_unknown(tree: Path, tmp_path: Path) -> None:
     csv = tree / "stage_2_train.csv"
     sop = train_file(tree).stem
-    said = next(line for line in csv.read_text().splitlines() if line.startswith(f"{sop}_subdural"))
+    line = next(line for line in csv.read_text().splitlines() if line.startswith(f"{sop}_subdural"))
     with csv.open("a") as file:
-        file.write(f"{sop}_subdural,{1 - int(said[-1])}\n")
+        file.write(f"{sop}_subdural,{1 - int(line[-1])}\n")
     with pytest.raises(SourceError, match=f"contradict.*{sop} .subdural"):
         build(tree, tmp_path / "data.zarr", SMALL, workers=0)
     build(tree, tmp_path / "data.zarr", SMALL, workers=0, allow=Allowances(contradictions=True))

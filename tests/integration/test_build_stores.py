@@ -51,13 +51,13 @@ def window_of(hu: np.ndarray, center: float, width: float) -> np.ndarray:
 
 def test_the_slice_table_has_the_labels_of_the_csv(phantom_tree: Path, dataset_path: Path) -> None:
     lines = (phantom_tree / "stage_2_train.csv").read_text().splitlines()[1:]
-    said = {tuple(line.split(",")[0].rsplit("_", 1)): int(line[-1]) for line in lines}
+    expected = {tuple(line.split(",")[0].rsplit("_", 1)): int(line[-1]) for line in lines}
     listed = (phantom_tree / "stage_2_sample_submission.csv").read_text().splitlines()[1:]
     order = list(dict.fromkeys(line.rsplit("_", 1)[0] for line in listed))
     for line in open_dataset(dataset_path).slices.to_pylist():
         sop = line["sop_instance_uid"]
         if line["subset"] == "train":
-            assert {name: line[name] for name in RSNA_CLASSES} == {name: said[sop, name] for name in RSNA_CLASSES}
+            assert {name: line[name] for name in RSNA_CLASSES} == {name: expected[sop, name] for name in RSNA_CLASSES}
             assert line["fold"] is not None
         else:
             assert [line[name] for name in RSNA_CLASSES] == [None] * 6

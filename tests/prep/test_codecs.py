@@ -53,11 +53,11 @@ def test_a_payload_of_another_length_is_an_error(codec: Codec, more: int) -> Non
         codec.decode(payload, out=np.empty(1600 + more, np.uint8))
 
 
-@pytest.mark.parametrize(("codec", "said"), [(LZ4, "not a valid LZ4 blosc frame"), (ZSTD, "blosc: ")])
-def test_an_invalid_payload_is_an_error(codec: Codec, said: str) -> None:
+@pytest.mark.parametrize(("codec", "message"), [(LZ4, "not a valid LZ4 blosc frame"), (ZSTD, "blosc: ")])
+def test_an_invalid_payload_is_an_error(codec: Codec, message: str) -> None:
     payload = np.zeros(60, np.uint8)
     payload[4:8] = np.frombuffer((1600).to_bytes(4, "little"), np.uint8)
-    with pytest.raises(CorruptionError, match=said):
+    with pytest.raises(CorruptionError, match=message):
         codec.decode(payload, out=np.empty(1600, np.uint8))
 
 

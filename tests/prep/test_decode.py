@@ -285,7 +285,7 @@ def test_padding_of_the_header_is_air(
     assert hu == expected
 
 
-# --- files that changed --------------------------------------------------------------------------------------------------
+# --- files that changed ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("syntax", [EXPLICIT_LE, DEFLATED_LE, RLE])
@@ -387,7 +387,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("frames") / "slice.dcm"
 
 
-# --- a decoding process that crashes --------------------------------------------------------------------------------
+# --- a decoding process that crashes ---------------------------------------------------------------------------------
 
 
 @pytest.fixture

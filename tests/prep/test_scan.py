@@ -124,17 +124,19 @@ BAD: list[tuple[Reason, dict[str, Any]]] = [
 ]
 
 
-def told(attributes: dict[str, Any]) -> str:
+def label_of(attributes: dict[str, Any]) -> str:
     return ",".join(f"{keyword}={str(value)[:30]}" for keyword, value in attributes.items()) or "plain"
 
 
-@pytest.mark.parametrize("attributes", GOOD, ids=told)
+@pytest.mark.parametrize("attributes", GOOD, ids=label_of)
 def test_a_ct_slice_is_accepted(attributes: dict[str, Any], slice_bytes: SliceBytes, tmp_path: Path) -> None:
     (tmp_path / "slice").write_bytes(slice_bytes(PIXELS, **attributes))
     assert reason_of(read_header(tmp_path / "slice")) is None
 
 
-@pytest.mark.parametrize("reason, attributes", BAD, ids=lambda value: told(value) if isinstance(value, dict) else value)
+@pytest.mark.parametrize(
+    "reason, attributes", BAD, ids=lambda value: label_of(value) if isinstance(value, dict) else value
+)
 def test_each_kind_of_other_file_has_its_reason(
     reason: Reason, attributes: dict[str, Any], slice_bytes: SliceBytes, tmp_path: Path
 ) -> None:

@@ -226,8 +226,8 @@ def test_a_checksum_mismatch_shows_both_values(codec: Codec) -> None:
     data = np.frombuffer(shard, np.uint8)[: -index_bytes(1)].copy()
     data[0] ^= 1
     computed = google_crc32c.value(data[:-CRC_BYTES].tobytes())
-    said = rf"^checksum mismatch \(stored 0x{int(result.chunk_crc32c[0]):08x}, computed 0x{computed:08x}\)$"
-    with pytest.raises(CorruptionError, match=said):
+    message = rf"^checksum mismatch \(stored 0x{int(result.chunk_crc32c[0]):08x}, computed 0x{computed:08x}\)$"
+    with pytest.raises(CorruptionError, match=message):
         decode_chunk(data, codec=codec, out=np.empty(30, np.uint8))
     tail = bytearray(shard[-index_bytes(1) :])
     tail[3] ^= 1

@@ -236,7 +236,7 @@ def flip_index(shard: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "spoil, said",
+    "spoil, message",
     [
         (Path.unlink, "file not found"),
         (lambda shard: shard.write_bytes(b""), "expected at least 84 bytes, found 0"),
@@ -247,10 +247,10 @@ def flip_index(shard: Path) -> None:
         (lambda shard: (shard.unlink(), shard.mkdir()), "expected at least 84 bytes|cannot be read: Is a directory"),
     ],
 )
-def test_a_shard_that_cannot_be_read_names_itself(spoil: object, said: str, folder: Path) -> None:
+def test_a_shard_that_cannot_be_read_names_itself(spoil: object, message: str, folder: Path) -> None:
     spoil(folder / "2")  # type: ignore[operator]
     damaged = open_reader(folder)
-    with pytest.raises(CorruptionError, match=said) as caught:
+    with pytest.raises(CorruptionError, match=message) as caught:
         damaged.read(np.array([1, 12]), np.empty((2, SLICE_BYTES), np.uint8))
     assert f"Shard 2 ({folder / '2'})" in str(caught.value)
     assert "ich-prep verify" in str(caught.value)
@@ -338,24 +338,27 @@ def test_swapped_shards_are_an_error_if_checksums_are_expected(codec: Codec, thr
     rows, out = np.array([0, 21, 7, 20, 22, 1]), np.empty((6, SLICE_BYTES), np.uint8)
     with open_reader(tmp_path, codec) as trusting:
         assert trusting.read(rows, out) == []
-    said = (
+    message = (
         rf"Shard 1 \({tmp_path / '1'}\), row 7: this is not the chunk that was written here "
         rf"\(checksum 0x{int(checksums[17]):08x}, expected 0x{int(checksums[7]):08x}\)"
     )
-    with open_reader(tmp_path, codec, expected_crc=checksums) as checking, pytest.raises(CorruptionError, match=said):
+    with (
+        open_reader(tmp_path, codec, expected_crc=checksums) as checking,
+        pytest.raises(CorruptionError, match=message),
+    ):
         checking.read(rows, out, threads=threads)
 
 
 @pytest.mark.parametrize(
-    "checksums, said",
+    "checksums, message",
     [
         (np.zeros(SLICES - 1, np.uint32), f"a checksum for each of {SLICES} rows; got {SLICES - 1}"),
         (np.zeros(SLICES, np.int64), r"as uint32 \(n,\); got int64"),
         (np.zeros((SLICES, 1), np.uint32), r"as uint32 \(n,\); got uint32 \(23, 1\)"),
     ],
 )
-def test_unsuitable_checksums_are_refused(checksums: NDArray[np.uint32], said: str, folder: Path) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_unsuitable_checksums_are_refused(checksums: NDArray[np.uint32], message: str, folder: Path) -> None:
+    with pytest.raises(ValueError, match=message):
         open_reader(folder, expected_crc=checksums)
 
 

@@ -198,10 +198,10 @@ def test_a_filter_selects_rows(text: str, expected: list[int]) -> None:
 def test_an_error_shows_its_position(text: str, position: int, message: str) -> None:
     with pytest.raises(UsageError) as raised:
         select_rows(TABLE, text)
-    said = str(raised.value)
-    assert said.startswith(f"Invalid filter at character {position}: ")
-    assert message in said
-    _, excerpt, caret = said.rsplit("\n", 2)
+    shown = str(raised.value)
+    assert shown.startswith(f"Invalid filter at character {position}: ")
+    assert message in shown
+    _, excerpt, caret = shown.rsplit("\n", 2)
     if position <= len(text) and text[position - 1].isprintable():
         assert excerpt[caret.index("^")] == text[position - 1]
     assert len(excerpt) <= 80

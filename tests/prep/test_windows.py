@@ -98,7 +98,7 @@ def test_windows_are_parsed_in_their_order() -> None:
 
 
 @pytest.mark.parametrize(
-    "text, said",
+    "text, message",
     [
         ("brian", "Did you mean 'brain'"),
         ("blood=75", "name=center/width"),
@@ -109,8 +109,8 @@ def test_windows_are_parsed_in_their_order() -> None:
         ("", "name=center/width"),
     ],
 )
-def test_an_invalid_window_is_refused(text: str, said: str) -> None:
-    with pytest.raises(UsageError, match=said):
+def test_an_invalid_window_is_refused(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         parse_window(text)
 
 
