@@ -20,7 +20,7 @@ class BuildOptions(Spec):
         default=None, description="Working folder, needed to resume. [default: the dataset's path with .build appended]"
     )
     workers: int | None = Field(
-        default=None, ge=0, le=4096, description="Processes; 0: this one. [default: one a core]"
+        default=None, ge=0, le=4096, description="Processes; 0: this one. [default: one per core]"
     )
     scheduler: str | None = Field(default=None, description="Address of a Dask scheduler to use instead.")
     max_quarantined: float = Field(default=0.01, ge=0, le=1, description="Largest share of damaged files.")

@@ -129,7 +129,7 @@ class Dataset:
         return ok
 
     def table_path(self, table: str) -> Path:
-        """Return where the ``table`` of this generation lies: slices, series, shards or quarantine."""
+        """Return the path of the ``table`` of this generation: slices, series, shards or quarantine."""
         return self.path / str(getattr(self.root.tables, table))
 
     def read_table(self, table: str, columns: Sequence[str] | None = None) -> pa.Table:

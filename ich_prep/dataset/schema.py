@@ -186,7 +186,7 @@ class Counts(BaseModel):
 
 
 class TableNames(BaseModel):
-    """Where the tables of the current generation lie, relative to the dataset."""
+    """The paths of the tables of the current generation, relative to the dataset."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 

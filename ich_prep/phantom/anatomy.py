@@ -58,7 +58,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Plane:
-    """The pixels of one slice near the head: ``x``, ``y`` in the head frame, and where they lie in the image."""
+    """The pixels of one slice near the head: ``x``, ``y`` in the head frame, and their place in the image."""
 
     x: Field
     y: Field

@@ -38,7 +38,7 @@ KEY_RECORD: Final = np.dtype(
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """Where a member lies in its archive, according to the archive's directory.
+    """The location of a member in its archive, according to the archive's directory.
 
     ``offset`` is that of its local header (0 for a gzip file), sizes are in bytes. ``crc32`` is that of the uncompressed
     bytes; 0 for a gzip file, which contains its own.

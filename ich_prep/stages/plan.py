@@ -31,7 +31,7 @@ SCANNED_COLUMNS = (
     "rescale_slope", "rescale_intercept", "repairs",
 )  # fmt: skip
 
-# Columns of the plan that the slice table does not have: where a slice's pixels lie and how they are stored.
+# Columns of the plan that the slice table does not have: where a slice's pixels are and how they are stored.
 PIXEL_COLUMNS = (
     "path", "transfer_syntax", "file_size", "header_bytes", "crc32c", "pixel_offset", "rows", "columns",
     "bits_allocated", "bits_stored", "signed", "padding_low", "padding_high",
@@ -218,7 +218,7 @@ def _label_levels(unlabelled: NDArray[np.bool_], level: str) -> pa.Array:
 
 
 def _position_columns(slices: pa.Table) -> dict[str, pa.Array | pa.ChunkedArray]:
-    """Return where the first pixel of each file lies (ImagePositionPatient), and its pixel spacing, in mm."""
+    """Return the position of the first pixel of each file (ImagePositionPatient), and its pixel spacing, in mm."""
     position, pixel_spacing = _matrix(slices["position"], 3), _matrix(slices["pixel_spacing"], 2)
     return {
         "position_mm": slices["position_mm"],
