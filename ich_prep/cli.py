@@ -79,9 +79,7 @@ def build(
     *,
     src: Annotated[list[Path], typer.Option(help="Folder or zip archive with the DICOM files; may be repeated.")],
     out: Annotated[Path, typer.Option(help="The dataset to build, or to resume.")],
-    recipe: Annotated[
-        Path | None, typer.Option(help="TOML file whose [build] sets any of these; options win.")
-    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="TOML file whose [build] sets any of these; options win.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing dataset or build.")] = False,
     given: dict[str, Any],
 ) -> None:
