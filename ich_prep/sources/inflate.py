@@ -64,5 +64,5 @@ def inflate_whole(data: bytes, size: int, *, wbits: int) -> bytes:
         found = "more" if len(inflated) > size else f"{len(inflated):,}"
         raise SliceError(Reason.BAD_ARCHIVE, f"expected {size:,} bytes after inflating, found {found}")
     if inflater.unused_data.strip(b"\0"):
-        raise SliceError(Reason.BAD_ARCHIVE, "expected one deflate stream, found data behind its end")
+        raise SliceError(Reason.BAD_ARCHIVE, "expected one deflate stream, found data after its end")
     return inflated

@@ -66,7 +66,7 @@ def test_help_names_every_command() -> None:
         (["build", "--src", ".", "--out", "x.zarr", "--recipe", "."], 2, "it cannot be read (Is a directory)"),
         (["build", "--src", "."], 2, "Missing option '--out'"),
         (["build", "--src", ".", "--out", "x.zarr", "--size", "big"], 2, "Invalid value for '--size'"),
-        (["synth", "--out", "x", "--layout", "dicomdir"], 2, "the layout must be one of"),
+        (["synth", "--out", "x", "--layout", "dicomdir"], 2, "Expected a layout of"),
         (["synth", "--out", "/dev/full/x", "--workers", "0"], 1, "Not a directory (/dev/full/x"),
         (["info", "nowhere.zarr"], 1, "Expected a dataset at nowhere.zarr; found nothing"),
         (["verify", "nowhere.zarr"], 1, "Expected a dataset at nowhere.zarr; found nothing"),
