@@ -1,1 +1,1 @@
-"""Answers to standing questions, each with its peers and the limit of the machine in the same run."""
+"""Benchmarks: each measures this project, its peers and the limit of the machine in the same run."""

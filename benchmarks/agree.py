@@ -2,7 +2,7 @@
 
     python -m benchmarks.agree [--within 0.1]
 
-Compares what the last run of each benchmark wrote with what the one before it wrote; ends with 1 where a ratio moved by
+Compares the results of the last run of each benchmark with those of the run before; exits with 1 if a ratio changed by
 more than that.
 """
 
@@ -18,21 +18,23 @@ from benchmarks.measure import BEFORE, RESULTS
 def main(within: float = 0.1) -> None:
     moved = compared = 0
     for path in sorted(BEFORE.glob("*.json")):
-        now, before = (json.loads(place.read_text())["ratios"] for place in (RESULTS / path.name, path))
+        now, before = (json.loads(file.read_text())["ratios"] for file in (RESULTS / path.name, path))
         both = sorted(set(now) & set(before), key=lambda name: -abs(now[name] / before[name] - 1))
         for name in both:
             change = now[name] / before[name] - 1
             if abs(change) > within:
                 moved += 1
                 typer.echo(f"{path.stem}, {name}: {before[name]:.2f}, then {now[name]:.2f} ({change:+.0%})")
-        held = sum(abs(now[name] / before[name] - 1) <= within for name in both)
-        typer.echo(f"{path.stem}: {held} of {len(both)} ratios agree within {within:.0%}.")
-        alone = sorted(set(now) ^ set(before))
-        if alone:
-            typer.echo(f"{path.stem}: only in one of the runs: {', '.join(alone)}.")
+        agreeing = sum(abs(now[name] / before[name] - 1) <= within for name in both)
+        typer.echo(f"{path.stem}: {agreeing} of {len(both)} ratios agree within {within:.0%}.")
+        unmatched = sorted(set(now) ^ set(before))
+        if unmatched:
+            typer.echo(f"{path.stem}: only in one of the runs: {', '.join(unmatched)}.")
         compared += len(both)
     if not compared:
-        raise SystemExit(f"Expected two runs of a benchmark; found none of which an earlier one is kept in {BEFORE}.")
+        raise SystemExit(
+            f"Expected two runs of a benchmark; found no earlier results in {BEFORE}. Run a benchmark again."
+        )
     raise typer.Exit(1 if moved else 0)
 
 

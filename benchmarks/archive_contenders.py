@@ -1,4 +1,4 @@
-"""What of an archive's cost is not ours, and how long its listing takes: each in a process of its own, as JSON.
+"""One contender of the archive benchmark (inflating, listing) in its own process: prints the result as JSON.
 
 python -m benchmarks.archive_contenders NAME ARCHIVE
 """
@@ -24,26 +24,28 @@ from ich_prep.sources import open_source
 if TYPE_CHECKING:
     from multiprocessing.synchronize import Barrier
 
-Place = tuple[int, int, int]  # offset of the local header, compressed size, size
+Location = tuple[int, int, int]  # offset of the local header, compressed size, size
 
 
 def inflate(archive: Path, library: str) -> dict[str, Any]:
-    """Two processes that only read and inflate the DICOM files of the archive, with all places known beforehand."""
+    """Two processes that only read and inflate the DICOM files of the archive, with all locations known in advance."""
     with zipfile.ZipFile(archive) as file:
         slices = [info for info in file.infolist() if info.filename.endswith(".dcm")]
-    places = [(info.header_offset, info.compress_size, info.file_size) for info in slices]
-    parts = [places[part::PROCESSES] for part in range(PROCESSES)]
+    locations = [(info.header_offset, info.compress_size, info.file_size) for info in slices]
+    parts = [locations[part::PROCESSES] for part in range(PROCESSES)]
     return _race(partial(_inflate, library, archive), parts, archive.parent, Spec())
 
 
-def _inflate(library: str, archive: Path, places: list[Place], _: Path, __: Spec, barrier: Barrier, queue: Any) -> None:
+def _inflate(
+    library: str, archive: Path, locations: list[Location], _: Path, __: Spec, barrier: Barrier, queue: Any
+) -> None:
     if library == "isal":
         from isal.isal_zlib import decompress
     else:
         from zlib import decompress
     descriptor = os.open(archive, os.O_RDONLY)
     barrier.wait()
-    for offset, compressed_size, size in places:
+    for offset, compressed_size, size in locations:
         name, extra = struct.unpack("<HH", os.pread(descriptor, 4, offset + 26))
         data = os.pread(descriptor, compressed_size, offset + 30 + name + extra)
         assert len(decompress(data, wbits=-zlib.MAX_WBITS, bufsize=size)) == size

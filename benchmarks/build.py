@@ -1,9 +1,9 @@
-"""How fast does a build go, against the limit of the machine and against what people write by hand?
+"""How fast is a build, compared with the limit of the machine and with hand-written scripts?
 
     python -m benchmarks.build [--question windows-512] [--slices 8192] [--repeats 5] [--data bench-data]
 
-Two processes each; starting them counts for nobody. The limit is two bare processes that only read, window, compress and
-write the same files. Question ``syntaxes`` asks for each transfer syntax how fast its slices are decoded and written.
+Two processes each; start-up is not timed. The limit is two bare processes that only read, window, compress and
+write the same files. Question ``syntaxes`` measures for each transfer syntax how fast slices are decoded and written.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import typer
 
 from benchmarks.files import REAL, SYNTAXES, cohort, evict, in_syntax, real_cohort, warm
 from benchmarks.measure import (
-    Found,
+    Result,
     Run,
     Section,
     compete,
@@ -35,7 +35,7 @@ from benchmarks.measure import (
 
 @dataclass(frozen=True)
 class Question:
-    """A dataset to build: its form, from real files or the phantom, read from the disk or from the page cache."""
+    """A dataset to build: its form, its source (real files or the phantom), read from the disk or from the page cache."""
 
     title: str
     size: int
@@ -89,7 +89,7 @@ def ask(name: str, question: Question, data: Path, slices: int, repeats: int) ->
     else:
         tree = cohort(data, slices=FEWER_SLICES if question.cold else slices)
     if tree is None:
-        typer.echo(f"Left out: {question.title}: no files at {REAL}.")
+        typer.echo(f"Skipped: {question.title}: no files at {REAL}.")
         return
     files = sorted(tree.rglob("*.dcm"))
     if not question.cold:
@@ -103,31 +103,31 @@ def ask(name: str, question: Question, data: Path, slices: int, repeats: int) ->
 
     names = {OURS: "ours", LIMIT: "limit", f"{LIMIT}, synced": "limit on disk"}
     names |= {f"{LIMIT}, OpenCV and blosc": "limit of libraries"} | PEERS
-    left_out = []
+    skipped = []
     if shutil.which("dcm2niix") is None:
-        left_out = ["Left out: dcm2niix, which is not installed here."]
+        skipped = ["Skipped: dcm2niix, which is not installed."]
         del names["dcm2niix"]
-    found = compete({label: partial(run, contender) for label, contender in names.items()}, repeats)
-    mine = found[OURS].runs
+    results = compete({label: partial(run, contender) for label, contender in names.items()}, repeats)
+    mine = results[OURS].runs
     decoding = [{**one, "rate": one["slices"] / one["stages"]["shards"], "bytes": 0} for one in mine]
-    found = {OURS: found[OURS], DECODE: Found(decoding), **found}
+    results = {OURS: results[OURS], DECODE: Result(decoding), **results}
     kilobytes = {"KB/slice": lambda one: f"{one.runs[0]['bytes'] / one.runs[0]['slices'] / 1e3:,.0f}".lstrip("0")}
     title = f"Build: {question.title}, {mine[0]['slices']:,} slices, 2 processes"
-    section = contest(title, found, limit=LIMIT, ours=OURS, more=kilobytes)
+    section = contest(title, results, limit=LIMIT, ours=OURS, more=kilobytes)
     stages = {stage: statistics.median(one["stages"][stage] for one in mine) for stage in mine[0]["stages"]}
-    told = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in stages.items())
-    left_out += [f"Left out: {label}, which failed." for label in names if label not in found]
+    seconds_text = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in stages.items())
+    skipped += [f"Skipped: {label}, which failed." for label in names if label not in results]
     section.notes = [
-        f"Seconds of each stage of ours: {told} (listing and starting are left out of the rate).",
-        *left_out,
+        f"Seconds of each stage of ours: {seconds_text} (listing and start-up do not count in the rate).",
+        *skipped,
     ]
-    raw = {label: vars(one) for label, one in found.items()}
-    publish(f"build-{name}", [section], releases=versions(*PACKAGES), ratios=ratios(found, ours=OURS), raw=raw)
+    raw = {label: vars(one) for label, one in results.items()}
+    publish(f"build-{name}", [section], releases=versions(*PACKAGES), ratios=ratios(results, ours=OURS), raw=raw)
 
 
 def ask_syntaxes(data: Path, repeats: int) -> None:
-    """Ours and the PNG pool on the same slices in each transfer syntax; both decode with the same plugins."""
-    lines, left_out, shares, raw = [], [], {}, {}
+    """Measure ours and the PNG pool on the same slices in each transfer syntax; both decode with the same plugins."""
+    lines, skipped, shares, raw = [], [], {}, {}
     header = [
         "",
         "KB/file",
@@ -149,25 +149,25 @@ def ask_syntaxes(data: Path, repeats: int) -> None:
             return result
 
         names = {OURS: "ours", "PNG": "png pool"}
-        found = compete({label: partial(run, contender, tree) for label, contender in names.items()}, repeats)
-        if len(found) < len(names):
-            left_out.append(f"Left out: {name}, where a contender failed.")
+        results = compete({label: partial(run, contender, tree) for label, contender in names.items()}, repeats)
+        if len(results) < len(names):
+            skipped.append(f"Skipped: {name}, where a contender failed.")
             continue
-        ours, png = found[OURS], found["PNG"]
+        ours, png = results[OURS], results["PNG"]
         shares[name] = ratio(ours, png)
-        raw[name] = {label: vars(one) for label, one in found.items()}
+        raw[name] = {label: vars(one) for label, one in results.items()}
         size = sum(path.stat().st_size for path in files) / len(files) / 1e3
         lines.append([name, f"{size:,.0f}", f"{ours.median():,.0f}", ours.spread, f"{png.median():,.0f}", png.spread])
         lines[-1].append(f"{shares[name]:.2f} x")
     title = f"Build: by transfer syntax, three windows, 512 x 512, {SYNTAX_SLICES} slices, 2 processes"
-    section = Section(title, header, lines, left_out)
+    section = Section(title, header, lines, skipped)
     publish("build-syntaxes", [section], releases=versions(*PACKAGES), ratios=shares, raw=raw)
 
 
 def contend(
     name: str, tree: Path, out: Path, size: int, store: str, layout: str, *, workers: int = 2, raised: bool = True
 ) -> dict[str, Any]:
-    """Run one contender in a process of its own, and once more where much of the cores was stolen meanwhile."""
+    """Run one contender in its own process, and again if much CPU time was stolen meanwhile."""
     words = (name, str(tree), str(out), str(size), store, layout, str(workers))
     return undisturbed(partial(in_process, "benchmarks.build_contenders", *words, raised=raised))
 

@@ -1,4 +1,4 @@
-"""One contender of the build benchmark in a process of its own: prints its slices/s as JSON.
+"""One contender of the build benchmark in its own process: prints its slices/s as JSON.
 
     python -m benchmarks.build_contenders NAME TREE OUT SIZE STORE LAYOUT WORKERS
 
@@ -46,12 +46,12 @@ if TYPE_CHECKING:
 PROCESSES = 2
 SOME = 256
 STRIP = 128  # rows that OpenCV windows at a time
-SHARDS_OF_DASK = 4  # which its processes gather, encode and write beside each other
-DCM2NIIX_SLICES = 2000  # of fewer, it would be its start that is timed
+SHARDS_OF_DASK = 4  # which its processes gather, encode and write in parallel
+DCM2NIIX_SLICES = 2000  # with fewer, mostly its start-up would be timed
 
 
 def ours(tree: Path, out: Path, spec: Spec, workers: int) -> dict[str, Any]:
-    """The whole build, scan to publish; each stage, and the CPU time of driver and workers, beside it."""
+    """The whole build, scan to publish; also the seconds of each stage, and the CPU time of driver and workers."""
     outcome = build(tree, out, spec, workers=workers, allow=Allowances(unlabelled=True, max_quarantined=1.0))
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     driver, children = (one.ru_utime + one.ru_stime for one in used)
@@ -70,18 +70,18 @@ def files_below(tree: Path) -> list[Path]:
 
 
 def limit(tree: Path, out: Path, spec: Spec) -> dict[str, Any]:
-    """Two processes that only read, rescale, window, compress and write, with everything known beforehand."""
+    """Two processes that only read, rescale, window, compress and write, with all headers known in advance."""
     return _write_in_two(tree, out, spec, _window_and_encode)
 
 
 def limit_of_libraries(tree: Path, out: Path, spec: Spec) -> dict[str, Any]:
-    """The same by the fastest calls of OpenCV and blosc that we know of."""
+    """The same with the fastest calls of OpenCV and blosc that we know of."""
     return _write_in_two(tree, out, spec, _window_and_encode_by_libraries)
 
 
 # Renders the stored values of a slice and writes its chunk.
 Write = Callable[[np.ndarray, Rescale], None]
-# Returns for a file how slices are written to it, and what ends it.
+# Returns two functions for a file: one writes a slice, one finishes the file.
 Encoder = Callable[[Any, Spec], tuple[Write, Callable[[], object]]]
 
 
@@ -113,7 +113,7 @@ def _write_shards(
 
 
 def _window_and_encode(file: Any, spec: Spec) -> tuple[Write, Callable[[], object]]:
-    """With what a build of ours calls."""
+    """With the functions that a build calls."""
     writer = ShardWriter(file, spec.slices_per_shard, CODECS[spec.codec])
     pixels = np.empty((spec.channels, spec.size, spec.size), spec.dtype)
     windows = spec.windows if spec.store == "windows" else None
@@ -127,7 +127,7 @@ def _window_and_encode(file: Any, spec: Spec) -> tuple[Write, Callable[[], objec
 
 
 def _window_and_encode_by_libraries(file: Any, spec: Spec) -> tuple[Write, Callable[[], object]]:
-    """With one lookup of all windows and a split, in strips that stay in the L2 cache, and blosc."""
+    """With one lookup for all windows and a split, in strips that fit in L2, and blosc."""
     blosc.use_threads = False
     pixels = np.empty((spec.channels, spec.size, spec.size), spec.dtype)
     hu = np.empty((1, spec.size, spec.size), np.int16)
@@ -177,7 +177,7 @@ def _known(path: Path) -> tuple[PixelSource, Rescale]:
 
 
 def limit_on_disk(tree: Path, out: Path, spec: Spec) -> dict[str, Any]:
-    """The limit, and then the wait until its bytes are on the disk, as those of a build are."""
+    """The limit, including the wait until its bytes are on the disk, as in a build."""
     result = limit(tree, out, spec)
     before = time.perf_counter()
     for path in out.iterdir():
@@ -186,7 +186,7 @@ def limit_on_disk(tree: Path, out: Path, spec: Spec) -> dict[str, Any]:
 
 
 def _some(tree: Path) -> list[Path]:
-    """Return the files that the slower contenders read: their rate does not depend on how many there are."""
+    """Return the files that the slower contenders read: their rate does not depend on the number."""
     return files_below(tree)[:SOME]
 
 
@@ -201,7 +201,7 @@ def _each(
     work: Callable[[Path, Path, Spec], Path], paths: list[Path], out: Path, spec: Spec, barrier: Barrier, queue: Any
 ) -> None:
     cv2.setNumThreads(1)
-    work(paths[0], out, spec)  # what it imports, before the clock starts
+    work(paths[0], out, spec)  # imports, before the clock starts
     barrier.wait()
     written = sum(work(path, out, spec).stat().st_size for path in paths)
     barrier.wait()
@@ -212,7 +212,7 @@ def _read_hu(path: Path, spec: Spec) -> np.ndarray:
     import pydicom
 
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
-    _lend_decoders()
+    _add_decoders()
     dataset = pydicom.dcmread(path)
     hu = dataset.pixel_array * float(dataset.RescaleSlope) + float(dataset.RescaleIntercept)
     if hu.shape != (spec.size, spec.size):
@@ -221,8 +221,8 @@ def _read_hu(path: Path, spec: Spec) -> np.ndarray:
 
 
 @cache
-def _lend_decoders() -> None:
-    """Have pydicom decode JPEG by the plugin that a build uses: it has none of its own."""
+def _add_decoders() -> None:
+    """Let pydicom decode JPEG with the plugin that a build uses: it has no built-in one."""
     from pydicom.pixels.decoders.base import get_decoder
 
     for syntax, plugin in PLUGINS.items():
@@ -242,7 +242,7 @@ def _pixels(hu: np.ndarray, spec: Spec) -> np.ndarray:
 
 
 def _with_png(path: Path, out: Path, spec: Spec) -> Path:
-    """What most people write: pydicom, NumPy windows, one PNG a slice (of 16 bits for HU)."""
+    """The usual script: pydicom, NumPy windows, one PNG per slice (16 bits for HU)."""
     target = out / f"{path.stem}.png"
     image = np.ascontiguousarray(_pixels(_read_hu(path, spec), spec).transpose(1, 2, 0))
     cv2.imwrite(str(target), image if image.dtype == np.uint8 else (image.astype(np.int32) + 32768).astype(np.uint16))
@@ -250,7 +250,7 @@ def _with_png(path: Path, out: Path, spec: Spec) -> Path:
 
 
 def _with_simpleitk(path: Path, out: Path, spec: Spec) -> Path:
-    """SimpleITK reads, rescales, windows and resizes; one array a slice, not compressed."""
+    """SimpleITK reads, rescales, windows and resizes; one uncompressed array per slice."""
     import SimpleITK as sitk  # noqa: N813
 
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
@@ -283,7 +283,7 @@ def _saved(target: Path, pixels: np.ndarray) -> Path:
 
 
 def _with_monai(path: Path, out: Path, spec: Spec) -> Path:
-    """MONAI's transforms; one array a slice, not compressed."""
+    """MONAI's transforms; one uncompressed array per slice."""
     load, windows, resize = _monai_transforms(spec)
     image = load(path)
     if image.shape[1:] != (spec.size, spec.size):
@@ -310,7 +310,7 @@ def _monai_transforms(spec: Spec) -> tuple[Any, list[Any], Any]:
 
 
 def dask_and_zarr(tree: Path, out: Path, spec: Spec) -> dict[str, Any]:
-    """A dask.array of one block a slice, rechunked to shards and stored by zarr-python; pydicom reads."""
+    """A dask.array with one block per slice, rechunked to shards and stored by zarr-python; pydicom reads."""
     import dask.array as da
     import zarr
     from dask import delayed
@@ -358,14 +358,14 @@ def dcm2niix(tree: Path, out: Path, spec: Spec) -> dict[str, Any]:
     series = defaultdict(list)
     for path in files_below(tree):
         series[read_header(path).series_instance_uid].append(path)
-    held = [0] * PROCESSES
+    counts = [0] * PROCESSES
     for part in range(PROCESSES):
         (inputs / str(part)).mkdir(parents=True)
         (out / str(part)).mkdir(parents=True)
     for paths in series.values():
-        if sum(held) < DCM2NIIX_SLICES:
-            part = held.index(min(held))
-            held[part] += len(paths)
+        if sum(counts) < DCM2NIIX_SLICES:
+            part = counts.index(min(counts))
+            counts[part] += len(paths)
             for path in paths:
                 (inputs / str(part) / path.name).symlink_to(path.absolute())
     start = time.perf_counter()
@@ -382,11 +382,11 @@ def dcm2niix(tree: Path, out: Path, spec: Spec) -> dict[str, Any]:
     if any(codes):
         raise RuntimeError(f"dcm2niix ended with {codes}")
     written = sum(path.stat().st_size for path in out.rglob("*.nii"))
-    return {"slices": sum(held), "seconds": seconds, "bytes": written}
+    return {"slices": sum(counts), "seconds": seconds, "bytes": written}
 
 
-def _take_part(work: Any, part: list[Any], out: Path, spec: Spec, barrier: Barrier, queue: Any) -> None:
-    """Run ``work``; where it fails, nobody waits for it."""
+def _run_part(work: Any, part: list[Any], out: Path, spec: Spec, barrier: Barrier, queue: Any) -> None:
+    """Run ``work``; if it fails, release those that wait for it."""
     try:
         work(part, out, spec, barrier, queue)
     except BaseException:
@@ -395,10 +395,10 @@ def _take_part(work: Any, part: list[Any], out: Path, spec: Spec, barrier: Barri
 
 
 def _race(work: Any, parts: list[list[Any]], out: Path, spec: Spec) -> dict[str, Any]:
-    """Run ``work`` on each part in a process of its own; the clock runs from the moment when all are ready."""
+    """Run ``work`` on each part in its own process; the clock starts when all are ready."""
     context = multiprocessing.get_context("spawn")
     barrier, queue = context.Barrier(len(parts) + 1), context.Queue()
-    processes = [context.Process(target=_take_part, args=(work, part, out, spec, barrier, queue)) for part in parts]
+    processes = [context.Process(target=_run_part, args=(work, part, out, spec, barrier, queue)) for part in parts]
     for process in processes:
         process.start()
     try:
@@ -406,7 +406,7 @@ def _race(work: Any, parts: list[list[Any]], out: Path, spec: Spec) -> dict[str,
         start = time.perf_counter()
         barrier.wait()
     except BrokenBarrierError:
-        raise RuntimeError("a process of this contender failed: what it said stands above") from None
+        raise RuntimeError("a process of this contender failed: see its output above") from None
     seconds = time.perf_counter() - start
     written = sum(queue.get() for _ in processes)
     for process in processes:
@@ -431,7 +431,7 @@ def main() -> None:
     name, tree, out, size, store, layout, workers = sys.argv[1:]
     target = Path(out)
     shutil.rmtree(target, ignore_errors=True)
-    os.sync()  # a build waits for the disk, and for nobody else's bytes
+    os.sync()  # a build waits for its own writes, not for other writes
     spec = Spec(layout=layout, size=int(size), store=store)  # type: ignore[arg-type]
     if name == "ours":
         result = ours(Path(tree), target, spec, int(workers))

@@ -17,7 +17,7 @@ CHART = ROOT / "docs" / "speed.svg"
 
 @dataclass(frozen=True)
 class Question:
-    """One group of bars: a table of docs/benchmarks.md, by the start of its title, and four of its lines."""
+    """One group of bars: a table of docs/benchmarks.md, found by the start of its title, and four of its lines."""
 
     name: str
     table: str
@@ -69,7 +69,7 @@ SCALE = WIDTH - LEFT - 70  # of the longest bar
 
 
 def rates(question: Question, document: str) -> dict[str, int]:
-    """Return the slices/s of each role; raises ``ValueError`` where ``document`` has no such table or line."""
+    """Return the slices/s of each role; raises ``ValueError`` if ``document`` has no such table."""
     section = re.search(rf"^## {question.table}.*?(?=^## |\Z)", document, re.MULTILINE | re.DOTALL)
     if section is None:
         raise ValueError(f"Expected a table titled {question.table!r} in {DOC}; found none.")
@@ -78,7 +78,7 @@ def rates(question: Question, document: str) -> dict[str, int]:
 
 
 def chart_text(document: str) -> str:
-    """Return the chart as SVG: per question four bars, as long as their share of the fastest of them."""
+    """Return the chart as SVG: four bars per question, scaled to the fastest of them."""
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{GROUP * len(QUESTIONS) + 8}" '
         'font-family="system-ui, sans-serif" font-size="12" role="img">',
@@ -90,15 +90,15 @@ def chart_text(document: str) -> str:
         parts.append(
             f'<text x="12" y="{top}" font-weight="600" fill="#1b1f24">{escape(question.name)}, slices/s</text>'
         )
-        found = rates(question, document)
-        for place, role in enumerate(ROLES):
-            y = top + 8 + STEP * place
-            length = max(1, round(SCALE * found[role] / max(found.values())))
+        results = rates(question, document)
+        for index, role in enumerate(ROLES):
+            y = top + 8 + STEP * index
+            length = max(1, round(SCALE * results[role] / max(results.values())))
             name = f"limit: {question.limit}" if role == "limit" else getattr(question, role)
             parts += [
                 f'<text x="{LEFT - 8}" y="{y + 12}" text-anchor="end" fill="#3d4651">{escape(name)}</text>',
                 f'<rect x="{LEFT}" y="{y}" width="{length}" height="{BAR}" fill="{FILLS[role]}"/>',
-                f'<text x="{LEFT + length + 6}" y="{y + 12}" fill="#1b1f24">{found[role]:,}</text>',
+                f'<text x="{LEFT + length + 6}" y="{y + 12}" fill="#1b1f24">{results[role]:,}</text>',
             ]
     return "\n".join([*parts, "</svg>", ""])
 

@@ -1,9 +1,9 @@
-"""What does each codec cost and save? Size, and one core's speed, on phantom slices and on real CT.
+"""What does each codec cost and save? Size, and speed on one core, for phantom slices and real CT.
 
     python -m benchmarks.codecs [--data bench-data] [--real FOLDER]
 
-``--real`` is any folder of CT files (default: head_ct beside the repository's shared data, left out with a remark where
-there is none).
+``--real`` is any folder of CT files (default: head_ct in the shared data next to the repository; skipped with a message
+if there is none).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ich_prep.dataset.native import FrameEncoder, decode_frame
 
 SLICES = 64
 FORMS = {"3 windows, 512": ("windows", 512), "3 windows, 256": ("windows", 256), "HU, 512": ("hu", 512)}
-# Of blosc: name, level, and what is done to the bytes of an item before: whole bytes or bits of equal weight stand together.
+# Of blosc: name, level, and the shuffle before compression: bytes or bits of equal significance are grouped.
 OF_BLOSC = [
     ("lz4", 5, blosc.SHUFFLE),
     ("lz4", 5, blosc.BITSHUFFLE),
@@ -45,7 +45,7 @@ SHUFFLES = {blosc.SHUFFLE: "byte shuffle", blosc.BITSHUFFLE: "bit shuffle"}
 
 @dataclass(frozen=True)
 class Contender:
-    """A codec: pixels of a slice to a frame, a frame into an array."""
+    """A codec: encodes the pixels of a slice as a frame, and decodes a frame into an array."""
 
     name: str
     encode: Callable[[np.ndarray], Any]
@@ -73,7 +73,7 @@ def _by_blosc(name: bytes, level: int, shuffle: int, blocks: int, pixels: np.nda
 
 
 def slices_of(tree: Path, out: Path, store: str, size: int, layout: str) -> np.ndarray:
-    """Return up to ``SLICES`` slices, spread over the tree, as a dataset of that form holds them."""
+    """Return up to ``SLICES`` slices, spread over the tree, as stored in a dataset of that form."""
     if not (out / "zarr.json").exists():
         shutil.rmtree(out, ignore_errors=True)
         spec = Spec(layout=layout, size=size, store=store, codec="none")  # type: ignore[arg-type]
@@ -84,15 +84,15 @@ def slices_of(tree: Path, out: Path, store: str, size: int, layout: str) -> np.n
 
 
 def measure(slices: np.ndarray, repeats: int) -> list[dict[str, Any]]:
-    """Return for each codec the share of the bytes that is left, and the median microseconds a slice of either way.
+    """Return for each codec its compressed size as a share, and the median microseconds per slice to encode and decode.
 
-    Codecs take turns; ``ratio`` is the median of how many times as long as the first one it decodes in the same round.
+    Codecs take turns; ``ratio`` is the median over the rounds of its decoding time relative to the first codec's.
     """
-    out, taking_part = np.empty(slices[0].nbytes, np.uint8), contenders(slices[0])
-    encoded = [[np.array(np.frombuffer(codec.encode(one), np.uint8)) for one in slices] for codec in taking_part]
-    encode, decode = np.empty((repeats, len(taking_part))), np.empty((repeats, len(taking_part)))
+    out, codecs = np.empty(slices[0].nbytes, np.uint8), contenders(slices[0])
+    encoded = [[np.array(np.frombuffer(codec.encode(one), np.uint8)) for one in slices] for codec in codecs]
+    encode, decode = np.empty((repeats, len(codecs))), np.empty((repeats, len(codecs)))
     for number in range(repeats):
-        for index, codec in enumerate(taking_part):
+        for index, codec in enumerate(codecs):
             start = time.perf_counter()
             for one in slices:
                 codec.encode(one)
@@ -109,7 +109,7 @@ def measure(slices: np.ndarray, repeats: int) -> list[dict[str, Any]]:
             "decode": float(np.median(decode[:, index])),
             "ratio": float(np.median(decode[:, index] / decode[:, 0])),
         }
-        for index, codec in enumerate(taking_part)
+        for index, codec in enumerate(codecs)
     ]
 
 

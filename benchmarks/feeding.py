@@ -1,8 +1,8 @@
-"""Does the loader keep GPUs busy? Simulated ones take a batch every so often, as published rates say.
+"""Does the loader keep GPUs busy? Simulated GPUs take batches at a published training rate.
 
     python -m benchmarks.feeding [--data bench-data] [--rate 2500]
 
-Also: how long after opening a dataset of 3,000 shards does the first batch come?
+Also: how long does the first batch take after opening a dataset of 3,000 shards?
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ GPUS = (1, 2, 4, 8)
 
 
 def endless(dataset: Dataset, count: int) -> SliceLoader:
-    """Return a loader over one epoch of ``count`` slices: one that lasts, as one of the RSNA set would."""
+    """Return a loader over one epoch of ``count`` slices: a long one, as of the RSNA set."""
     rows = np.resize(np.arange(len(dataset)), count + 8 * BATCH)
     return SliceLoader(dataset, rows, BATCH, drop_last=True)
 
 
 def simulate(loader: SliceLoader, *, rate: float, seconds: float) -> float:
-    """Return the share of the time, after the first batch, that a GPU eating ``rate`` slices/s waits for data."""
+    """Return the share of the time, after the first batch, that a GPU at ``rate`` slices/s waits for data."""
     step = loader.batch_size / rate
     batches = iter(loader)
     next(batches)
@@ -63,18 +63,23 @@ def main(
 ) -> None:
     data = data.absolute()
     if slices < MANY_SHARDS:
-        raise SystemExit(f"Expected at least {MANY_SHARDS:,} --slices, a shard each; got {slices:,}.")
+        raise SystemExit(f"Expected at least {MANY_SHARDS:,} --slices, one per shard; got {slices:,}.")
     tree = cohort(data, slices=slices)
     folder, _ = prepare(data, tree, size=256, store="windows")
     dataset = open_dataset(folder / LZ4)
     shares: dict[int, list[float]] = {gpus: [] for gpus in GPUS}
     for _ in range(repeats):
-        for gpus, found in shares.items():
+        for gpus, results in shares.items():
             loader = endless(dataset, int(gpus * rate * seconds))
-            found.append(simulate(loader, rate=gpus * rate, seconds=seconds))
+            results.append(simulate(loader, rate=gpus * rate, seconds=seconds))
     lines = [
-        [str(gpus), f"{gpus * rate:,.0f}", f"{statistics.median(found):.1%}", f"{min(found):.1%} to {max(found):.1%}"]
-        for gpus, found in shares.items()
+        [
+            str(gpus),
+            f"{gpus * rate:,.0f}",
+            f"{statistics.median(results):.1%}",
+            f"{min(results):.1%} to {max(results):.1%}",
+        ]
+        for gpus, results in shares.items()
     ]
     many = data / f"many-shards-{tree.name}.zarr"
     if not (many / "zarr.json").exists():
@@ -82,7 +87,7 @@ def main(
         build(tree, many, Spec(layout="rsna", size=64, slices_per_shard=1))
     opened = statistics.median(first_batch(many) for _ in range(5))
     shards = open_dataset(many).counts.shards
-    header = ["simulated GPUs", "slices/s they eat", "waiting for data", "spread"]
+    header = ["simulated GPUs", "slices/s needed", "waiting for data", "spread"]
     simulated = Section("Feeding simulated GPUs, two cores, 3 x 256 x 256", header, lines)
     simulated.notes = [f"First batch {opened:.2f} s after opening a dataset of {shards:,} shards."]
     raw = {"wait_share": shares, "first_batch": opened}

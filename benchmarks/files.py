@@ -26,9 +26,9 @@ TRAIN, SAMPLE = "stage_2_train.csv", "stage_2_sample_submission.csv"
 
 
 def cohort(folder: Path, *, slices: int, size: int = 512) -> Path:
-    """Return an RSNA tree below ``folder`` with at least ``slices`` files of (size, size), made once and kept.
+    """Return an RSNA tree below ``folder`` with at least ``slices`` files of (size, size), created once and kept.
 
-    The phantom paints about a thousand different slices. What is more is a copy of these under other identifiers: other
+    The phantom draws about a thousand different slices. The others are copies of these under other identifiers: other
     files, other bytes in the page cache, pixels of the same kind.
     """
     base = folder / f"phantom-{size}"
@@ -54,7 +54,7 @@ REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "head_ct"
 
 
 def real_cohort(folder: Path, *, slices: int) -> Path | None:
-    """Return a folder of at least ``slices`` copies of the real slices of 512 x 512 in ``REAL``, or None without these."""
+    """Return a folder of at least ``slices`` copies of the real slices of 512 x 512 in ``REAL``, or None if it has none."""
     if not REAL.is_dir():
         return None
     sources = [path for path in sorted(REAL.rglob("*")) if path.is_file() and _is_slice(path)]
@@ -96,13 +96,13 @@ def _encode(syntax: str, tree: Path, source: Path) -> None:
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
     pydicom.config.settings.writing_validation_mode = pydicom.config.IGNORE
     dataset = pydicom.dcmread(source)
-    words = dataset.pixel_array
+    stored = dataset.pixel_array
     if syntax in (SYNTAXES["RLE"], SYNTAXES["JPEG 2000 lossless"]):
         dataset.compress(UID(syntax), encoding_plugin="pylibjpeg", generate_instance_uid=False)
     elif syntax in (SYNTAXES["JPEG lossless"], SYNTAXES["JPEG-LS lossless"]):
         import imagecodecs
 
-        unsigned = words.view(np.uint16)
+        unsigned = stored.view(np.uint16)
         if syntax == SYNTAXES["JPEG lossless"]:
             frame = imagecodecs.jpeg8_encode(unsigned, lossless=True, predictor=1, bitspersample=16)
         else:
@@ -111,7 +111,7 @@ def _encode(syntax: str, tree: Path, source: Path) -> None:
         dataset["PixelData"].is_undefined_length = True
         dataset["PixelData"].VR = "OB"
     elif syntax == SYNTAXES["explicit big endian"]:
-        dataset.PixelData = words.byteswap().tobytes()
+        dataset.PixelData = stored.byteswap().tobytes()
         dataset["PixelData"].VR = "OW"
     dataset.file_meta.TransferSyntaxUID = UID(syntax)
     encoding = {"implicit_vr": UID(syntax).is_implicit_VR, "little_endian": UID(syntax).is_little_endian}
@@ -133,18 +133,18 @@ def _renamed(name: str, copy: int) -> str:
     digest = hashlib.sha256(f"{copy} {name}".encode()).hexdigest()
     if name.startswith("ID_"):
         return "ID_" + digest[: len(name) - 3]
-    stem, last = name.rsplit(".", 1)  # the last part of a UID, without a zero in front
+    stem, last = name.rsplit(".", 1)  # the last part of a UID, without a leading zero
     return f"{stem}.{''.join(str(1 + int(digit, 16) % 9) for digit in digest[: len(last)])}"
 
 
 def _copy(source: Path, target: Path, copy: int) -> None:
     header, data = read_header(source), source.read_bytes()
-    head = data[: header.pixel_offset]
+    prefix = data[: header.pixel_offset]
     for name in (header.sop_instance_uid, header.series_instance_uid, header.study_instance_uid, header.patient_id):
         if name and (name.startswith("ID_") or "." in name):
-            head = head.replace(name.encode(), _renamed(name, copy).encode())
+            prefix = prefix.replace(name.encode(), _renamed(name, copy).encode())
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(head + data[len(head) :])
+    target.write_bytes(prefix + data[len(prefix) :])
 
 
 def _copy_labels(source: Path, target: Path, copies: int) -> None:
@@ -160,19 +160,19 @@ def _copy_labels(source: Path, target: Path, copies: int) -> None:
 
 
 def once(folder: Path, name: str, write: Callable[[Path], None]) -> Path:
-    """Let ``write`` make ``folder/name`` unless it is there and whole; return its path."""
-    path, whole = folder / name, folder / f".{name}.whole"
-    if not whole.exists():
+    """Let ``write`` create ``folder/name`` unless it exists and is complete; return its path."""
+    path, complete = folder / name, folder / f".{name}.whole"
+    if not complete.exists():
         if path.is_dir():
             shutil.rmtree(path)
         path.unlink(missing_ok=True)
         write(path)
-        whole.touch()
+        complete.touch()
     return path
 
 
 def evict(files: Sequence[Path]) -> None:
-    """Drop files from the page cache, once what was written has reached the disk."""
+    """Drop files from the page cache, after syncing what was written."""
     os.sync()
     for path in files:
         descriptor = os.open(path, os.O_RDONLY)
@@ -183,7 +183,7 @@ def evict(files: Sequence[Path]) -> None:
 
 
 def warm(files: Sequence[Path]) -> None:
-    """Read files once, so that they lie in the page cache."""
+    """Read files once, so that they are in the page cache."""
     buffer = bytearray(1 << 22)
     for path in files:
         with open(path, "rb", buffering=0) as file:

@@ -1,4 +1,4 @@
-"""The same pixels in every form that a loader reads: shards, rows of an array, LMDB, PNG, HDF5, tar files, and others."""
+"""The same pixels in every format that a loader reads: shards, rows of an array, LMDB, PNG, HDF5, tar files, and others."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ich_prep.execute import default_workers
 
 LZ4, NONE, ROWS, DICOM = "lz4.zarr", "none.zarr", PIXELS, "dicom.json"
 LMDB, PNG, HDF5, TAR, ARROW = "rows.lmdb", "png", "rows.h5", "tar", "arrow"
-# The venv of those that need other releases than ours, beside the one that runs this: see `make bench-setup`.
+# The venv of contenders that need other library versions, next to the one that runs this: see `make bench-setup`.
 PINNED_PYTHON = Path(f"{sys.prefix}-pinned") / "bin" / "python"
 STEP = 256
 
@@ -32,9 +32,9 @@ STEP = 256
 def prepare(
     data: Path, tree: Path, *, size: int, store: str, only: Collection[str] = ()
 ) -> tuple[Path, dict[str, str]]:
-    """Write into a folder below ``data`` what is not there yet; return it, and the forms that could not be written and why.
+    """Write missing forms to a folder below ``data``; return it, and the forms that could not be written with the reason.
 
-    ``only`` names forms, LZ4 and what can be made of it; without it, all are written.
+    ``only`` limits the forms to write, LZ4 among them; without it, all are written.
     """
     folder = data / f"loader-{store}-{size}-{tree.name}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def prepare(
     once(folder, ROWS, _write_rows)
     rows = np.load(folder / ROWS, mmap_mode="r")
     writers: dict[str, Callable[[Path], None]] = {
-        DICOM: partial(_write_places, tree),
+        DICOM: partial(_write_paths, tree),
         LMDB: partial(_write_lmdb, rows),
         PNG: partial(_write_png, rows),
         HDF5: partial(_write_hdf5, rows),
@@ -61,15 +61,15 @@ def prepare(
 
 
 def files_of(folder: Path, form: str) -> list[Path]:
-    """Return the files that a form consists of: those with pixels, where there are others too."""
+    """Return the files of a form that contain pixels."""
     if form == DICOM:
         return [Path(path) for path in json.loads((folder / form).read_text())]
-    place = folder / form / "images" if form in (LZ4, NONE) else folder / form
-    return [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
+    root = folder / form / "images" if form in (LZ4, NONE) else folder / form
+    return [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
 
 
 def bytes_of(files: Sequence[Path]) -> int:
-    """Return the bytes that files take on disk; those of one map that is never filled do not count."""
+    """Return the bytes that files take on disk; holes in sparse files do not count."""
     return sum(min(path.stat().st_size, path.stat().st_blocks * 512) for path in files)
 
 
@@ -85,10 +85,10 @@ def _write_rows(path: Path) -> None:
     rows.flush()
 
 
-def _write_places(tree: Path, path: Path) -> None:
+def _write_paths(tree: Path, path: Path) -> None:
     names = open_dataset(path.with_name(LZ4)).slices["sop_instance_uid"].to_pylist()
-    found = {file.stem: str(file.absolute()) for file in tree.glob("stage_2_*/*.dcm")}
-    path.write_text(json.dumps([found[name] for name in names]))
+    paths = {file.stem: str(file.absolute()) for file in tree.glob("stage_2_*/*.dcm")}
+    path.write_text(json.dumps([paths[name] for name in names]))
 
 
 def _write_lmdb(rows: NDArray[Any], path: Path) -> None:
@@ -145,14 +145,14 @@ def _write_arrow(rows: NDArray[Any], path: Path) -> None:
 def _write_pinned(folder: Path) -> dict[str, str]:
     if not PINNED_PYTHON.exists():
         return dict.fromkeys(PINNED_FORMS, f"no {PINNED_PYTHON.parents[1].name}: run `make bench-setup`")
-    left_out = {}
+    missing = {}
     for name in PINNED_FORMS:
         try:
-            once(folder, name, _write_elsewhere)
+            once(folder, name, _write_in_pinned_venv)
         except RuntimeError as error:
-            left_out[name] = str(error).strip().splitlines()[-1]
-    return left_out
+            missing[name] = str(error).strip().splitlines()[-1]
+    return missing
 
 
-def _write_elsewhere(path: Path) -> None:
+def _write_in_pinned_venv(path: Path) -> None:
     in_process("benchmarks.pinned_contenders", "write", str(path), python=PINNED_PYTHON)

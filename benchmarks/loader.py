@@ -1,11 +1,11 @@
-"""How fast do batches come from the shards, against a gather of uncompressed pixels and against other loaders?
+"""How fast are batches read from the shards, compared with a gather of uncompressed pixels and with other loaders?
 
     python -m benchmarks.loader [--question 256] [--without NAME] [--slices 4096] [--repeats 5] [--data bench-data]
 
-Random order, batches of 64, two cores. Warm: the files lie in the page cache, and the clock runs for ``--seconds`` (see
-``racing.steady_rate``) after as long a warm-up: buffers and maps touched for the first time can cost more than filling them.
-Cold (``--question 256-cold``): they were dropped from it, and the clock runs from the first batch until 2,048 different
-slices have come. All contenders must give the same pixels.
+Random order, batches of 64, two cores. Warm: the files are in the page cache, and the clock runs for ``--seconds`` (see
+``racing.steady_rate``) after a warm-up of equal length: touching buffers and maps for the first time can cost more than
+filling them. Cold (``--question 256-cold``): the files were dropped from the page cache, and the clock runs from the first
+batch until 2,048 different slices have been read. All contenders must return the same pixels.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ich_prep.dataset.dataset import open_dataset
 
 @dataclass(frozen=True)
 class Question:
-    """What the loaders load: the form of the pixels, from how many of the slices, from the disk or the page cache."""
+    """What is loaded: the form of the pixels, which share of the slices, from the disk or the page cache."""
 
     title: str
     size: int
@@ -38,12 +38,12 @@ class Question:
 
 QUESTIONS = {
     "256": Question("3 x 256 x 256 uint8", 256, "windows"),
-    "hu-512": Question("1 x 512 x 512 HU", 512, "hu", share=0.5),  # all forms of them must fit into memory
+    "hu-512": Question("1 x 512 x 512 HU", 512, "hu", share=0.5),  # all forms must fit into memory
     "256-cold": Question("3 x 256 x 256 uint8, cold files", 256, "windows", cold=True),
 }
 OURS, LIMIT = "SliceLoader, lz4", "memmap gather"
 COLD_SLICES = 2048
-# It takes its pixels from memory: a cold disk is nothing to it.
+# Its pixels are in memory: a cold disk does not affect it.
 NOT_COLD = {"MONAI CacheDataset"}
 PACKAGES = (
     *("numpy", "torch", "numcodecs", "opencv-python-headless", "pydicom", "tensorstore", "zarr", "zarrs", "lmdb"),
@@ -64,7 +64,7 @@ def main(
     seconds: float = 1.5,
     data: Path = Path("bench-data"),
     question: Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(QUESTIONS)}.")] = None,
-    without: Annotated[list[str] | None, typer.Option(help="Leave a contender out.")] = None,
+    without: Annotated[list[str] | None, typer.Option(help="Skip a contender.")] = None,
 ) -> None:
     for name in question or list(QUESTIONS):
         ask(name, QUESTIONS[name], data.absolute(), slices, repeats, seconds, set(without or ()))
@@ -74,32 +74,34 @@ def ask(
     name: str, question: Question, data: Path, slices: int, repeats: int, seconds: float, without: set[str]
 ) -> None:
     tree = cohort(data, slices=int(slices * question.share))
-    folder, lacking = prepare(data, tree, size=question.size, store=question.store)
+    folder, missing = prepare(data, tree, size=question.size, store=question.store)
     if question.cold:
         without |= NOT_COLD
-    taking_part = {
-        label: place for label, place in CONTENDERS.items() if place[0] not in lacking and label not in without
+    selected = {
+        label: contender
+        for label, contender in CONTENDERS.items()
+        if contender[0] not in missing and label not in without
     }
-    files = {form: files_of(folder, form) for form, _ in taking_part.values()}
+    files = {form: files_of(folder, form) for form, _ in selected.values()}
     checksums: list[int] = []
 
     def run(label: str, raised: bool) -> Run:
-        form, module = taking_part[label]
+        form, module = selected[label]
         (evict if question.cold else warm)(files[form])
         python = PINNED_PYTHON if module == pinned_contenders.__name__ else sys.executable
         words = ("race", str(folder), label, str(seconds), str(COLD_SLICES if question.cold else 0))
         result = in_process(module, *words, raised=raised, python=python, seconds=120)
         checksums.append(result["checksum"])
         if checksums[-1] != checksums[0]:
-            raise RuntimeError("it does not give the pixels that the others give")
+            raise RuntimeError("its pixels differ from those of the other contenders")
         return {**result, "form": form}
 
-    found = compete({label: partial(run, label) for label in taking_part}, repeats)
+    results = compete({label: partial(run, label) for label in selected}, repeats)
     count = len(open_dataset(folder / LZ4))
     sizes = {form: bytes_of(paths) / count for form, paths in files.items()}
     section = contest(
         f"Loader: {question.title}, {count:,} slices, batches of 64, two cores",
-        found,
+        results,
         limit=LIMIT,
         ours=OURS,
         more={
@@ -108,13 +110,13 @@ def ask(
             "memory, MB": lambda one: f"{one.median('memory') / 1e6:,.0f}",
         },
     )
-    section.notes = [f"Left out: {form}: {why}." for form, why in lacking.items()]
-    section.notes += [f"Left out: {label}, which failed." for label in taking_part if label not in found]
+    section.notes = [f"Skipped: {form}: {why}." for form, why in missing.items()]
+    section.notes += [f"Skipped: {label}, which failed." for label in selected if label not in results]
     releases = versions(*PACKAGES)
     if PINNED_PYTHON.exists():
         releases |= versions(*PINNED_PACKAGES, python=PINNED_PYTHON)
-    raw = {label: vars(one) for label, one in found.items()}
-    publish(f"loader-{name}", [section], releases=releases, ratios=ratios(found, ours=OURS), raw=raw)
+    raw = {label: vars(one) for label, one in results.items()}
+    publish(f"loader-{name}", [section], releases=releases, ratios=ratios(results, ours=OURS), raw=raw)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""One loader of the benchmark in a process of its own: see ``racing.race`` for what it prints.
+"""One loader of the benchmark in its own process: see ``racing.race`` for what it prints.
 
     python -m benchmarks.loader_contenders race FOLDER NAME SECONDS SLICES
 
-``FOLDER`` is what ``forms.prepare`` made. Every contender visits rows in a random order in batches of 64 on two cores.
+``FOLDER`` is written by ``forms.prepare``. Every contender visits rows in a random order in batches of 64 on two cores.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ import torch
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from benchmarks.forms import ARROW, DICOM, HDF5, LMDB, LZ4, NONE, PNG, ROWS, TAR
-from benchmarks.racing import BATCH, CORES, Opened, for_ever, race, random_batches
+from benchmarks.racing import BATCH, CORES, Opened, forever, race, random_batches
 from ich_prep.dataset.dataset import open_dataset
 from ich_prep.dataset.windows import MAX_HU, MIN_HU
 from ich_train.loader import SliceLoader
 
-BUFFERS = 8  # of a SliceLoader with two threads: three would do here, but would lie in the CPU's cache for a part
-LONG_EPOCH = 1_000_000  # slices: one permutation of the rows after the other
+BUFFERS = 8  # as a SliceLoader with two threads; with only three, some would stay in the CPU's cache
+LONG_EPOCH = 1_000_000  # slices: several permutations of the rows in sequence
 
 
 def ours(path: Path) -> Opened:
     """SliceLoader, two threads."""
     dataset = open_dataset(path)
     loader = SliceLoader(dataset, np.arange(len(dataset)), BATCH, threads=CORES, drop_last=True)
-    return (batch.images for batch in for_ever(loader)), dataset.read
+    return (batch.images for batch in forever(loader)), dataset.read
 
 
 def memmap_gather(path: Path) -> Opened:
@@ -42,19 +42,19 @@ def memmap_gather(path: Path) -> Opened:
     rows = np.load(path, mmap_mode="r")
 
     def gather() -> Iterator[np.ndarray]:
-        wanted = random_batches(len(rows))
+        indices = random_batches(len(rows))
         buffers = [np.empty((BATCH, *rows.shape[1:]), rows.dtype) for _ in range(BUFFERS)]
         with ThreadPoolExecutor(CORES) as pool:
 
             def start(number: int) -> Any:
-                return pool.submit(rows.take, next(wanted), 0, buffers[number % len(buffers)], "clip")
+                return pool.submit(rows.take, next(indices), 0, buffers[number % len(buffers)], "clip")
 
             pending = [start(number) for number in range(CORES)]
             for number in itertools.count(CORES):
                 yield pending.pop(0).result()
                 pending.append(start(number))
 
-    return gather(), lambda wanted: rows[wanted]
+    return gather(), lambda indices: rows[indices]
 
 
 def tensorstore(path: Path) -> Opened:
@@ -62,35 +62,35 @@ def tensorstore(path: Path) -> Opened:
     import tensorstore as ts
 
     context = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "data_copy_concurrency": {"limit": CORES}})
-    place = {"driver": "file", "path": str(path / "images")}
-    array = ts.open({"driver": "zarr3", "kvstore": place}, context=context, read=True).result()
+    kvstore = {"driver": "file", "path": str(path / "images")}
+    array = ts.open({"driver": "zarr3", "kvstore": kvstore}, context=context, read=True).result()
 
     def read() -> Iterator[np.ndarray]:
-        wanted = random_batches(array.shape[0])
-        pending = [array[next(wanted)].read() for _ in range(CORES)]
+        indices = random_batches(array.shape[0])
+        pending = [array[next(indices)].read() for _ in range(CORES)]
         while True:
             yield pending.pop(0).result()
-            pending.append(array[next(wanted)].read())
+            pending.append(array[next(indices)].read())
 
-    return read(), lambda wanted: array[wanted].read().result()
+    return read(), lambda indices: array[indices].read().result()
 
 
 def zarr_python(path: Path) -> Opened:
-    """zarr-python over the same shards: two threads, each a batch, a slice at a time, which is faster than ``oindex``."""
+    """zarr-python over the same shards: two threads with one batch each, slice by slice, which is faster than ``oindex``."""
     import zarr
 
     array = zarr.open_array(path / "images", mode="r")
 
-    def read(wanted: np.ndarray) -> np.ndarray:
-        return np.stack([array[row] for row in wanted.tolist()])
+    def read(indices: np.ndarray) -> np.ndarray:
+        return np.stack([array[row] for row in indices.tolist()])
 
     def batches() -> Iterator[np.ndarray]:
-        wanted = random_batches(array.shape[0])
+        indices = random_batches(array.shape[0])
         with ThreadPoolExecutor(CORES) as pool:
-            pending = [pool.submit(read, next(wanted)) for _ in range(CORES)]
+            pending = [pool.submit(read, next(indices)) for _ in range(CORES)]
             while True:
                 yield pending.pop(0).result()
-                pending.append(pool.submit(read, next(wanted)))
+                pending.append(pool.submit(read, next(indices)))
 
     return batches(), read
 
@@ -105,7 +105,7 @@ def with_zarrs(path: Path) -> Opened:
 
 
 class ArrayRows(Dataset[torch.Tensor]):
-    """Rows of an array in a file, which each worker process opens for itself."""
+    """Rows of an array in a file, which each worker process opens separately."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -132,7 +132,7 @@ class MemmapRows(ArrayRows):
 
 
 class Hdf5Rows(ArrayRows):
-    """Rows of an HDF5 array, a chunk a row, compressed as h5py does it fastest (lzf with shuffle)."""
+    """Rows of an HDF5 array, one chunk per row, with h5py's fastest compression (lzf with shuffle)."""
 
     @cached_property
     def rows(self) -> Any:
@@ -145,7 +145,7 @@ class Hdf5Rows(ArrayRows):
 
 
 def form_of(folder: Path) -> tuple[int, tuple[int, ...], np.dtype[Any]]:
-    """Return how many slices there are, their shape and dtype: for forms that hold bytes alone."""
+    """Return how many slices there are, their shape and dtype: for forms that contain only bytes."""
     rows = np.load(folder / ROWS, mmap_mode="r")
     return len(rows), rows.shape[1:], rows.dtype
 
@@ -172,7 +172,7 @@ class LmdbRows(Dataset[torch.Tensor]):
 
 
 def web_dataset(path: Path) -> Opened:
-    """WebDataset over tar files of plain bytes, in a DataLoader with two workers; it shuffles a buffer of 1,000, no more."""
+    """WebDataset over tar files of plain bytes, in a DataLoader with two workers; it shuffles a buffer of 1,000 slices."""
     import webdataset
 
     shards = sorted(map(str, path.glob("*.tar")))
@@ -185,15 +185,15 @@ def web_dataset(path: Path) -> Opened:
     samples = dataset.shuffle(1000).map(decode)
     batches = DataLoader(samples, BATCH, num_workers=CORES, drop_last=True, persistent_workers=True)
 
-    def first(wanted: np.ndarray) -> np.ndarray:
+    def first(indices: np.ndarray) -> np.ndarray:
         plain = webdataset.WebDataset(shards, shardshuffle=False, nodesplitter=None).map(decode)
-        return torch.stack(list(itertools.islice(plain, len(wanted)))).numpy()
+        return torch.stack(list(itertools.islice(plain, len(indices)))).numpy()
 
-    return for_ever(batches), first
+    return forever(batches), first
 
 
 class PngRows(Dataset[torch.Tensor]):
-    """One PNG a slice: three channels of 8 bits, or one of 16."""
+    """One PNG per slice: three channels of 8 bits, or one of 16."""
 
     def __init__(self, path: Path) -> None:
         self.folder = path
@@ -216,7 +216,7 @@ def data_loader(rows: Dataset[torch.Tensor], collate_fn: Callable[[Any], Any] | 
     """A DataLoader with two worker processes, shuffling, whose epoch does not end while it is timed."""
     settings = {"num_workers": CORES, "drop_last": True, "collate_fn": collate_fn}
     loader = DataLoader(rows, BATCH, sampler=RandomSampler(rows, num_samples=LONG_EPOCH), **settings)
-    return iter(loader), lambda wanted: torch.stack([rows[int(row)] for row in wanted]).numpy()
+    return iter(loader), lambda indices: torch.stack([rows[int(row)] for row in indices]).numpy()
 
 
 class DicomRows(Dataset[torch.Tensor]):

@@ -1,4 +1,4 @@
-"""Interleaved repeats at both settings of malloc, medians and spread, and results as tables and JSON."""
+"""Interleaved repeats at two malloc settings, medians and spread, and results as tables and JSON."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from ich_prep.execute import MALLOC_ENVIRONMENT, ONE_THREAD
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 BEFORE = RESULTS / "before"
-MOST_STOLEN = 0.03
+MAX_STOLEN = 0.03
 
 Run = dict[str, Any]  # what a contender prints: its "rate" in slices/s, and more
 
 
 @dataclass
-class Found:
-    """What one contender reached: its runs at the better setting of malloc, and one run at the other."""
+class Result:
+    """The result of one contender: its runs at the better malloc setting, and one run at the other."""
 
     runs: list[Run] = field(default_factory=list)
     raised: bool = False
@@ -55,18 +55,18 @@ class Found:
 
 def compete(
     contenders: Mapping[str, Callable[[bool], Run]], repeats: int, *, both_settings: bool = True
-) -> dict[str, Found]:
+) -> dict[str, Result]:
     """Run each contender in each of ``repeats`` rounds, A B C A B C, so that drift hits all alike.
 
-    A contender is called with whether glibc's malloc thresholds are to be raised. The first round tries both settings;
-    the others stay with the better one. Without ``both_settings`` all have them raised. One that fails is told and left
-    out. Before the first round the first contender runs once for nobody: whoever is first finds a machine that rested.
+    A contender's argument says whether to raise glibc's malloc thresholds. The first round tries both settings; the
+    others keep the better one. Without ``both_settings`` they are always raised. A contender that fails is reported and
+    skipped. The first contender has one uncounted warm-up run: the first process finds an idle machine.
     """
-    found = {name: Found(raised=not both_settings) for name in contenders}
-    with contextlib.suppress(RuntimeError):  # it fails again when it counts
+    results = {name: Result(raised=not both_settings) for name in contenders}
+    with contextlib.suppress(RuntimeError):  # it fails again in the first round
         next(iter(contenders.values()))(True)
     for number in range(repeats):
-        for name, one in list(found.items()):
+        for name, one in list(results.items()):
             try:
                 if number == 0 and both_settings:
                     plain, raised = contenders[name](False), contenders[name](True)
@@ -75,9 +75,9 @@ def compete(
                 else:
                     one.runs.append(contenders[name](one.raised))
             except RuntimeError as error:
-                Console(stderr=True).print(f"Left out: {name}: {error}", markup=False)
-                del found[name]
-    return found
+                Console(stderr=True).print(f"Skipped: {name}: {error}", markup=False)
+                del results[name]
+    return results
 
 
 def in_process(
@@ -85,8 +85,8 @@ def in_process(
 ) -> Run:
     """Run ``python -m module arguments`` and return the JSON in the last line that it prints.
 
-    ``raised``: glibc keeps freed memory (see docs/benchmarks.md). Libraries use one thread a process. Raises
-    ``RuntimeError`` with what it said where it fails or takes longer than ``seconds``.
+    ``raised``: glibc keeps freed memory (see docs/benchmarks.md). Libraries use one thread per process. Raises
+    ``RuntimeError`` with its error output if it fails or takes longer than ``seconds``.
     """
     environment = {**os.environ, **ONE_THREAD, **(MALLOC_ENVIRONMENT if raised else {})}
     command = [str(python), "-m", module, *arguments]
@@ -103,14 +103,14 @@ def in_process(
 
 
 def undisturbed(run: Callable[[], Run]) -> Run:
-    """Return what ``run`` gives; where much of the cores was stolen meanwhile, run once more and return the better served.
+    """Return the result of ``run``; if much CPU time was stolen, run once more and return the less disturbed run.
 
-    A hypervisor that gives the cores to others for a while says so (see ``racing.core_time``).
+    A hypervisor reports the CPU time that it gives to other machines (see ``racing.core_time``).
     """
     before = core_time()
     first = run()
     stolen = stolen_since(before)
-    if stolen <= MOST_STOLEN:
+    if stolen <= MAX_STOLEN:
         return first
     before = core_time()
     second = run()
@@ -118,7 +118,7 @@ def undisturbed(run: Callable[[], Run]) -> Run:
 
 
 def machine() -> str:
-    """Return what the figures were taken on."""
+    """Return a description of the machine."""
     model = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),
@@ -127,19 +127,19 @@ def machine() -> str:
 
 
 def versions(*names: str, python: Path | str = sys.executable) -> dict[str, str]:
-    """Return the releases of the named distributions that ``python`` has installed."""
+    """Return the versions of the named distributions that are installed for ``python``."""
     script = (
         "import json, sys; from importlib.metadata import distributions as all\n"
         "print(json.dumps({one.name: one.version for one in all() if one.name in sys.argv[1:]}))"
     )
     done = subprocess.run([str(python), "-c", script, *names], capture_output=True, text=True, check=True)
-    found: dict[str, str] = json.loads(done.stdout)
-    return {name: found[name] for name in names if name in found}
+    installed: dict[str, str] = json.loads(done.stdout)
+    return {name: installed[name] for name in names if name in installed}
 
 
 @dataclass
 class Section:
-    """A table and what stands below it: the form in which results are printed and written."""
+    """A table and the notes below it: the form in which results are printed and written."""
 
     title: str
     header: list[str]
@@ -148,26 +148,26 @@ class Section:
 
 
 def contest(
-    title: str, found: Mapping[str, Found], *, limit: str, ours: str, more: Mapping[str, Callable[[Found], str]]
+    title: str, results: Mapping[str, Result], *, limit: str, ours: str, more: Mapping[str, Callable[[Result], str]]
 ) -> Section:
-    """Return the table of a contest: each rate as a share of the ``limit``'s, and how many times as fast ``ours`` is."""
+    """Return the table of a contest: each rate as a share of the ``limit``'s, and the speed of ``ours`` relative to it."""
     header = ["", "slices/s", "spread", "malloc thresholds", f"of {limit}", f"{ours} is", *more]
     lines = []
-    for name, one in found.items():
-        share, times = ratio(one, found[limit]), ratio(found[ours], one)
+    for name, one in results.items():
+        share, times = ratio(one, results[limit]), ratio(results[ours], one)
         lines.append([name, f"{one.median():,.0f}", one.spread, one.malloc, f"{share:.2f}", f"{times:.2f} x"])
         lines[-1] += [show(one) for show in more.values()]
     return Section(title, header, lines)
 
 
-def ratio(one: Found, other: Found) -> float:
-    """Return how many times as fast ``one`` is as the ``other``: the median over the rounds, which drift leaves alone."""
+def ratio(one: Result, other: Result) -> float:
+    """Return the speed of ``one`` relative to the ``other``: the median over the rounds, which drift does not affect."""
     return statistics.median(mine["rate"] / its["rate"] for mine, its in zip(one.runs, other.runs, strict=True))
 
 
-def ratios(found: Mapping[str, Found], *, ours: str) -> dict[str, float]:
-    """Return how many times as fast ``ours`` is as each of the others."""
-    return {name: ratio(found[ours], one) for name, one in found.items() if name != ours}
+def ratios(results: Mapping[str, Result], *, ours: str) -> dict[str, float]:
+    """Return the speed of ``ours`` relative to each of the others."""
+    return {name: ratio(results[ours], one) for name, one in results.items() if name != ours}
 
 
 def publish(
@@ -178,9 +178,9 @@ def publish(
     ratios: Mapping[str, float] | None = None,
     raw: Any = None,
 ) -> None:
-    """Print ``sections`` and write them to ``results/<name>.json``; what was there moves to ``results/before``.
+    """Print ``sections`` and write them to ``results/<name>.json``; the last results move to ``results/before``.
 
-    ``ratios`` are what a second run must find again (see ``benchmarks.agree``), ``raw`` what the sections were made of.
+    ``ratios`` must be reproduced by a second run (see ``benchmarks.agree``); ``raw`` is the data behind the sections.
     """
     for section in sections:
         table = Table(*section.header, title=section.title, title_justify="left")

@@ -1,9 +1,9 @@
-"""Loaders that need other releases than ours: FFCV, MosaicML Streaming, LitData. They run in a venv of their own.
+"""Loaders that need other library versions: FFCV, MosaicML Streaming, LitData. They run in their own venv.
 
     python -m benchmarks.pinned_contenders write FOLDER/FORM
     python -m benchmarks.pinned_contenders race FOLDER NAME SECONDS SLICES
 
-Nothing of ours is imported but the race. All three hold uncompressed pixels.
+Of this project, only ``racing`` is imported. All three store uncompressed pixels.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.racing import BATCH, CORES, Opened, for_ever, race
+from benchmarks.racing import BATCH, CORES, Opened, forever, race
 
 PIXELS = "rows.npy"
-EPOCHS = 500  # that pass as one
+EPOCHS = 500  # presented as one
 FFCV, MOSAIC, LITDATA = "rows.beton", "mosaic", "litdata"
 
 
 class Rows:
-    """The rows of the memory map beside ``path`` as FFCV's writer wants them."""
+    """The rows of the memory map next to ``path``, with the interface of FFCV's writer."""
 
     def __init__(self, path: Path) -> None:
         self.rows = np.load(path.with_name(PIXELS), mmap_mode="r")
@@ -49,10 +49,10 @@ def write_ffcv(path: Path) -> None:
 
 
 def open_ffcv(path: Path) -> Opened:
-    """FFCV's loader with two threads, its order random, its cache the page cache.
+    """FFCV's loader with two threads, random order, and the page cache as its cache.
 
-    It allocates its buffers at the start of each epoch, which is nothing in an epoch of a real dataset, and much in one
-    of sixty batches: so one epoch here is many.
+    It allocates its buffers at the start of each epoch. That is negligible for a real dataset, but not for sixty batches:
+    so many epochs are presented as one.
     """
     import torch
     from ffcv.fields.decoders import IntDecoder, NDArrayDecoder
@@ -65,15 +65,15 @@ def open_ffcv(path: Path) -> Opened:
     def loader(order: Any, drop_last: bool) -> Any:
         return Loader(str(path), BATCH, CORES, True, order, drop_last=drop_last, pipelines=pipelines)
 
-    def read(wanted: np.ndarray) -> np.ndarray:
+    def read(indices: np.ndarray) -> np.ndarray:
         first = next(iter(loader(OrderOption.SEQUENTIAL, False)))[0].numpy()
-        return first[wanted]
+        return first[indices]
 
     batches = loader(OrderOption.RANDOM, True)
     order = np.concatenate([batches.traversal_order.sample_order(epoch) for epoch in range(EPOCHS)])
     batches.first_traversal_order = order
     batches.next_traversal_order = lambda: order
-    return (images for images, _ in for_ever(batches)), read
+    return (images for images, _ in forever(batches)), read
 
 
 def write_mosaic(path: Path) -> None:
@@ -96,7 +96,7 @@ def open_mosaic(path: Path) -> Opened:
     loader = torch.utils.data.DataLoader(
         dataset, BATCH, num_workers=CORES, drop_last=True, persistent_workers=True, collate_fn=_stack
     )
-    return for_ever(loader), lambda wanted: np.stack([dataset[int(row)]["image"] for row in wanted])
+    return forever(loader), lambda indices: np.stack([dataset[int(row)]["image"] for row in indices])
 
 
 def _stack(samples: list[dict[str, np.ndarray]]) -> Any:
@@ -131,11 +131,11 @@ def open_litdata(path: Path) -> Opened:
         dataset, batch_size=BATCH, num_workers=CORES, drop_last=True, persistent_workers=True
     )
 
-    def read(wanted: np.ndarray) -> np.ndarray:
+    def read(indices: np.ndarray) -> np.ndarray:
         plain = litdata.StreamingDataset(str(path), shuffle=False)
-        return np.stack([plain[int(row)]["image"] for row in wanted])
+        return np.stack([plain[int(row)]["image"] for row in indices])
 
-    return (batch["image"] for batch in for_ever(loader)), read
+    return (batch["image"] for batch in forever(loader)), read
 
 
 def _one_by_one(open_: Callable[[Path], Opened], path: Path) -> Opened:
@@ -152,10 +152,10 @@ CONTENDERS: dict[str, tuple[str, Callable[[Path], Opened]]] = {
 }
 
 
-def _let_torchvision_import() -> None:
-    """Declare two operators that torchvision's compiled part would bring, where that part does not fit the torch here.
+def _make_torchvision_importable() -> None:
+    """Declare two operators of torchvision's compiled part if that part does not match the installed torch.
 
-    Two of the three import torchvision, and use nothing of it here.
+    Two of the three import torchvision without using it here.
     """
     import torch
 
@@ -165,16 +165,16 @@ def _let_torchvision_import() -> None:
         library = torch.library.Library("torchvision", "DEF")
         library.define("nms(Tensor a, Tensor b, float c) -> Tensor")
         library.define("qnms(Tensor a, Tensor b, float c) -> Tensor")
-        globals()["_library"] = library  # it is withdrawn when collected
+        globals()["_library"] = library  # the operators are removed when it is garbage-collected
         for name in [name for name in sys.modules if name.startswith("torchvision")]:
             del sys.modules[name]
 
 
 def main() -> None:
-    what, place, *rest = sys.argv[1:]
-    path = Path(place)
-    _let_torchvision_import()
-    if what == "write":
+    command, location, *rest = sys.argv[1:]
+    path = Path(location)
+    _make_torchvision_importable()
+    if command == "write":
         shutil.rmtree(path, ignore_errors=True)
         FORMS[path.name](path)
         print(json.dumps({}))

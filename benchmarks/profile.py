@@ -2,7 +2,7 @@
 
     python -m benchmarks.profile [--data bench-data]
 
-They lie in ``benchmarks/profiles``.
+They are written to ``benchmarks/profiles``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PROFILES = Path(__file__).parent / "profiles"
 
 
 def record(name: str, module: str, *arguments: object) -> None:
-    """Run ``python -m module arguments`` under py-spy, its children and what runs in native code included."""
+    """Run ``python -m module arguments`` under py-spy, including child processes and native code."""
     target = PROFILES / f"{name}.svg"
     spy = Path(sys.executable).with_name("py-spy")
     command = [spy, "record", "--output", target, "--rate", 50, "--subprocesses", "--native", "--"]

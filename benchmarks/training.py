@@ -1,9 +1,9 @@
-"""Does training keep a GPU as busy as batches that lie on it already? What do other settings and other loaders leave of it?
+"""Does training keep a GPU as busy as with batches already on it? How do other settings and other loaders compare?
 
     python -m benchmarks.training [--question resnet50-256] [--seconds 3] [--repeats 5] [--data bench-data]
 
-Needs a GPU. All contenders take the very steps of ``ich-train run`` (augmentation, network, loss, gradients, update) in one
-process on two cores, which also read the data.
+Needs a GPU. All contenders run the step of ``ich-train run`` (augmentation, network, loss, gradients, update) in one process
+on two cores, which also read the data.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from benchmarks.files import cohort
 from benchmarks.forms import LZ4, PNG, ROWS, prepare
 from benchmarks.loader_contenders import LONG_EPOCH, MemmapRows, PngRows
-from benchmarks.measure import Found, Run, Section, compete, publish, ratio, ratios, versions
+from benchmarks.measure import Result, Run, Section, compete, publish, ratio, ratios, versions
 from benchmarks.racing import BATCH, CORES
 from ich_prep.dataset.classes import RSNA_CLASSES
 from ich_prep.dataset.dataset import open_dataset
@@ -44,7 +44,7 @@ RESIDENT = 8  # batches
 
 @dataclass(frozen=True)
 class Question:
-    """What is trained on what: also from other loaders' batches where these hold all of it, and also compiled or not."""
+    """What is trained, and on what; ``peers``: also with other loaders; ``compiled``: also with ``torch.compile``."""
 
     title: str
     size: int
@@ -70,7 +70,7 @@ COMPILED, COMPILED_LIMIT = "ich-train, compile = true", "batches that lie on the
 
 
 class Resident:
-    """The same few batches on the GPU, again and again."""
+    """The same few batches on the GPU, repeated endlessly."""
 
     wait_seconds = 0.0
 
@@ -82,7 +82,7 @@ class Resident:
 
 
 class Fed:
-    """The batches of a DataLoader with two worker processes, pinned. It knows no labels: they are all 0."""
+    """The pinned batches of a DataLoader with two worker processes; all labels are 0."""
 
     def __init__(self, rows: Any) -> None:
         self.loader = DataLoader(
@@ -106,7 +106,7 @@ class Fed:
 
 
 def pace(session: Session, source: Any, seconds: float) -> Run:
-    """Return slices/s of a training that takes the batches of ``source``, and the share of the time it waits for them."""
+    """Return slices/s of training on the batches of ``source``, and the share of the time spent waiting for them."""
     device = session.ranks.device
     session.model.train()
     taken, start, waited = 0, 0.0, 0.0
@@ -116,11 +116,11 @@ def pace(session: Session, source: Any, seconds: float) -> Run:
             taken, start, waited = 0, time.perf_counter(), source.wait_seconds
         if number > WARM_STEPS and time.perf_counter() - start > seconds:
             _settle(device)
-            passed = time.perf_counter() - start  # before the workers of a DataLoader end
+            elapsed = time.perf_counter() - start  # before the workers of a DataLoader end
             break
         session.step(batch.images, batch.labels, rate=1e-4, seed=number)
         taken += len(batch.rows)
-    return {"rate": taken / passed, "waiting": (source.wait_seconds - waited) / passed}
+    return {"rate": taken / elapsed, "waiting": (source.wait_seconds - waited) / elapsed}
 
 
 def _settle(device: torch.device) -> None:
@@ -129,14 +129,14 @@ def _settle(device: torch.device) -> None:
 
 
 def contenders(question: Question, folder: Path, seconds: float, ranks: Ranks) -> dict[str, Callable[[bool], Run]]:
-    """Return who takes part, each of them compiled, recorded and ready."""
+    """Return the contenders, compiled, with CUDA graphs recorded."""
     dataset = open_dataset(folder / LZ4)
 
     def training(**changed: Any) -> Session:
         settings = TrainConfig.model_validate({"batch_size": BATCH, "threads": CORES} | question.settings | changed)
         return prepare_training(dataset, settings, ranks, weights=None)
 
-    usual, launched = training(), training(cuda_graph=False)
+    usual, without_graph = training(), training(cuda_graph=False)
     rows = np.resize(usual.loader.rows, LONG_EPOCH)
     loader = SliceLoader(dataset, rows, BATCH, threads=CORES, context=usual.settings.context, drop_last=True)
     resident = Resident(
@@ -148,7 +148,7 @@ def contenders(question: Question, folder: Path, seconds: float, ranks: Ranks) -
     pairs: dict[str, tuple[Session, Any]] = {
         LIMIT: (usual, resident),
         OURS: (usual, loader),
-        "ich-train, cuda_graph = false": (launched, loader),
+        "ich-train, cuda_graph = false": (without_graph, loader),
     }
     if question.compiled:
         compiled = training(compile=True)
@@ -168,17 +168,17 @@ def _in_turn(session: Session, source: Any, seconds: float, raised: bool) -> Run
 
 
 def stay_on(cores: set[int]) -> None:
-    """Keep all threads of this process, and what they start, on ``cores``."""
+    """Pin all threads of this process, and those they start, to ``cores``."""
     for thread in Path("/proc/self/task").iterdir():
         os.sched_setaffinity(int(thread.name), cores)
 
 
-def table(question: Question, found: dict[str, Found]) -> Section:
+def table(question: Question, results: dict[str, Result]) -> Section:
     lines = []
-    for name, one in found.items():
-        limit = found[COMPILED_LIMIT if name in (COMPILED, COMPILED_LIMIT) else LIMIT]
+    for name, one in results.items():
+        limit = results[COMPILED_LIMIT if name in (COMPILED, COMPILED_LIMIT) else LIMIT]
         waiting = statistics.median(run["waiting"] for run in one.runs)
-        shares = f"{ratio(one, limit):.2f}", f"{ratio(one, found[OURS]):.2f} x"
+        shares = f"{ratio(one, limit):.2f}", f"{ratio(one, results[OURS]):.2f} x"
         lines.append([name, f"{one.median():,.0f}", one.spread, *shares, f"{waiting:.1%}"])
     header = ["", "slices/s", "spread", "of batches on the GPU", f"of {OURS}", "waiting for data"]
     return Section(f"Training on {torch.cuda.get_device_name()}, two cores: {question.title}", header, lines)
@@ -192,28 +192,28 @@ def main(
     data: Path = Path("bench-data"),
 ) -> None:
     if not torch.cuda.is_available():
-        print("No GPU was found: nothing was trained, and the results of the last GPU stay.")
+        print("No GPU was found: nothing was trained, and the last results are kept.")
         return
     data = data.absolute()
     tree = cohort(data, slices=slices)
     everywhere = os.sched_getaffinity(0)
     for name in track(question or list(QUESTIONS), "training", transient=True):
-        asked = QUESTIONS[name]
-        only = {LZ4, ROWS, PNG} if asked.peers else {LZ4}
-        folder, _ = prepare(data, tree, size=asked.size, store=asked.store, only=only)
+        chosen = QUESTIONS[name]
+        only = {LZ4, ROWS, PNG} if chosen.peers else {LZ4}
+        folder, _ = prepare(data, tree, size=chosen.size, store=chosen.store, only=only)
         with join_ranks("cuda") as ranks, own_stream(ranks.device):
-            ready = contenders(asked, folder, seconds, ranks)
+            ready = contenders(chosen, folder, seconds, ranks)
             stay_on(set(sorted(everywhere)[:CORES]))
-            found = compete(ready, repeats, both_settings=False)
+            results = compete(ready, repeats, both_settings=False)
             stay_on(everywhere)
         publish(
             f"training-{name}",
-            [table(asked, found)],
+            [table(chosen, results)],
             releases=versions("torch", "numpy", "numcodecs"),
-            ratios=ratios(found, ours=OURS),
-            raw={label: one.runs for label, one in found.items()},
+            ratios=ratios(results, ours=OURS),
+            raw={label: one.runs for label, one in results.items()},
         )
-        del ready, found
+        del ready, results
         torch.cuda.empty_cache()
 
 

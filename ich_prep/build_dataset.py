@@ -66,7 +66,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Allowances:
-    """Which problems of the labels do not end the build, and the largest share of damaged files."""
+    """Label problems that do not stop the build, and the largest share of damaged files."""
 
     unlabelled: bool = False
     missing_images: bool = False
@@ -87,24 +87,24 @@ def build(
     allow: Allowances | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
-    """Build the dataset ``out`` from the DICOM files in ``src``, or resume a build that was stopped.
+    """Build the dataset ``out`` from the DICOM files in ``src``, or resume an interrupted build.
 
-    ``src`` is a folder or a zip archive, or several of them, whose files then have paths below the name of each.
+    ``src`` is a folder or a zip archive, or several of them: then each path starts with the name of its folder or archive.
     ``labels`` is a label file instead of the one in the tree. ``build_dir`` is the working folder, which keeps what a
-    resume needs (default: ``out`` with ``.build`` appended). ``workers`` are local processes (default: one a core; 0:
-    all in this process), ``scheduler`` the address of a Dask cluster whose workers see all folders under the same
+    resume needs (default: ``out`` with ``.build`` appended). ``workers`` are local processes (default: one per core;
+    0: all in this process), ``scheduler`` the address of a Dask cluster whose workers see all folders under the same
     paths. Raises ``SourceError``, ``BuildError`` or ``UsageError``; finished work is kept for the next run.
     """
-    given = [src] if isinstance(src, str | Path) else src
-    places, out = [local_path(one, "--src").absolute() for one in given], local_path(out, "--out").absolute()
+    paths = [src] if isinstance(src, str | Path) else src
+    sources, out = [local_path(path, "--src").absolute() for path in paths], local_path(out, "--out").absolute()
     folder = build_folder(out, build_dir)
     spec, allow, progress = spec or Spec(), allow or Allowances(), progress or NoProgress()
     count = default_workers() if workers is None else workers
     seconds: dict[str, float] = {}
     check_layout(spec)
     native.require()
-    source = open_source(places)
-    check_output_folder(out, folder, places, overwrite=overwrite)
+    source = open_source(sources)
+    check_output_folder(out, folder, sources, overwrite=overwrite)
     with Pool(workers=count, scheduler=scheduler, modules=TASK_MODULES) as pool:
         with _timed(seconds, "list"):
             listing = source.list()
@@ -133,10 +133,10 @@ def build(
                 progress.say(f"Labels: {note}.")
             with _timed(seconds, "start workers"):
                 importlib.import_module("zarr")  # publishing needs it: loaded while the workers start
-                pool.check_workers(*places, out, folder.path, say=progress.say)
+                pool.check_workers(*sources, out, folder.path, say=progress.say)
             if state.plan is None:
                 with _timed(seconds, "scan"):
-                    scanned = _scan(pool, folder, places, listing, progress)
+                    scanned = _scan(pool, folder, sources, listing, progress)
                 with _timed(seconds, "plan"):
                     plan = make_plan(scanned, assignment=layout.assign(scanned, listing.name), labels=table, spec=spec)
                     hint = f"{folder.scan} lists them. Fix what can be fixed and run the same command again"
@@ -144,11 +144,11 @@ def build(
                     _check_labels(plan, table, folder, allow, progress)
                     state = _write_plan(folder, state, plan)
                 log("planned", slices=len(plan.slices), quarantined=len(plan.quarantine))
-                del scanned, plan  # a line for each file, of which the shards need none
+                del scanned, plan  # one line per file: memory that writing shards does not need
             assert state.plan is not None
             with _timed(seconds, "shards"):
                 _write_keys(folder, listing)
-                _write_shards(pool, out, folder, places, state.plan, progress)
+                _write_shards(pool, out, folder, sources, state.plan, progress)
             with _timed(seconds, "publish"):
                 tables = collect_tables(out, folder, state)
                 hint = (
@@ -217,7 +217,7 @@ def _log(path: Path, event: str, **values: object) -> None:
 def _start_or_resume(out: Path, folder: BuildFolder, state: State, listing: Listing) -> State:
     """Return the state of a build in progress, or start one: the listing first, the state that names it last.
 
-    A build without a plan takes the current spec, files and labels, and keeps the headers of files listed as before.
+    A build without a plan takes the current spec, files and labels, and keeps the headers of unchanged files.
     """
     if folder.state.exists():
         before = read_state(folder)
@@ -234,19 +234,19 @@ def _start_or_resume(out: Path, folder: BuildFolder, state: State, listing: List
 
 
 def _drop_stale_headers(folder: BuildFolder, listing: Listing, *, drop_all: bool) -> None:
-    """Delete the headers of each batch whose files are no longer listed as they were, or of every batch."""
+    """Delete the headers of each batch whose files changed, or of every batch."""
     before = read_parquet(folder.files)
     for batch in ledger.done(folder.scan, suffix=".parquet"):
-        begin = batch * FILES_PER_BATCH
-        old, new = (files.slice(begin, FILES_PER_BATCH) for files in (before, listing.files))
+        start = batch * FILES_PER_BATCH
+        old, new = (files.slice(start, FILES_PER_BATCH) for files in (before, listing.files))
         if drop_all or not old.equals(new):
             folder.batch(batch).unlink()
 
 
-def _scan(pool: Pool, folder: BuildFolder, places: Sequence[Path], listing: Listing, progress: Progress) -> pa.Table:
-    """Return the headers of all files, in the order of the listing; reads those that no earlier run has read.
+def _scan(pool: Pool, folder: BuildFolder, sources: Sequence[Path], listing: Listing, progress: Progress) -> pa.Table:
+    """Return the headers of all files, in the order of the listing; read those that no earlier run has read.
 
-    Batches in which an earlier run found damage are read again: it may be fixed since.
+    Batches in which an earlier run found damage are read again: it may have been fixed.
     """
     batches = range(-(-len(listing.files) // FILES_PER_BATCH))
     done = {
@@ -256,7 +256,7 @@ def _scan(pool: Pool, folder: BuildFolder, places: Sequence[Path], listing: List
     }
     already = sum(min(FILES_PER_BATCH, len(listing.files) - batch * FILES_PER_BATCH) for batch in done)
     progress.begin("Reading headers", len(listing.files), "files", already)
-    task = partial(scan_batch, str(folder.path), tuple(map(str, places)))
+    task = partial(scan_batch, str(folder.path), tuple(map(str, sources)))
     for _, (slices, quarantined) in pool.map(task, [batch for batch in batches if batch not in done]):
         progress.advance(slices + quarantined, quarantined)
     progress.end()
@@ -268,7 +268,7 @@ def _any_damage(reasons: pa.ChunkedArray) -> bool:
 
 
 def _check_labels(plan: Plan, labels: LabelTable, folder: BuildFolder, allow: Allowances, progress: Progress) -> None:
-    """Raise ``SourceError`` where labels and slices do not fit; all cases are listed in ``label_problems.parquet``."""
+    """Raise ``SourceError`` if labels and slices do not match; list all cases in ``label_problems.parquet``."""
     problems = {
         "unlabelled": (plan.unlabelled, allow.unlabelled),
         "missing_image": (plan.without_image, allow.missing_images),
@@ -291,14 +291,14 @@ def _check_labels(plan: Plan, labels: LabelTable, folder: BuildFolder, allow: Al
         what, remedy = messages[problem]
         text = f"{len(keys)} {what} (for example {keys[0].as_py()}; all are listed in {path})"
         if not allowed:
-            raise SourceError(f"Labels and images do not fit: {text}. Either {remedy}.")
+            raise SourceError(f"Labels and images do not match: {text}. Either {remedy}.")
         progress.say(f"Labels: {text}; allowed.")
 
 
 def _check_damage(quarantine: pa.Table, found: int, allow: Allowances, hint: str) -> None:
-    """Raise ``BuildError`` where more of the found files are damaged than allowed.
+    """Raise ``BuildError`` if more files are damaged than allowed.
 
-    ``hint`` says where they are listed, and how to continue once they are fixed.
+    ``hint`` says where they are listed and how to continue.
     """
     lines = [line for line in quarantine.to_pylist() if Reason(line["reason"]).is_damage]
     damaged = Counter(line["reason"] for line in lines)
@@ -313,7 +313,7 @@ def _check_damage(quarantine: pa.Table, found: int, allow: Allowances, hint: str
 
 
 def _write_plan(folder: BuildFolder, state: State, plan: Plan) -> State:
-    """Write the plan, one row group a shard, and the state that names its digest, last."""
+    """Write the plan, one row group per shard, and the state that names its digest, last."""
     if not len(plan.slices):
         counts = Counter(plan.quarantine["reason"].to_pylist())
         raise SourceError(
@@ -333,9 +333,9 @@ def _write_plan(folder: BuildFolder, state: State, plan: Plan) -> State:
 
 
 def _write_keys(folder: BuildFolder, listing: Listing) -> None:
-    """Write by which keys the source has the files of the plan, one row group a shard.
+    """Write the source keys of the planned files, one row group per shard.
 
-    They are not part of the plan: between two runs a folder may become an archive, or be packed anew.
+    They are not part of the plan: between two runs a folder may become an archive, or be repacked.
     """
     with pq.ParquetFile(folder.plan) as plan:
         metadata = plan.metadata
@@ -348,11 +348,11 @@ def _write_keys(folder: BuildFolder, listing: Listing) -> None:
 
 
 def _write_shards(
-    pool: Pool, out: Path, folder: BuildFolder, places: Sequence[Path], digest: str, progress: Progress
+    pool: Pool, out: Path, folder: BuildFolder, sources: Sequence[Path], digest: str, progress: Progress
 ) -> None:
     """Write every shard that is not done.
 
-    A shard is recorded in the ledger when it is on disk. Threads here wait for that, while the workers continue.
+    A shard is recorded in the ledger when it is on disk. Threads of this process wait for that; the workers continue.
     """
     plan = pq.ParquetFile(folder.plan).metadata
     sizes = [plan.row_group(number).num_rows for number in range(plan.num_row_groups)]
@@ -361,7 +361,7 @@ def _write_shards(
         if number not in done:
             clear_leftovers(shard_path(out, number))
     progress.begin("Writing slices", plan.num_rows, "slices", sum(sizes[number] for number in done))
-    task = partial(write_shard, str(out), str(folder.path), tuple(map(str, places)), digest)
+    task = partial(write_shard, str(out), str(folder.path), tuple(map(str, sources)), digest)
     with ThreadPoolExecutor(SYNC_THREADS, thread_name_prefix="sync") as syncers:
         pending = deque[Future[None]]()
         for number, report in pool.map(task, [number for number in range(len(sizes)) if number not in done]):
@@ -375,7 +375,7 @@ def _write_shards(
 
 
 def _is_done(out: Path, folder: BuildFolder, number: int, digest: str) -> bool:
-    """Return whether shard ``number`` is as its entry of this plan records, without slices that a retry may read."""
+    """Return whether shard ``number`` is as this plan's entry records, and has no slice that a retry might fix."""
     report = ShardReport.from_json(ledger.read(folder.done, number))
     statuses = {row.status for row in report.rows} - {OK}
     intact = report.plan == digest and size_of(shard_path(out, number)) == report.bytes

@@ -59,7 +59,7 @@ def synth(
     size: Annotated[int, typer.Option(help="Rows and columns of a slice.")] = 512,
     layout: Annotated[str, typer.Option(help="rsna, cq500 or folder.")] = "rsna",
     defects: Annotated[bool, typer.Option("--defects", help="Add each known defect of real data.")] = False,
-    workers: Annotated[int | None, typer.Option(min=0, help="Processes; 0: this one. [default: one a core]")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes; 0: this one. [default: one per core]")] = None,
 ) -> None:
     """Write a synthetic cohort of head CT: real DICOM files and their labels."""
     from ich_prep.dataset.storage import local_path
@@ -80,9 +80,7 @@ def build(
     *,
     src: Annotated[list[Path], typer.Option(help="Folder or zip archive with the DICOM files; may be repeated.")],
     out: Annotated[Path, typer.Option(help="The dataset to build, or to resume.")],
-    recipe: Annotated[
-        Path | None, typer.Option(help="TOML file whose [build] holds any of these; options win.")
-    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="TOML file whose [build] sets any of these; options win.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing dataset or build.")] = False,
     given: dict[str, Any],
 ) -> None:

@@ -25,7 +25,7 @@ def options_from(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return a decorator that gives a Typer command an option for each field ``names`` of ``model`` (none: for all).
 
-    The command gets those that stand on the command line as the dict of its parameter ``into``, to be validated by the
+    The command gets those given on the command line as the dict of its parameter ``into``, to be validated by the
     model, with values from elsewhere beside them. Several decorators may fill several parameters. ``default`` is what
     the help texts say instead of the model's defaults. A Typer option is declared with a number's range and a literal's
     choices; fields of other types than those, text, paths and booleans are passed as text, which the model must parse.

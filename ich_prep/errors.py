@@ -4,13 +4,13 @@
 
     IchError                      shown to the user as one message, exit code 1
     ├── UsageError                an invalid command, recipe or argument (exit code 2)
-    ├── SourceError               a source tree that no layout recognises, or labels that do not fit it
-    ├── BuildError                a build that cannot continue: other spec, too much quarantined, a task that keeps dying
+    ├── SourceError               a source tree that no layout recognises, or labels that do not match it
+    ├── BuildError                a build that cannot continue: another spec, too many damaged files, a failing task
     ├── DatasetError              a directory that is not a finished dataset of a version this code reads
     │   └── CorruptionError       a dataset whose bytes are not the ones that were written
     ├── InterruptError            Ctrl-C, with how to resume (exit code 130)
     ├── TrainError                a training run that cannot start or continue
-    └── SliceError                one file or slice to quarantine; carries its reason
+    └── SliceError                one file or slice to quarantine, with the reason
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Reason(StrEnum):
     LOCALIZER = "localizer"  # a scout
     DERIVED = "derived"  # secondary capture, dose page, screen save, a reconstruction of other slices
     NO_PIXELS = "no_pixels"  # a CT header without PixelData
-    MULTI_FRAME = "multi_frame"  # more than one frame where one slice is meant
+    MULTI_FRAME = "multi_frame"  # more than one frame; expected one slice
     NOT_MONOCHROME = "not_monochrome"  # colour or palette
     BAD_HEADER = "bad_header"  # a required attribute is missing or has an impossible value
     UNSUPPORTED_SYNTAX = "unsupported_syntax"  # a transfer syntax without a decoder here
@@ -43,15 +43,15 @@ class Reason(StrEnum):
     TOO_LARGE = "too_large"  # dimensions or an inflated size beyond what a CT slice can be
     # Found while planning.
     DUPLICATE = "duplicate"  # a second file with the same SOP Instance UID
-    SCAN_TYPE = "scan_type"  # a contrast, bone or reformatted series that the layout leaves out
+    SCAN_TYPE = "scan_type"  # a contrast, bone or reformatted series that the layout excludes
     # Found while decoding.
     CHANGED = "changed"  # the file is not the one whose header was read
     DECODE_FAILED = "decode_failed"  # the decoder refused the pixel data
-    DECODER_DIED = "decoder_died"  # the decoder crashed, or ran out of its time or memory
+    DECODER_DIED = "decoder_died"  # the decoder crashed, timed out or ran out of memory
 
     @property
     def is_damage(self) -> bool:
-        """Whether a slice was lost: false for files that never were slices of the dataset, and for duplicates."""
+        """Whether a slice was lost: false for files that were never slices of the dataset, and for duplicates."""
         return self not in _NO_DAMAGE
 
     @property
@@ -76,7 +76,7 @@ class UsageError(IchError):
 
 
 class SourceError(IchError):
-    """A source tree that no layout recognises, or labels that do not fit the files."""
+    """A source tree that no layout recognises, or labels that do not match the files."""
 
 
 class BuildError(IchError):
@@ -88,7 +88,7 @@ class DatasetError(IchError):
 
 
 class CorruptionError(DatasetError):
-    """A dataset whose bytes are not the ones that were written; the text names the file and, where known, the row."""
+    """A dataset whose bytes are not the ones that were written; the text names the file and, if known, the row."""
 
 
 class InterruptError(IchError):
@@ -100,7 +100,7 @@ class TrainError(IchError):
 
 
 def describe_os_error(error: OSError) -> str:
-    """Return what the operating system reported, and for which file where that is known."""
+    """Return what the operating system reported, and for which file, if known."""
     where = "" if error.filename is None else f" ({os.fsdecode(error.filename)})"
     return f"{error.strerror or error}{where}"
 
@@ -124,7 +124,7 @@ SIMILARITY = 0.6
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return the one of ``known`` that is most like ``name``, case aside, or "" if none is similar."""
+    """Return the one of ``known`` that is most like ``name``, ignoring case, or "" if none is similar."""
     folded: dict[str, str] = {}
     for candidate in known:
         folded.setdefault(candidate.casefold(), candidate)

@@ -1,7 +1,7 @@
-"""A function over integers on a Dask cluster: bounded, unordered. Dask lives here, and only here.
+"""Run a function over integers on a Dask cluster: bounded, unordered. Dask is imported only here.
 
-Each task carries an integer and returns something small; large data goes through files. Without workers the same function
-runs in this process, in order.
+A task's argument is an integer and its result is small; large data goes through files. Without workers, the function runs
+in this process, in order.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 IN_FLIGHT_PER_WORKER = 3
-# Arrays of a megabyte come and go in every task: keep glibc from handing their pages back to the kernel each time.
+# Each task allocates and frees arrays of a megabyte: keep glibc from returning their pages to the kernel each time.
 MALLOC_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "268435456", "MALLOC_TRIM_THRESHOLD_": "1073741824"}
-# By default Dask profiles itself and checks its memory 160 times a second in every process: wasted on half-second tasks.
+# By default Dask profiles itself and checks its memory 160 times a second in every process: too much for half-second tasks.
 QUIET = {
     "distributed.worker.profile.enabled": False,
     "distributed.admin.tick.interval": "1s",
@@ -44,13 +44,13 @@ _TASK_LOCK = threading.Lock()
 def run(
     task: Callable[[int], T], keys: Sequence[int], *, workers: int, scheduler: str | None = None
 ) -> Iterator[tuple[int, T]]:
-    """Yield ``(key, task(key))`` for each of ``keys`` as they are done; see ``Pool``."""
+    """Yield ``(key, task(key))`` for each of ``keys``, in order of completion; see ``Pool``."""
     with Pool(workers=workers, scheduler=scheduler) as pool:
         yield from pool.map(task, keys)
 
 
 def default_workers() -> int:
-    """Return the number of cores that this process may use, by its affinity and by the quota of its container."""
+    """Return the number of cores that this process may use, by its CPU affinity and its container's quota."""
     from dask.system import cpu_count
 
     return int(cpu_count())
@@ -58,7 +58,7 @@ def default_workers() -> int:
 
 @dataclass
 class Pool:
-    """Workers to run tasks on: ``workers`` local processes, or those of the Dask ``scheduler`` at an address.
+    """Workers to run tasks on: ``workers`` local processes, or those of the Dask ``scheduler`` at that address.
 
     With ``workers`` 0 and no scheduler every task runs in this process. Local processes listen on the loopback
     interface only. They start in the background as soon as the pool is opened; the first ``map`` waits for them. All
@@ -85,9 +85,9 @@ class Pool:
         self._close.close()
 
     def wait_until_started(self) -> int:
-        """Wait until every worker has started; return how many there are (1 where tasks run in this process).
+        """Wait until every worker has started; return how many there are (1 if tasks run in this process).
 
-        0 where the ``scheduler`` has none yet. Raises ``BuildError`` where workers do not start, or no scheduler answers.
+        0 if the ``scheduler`` has none yet. Raises ``BuildError`` if workers do not start, or no scheduler answers.
         """
         if self._starting is None:
             return 1
@@ -100,8 +100,8 @@ class Pool:
     def check_workers(self, *folders: Path, say: Callable[[str], None]) -> None:
         """Wait for a worker of the ``scheduler``, and check that its workers can work on ``folders``.
 
-        ``say`` reports that there is none yet. Raises ``BuildError`` where the scheduler or a worker cannot load what it
-        is sent, has another version of this package or of a library, or does not see one of the folders. Local workers
+        ``say`` reports if there is none yet. Raises ``BuildError`` if the scheduler or a worker cannot load what it is
+        sent, has another version of this package or of a library, or does not see one of the folders. Local workers
         need no check.
         """
         count = self.wait_until_started()
@@ -110,9 +110,9 @@ class Pool:
         if not count:
             say(f"The scheduler {self.scheduler} has no workers yet: waiting for the first.")
         try:
-            self._client.submit(_load, self.modules, pure=False).result()  # where workers come as needed, one comes
+            self._client.submit(_load, self.modules, pure=False).result()  # an adaptive cluster starts a worker
             versions = self._client.run(_load, self.modules)
-        except Exception as error:  # whatever keeps a worker from loading what it is sent
+        except Exception as error:  # unpickling can raise any exception
             raise BuildError(
                 f"The scheduler at {self.scheduler} and its workers cannot load this package ({type(error).__name__}: "
                 f"{error}). Install the version that is installed here, {all_versions()[PACKAGE]}."
@@ -121,8 +121,8 @@ class Pool:
             for name, here in all_versions().items():
                 if installed.get(name) != here:
                     raise BuildError(
-                        f"{worker} of {self.scheduler} has version {installed.get(name)} of {name}, and {here} is "
-                        "installed here: other versions can make other bytes. Install the same version on both."
+                        f"{worker} of {self.scheduler} has {name} {installed.get(name)}, this machine has {here}: "
+                        "different versions can produce different bytes. Install the same version on both."
                     )
         for worker, missing in self._client.run(_missing, folders).items():
             if missing:
@@ -135,7 +135,7 @@ class Pool:
     def map(self, task: Callable[[int], T], keys: Sequence[int]) -> Iterator[tuple[int, T]]:
         """Yield ``(key, task(key))`` as tasks finish; at most a few tasks per worker are in flight at a time.
 
-        What ``task`` raises is raised here. Raises ``BuildError`` where a task kills its worker again and again, or the
+        Exceptions of ``task`` are raised here. Raises ``BuildError`` if a task repeatedly kills its worker, or the
         scheduler is lost.
         """
         workers = max(1, self.wait_until_started())
@@ -147,7 +147,7 @@ class Pool:
 
         client = self._client
         pending = iter(keys)
-        # A scheduler takes equal names for one task, also from two clients: another build's must differ.
+        # A scheduler treats equal keys as one task, even from two clients: another build's must differ.
         prefix = f"{_name(task)}-{uuid.uuid4().hex}"
 
         def submit(key: int) -> Any:
@@ -163,10 +163,10 @@ class Pool:
                 try:
                     result = future.result()
                 except KilledWorker:
-                    # Dask blames every task that the worker held, those that only waited there too.
-                    held = ", ".join(map(str, sorted([key, *names.values()])))
+                    # Dask blames every task assigned to the worker, including those that were only queued.
+                    suspects = ", ".join(map(str, sorted([key, *names.values()])))
                     raise BuildError(
-                        f"A worker was killed four times while running one of these tasks of {_name(task)}: {held}. If "
+                        f"A worker was killed four times while running one of these tasks of {_name(task)}: {suspects}. If "
                         "the kernel log shows that memory ran out, use fewer --workers. To see the failure itself, "
                         "run the same command with --workers 0; finished work is kept."
                     ) from None
@@ -176,10 +176,10 @@ class Pool:
                         "start the scheduler, then run the same command again."
                     ) from None
                 future.release()
-                for following in islice(pending, 1):
-                    more = submit(following)
-                    names[more.key] = following
-                    futures.add(more)
+                for next_key in islice(pending, 1):
+                    submitted = submit(next_key)
+                    names[submitted.key] = next_key
+                    futures.add(submitted)
                 yield key, result
         finally:
             for future in list(futures.futures):
@@ -215,14 +215,14 @@ class Pool:
                         threads_per_worker=1,
                         processes=True,
                         host="127.0.0.1",
-                        dashboard_address="127.0.0.1:0",  # any free port: a second build on this machine finds one too
+                        dashboard_address="127.0.0.1:0",  # any free port, so that two builds can run on one machine
                         silence_logs=logging.CRITICAL,
                         preload=[__name__],
                     )
                 )
         except RuntimeError as error:
             raise BuildError(
-                f"The {self.workers} worker processes did not start ({error}). In your own script, call this below "
+                f"The {self.workers} worker processes did not start ({error}). In your own script, call this under "
                 "`if __name__ == '__main__':`, because each worker imports the script; or use workers=0."
             ) from error
         self._client = Client(cluster, set_as_default=False)
@@ -231,19 +231,19 @@ class Pool:
 
 
 def dask_setup(_: object) -> None:
-    """Leave Ctrl-C to the driver: called in each local worker as it starts, since the terminal signals workers too."""
+    """Ignore Ctrl-C, which the driver handles: called in each local worker as it starts, since the terminal signals all."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _one_at_a_time(task: Callable[[int], T], key: int) -> T:
-    """Return ``task(key)``, run when no other task runs in this process."""
+    """Return ``task(key)``, run while no other task runs in this process."""
     with _TASK_LOCK:
         return task(key)
 
 
-def _missing(places: tuple[Path, ...]) -> list[Path]:
-    """Return those of ``places``, folders and archives, that this process does not see."""
-    return [place for place in places if not place.exists()]
+def _missing(paths: tuple[Path, ...]) -> list[Path]:
+    """Return those of ``paths``, folders and archives, that this process does not see."""
+    return [path for path in paths if not path.exists()]
 
 
 def _load(modules: tuple[str, ...]) -> dict[str, str | None]:

@@ -22,7 +22,7 @@ NOTICE = "Research software, not a medical device: nothing here may guide the ca
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table, with lines in small print below; ``undefined``: there is no value, and ``text`` says why."""
+    """A cell of a table, with lines in small print below. ``undefined``: there is no value, and ``text`` says why."""
 
     text: str
     small: tuple[str, ...] = ()
@@ -39,7 +39,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Tile:
-    """One number at the top of a page, and in words what it is."""
+    """One number at the top of a page, and what it means."""
 
     value: Cell
     words: str
@@ -47,7 +47,7 @@ class Tile:
 
 
 def render(template: str, **values: Any) -> str:
-    """Return the page that ``template``, Jinja source, makes of ``values``; text is escaped, a missing value raises."""
+    """Return the page rendered from ``template``, Jinja source, and ``values``. Text is escaped; a missing value raises."""
     return _environment().from_string(template).render(values)
 
 

@@ -1,4 +1,4 @@
-"""The options of ``ich-prep build``: those of the spec, and those that do not change the bytes. Each is declared once."""
+"""The options of ``ich-prep build``: those of the spec, and those that do not change the bytes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ich_prep.recipe import read_section, validate
 
 
 class BuildOptions(Spec):
-    """What a recipe's ``[build]`` may set, and the command line too."""
+    """The options that a recipe's ``[build]`` and the command line may set."""
 
     labels: Path | None = Field(default=None, description="Label CSV. [default: the one found in the source]")
     build_dir: Path | None = Field(
         default=None, description="Working folder, needed to resume. [default: the dataset's path with .build appended]"
     )
     workers: int | None = Field(
-        default=None, ge=0, le=4096, description="Processes; 0: this one. [default: one a core]"
+        default=None, ge=0, le=4096, description="Processes; 0: this one. [default: one per core]"
     )
     scheduler: str | None = Field(default=None, description="Address of a Dask scheduler to use instead.")
     max_quarantined: float = Field(default=0.01, ge=0, le=1, description="Largest share of damaged files.")

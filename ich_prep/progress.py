@@ -47,7 +47,7 @@ class NoProgress:
 class TerminalProgress:
     """Shows stages on standard error, with the rate, the time left and how many were quarantined so far.
 
-    A bar on a terminal, a plain line every ten seconds elsewhere.
+    A progress bar on a terminal; otherwise a plain line every ten seconds.
     """
 
     def __init__(self) -> None:
@@ -120,7 +120,7 @@ class TerminalProgress:
             self._bar = None
 
     def _rate(self) -> str:
-        """Return the rate and what was quarantined, to put behind a count; no rate where this run did nothing."""
+        """Return the rate and the number quarantined, to append to a count; no rate if this run did nothing."""
         done = self._done - self._first
         rate = done / max(1e-9, time.monotonic() - self._start)
         speed = f", {rate:,.0f} {self._unit}/s" if done else ""

@@ -1,4 +1,4 @@
-"""One TOML file with the numbers of a build, a training run and an evaluation: read a section, refuse what is unknown."""
+"""Recipes: TOML files with the settings of a build, a training run and an evaluation. Unknown keys are refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def load_section(path: Path, section: str, model: type[Model]) -> Model:
-    """Return the section of the recipe at ``path`` as a ``model``; a section that is not there gives the defaults.
+    """Return the section of the recipe at ``path`` as a ``model``; a missing section gives the defaults.
 
     Raises ``UsageError`` for a file that is not TOML, a section or key that is unknown (with the nearest known one), or
     a value of the wrong kind.
@@ -26,12 +26,12 @@ def load_section(path: Path, section: str, model: type[Model]) -> Model:
 
 
 def read_section(path: Path, section: str) -> dict[str, Any]:
-    """Return the section of the recipe at ``path`` as it stands there, its keys not yet checked."""
+    """Return the section of the recipe at ``path`` as written, its keys not checked."""
     return read_recipe(path)[section]
 
 
 def read_recipe(path: Path) -> dict[str, dict[str, Any]]:
-    """Return all sections of the recipe at ``path``, their keys not yet checked; a missing section is empty."""
+    """Return all sections of the recipe at ``path``, their keys not checked; a missing section is empty."""
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -62,9 +62,9 @@ def validate(model: type[Model], values: Mapping[str, Any], *, where: str) -> Mo
 
 
 def refuse_unknown(given: Iterable[str], known: Iterable[str], *, where: str, listed: bool = True) -> None:
-    """Raise a ``UsageError`` for the first of ``given`` that is not ``known``, naming the nearest that is.
+    """Raise a ``UsageError`` for the first of ``given`` that is not ``known``, naming the most similar known one.
 
-    ``listed`` says whether the message names all that are known.
+    ``listed``: whether the message lists all that are known.
     """
     known = list(known)
     for name in given:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 def render_file(path: str | os.PathLike[str], spec: Spec) -> NDArray[Any]:
     """Return the pixels of one DICOM file, (channel, y, x), as a build with ``spec`` stores them.
 
-    uint8 window codes, or int16 HU where ``spec.store`` is "hu". Known defects are repaired as ``spec.layout`` says; with
-    the layout "auto" none are, because one file does not show what tree it is from. Raises ``SliceError``, with the
+    uint8 window codes, or int16 HU if ``spec.store`` is "hu". Known defects are repaired as ``spec.layout`` says; with
+    the layout "auto" none are, because one file does not show which data set it is from. Raises ``SliceError``, with the
     reason, for a file that is not a CT slice or that cannot be decoded.
     """
     file = Path(path)

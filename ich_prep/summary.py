@@ -1,4 +1,4 @@
-"""A dataset in numbers: labels by subset and fold, what was quarantined, repaired and flagged."""
+"""Summary of a dataset: labels by subset and fold; what was quarantined, repaired and flagged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def summary_of(dataset: Dataset) -> dict[str, Any]:
-    """Return the numbers of a dataset, for a person or as JSON: counts, spec, labels by fold, quarantine, flags."""
+    """Return the summary of a dataset, as JSON values: counts, spec, labels by fold, quarantine, flags."""
     slices = dataset.slices
     fold = pc.coalesce(pc.cast(slices["fold"], pa.string()), "-")
     keys = pa.table({"subset": slices["subset"], "fold": fold, **{name: slices[name] for name in dataset.classes}})

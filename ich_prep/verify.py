@@ -1,8 +1,8 @@
 """Check the integrity of a finished dataset and report every problem.
 
-Three things are compared that were written at different moments: the bytes with their checksums and fingerprints, the
-tables with the pixels, and the counts with the ledger. With the sources, a sample of slices is decoded again by another
-route: pydicom alone, and the arithmetic of the definitions in float64.
+It compares the bytes with their checksums and fingerprints, the tables with the pixels, and the counts with the ledger.
+With the sources, a sample of slices is decoded again independently: by pydicom alone, and float64 arithmetic straight from
+the definitions.
 """
 
 from __future__ import annotations
@@ -71,30 +71,30 @@ def verify(
 ) -> Verification:
     """Return the problems of the dataset at ``path``.
 
-    With ``src``, what it was built from, the share ``sample`` of its slices (at least one) is decoded again by
-    pydicom alone and compared pixel by pixel; that needs the working folder of the build, ``build_dir`` or the one beside
-    the dataset. Raises ``DatasetError`` where there is no dataset, ``SourceError`` where ``src`` is neither a folder nor
-    an archive, and ``UsageError`` where it has none of the files, or where the working folder is missing or belongs to
-    another dataset.
+    With ``src``, the sources it was built from, the share ``sample`` of its slices (at least one) is decoded again by
+    pydicom alone and compared pixel by pixel. That needs the working folder of the build: ``build_dir``, or the one next
+    to the dataset. Raises ``DatasetError`` if there is no dataset, ``SourceError`` if ``src`` is neither a folder nor an
+    archive, and ``UsageError`` if it has none of the files, or if the working folder is missing or belongs to another
+    dataset.
     """
     if not 0 < sample <= 1:
         raise UsageError(f"Expected --sample within 0..1, the share of slices to compare; got {sample:g}.")
     dataset = open_dataset(path)
     folder = build_folder(dataset.path.absolute(), build_dir)
     belongs = _belongs(folder, dataset)
-    given = [] if src is None else [src] if isinstance(src, str | Path) else list(src)
-    source = open_source([local_path(one, "--src") for one in given]) if given else None
+    paths = [] if src is None else [src] if isinstance(src, str | Path) else list(src)
+    source = open_source([local_path(path, "--src") for path in paths]) if paths else None
     if source is not None and not (belongs and folder.plan.exists()):
-        found = "belongs to another dataset" if belongs is False and folder.state.exists() else "is missing or damaged"
+        problem = "belongs to another dataset" if not belongs and folder.state.exists() else "is missing or damaged"
         raise UsageError(
             f"Comparing with the sources needs the working folder of the build, whose plan names the source file of each "
-            f"row; {folder.path} {found}. Name it with --build-dir, or verify without --src."
+            f"row; {folder.path} {problem}. Name it with --build-dir, or verify without --src."
         )
     problems = [*_check_digest(dataset), *_check_files(dataset)]
     intact = not problems
-    witnesses = {str(dataset.path / ROOT), *(str(dataset.table_path(table)) for table in ("slices", "shards"))}
-    if any(problem.culprit in witnesses for problem in problems):
-        # They are not the ones that were written, and say nothing about the shards.
+    required = {str(dataset.path / ROOT), *(str(dataset.table_path(table)) for table in ("slices", "shards"))}
+    if any(problem.culprit in required for problem in problems):
+        # These files are damaged, so the shards cannot be checked against them.
         return Verification(0, 0, 0, tuple(problems))
     if intact:
         problems += [*_check_root(dataset), *_check_tables(dataset), *_check_zarr(dataset)]
@@ -114,8 +114,8 @@ def verify(
             keys = _keys_of(source, [line["path"] for line in sampled])
             if sampled and not keys:
                 raise UsageError(
-                    f"None of the {len(sampled)} sampled source files of {dataset.path} is in {', '.join(map(str, given))} "
-                    f"(for example {sampled[0]['path']}). Give what `ich-prep build` was given."
+                    f"None of the {len(sampled)} sampled source files of {dataset.path} is in {', '.join(map(str, paths))} "
+                    f"(for example {sampled[0]['path']}). Give the same --src as to `ich-prep build`."
                 )
             problems += _compare(dataset, source, keys, sampled, progress)
             compared = len(rows)
@@ -129,13 +129,13 @@ def _belongs(folder: BuildFolder, dataset: Dataset) -> bool:
 
 
 def _check_digest(dataset: Dataset) -> Iterator[Problem]:
-    """Yield whether what the root records of the dataset was changed."""
+    """Yield a problem if the root's record of the dataset was changed."""
     if digest_of(dataset.attributes) != dataset.digest:
-        yield Problem(str(dataset.path / ROOT), "digest mismatch: a part of it was changed")
+        yield Problem(str(dataset.path / ROOT), "digest mismatch: it was changed")
 
 
 def _check_root(dataset: Dataset) -> Iterator[Problem]:
-    """Yield whether the root's other bytes were changed: they follow from its attributes and its members."""
+    """Yield a problem if the root's other bytes were changed: they follow from its attributes and its members."""
     path = dataset.path / ROOT
     if root_document(dataset.path, dataset.attributes) != path.read_bytes():
         yield Problem(str(path), "not the bytes that were written")
@@ -155,7 +155,7 @@ def _check_files(dataset: Dataset) -> Iterator[Problem]:
 
 
 def _check_tables(dataset: Dataset) -> Iterator[Problem]:
-    """Yield where the tables contradict themselves, each other, or the counts."""
+    """Yield the contradictions within the tables, between them, and with the counts."""
     slices, series, counts = dataset.slices, dataset.series, dataset.counts
     culprit = str(dataset.table_path("slices"))
     if not np.array_equal(slices["row"].to_numpy(), np.arange(len(dataset))):
@@ -188,7 +188,7 @@ def _check_tables(dataset: Dataset) -> Iterator[Problem]:
 
 
 def _check_any(dataset: Dataset) -> Iterator[Problem]:
-    """Yield where a label by slice has an ``any`` that is not the or of the subtypes; only RSNA's classes have that rule."""
+    """Yield the first slice label whose ``any`` is not the OR of the subtypes, a rule of RSNA's classes only."""
     if not is_rsna(dataset.classes):
         return
     by_slice = pc.equal(dataset.slices["label_level"], "slice").to_numpy(zero_copy_only=False)
@@ -197,11 +197,11 @@ def _check_any(dataset: Dataset) -> Iterator[Problem]:
     wrong = known & (values[:, : len(SUBTYPES)].max(axis=1, initial=0) != values[:, -1])
     if wrong.any():
         row = int(np.flatnonzero(by_slice)[np.argmax(wrong)])
-        yield Problem(str(dataset.table_path("slices")), f"row {row}: 'any' is not the or of the five subtypes")
+        yield Problem(str(dataset.table_path("slices")), f"row {row}: 'any' is not the OR of the five subtypes")
 
 
 def _check_zarr(dataset: Dataset) -> Iterator[Problem]:
-    """Yield where zarr-python, which knows nothing of this project, sees another array."""
+    """Yield a problem if zarr-python, independent of this project, reads the array differently."""
     import zarr
 
     array = zarr.open_array(dataset.path / IMAGES, mode="r")
@@ -213,7 +213,7 @@ def _check_zarr(dataset: Dataset) -> Iterator[Problem]:
 
 
 def _check_shards(dataset: Dataset, progress: Progress) -> Iterator[Problem]:
-    """Yield the shards that are missing, damaged, swapped, or hold other slices than the table says."""
+    """Yield the shards that are missing, damaged, swapped, or contain other slices than the table says."""
     shards = dataset.read_table("shards")
     buffer = np.empty(int(np.prod(dataset.shape[1:])) * dataset.dtype.itemsize, np.uint8)
     progress.begin("Checking shards", len(dataset), "slices", 0)
@@ -243,7 +243,7 @@ def _check_strays(dataset: Dataset) -> Iterator[Problem]:
 def _check_shard(
     path: Path, line: dict[str, Any], ok: NDArray[np.bool_], dataset: Dataset, buffer: NDArray[np.uint8]
 ) -> None:
-    """Raise ``CorruptionError`` where the shard is not, byte for byte, the one that was written."""
+    """Raise ``CorruptionError`` if the shard is not, byte for byte, the one that was written."""
     data = np.fromfile(path, np.uint8)
     if len(data) != line["bytes"]:
         raise CorruptionError(f"expected {line['bytes']} bytes, found {len(data)}")
@@ -272,18 +272,18 @@ def _check_shard(
 
 
 def _check_ledger(dataset: Dataset, folder: BuildFolder) -> Iterator[Problem]:
-    """Yield where the ledger in the working folder differs from the tables."""
+    """Yield the shards whose ledger entry in the working folder differs from the tables."""
     status = dataset.slices["status"].to_pylist()
     for line in dataset.read_table("shards").to_pylist():
         path = folder.done / f"{line['shard']:05d}.json"
         try:
             report = ShardReport.from_json(ledger.read(folder.done, line["shard"]))
-            found = [row.status for row in report.rows]
+            recorded = [row.status for row in report.rows]
             same = report.fingerprint == line["fingerprint"] and report.bytes == line["bytes"]
         except (OSError, ValueError):
-            yield Problem(str(path), "the ledger's entry of this shard cannot be read")
+            yield Problem(str(path), "the ledger entry of this shard cannot be read")
             continue
-        if not same or found != status[line["first_row"] : line["first_row"] + line["n_rows"]]:
+        if not same or recorded != status[line["first_row"] : line["first_row"] + line["n_rows"]]:
             yield Problem(str(path), "the ledger and the tables disagree about this shard")
 
 
@@ -298,17 +298,17 @@ def _sample(dataset: Dataset, share: float, seed: int) -> NDArray[np.int64]:
 
 
 def _keys_of(source: Source, paths: list[str]) -> dict[str, bytes]:
-    """Return the keys of those of ``paths`` that are in ``source``."""
+    """Return the source keys of ``paths``, without those that ``source`` lacks."""
     files = source.list().files
-    wanted = pa.array([path.encode() for path in paths], pa.binary())
-    files = files.filter(pc.and_(pc.is_null(files["reason"]), pc.is_in(files["path"], value_set=wanted)))
+    requested = pa.array([path.encode() for path in paths], pa.binary())
+    files = files.filter(pc.and_(pc.is_null(files["reason"]), pc.is_in(files["path"], value_set=requested)))
     return {path.decode(): key for path, key in zip(files["path"].to_pylist(), files["key"].to_pylist(), strict=True)}
 
 
 def _compare(
     dataset: Dataset, source: Source, keys: dict[str, bytes], lines: list[dict[str, Any]], progress: Progress
 ) -> Iterator[Problem]:
-    """Yield the rows, of those whose ``lines`` of the plan these are, whose pixels are not those of the source file."""
+    """Yield the rows, given as ``lines`` of the plan, whose pixels differ from the source file's."""
     stored = np.empty((1, *dataset.shape[1:]), dataset.dtype)
     progress.begin("Comparing with the sources", len(lines), "slices", 0)
     for line in lines:
@@ -331,9 +331,9 @@ def _compare(
 
 
 def reference_pixels(data: bytes, line: dict[str, Any], dataset: Dataset) -> NDArray[Any]:
-    """Return the pixels (channel, y, x) of one DICOM file by another route than a build's: pydicom, then float64.
+    """Return the pixels (channel, y, x) of one DICOM file computed independently of the build: pydicom, then float64.
 
-    ``line`` is the file's line of the plan, whose repairs are applied. Raises ``SliceError`` where pydicom cannot decode it.
+    ``line`` is the file's line of the plan, whose repairs are applied. Raises ``SliceError`` if pydicom cannot decode it.
     """
     stored = decode_with_pydicom(data).astype(np.int64)
     bits, signed, intercept = line["bits_stored"], line["signed"], line["rescale_intercept"]

@@ -6,7 +6,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 PACKAGE = "ich"
-# imagecodecs reads some kinds of JPEG and is optional.
+# imagecodecs, which decodes some kinds of JPEG, is optional.
 LIBRARIES = (
     "imagecodecs", "numcodecs", "numpy", "opencv-python-headless", "pyarrow", "pydicom", "pylibjpeg-openjpeg",
     "pylibjpeg-rle", "zarr",
@@ -22,7 +22,7 @@ def _version(name: str) -> str | None:
 
 
 def library_versions() -> dict[str, str | None]:
-    """Return the version of each library, None where it is not installed."""
+    """Return the version of each library, None if it is not installed."""
     return {name: _version(name) for name in LIBRARIES}
 
 

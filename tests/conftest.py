@@ -23,7 +23,7 @@ SLICES_PER_SHARD = 16
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of real CT files: ``ICH_TEST_DATA``, or ``shared/data`` beside the repository."""
+    """The folder of real CT files: ``ICH_TEST_DATA``, or ``shared/data`` next to the repository."""
     default = Path(__file__).resolve().parents[2] / "shared" / "data"
     folder = Path(os.environ.get("ICH_TEST_DATA", default))
     if not folder.is_dir():
@@ -33,7 +33,7 @@ def real_data() -> Path:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """For small networks on a busy machine: threads would only wait for each other."""
+    """For small networks on a busy machine, where threads would only wait for each other."""
     import torch
 
     before = torch.get_num_threads()
@@ -96,7 +96,7 @@ def phantom_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def dataset_path(phantom_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The dataset of three windows built from ``phantom_tree``, 16 slices a shard; read only: copy it to damage it."""
+    """The dataset of three windows built from ``phantom_tree``, 16 slices per shard; read only: copy it to damage it."""
     out = tmp_path_factory.mktemp("dataset") / "data.zarr"
     build(phantom_tree, out, Spec(size=SIZE, slices_per_shard=SLICES_PER_SHARD), workers=0)
     return out

@@ -38,13 +38,13 @@ def test_the_layers_are_those_of_the_contract() -> None:
 def test_the_picture_of_the_layers_shows_the_same_modules() -> None:
     heights: dict[str, list[str]] = {}  # the y of boxes -> their names, from top to bottom
     for y, label in re.findall(r'<rect x="\d+" y="(\d+)" [^>]*/>\n<text [^>]*>(\w+)', LAYERS):
-        if label != "ich_train":  # it stands beside all of them
+        if label != "ich_train":  # it is next to all of them
             heights.setdefault(y, []).append(label)
     shown = [set(names) for names in heights.values()]
     assert [set(re.findall(r"`(\w+)`", line[1])) for line in table_under("Layers")] == shown
 
 
-def test_what_ich_train_imports_is_blue_and_stands_on_the_page() -> None:
+def test_what_ich_train_imports_is_blue_and_on_the_page() -> None:
     blue = set(re.findall(rf'fill="{BLUE}"[^>]*/>\n<text [^>]*>(\w+)', LAYERS))
     sources = [path.read_text(encoding="utf-8") for path in (ROOT / "ich_train").rglob("*.py")]
     imported = {

@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic: who is better, what a table says, what a model foretells, whether two runs agree."""
+"""The arithmetic of the benchmarks: the better setting, tables, what a model predicts, whether two runs agree."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from benchmarks import agree, document, files, measure, racing, scaling, training
-from benchmarks.measure import Found, compete, contest, in_process, publish, ratios
+from benchmarks.measure import Result, compete, contest, in_process, publish, ratios
 from ich_prep.build_dataset import build
 from ich_prep.dataset.dataset import open_dataset
 from ich_prep.dataset.spec import Spec
@@ -60,18 +60,18 @@ def test_each_contender_stays_with_its_better_setting() -> None:
     assert len(found["a"].runs) == len(found["b"].runs) == 3
 
 
-def test_a_contender_that_fails_is_left_out_and_the_others_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failing_contender_is_skipped_and_the_others_continue(capsys: pytest.CaptureFixture[str]) -> None:
     def fails(raised: bool) -> dict[str, float]:
         raise RuntimeError("no such library")
 
     found = compete({"a": fails, "b": lambda raised: {"rate": 1.0}}, 2)
     assert {name: len(one.runs) for name, one in found.items()} == {"b": 2}
-    assert "Left out: a: no such library" in capsys.readouterr().err
+    assert "Skipped: a: no such library" in capsys.readouterr().err
 
 
 def test_a_table_shows_shares_of_the_limit_and_how_many_times_as_fast() -> None:
     rates = {"ours": (100.0, 50.0, 130.0), "limit": (200.0, 100.0, 200.0), "peer": (25.0, 12.5, 20.0)}
-    found = {name: Found([{"rate": rate} for rate in some]) for name, some in rates.items()}
+    found = {name: Result([{"rate": rate} for rate in some]) for name, some in rates.items()}
     lines = contest("x", found, limit="limit", ours="ours", more={}).lines
     assert [line[0] for line in lines] == ["ours", "limit", "peer"]
     assert [line[-2:] for line in lines] == [["0.50", "1.00 x"], ["1.00", "0.50 x"], ["0.12", "4.00 x"]]
@@ -79,7 +79,7 @@ def test_a_table_shows_shares_of_the_limit_and_how_many_times_as_fast() -> None:
     assert ratios(found, ours="ours") == {"limit": 0.5, "peer": 4.0}
 
 
-def test_results_are_kept_beside_those_before_and_become_the_page(
+def test_results_are_kept_next_to_the_last_ones_and_become_the_page(
     results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     section = measure.Section("Build: a title", ["", "slices/s"], [["ours", "1,234"]], ["a note"])
@@ -118,7 +118,7 @@ def run_of(slices: int, *, fixed: float, serial: float, driver: float, worker: f
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_the_model_foretells_a_build_that_behaves_like_it(workers: int) -> None:
+def test_the_model_predicts_a_build_that_behaves_like_it(workers: int) -> None:
     truth = {"fixed": 1.5, "serial": 1e-4, "driver": 2e-4, "worker": 1.2e-3}
     few, many = run_of(1_000, **truth, workers=2), run_of(4_000, **truth, workers=2)
     model = scaling.fit(few, many, serial=scaling.serial_cost(few, many))
@@ -126,13 +126,13 @@ def test_the_model_foretells_a_build_that_behaves_like_it(workers: int) -> None:
         assert getattr(model, name) == pytest.approx(value, rel=1e-6)
     seen = scaling.total(run_of(9_000, **truth, workers=workers))
     assert model.seconds(9_000, workers=workers, cores=2) == pytest.approx(seen, rel=1e-6)
-    # No number of cores outruns the driver.
+    # No number of cores is faster than the driver.
     assert model.seconds(10_000, workers=999, cores=999) == pytest.approx(1.5 + 10_000 * (1e-4 + 2e-4))
 
 
 def test_a_typical_run_is_made_of_medians() -> None:
     runs = [{"slices": 9, "stages": {"scan": a, "plan": b}, "cpu": {"driver": b}} for a, b in ((1, 6), (5, 4), (2, 5))]
-    assert scaling.typical(Found(runs)) == {"slices": 9, "stages": {"scan": 2, "plan": 5}, "cpu": {"driver": 5}}
+    assert scaling.typical(Result(runs)) == {"slices": 9, "stages": {"scan": 2, "plan": 5}, "cpu": {"driver": 5}}
 
 
 @pytest.mark.parametrize("name", ["ID_0123456789", "1.2.840.113619.2.5.1762583153.9"])
@@ -153,7 +153,7 @@ def test_copies_of_a_slice_are_other_files_with_its_pixels(tmp_path: Path) -> No
     assert (tmp_path / "copy.dcm").read_bytes()[after.pixel_offset :] == source.read_bytes()[before.pixel_offset :]
 
 
-def test_a_race_tells_rate_first_batch_memory_and_checksum_and_leaves_its_warm_up_out(tmp_path: Path) -> None:
+def test_a_race_reports_rate_first_batch_memory_and_checksum_without_its_warm_up(tmp_path: Path) -> None:
     script = tmp_path / "contender.py"
     script.write_text(
         "import time\n"
@@ -177,10 +177,10 @@ def test_a_race_tells_rate_first_batch_memory_and_checksum_and_leaves_its_warm_u
 
 
 @pytest.mark.parametrize(("quiet_windows", "expected"), [(2, 6400), (0, 640)])
-def test_windows_of_which_much_was_stolen_count_only_where_there_are_no_others(
+def test_disturbed_windows_count_only_if_there_are_no_others(
     monkeypatch: pytest.MonkeyPatch, quiet_windows: int, expected: float
 ) -> None:
-    """Batches take ten times as long in a window of which the hypervisor takes half; every second one is such a window."""
+    """Batches take ten times as long in a window of which half was stolen, which is every second window."""
     clock, number = 0.0, 0
 
     def stolen_since(_: object) -> float:
@@ -202,17 +202,17 @@ def test_windows_of_which_much_was_stolen_count_only_where_there_are_no_others(
     assert racing.steady_rate(batches(), 2 * racing.WINDOW) == pytest.approx(expected, rel=0.05)
 
 
-def test_a_run_of_which_much_was_stolen_is_run_once_more_and_the_better_served_counts(
+def test_a_disturbed_run_is_repeated_and_the_less_disturbed_counts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def told(shares: list[float]) -> list[float]:
+    def rates(shares: list[float]) -> list[float]:
         left, runs = iter(shares), iter([{"rate": 1.0}, {"rate": 2.0}, {"rate": 3.0}])
         monkeypatch.setattr(measure, "stolen_since", lambda _: next(left))
         return [measure.undisturbed(lambda: next(runs))["rate"], next(runs)["rate"]]
 
-    assert told([0.01]) == [1.0, 2.0]
-    assert told([0.2, 0.1]) == [2.0, 3.0]
-    assert told([0.2, 0.3]) == [1.0, 3.0]
+    assert rates([0.01]) == [1.0, 2.0]
+    assert rates([0.2, 0.1]) == [2.0, 3.0]
+    assert rates([0.2, 0.3]) == [1.0, 3.0]
 
 
 def test_stolen_time_is_a_share_of_the_time_of_all_cores() -> None:
@@ -222,14 +222,14 @@ def test_stolen_time_is_a_share_of_the_time_of_all_cores() -> None:
     assert 0 <= racing.stolen_since(before) <= 1
 
 
-def test_held_memory_counts_what_a_process_has_of_its_own() -> None:
-    before = racing.held(os.getpid())
-    block = mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE)  # fresh from the kernel: the heap may have room of its own
+def test_memory_counts_the_private_memory_of_a_process() -> None:
+    before = racing.memory_of(os.getpid())
+    block = mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE)  # from the kernel: the heap may have free memory
     np.frombuffer(block, np.uint8)[:] = 1
-    assert racing.held(os.getpid()) - before == pytest.approx(len(block), rel=0.2)
+    assert racing.memory_of(os.getpid()) - before == pytest.approx(len(block), rel=0.2)
 
 
-def test_a_contender_that_fails_is_told_with_its_last_words() -> None:
+def test_a_failing_contender_is_reported_with_its_error_output() -> None:
     with pytest.raises(RuntimeError, match="No module named"):
         in_process("benchmarks.no_such_thing")
 
@@ -244,7 +244,7 @@ def test_the_png_pool_reads_slices_of_every_syntax(syntax: str, tmp_path: Path) 
     assert in_process("benchmarks.build_contenders", "png pool", *words)["slices"] == 3
 
 
-def test_nobody_waits_for_a_process_that_failed(tmp_path: Path) -> None:
+def test_a_failed_process_is_not_waited_for(tmp_path: Path) -> None:
     (tmp_path / "slices").mkdir()
     for name in ("a.dcm", "b.dcm"):
         (tmp_path / "slices" / name).write_bytes(b"no slice")
@@ -253,7 +253,7 @@ def test_nobody_waits_for_a_process_that_failed(tmp_path: Path) -> None:
         in_process("benchmarks.build_contenders", "png pool", *words, seconds=60)
 
 
-def test_training_says_how_long_it_waited_for_what_feeds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_reports_how_long_it_waited_for_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "WARM_STEPS", 2)
     synthesize(tmp_path / "rsna", series=6, size=32, workers=0)
     build(tmp_path / "rsna", tmp_path / "data.zarr", Spec(size=32, slices_per_shard=16, folds=3), workers=0)
@@ -270,7 +270,7 @@ def test_training_says_how_long_it_waited_for_what_feeds_it(tmp_path: Path, monk
     assert fed["rate"] > 0
 
 
-def test_without_a_gpu_nothing_is_trained_and_the_last_results_stay(
+def test_without_a_gpu_nothing_is_trained_and_the_last_results_are_kept(
     results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

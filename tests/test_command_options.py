@@ -44,7 +44,7 @@ def run(app: typer.Typer, *words: str) -> tuple[int, str]:
     return done.exit_code, " ".join(done.output.split())
 
 
-def test_only_what_stands_on_the_command_line_is_given() -> None:
+def test_only_options_on_the_command_line_are_given() -> None:
     app, calls = app_of()
     assert run(app, "here", "--loud", "--size", "64", "--codec", "zstd", "--no-flip", "--windows", "a,b")[0] == 0
     assert run(app, "here")[0] == 0
@@ -57,7 +57,7 @@ def test_only_what_stands_on_the_command_line_is_given() -> None:
 
 
 def test_help_has_the_texts_ranges_choices_and_defaults_of_the_model() -> None:
-    code, told = run(app_of()[0], "--help")
+    code, output = run(app_of()[0], "--help")
     assert code == 0
     for part in (
         "--size <int> Rows and columns. [default: 512] [16<=x<=4096]",
@@ -68,15 +68,15 @@ def test_help_has_the_texts_ranges_choices_and_defaults_of_the_model() -> None:
         "--flip / --no-flip Flip it. [default: on]",
         "--labels <path> A file.",
     ):
-        assert part in told, told
+        assert part in output, output
 
 
 def test_some_fields_and_another_default() -> None:
     app, calls = app_of("size", "codec", default="as before")
-    code, told = run(app, "--help")
+    code, output = run(app, "--help")
     assert code == 0
-    assert told.count("[default: as before]") == 2
-    assert "--windows" not in told
+    assert output.count("[default: as before]") == 2
+    assert "--windows" not in output
     assert run(app, "here", "--size", "32")[0] == 0
     assert calls[0]["given"] == {"size": 32}
 
@@ -90,11 +90,11 @@ def test_some_fields_and_another_default() -> None:
         (["--size", "64", "--size", "64"], "--size was given 2 times"),
     ],
 )
-def test_what_is_wrong_or_stands_twice_is_refused(words: list[str], message: str) -> None:
+def test_invalid_and_repeated_options_are_refused(words: list[str], message: str) -> None:
     app, calls = app_of()
-    code, told = run(app, "here", *words)
+    code, output = run(app, "here", *words)
     assert code == 2
-    assert message in told
+    assert message in output
     assert not calls
 
 

@@ -1,4 +1,4 @@
-"""Every command and snippet of the documentation is run, in the order in which a reader meets it.
+"""Every command and snippet of the documentation is run, in the order of the page.
 
 Each page runs in its own folder, beside small sources (``rsna``, ``cq500``, ``scans``, some of them as archives too)
 and the project's recipes, which are cut down to a size that a test can build and train: what is checked is that every
@@ -96,7 +96,7 @@ def test_every_fence_is_found_and_every_marker_is_known(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", ALL)
-def test_no_command_hides_in_a_fence_that_is_not_run(page: str) -> None:
+def test_every_fence_with_a_command_is_run(page: str) -> None:
     for block in ALL[page]:
         if block.language in RUN or block.marker:
             continue
@@ -114,7 +114,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     synthesize(folder / "cq500", series=3, size=32, seed=2, layout="cq500")
     synthesize(folder / "scans", series=3, size=32, seed=3, layout="folder")
     archive(folder / "rsna-intracranial-hemorrhage-detection", folder / "rsna")
-    downloads = folder / "cq500-downloads"  # an archive a patient
+    downloads = folder / "cq500-downloads"  # one archive per patient
     downloads.mkdir()
     shutil.copy(folder / "cq500" / "reads.csv", downloads)
     for patient in sorted((folder / "cq500").glob("CQ500CT*")):
@@ -140,7 +140,7 @@ def archive(name: Path, folder: Path, below: str = ".") -> None:
 
 @pytest.fixture
 def place(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder in which a page runs: the sources are links, all else is the page's own."""
+    """The folder in which a page runs: the sources are links, everything else belongs to the page."""
     for path in sources.iterdir():
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
@@ -210,7 +210,7 @@ def run_command(block: Block, words: list[str], stream: io.StringIO) -> None:
 
 
 def check_recipe(block: Block) -> None:
-    """Raise where a recipe has an unknown section or key, or a value out of range."""
+    """Raise if a recipe has an unknown section or key, or a value out of range."""
     recipe = tomllib.loads(block.text)
     assert set(recipe) <= set(SECTIONS), block
     validate(BuildOptions, recipe.get("build", {}), where=f"{block} [build]")
@@ -225,7 +225,7 @@ def assert_prints(block: Block, printed: str) -> None:
 
 
 @pytest.mark.parametrize("page", ALL)
-def test_every_link_between_pages_leads_somewhere(page: str) -> None:
+def test_every_link_between_pages_has_a_target(page: str) -> None:
     document = (ROOT / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)\s]+)\)", document):
         if not re.match(r"https?://|#|mailto:", target):

@@ -28,7 +28,7 @@ DOCUMENT = (Path(__file__).parents[1] / "docs" / "format.md").read_text(encoding
 
 
 def section(title: str) -> str:
-    """Return what stands below a heading, up to the next one."""
+    """Return the text below a heading, up to the next one."""
     return DOCUMENT.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
 
 
@@ -39,7 +39,7 @@ def table_of(text: str) -> list[list[str]]:
 
 
 def named(text: str) -> list[str]:
-    """Return the words in backticks, the six labels written out."""
+    """Return the words in backticks, with the six labels expanded."""
     return re.findall(r"`([a-z_]+)`", text.replace("the six labels", ", ".join(f"`{name}`" for name in RSNA_CLASSES)))
 
 
@@ -53,7 +53,7 @@ def test_the_page_is_about_this_format() -> None:
     assert DOCUMENT.startswith(f"# The on-disk format `{FORMAT}`\n")
 
 
-def test_every_published_file_stands_in_the_tree() -> None:
+def test_every_published_file_is_in_the_tree() -> None:
     tree = DOCUMENT.split("```")[1]
     listed = set(re.findall(r"^  (\S+)", tree, re.MULTILINE))
     assert listed == {
@@ -83,11 +83,11 @@ def test_every_column_and_reason_of_the_quarantine() -> None:
 def test_every_key_of_the_root(dataset_path: Path) -> None:
     attributes = open_dataset(dataset_path).attributes
     lines = re.findall(r"^\| (`.*?`) \| (.*) \|$", section("The root's attribute `ich`"), re.MULTILINE)
-    said = {name: what for names, what in lines for name in re.findall(r"`(\w+)`", names)}
-    assert said.keys() == attributes.keys()
-    assert said["spec"].split(", ") == [name for name in Spec.model_fields if name != "classes"]
-    assert set(attributes["spec"]) == set(said["spec"].split(", "))
-    assert said["counts"].split(", ") == list(Counts.model_fields)
+    described = {name: what for names, what in lines for name in re.findall(r"`(\w+)`", names)}
+    assert described.keys() == attributes.keys()
+    assert described["spec"].split(", ") == [name for name in Spec.model_fields if name != "classes"]
+    assert set(attributes["spec"]) == set(described["spec"].split(", "))
+    assert described["counts"].split(", ") == list(Counts.model_fields)
     assert attributes["counts"].keys() == Counts.model_fields.keys()
 
 

@@ -1,4 +1,4 @@
-"""The rules of the house: who may import what, what a cold import loads, and that files speak of the project only."""
+"""The rules of the project: allowed imports, what a cold import loads, and no local paths in files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOP_LEVEL = {
     *("ich_prep", "ich_train", "pipelines", "tests", "benchmarks", "docs"),
 }
 
-# Places of the machine on which somebody happens to work.
+# Paths of a developer's machine.
 MACHINE_PATHS = re.compile(rb"(?<![\w.])/(?:work|root|home/\w+|Users/\w+|mnt|tmp/\w+)/\w")
 
 
@@ -66,7 +66,7 @@ def project_files() -> list[str]:
     return [name for name in listed.stdout.decode().split("\0") if name]
 
 
-def test_the_top_level_holds_what_it_always_held(project_files: list[str]) -> None:
+def test_the_top_level_has_no_new_entries(project_files: list[str]) -> None:
     tops = {name.split("/")[0] for name in project_files if (ROOT / name).exists()}
     assert {name for name in tops if not name.startswith(".")} == TOP_LEVEL
 
@@ -87,7 +87,7 @@ def test_the_version_is_that_of_the_installed_package() -> None:
 
 
 def test_hooks_before_a_commit_are_local() -> None:
-    """They run what is installed already, in the pinned versions, and clone nothing."""
+    """They run the installed tools, in the pinned versions, and clone nothing."""
     hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
     assert re.findall(r"repo: (\S+)", hooks) == ["local"]
 
@@ -99,7 +99,7 @@ def test_training_imports_the_light_wing_of_the_preparation_only() -> None:
     assert imported and not [name for name in imported if not allowed.match(name)]
 
 
-def test_no_file_names_a_place_on_somebodys_machine(project_files: list[str]) -> None:
+def test_no_file_names_a_local_path(project_files: list[str]) -> None:
     found = {}
     for name in project_files:
         path = ROOT / name
@@ -120,7 +120,7 @@ def test_a_dataset_is_built_and_trained_on_with_one_recipe(name: str) -> None:
         dataset = following.get("--out" if "build" in words else "--data")
         if dataset and {"build", "run"} & set(words):
             recipes.setdefault(dataset, set()).add(following.get("--recipe"))
-        if dataset and "eval" in words:  # by a network that was trained with the recipe of its run's name
+        if dataset and "eval" in words:  # by a network trained with the recipe named like its run
             recipes[dataset].add(f"pipelines/{Path(words[words.index('eval') + 1]).name}.toml")
     assert recipes
     assert all(len(named) == 1 for named in recipes.values()), recipes

@@ -77,10 +77,10 @@ def test_every_part_of_the_kit_escapes_what_it_is_given() -> None:
     assert ("src", png_uri(b"\x89PNG")) in page.attributes
 
 
-def test_a_value_that_is_missing_is_an_error_and_no_hole() -> None:
+def test_a_missing_value_is_an_error() -> None:
     with pytest.raises(UndefinedError):
         page_of("{{ nothing }}")
 
 
-def test_a_picture_travels_inside_the_page() -> None:
+def test_pictures_are_embedded_in_the_page() -> None:
     assert base64.b64decode(png_uri(b"\x00\xff").removeprefix("data:image/png;base64,")) == b"\x00\xff"

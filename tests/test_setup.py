@@ -1,4 +1,4 @@
-"""The compiled library: built by one call of a compiler, and by one that pip brings if the machine has none."""
+"""The compiled library: built by one call of a compiler, and by one that pip installs if the machine has none."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def asked_with(path: Path, **environment: str) -> tuple[list[str], list[str]]:
     return required, compiler
 
 
-def test_a_compiler_is_brought_if_there_is_none(tmp_path: Path) -> None:
+def test_a_compiler_is_installed_if_there_is_none(tmp_path: Path) -> None:
     required, compiler = asked_with(tmp_path)
     assert [one.split("==")[0] for one in required] == ["ziglang"]
     assert compiler == [sys.executable, "-m", "ziglang", "cc", "-mcpu=baseline"]
@@ -57,7 +57,7 @@ def test_the_named_compiler_is_used(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="there is no cc here")
 def test_one_call_builds_a_library_that_ctypes_loads(tmp_path: Path) -> None:
-    """Flags of the environment are passed on, and the file is named for no Python version."""
+    """Flags of the environment are passed on, and the file name has no Python version."""
     subprocess.run(
         [
             sys.executable,

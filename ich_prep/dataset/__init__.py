@@ -1,4 +1,4 @@
-"""All that a reader or a trainer needs: the contract on disk, an open dataset, its shards, tables, windows and classes."""
+"""Reading a dataset: the on-disk contract, an open dataset, its shards, tables, windows and classes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Dataset", "open_dataset"]
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use: the spec alone, which declares a command line, loads no pyarrow.
+    # Imported on first use: the command line imports the spec from here, which must not load pyarrow.
     if name in __all__:
         from ich_prep.dataset import dataset
 

@@ -1,9 +1,9 @@
-"""Where a stored voxel lies in the patient: the 4 x 4 affine of a volume, after turn, padding and resizing.
+"""The 4 x 4 affine of a volume: from stored voxels, after turn, padding and resizing, to patient coordinates.
 
 A source pixel in column i and row j lies at ``S + X * dx * i + Y * dy * j`` (PS3.3 C.7.6.2.1.1, equation C.7.6.2.1-1): S is
 ImagePositionPatient, the center of the first pixel, X and Y the direction cosines of ImageOrientationPatient, dx and dy
-the distances between columns and between rows. The stored pixel is followed back to the source pixel through the steps
-of the build: turned, then centered on a square of air, then resized.
+the distances between columns and between rows. A stored pixel is mapped back to the source pixel through the steps of
+the build: turned, then centered on a square of air, then resized.
 
 Coordinates are LPS, as in DICOM: x grows to the patient's left, y to the back (posterior), z to the head (superior).
 """
@@ -21,15 +21,15 @@ from ich_prep.errors import DatasetError
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-# float64 (4, 4): (column, row, slice, 1) -> (x, y, z, 1) in mm; pixel centers stand at whole numbers.
+# float64 (4, 4): (column, row, slice, 1) -> (x, y, z, 1) in mm; pixel centers are at integers.
 Affine: TypeAlias = "NDArray[np.float64]"
 
-# How far a slice may lie from where the affine puts it: the larger of the two, and never more than a quarter of the
-# spacing, so that a missing slice is always noticed.
+# How far a slice may be from where the affine puts it: the larger of the two, but at most a quarter of the spacing, so
+# that a missing slice is always detected.
 TOLERANCE_MM = 0.1
 TOLERANCE_OF_SPACING = 0.02
 MAX_OF_SPACING = 0.25
-# Of unit length and right angle; headers have six decimals or fewer.
+# Of unit length and right angle; headers have at most six decimals.
 TOLERANCE_OF_COSINES = 1e-3
 
 # The eight turns of a slice: whether rows and columns are exchanged, then whether the source is read from its last
@@ -54,7 +54,7 @@ class NoAffine(StrEnum):
     NO_POSITION = "no_position"
     NO_PIXEL_SPACING = "no_pixel_spacing"
     NO_THICKNESS = "no_thickness"  # of a single slice
-    NO_ADVANCE = "no_advance"  # slices in one place, or moving sideways
+    NO_ADVANCE = "no_advance"  # all slices at one position, or shifted sideways
     SPACING_VARIES = "spacing_varies"
     NOT_ON_A_LINE = "not_on_a_line"
     SLICES_DIFFER = "slices_differ"  # in orientation, pixel spacing, source size or turn
@@ -91,8 +91,8 @@ def volume_affine(
     slice. The third column is the mean step from slice to slice; a gantry tilt makes it oblique to the slices, a shear. A
     single slice has a step of ``thickness_mm`` along its normal.
 
-    Raises ``AffineError``, with its reason, where something is missing, or where a slice lies further from that line of
-    equal steps than 0.1 mm or 2% of a step, whichever is more.
+    Raises ``AffineError``, with its reason, if something is missing, or if a slice is further from that line of equal
+    steps than 0.1 mm or 2% of a step, whichever is more.
     """
     rows, columns = source_shape
     across, down = _directions(orientation)
@@ -151,7 +151,7 @@ def _line(
 
 def _check_line(positions: NDArray[np.float64], step: NDArray[np.float64], normal: NDArray[np.float64]) -> None:
     spacing = float(np.linalg.norm(step))
-    # A tilt of 60 degrees is beyond any gantry: such slices shift sideways rather than advance.
+    # No gantry tilts by 60 degrees: such slices shift sideways rather than advance.
     if spacing == 0 or abs(step @ normal) < spacing / 2:
         raise AffineError(
             NoAffine.NO_ADVANCE, f"the slices do not advance along their normal: the mean step is {spacing:g} mm"
@@ -159,9 +159,9 @@ def _check_line(positions: NDArray[np.float64], step: NDArray[np.float64], norma
     tolerance = min(max(TOLERANCE_MM, TOLERANCE_OF_SPACING * spacing), MAX_OF_SPACING * spacing)
     offsets = positions - (positions[0] + np.arange(len(positions))[:, np.newaxis] * step)  # (n, 3)
     along = offsets @ (step / spacing)
-    aside = np.linalg.norm(offsets - along[:, np.newaxis] * (step / spacing), axis=1)
+    sideways = np.linalg.norm(offsets - along[:, np.newaxis] * (step / spacing), axis=1)
     for reason, distances, what in (
-        (NoAffine.NOT_ON_A_LINE, aside, "beside the line from the first slice to the last"),
+        (NoAffine.NOT_ON_A_LINE, sideways, "off the line from the first slice to the last"),
         (NoAffine.SPACING_VARIES, np.abs(along), "from where equal steps would put it"),
     ):
         worst = int(distances.argmax())

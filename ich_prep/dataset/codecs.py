@@ -1,6 +1,6 @@
-"""The codecs of chunks: how the pixels of a slice become a payload, and how a payload becomes pixels again.
+"""The codecs of chunks: encode the pixels of a slice as a payload, and decode it.
 
-A codec is declared here and nowhere else; ``CODECS`` finds it by the name that a spec stores.
+Codecs are declared only here; ``CODECS`` finds them by the name in a spec.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-BUILD_SUFFIX = ".build"  # of the working folder beside a dataset
+BUILD_SUFFIX = ".build"  # of the working folder next to a dataset
 STATE = "state.json"
 
 
@@ -129,7 +129,7 @@ class Dataset:
 
     @cached_property
     def series(self) -> pa.Table:
-        """One line a volume, in the order of its rows; the columns of ``schema.series_schema``."""
+        """One line per volume, in the order of its rows; the columns of ``schema.series_schema``."""
         return self.read_table("series")
 
     @cached_property
@@ -148,13 +148,13 @@ class Dataset:
         return ok
 
     def table_path(self, table: str) -> Path:
-        """Return where the ``table`` of this generation lies: slices, series, shards or quarantine."""
+        """Return the path of the ``table`` of this generation: slices, series, shards or quarantine."""
         return self.path / str(getattr(self.root.tables, table))
 
     def read_table(self, table: str, columns: Sequence[str] | None = None) -> pa.Table:
         """Return a published table (slices, series, shards or quarantine), or only some of its columns.
 
-        Raises ``CorruptionError`` where it cannot be read.
+        Raises ``CorruptionError`` if it cannot be read.
         """
         path = self.table_path(table)
         try:
@@ -200,7 +200,7 @@ class Dataset:
     def volume(self, series_instance_uid: str | None = None, *, series_row: int | None = None) -> NDArray[Any]:
         """Return the pixels of one volume, (slices, channel, y, x), in the order of their positions.
 
-        A volume is a line of ``series``, named by its ``series_row``, or by its UID where only one volume has it. Slices
+        A volume is a line of ``series``, named by its ``series_row``, or by its UID if only one volume has it. Slices
         whose status is not ok are left out. Raises ``KeyError`` for a volume that is not in the dataset, ``UsageError``
         for a UID that several volumes share, ``TypeError`` unless exactly one of the two is given.
         """
@@ -211,7 +211,7 @@ class Dataset:
 
         x counts columns, y rows, z the slices that ``volume`` returns; voxel coordinates are those of pixel centres,
         after turn, padding and resize. Patient coordinates are LPS as in DICOM (PS3.3 C.7.6.2.1.1), or RAS as in NIfTI.
-        None where the volume has no affine; ``affine_problem`` says why. Raises ``KeyError`` for a volume that is not in
+        None if the volume has no affine; ``affine_problem`` says why. Raises ``KeyError`` for a volume that is not in
         the dataset.
         """
         try:
@@ -221,7 +221,7 @@ class Dataset:
         return to_ras(affine) if ras else affine
 
     def affine_problem(self, series_row: int) -> AffineError | None:
-        """Return why a volume has no affine, None where it has one: missing positions, slices that vary in spacing, ..."""
+        """Return why a volume has no affine, None if it has one: missing positions, slices that vary in spacing, ..."""
         try:
             self._affine(series_row)
         except AffineError as error:

@@ -28,7 +28,7 @@ _TOKEN = re.compile(
     """,
     re.VERBOSE,
 )
-# What people write from habit, and what stands for it here.
+# What people write from habit, and what to write instead.
 _INSTEAD = {
     "&": "write 'and'",
     "|": "write 'or'",
@@ -47,7 +47,7 @@ _INSTEAD = {
 
 
 class Kind(StrEnum):
-    """What a token is; the value is the word for it in a message."""
+    """The kind of a token; the value is what messages call it."""
 
     NAME = "column"
     NUMBER = "number"
@@ -75,11 +75,11 @@ class Token:
 
 def filter_error(text: str, position: int, message: str) -> UsageError:
     """Return the error for ``message`` with an excerpt of ``text`` and a caret below its character ``position``."""
-    begin = max(0, min(position - EXCERPT_CHARACTERS // 2, len(text) - EXCERPT_CHARACTERS))
-    excerpt = text[begin : begin + EXCERPT_CHARACTERS]
+    start = max(0, min(position - EXCERPT_CHARACTERS // 2, len(text) - EXCERPT_CHARACTERS))
+    excerpt = text[start : start + EXCERPT_CHARACTERS]
     shown = "".join(character if character.isprintable() else " " for character in excerpt)
-    before, after = "…" if begin else "", "…" if begin + len(excerpt) < len(text) else ""
-    caret = " " * (len(before) + position - begin) + "^"
+    before, after = "…" if start else "", "…" if start + len(excerpt) < len(text) else ""
+    caret = " " * (len(before) + position - start) + "^"
     return UsageError(f"Invalid filter at character {position + 1}: {message}\n  {before}{shown}{after}\n  {caret}")
 
 

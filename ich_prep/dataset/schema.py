@@ -1,6 +1,6 @@
 """The on-disk contract ``ich/1``: every name, type and column inside a dataset, and the typed root.
 
-docs/format.md is checked against this module. What a dataset is to a reader:
+docs/format.md is checked against this module. A dataset for a reader:
 
     data.zarr/
       zarr.json                  root group; its attribute ``ich`` describes the dataset; written last
@@ -8,8 +8,8 @@ docs/format.md is checked against this module. What a dataset is to a reader:
       images/c/<k>/0/0/0         shard k
       labels/zarr.json           a group, so that Zarr tools walk past the tables in it
       labels/slices.parquet      line i is images[i]
-      labels/series.parquet      one line a volume
-      labels/shards.parquet      one line a shard: its length and fingerprint
+      labels/series.parquet      one line per volume
+      labels/shards.parquet      one line per shard: its length and fingerprint
       labels/quarantine.parquet  files and slices that were quarantined, and why
 
 Readers are tolerant: they require what they use, and ignore keys, columns and words that they do not know.
@@ -35,16 +35,16 @@ IMAGES, LABELS = "images", "labels"
 TABLES = ("slices", "series", "shards", "quarantine")
 HISTOGRAM_BINS = 64
 
-# The statuses of a row that are no quarantine reason. Readers take any other word for a row without pixels.
+# The statuses of a row that are not quarantine reasons. Readers treat any other word as a row without pixels.
 OK = "ok"
-UNUSED = "unused"  # a row between two generations that no slice was given
+UNUSED = "unused"  # a row between two generations that belongs to no slice
 WITHDRAWN = "withdrawn"  # a slice that was dropped from the dataset
 
 _FORMAT = re.compile(r"ich/1(\.[0-9]+)?")  # a later 1.x may add keys and columns
 
 
 def table_name(table: str, generation: int) -> str:
-    """Return the name, relative to the dataset, that ``table`` has in a generation: the first has no number."""
+    """Return the name, relative to the dataset, of ``table`` in a generation: the first has no number."""
     return f"{LABELS}/{table}.parquet" if generation == 1 else f"{LABELS}/{table}.{generation}.parquet"
 
 
@@ -96,7 +96,7 @@ def slice_schema(classes: Sequence[str] = RSNA_CLASSES) -> pa.Schema:
 
 
 def series_schema(classes: Sequence[str] = RSNA_CLASSES) -> pa.Schema:
-    """Return the columns of the series table, one line a volume, of a dataset with these ``classes``."""
+    """Return the columns of the series table, one line per volume, of a dataset with these ``classes``."""
     return pa.schema(
         [
             ("series_row", pa.int64()),
@@ -170,7 +170,7 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class Counts(BaseModel):
-    """How many there are: ``rows`` is the length of the dataset; found = ok + quarantined."""
+    """The counts of a dataset: ``rows`` is the length of the dataset; found = ok + quarantined."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -186,7 +186,7 @@ class Counts(BaseModel):
 
 
 class TableNames(BaseModel):
-    """Where the tables of the current generation lie, relative to the dataset."""
+    """The paths of the tables of the current generation, relative to the dataset."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -197,7 +197,7 @@ class TableNames(BaseModel):
 
 
 class Event(BaseModel):
-    """One command that made a generation of the dataset: its counts and the digests of what it was given."""
+    """One command that made a generation of the dataset: its counts and the digests of its inputs."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -228,7 +228,7 @@ class Root(BaseModel):
     @field_validator("spec", mode="before")
     @classmethod
     def _complete(cls, value: Any) -> Any:
-        # The defaults are those of a build; a reader must not guess.
+        # The defaults are a build's; a reader must not assume them.
         missing = [name for name in Stored.model_fields if not isinstance(value, dict) or name not in value]
         if missing:
             raise ValueError(f"the spec lacks {', '.join(missing)}")
@@ -238,7 +238,7 @@ class Root(BaseModel):
 def parse_root(attributes: Any, path: Path) -> Root:
     """Return the typed root of the dataset at ``path``, whose root group has these ``attributes``.
 
-    Raises ``DatasetError`` for another Zarr group or format, ``CorruptionError`` where a required part is missing.
+    Raises ``DatasetError`` for another Zarr group or format, ``CorruptionError`` if a required part is missing.
     """
     ich = attributes.get("ich") if isinstance(attributes, dict) else None
     if not isinstance(ich, dict):
@@ -260,5 +260,5 @@ def parse_root(attributes: Any, path: Path) -> Root:
 
 
 def shard_path(out: Path, shard: int) -> Path:
-    """Return where shard number ``shard`` lies."""
+    """Return the path of shard number ``shard``."""
     return out / IMAGES / "c" / str(shard) / "0" / "0" / "0"

@@ -35,12 +35,12 @@ class Sink(Protocol):
         """Write some of ``data``; return how many bytes."""
 
 
-@dataclass(frozen=True, eq=False)  # arrays have no truth value
+@dataclass(frozen=True, eq=False)  # arrays cannot be compared with ==
 class WrittenShard:
     """What ``ShardWriter.finish`` wrote.
 
     ``size`` is the shard's length in bytes, ``fingerprint`` as the function of that name returns it. ``chunk_crc32c``,
-    uint32 (chunks,), is the checksum stored behind each chunk's payload, 0 for a missing one; ``missing``, bool
+    uint32 (chunks,), is the checksum stored after each chunk's payload, 0 for a missing one; ``missing``, bool
     (chunks,), says which are.
     """
 

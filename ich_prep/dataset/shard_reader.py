@@ -48,7 +48,7 @@ class ShardReader:
 
     ``slices`` is the number of rows, ``slices_per_shard`` the number of chunks in the index of each shard; shards may
     contain further chunks, which are not read. ``expected_crc``, uint32 (slices or more,), is the checksum that each row
-    must have behind its payload: it detects a valid chunk that was not written there.
+    must have after its payload: it detects a valid chunk from elsewhere.
 
     The index of a shard is read once, when one of its rows is first read. Files stay open, up to half of the process's
     limit (``ulimit -n``). Beyond that the file opened first is closed, once no thread reads it; each thread uses up to a

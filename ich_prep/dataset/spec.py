@@ -1,4 +1,4 @@
-"""What a build is told to make, and what a reader has to know of it. Light: a command line is declared from it."""
+"""Build options, and the part of them that readers need. Light to import: the command line is declared from it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ich_prep.dataset.windows import PRESETS, Window, parse_windows
 
 
 class Stored(BaseModel):
-    """What a reader has to know of the pixels. Keys of a root's spec that are not here are ignored.
+    """What a reader needs to know about the pixels. Other keys of a root's spec are ignored.
 
-    ``windows`` are what a "windows" store holds, one channel each, and what a reader of an "hu" store makes by default.
+    ``windows`` are the channels of a "windows" store, and the default of a reader that windows an "hu" store.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -72,5 +72,5 @@ class Spec(Stored):
 
 
 def _words(value: Any) -> Any:
-    """Return the words of a text that separates them by commas; anything else as it is."""
+    """Split a text at its commas; return anything else unchanged."""
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value

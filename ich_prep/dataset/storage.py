@@ -1,4 +1,4 @@
-"""Where files of a dataset lie: put whole, list, size, read. The one place that knows fsync and rename."""
+"""File system operations: write atomically, sync, size, delete. The only module that knows fsync and rename."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):/{1,2}")  # pathlib turns s3:/
 
 
 def local_path(given: str | Path, what: str) -> Path:
-    """Return ``given`` as a path of this machine; ``what`` names it in the error, as ``--out``.
+    """Return ``given`` as a local path; ``what`` names it in the error, such as ``--out``.
 
     Raises ``UsageError`` for a URL: object stores are not supported.
     """
@@ -31,7 +31,7 @@ def local_path(given: str | Path, what: str) -> Path:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` so that a reader sees all of it or nothing, also after a power cut."""
+    """Write ``data`` to ``path`` so that a reader sees all of it or nothing, even after a power cut."""
     with renamed_when_whole(path) as temporary, temporary.open("xb") as file:
         file.write(data)
         file.flush()
@@ -57,13 +57,13 @@ def clear_leftovers(path: Path) -> None:
 
 
 def remove_tree(folder: Path) -> None:
-    """Delete ``folder`` and what it holds, if it is there."""
+    """Delete ``folder`` and its contents, if it exists."""
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(folder)
 
 
 def size_of(path: Path) -> int | None:
-    """Return the size of the file at ``path`` in bytes, None where there is none."""
+    """Return the size of the file at ``path`` in bytes, None if there is none."""
     try:
         return path.stat().st_size
     except FileNotFoundError:
@@ -71,7 +71,7 @@ def size_of(path: Path) -> int | None:
 
 
 def sync_file(path: Path, *, folders: int) -> None:
-    """Wait until the file at ``path``, and its name in that many folders above it, are on disk."""
+    """Wait until the file at ``path``, and the entries of that many folders above it, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

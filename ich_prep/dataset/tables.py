@@ -1,4 +1,4 @@
-"""Parquet files: read with their page checksums, written whole; equal tables give equal bytes."""
+"""Parquet files: read with page checksums verified, written atomically; equal tables give equal bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ich_prep.dataset.storage import write_whole
 
 
 def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Return a Parquet file's table, its pages checked; unlike ``pq.read_table`` it does not import pandas."""
+    """Return a Parquet file's table, with page checksums verified; unlike ``pq.read_table`` this does not import pandas."""
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
         return file.read(columns)
 

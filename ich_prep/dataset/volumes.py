@@ -1,4 +1,4 @@
-"""Which line of the series table is meant, and the affine of its slices: tables in, numbers out."""
+"""Selects the row of a volume in the series table, and computes the affine of its slices: tables in, numbers out."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 POSITION = ("position_x_mm", "position_y_mm", "position_z_mm")
-# Of a volume's pixel spacing, as a share: over 512 pixels it adds up to a twentieth of a pixel.
+# Relative tolerance of a volume's pixel spacing: over 512 pixels it adds up to a twentieth of a pixel.
 SAME_SPACING = 1e-4
 
 
 def find_series(series: pa.Table, series_instance_uid: str | None = None, *, series_row: int | None = None) -> int:
-    """Return the line of the table ``series`` that ``series_row``, or else the Series Instance UID, names.
+    """Return the line of the table ``series`` with this ``series_row`` or Series Instance UID.
 
-    Raises ``TypeError`` unless exactly one of the two is given, a UID as text and a row as a whole number, ``KeyError``
+    Raises ``TypeError`` unless exactly one of the two is given, a UID as text or a row as an integer, ``KeyError``
     for a series that is not in the table, and ``UsageError`` for a UID that several volumes share.
     """
     if isinstance(series_instance_uid, int | np.integer):
@@ -36,7 +36,7 @@ def find_series(series: pa.Table, series_instance_uid: str | None = None, *, ser
         raise TypeError("Expected either series_row=NUMBER or a Series Instance UID.")
     if series_row is not None:
         if isinstance(series_row, bool) or not isinstance(series_row, int | np.integer):
-            raise TypeError(f"Expected series_row as a whole number; got {series_row!r}.")
+            raise TypeError(f"Expected series_row as an integer; got {series_row!r}.")
         line = int(pc.index(series["series_row"], pa.scalar(int(series_row), pa.int64())).as_py())
         if line < 0:
             raise KeyError(f"There is no series_row {series_row}: the dataset has {len(series)} series.")
@@ -61,8 +61,8 @@ def affine_of_slices(
 ) -> Affine:
     """Return the affine of the volume that consists of ``slices``, lines of the slice table in their order.
 
-    These are the slices whose pixels the volume has: a quarantined one in the middle leaves a gap, and no affine. See
-    ``volume_affine`` for the rest. Raises ``AffineError`` where slices differ in orientation, pixel spacing, source size
+    Only slices with pixels are included: a quarantined one in the middle leaves a gap, and so no affine. For the other
+    parameters see ``volume_affine``. Raises ``AffineError`` if slices differ in orientation, pixel spacing, source size
     or turn, and as ``volume_affine``.
     """
     _check_flags(slices)
@@ -88,7 +88,7 @@ def _check_flags(slices: pa.Table) -> None:
 
 
 def _shared(slices: pa.Table, name: str, missing: int | str) -> int | str:
-    """Return the one value of a column, ``missing`` for null; raises where there are several."""
+    """Return the one value of a column, ``missing`` for null; raises ``AffineError`` if there are several."""
     values: list[int | str] = pc.unique(slices[name].fill_null(missing)).to_pylist()
     if len(values) > 1:
         shown = ", ".join(map(repr, values))
@@ -97,14 +97,14 @@ def _shared(slices: pa.Table, name: str, missing: int | str) -> int | str:
 
 
 def _numbers(slices: pa.Table, name: str) -> NDArray[np.float64]:
-    """Return a column as float64, NaN where it is null."""
+    """Return a column as float64, NaN for null."""
     numbers: NDArray[np.float64] = slices[name].cast(pa.float64()).fill_null(float("nan")).to_numpy()
     return numbers
 
 
 def _shared_spacing(slices: pa.Table, name: str) -> float:
     spacing = _numbers(slices, name)
-    low, high = spacing.min(), spacing.max()  # NaN where one is missing, which volume_affine refuses
+    low, high = spacing.min(), spacing.max()  # NaN if one is missing, which volume_affine refuses
     if high - low > SAME_SPACING * low:
         raise AffineError(NoAffine.SLICES_DIFFER, f"slices have different pixel spacings: {low:g} to {high:g} mm")
     return float("nan") if np.isnan(low) else float(spacing[0])

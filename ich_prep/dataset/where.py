@@ -1,4 +1,4 @@
-"""The one filter grammar of all commands: text such as ``slice_spacing_mm < 6 and scan_type == 'plain'`` -> rows.
+"""The grammar of ``Dataset.where``: a filter such as ``slice_spacing_mm < 6 and scan_type == 'plain'`` -> rows.
 
 ::
 
@@ -14,14 +14,14 @@
                 | column | "true" | "false"                  a column of booleans
     value       = column | number | text | "true" | "false"
 
-Text stands in single or double quotes; a doubled quote is one quote (``'it''s'``), and a backslash is just a backslash.
-A column whose name is a keyword, or has spaces, stands in backticks. Keywords may be in upper case.
+Text is quoted with single or double quotes; a doubled quote is one quote (``'it''s'``), and backslashes are literal. A
+column whose name is a keyword, or has spaces, is quoted with backticks. Keywords may be in upper case.
 
 Logic is that of SQL: a comparison with a missing value is neither true nor false, and only rows for which the condition
 is true are selected; ``not (fold == 1)`` does not select a row whose fold is null. Integers are compared as int64,
 numbers of which one is a float as float64, text by its code points. A list with a null item counts as null.
 
-The parser is written by hand: nothing of the text is ever evaluated as code.
+The parser is written by hand; no part of the text is ever evaluated as code.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ _NUMBER, _TEXT, _BOOLEAN, _LIST, _OTHER = (
     "a list of text",
     "of a type without comparisons",
 )
-_SEPARATOR = "\0"  # no item of a list has it, and no filter can
+_SEPARATOR = "\0"  # not in any item of a list, and not allowed in a filter
 
 
 def parse_where(text: str, schema: pa.Schema) -> pc.Expression:
     """Return the condition ``text`` on the columns of ``schema`` as a pyarrow expression.
 
-    Raises ``UsageError``, with the position in the text, for text outside of the grammar above, an unknown column (with
-    the nearest known one), and values of types that cannot be compared.
+    Raises ``UsageError``, with the position in the text, for text that does not follow the grammar above, an unknown column
+    (with the nearest known one), and values of types that cannot be compared.
     """
     return _Parser(text, schema).parse()
 
@@ -79,7 +79,7 @@ def select_rows(table: pa.Table, text: str) -> NDArray[np.int64]:
 
 
 def select_slices(slices: pa.Table, series: pa.Table, text: str) -> NDArray[np.int64]:
-    """Return the lines of ``slices`` for which ``text`` is true, which may name columns of ``series`` too.
+    """Return the lines of ``slices`` for which ``text`` is true; it may name columns of ``series`` too.
 
     See ``slices_with_series`` for their names. Returns int64 (n,), ascending. Raises as ``parse_where``.
     """
@@ -90,7 +90,7 @@ def select_slices(slices: pa.Table, series: pa.Table, text: str) -> NDArray[np.i
 
 
 def joined_schema(slices: pa.Schema, series: pa.Schema) -> pa.Schema:
-    """Return the columns that ``slices_with_series`` can give: those of the slices, then those of the series."""
+    """Return the columns available to ``slices_with_series``: those of the slices, then those of the series."""
     own = [field for field in series if field.name not in slices.names]
     prefixed = [field.with_name(SERIES_PREFIX + field.name) for field in series]
     return pa.schema([*slices, *own, *prefixed])
@@ -100,11 +100,11 @@ def slices_with_series(slices: pa.Table, series: pa.Table, columns: Iterable[str
     """Return ``slices`` with the columns of ``series`` that it lacks, each slice with the value of its series.
 
     The tables are joined by ``series_row``; a slice of a series that is not in ``series`` gets nulls. A column that both
-    tables have is the slice's own; that of the series is ``series.NAME``. ``columns``, if given, are the only ones that
-    are added, and those that ``slices`` has may be among them.
+    tables have is the slice's own; that of the series is ``series.NAME``. ``columns``, if given, limits which are
+    added; it may include columns of ``slices``.
     """
-    offered = joined_schema(slices.schema, series.schema).names if columns is None else columns
-    added = [name for name in offered if name not in slices.column_names]
+    available = joined_schema(slices.schema, series.schema).names if columns is None else columns
+    added = [name for name in available if name not in slices.column_names]
     if not added:
         return slices
     lines = pc.index_in(slices["series_row"], series["series_row"].combine_chunks())
@@ -114,7 +114,7 @@ def slices_with_series(slices: pa.Table, series: pa.Table, columns: Iterable[str
 
 
 def _matching_lines(columns: dict[str, pa.ChunkedArray], expression: pc.Expression, count: int) -> NDArray[np.int64]:
-    # The line numbers stand in a column without a name, which no filter can ask for.
+    # The line numbers are in a column with an empty name, which no filter can use.
     table = pa.table({**columns, "": np.arange(count, dtype=np.int64)})
     lines: NDArray[np.int64] = np.sort(table.filter(expression)[""].to_numpy())
     return lines
@@ -145,7 +145,7 @@ class _Value:
 
 
 class _Parser:
-    """Recursive descent over the tokens of one text; ``columns`` are the names it has met."""
+    """Recursive descent over the tokens of one text; ``columns`` are the names seen so far."""
 
     def __init__(self, text: str, schema: pa.Schema) -> None:
         self.columns: dict[str, None] = {}  # a set in the order of the text
@@ -303,7 +303,7 @@ class _Parser:
             raise self._error(f"expected 'null' or 'not null' after 'is'; found {self._token}.")
         if value.column_type is None:
             raise self._error(f"expected a column before 'is'; found {value}.", value.token)
-        # Of the column itself: a cast of it could fail, or be null for another reason.
+        # The column itself: a cast could fail, or be null for another reason.
         field = pc.field(str(value.token.value))
         return field.is_valid() if negated else field.is_null()
 
@@ -323,7 +323,7 @@ class _Parser:
         return _contains(column.expression, str(value.token.value))
 
     def _one_of(self, value: _Value, opening: Token) -> pc.Expression:
-        # One comparison each, rather than is_in: that has no unknown, and takes -0.0 and 0.0 for different.
+        # One comparison each, rather than is_in, which knows no null and treats -0.0 and 0.0 as different.
         terms = []
         while True:
             item = self._value()
@@ -354,16 +354,16 @@ def _is_text(dtype: pa.DataType) -> bool:
 
 
 def _contains(column: pc.Expression, item: str) -> pc.Expression:
-    """Return whether ``item`` is in each list of ``column``, by a search in the joined items: Arrow has no membership."""
+    """Return whether ``item`` is in each list of ``column``, by a search in its joined items: Arrow has no such test."""
     separator = pc.scalar(_SEPARATOR)
     joined = pc.binary_join_element_wise(separator, pc.binary_join(column, separator), separator, pc.scalar(""))
-    found = pc.match_substring(joined, f"{_SEPARATOR}{item}{_SEPARATOR}")
+    match = pc.match_substring(joined, f"{_SEPARATOR}{item}{_SEPARATOR}")
     # An empty list looks like a list of one empty text once it is joined.
-    return found & (pc.list_value_length(column) > pc.scalar(0))
+    return match & (pc.list_value_length(column) > pc.scalar(0))
 
 
 def _balanced(terms: Sequence[pc.Expression], combine: Callable[[Any, Any], Any]) -> pc.Expression:
-    """Return ``terms`` combined as a tree of little depth: a chain of thousands would overflow the stack in C++."""
+    """Return ``terms`` combined as a tree of low depth: a chain of thousands would overflow the stack in C++."""
     while len(terms) > 1:
         pairs = [combine(*terms[index : index + 2]) for index in range(0, len(terms) - 1, 2)]
         terms = [*pairs, terms[-1]] if len(terms) % 2 else pairs

@@ -1,7 +1,7 @@
 """CT windows: presets, their spelling on a command line, and the code of every HU value.
 
 A window maps HU to an 8-bit code by the function LINEAR_EXACT of PS3.3 C.11.2.1.3.2, rounded half to even. It is not
-LINEAR (C.11.2.1.2.1), which takes 0.5 from the center and 1 from the width.
+LINEAR (C.11.2.1.2.1), which subtracts 0.5 from the center and 1 from the width.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-# The range that HU are clipped to first: from air to the highest value of a 12-bit scanner.
+# HU are clipped to this range first: from air to the highest value of a 12-bit scanner.
 MIN_HU = -1024
 MAX_HU = 3071
 

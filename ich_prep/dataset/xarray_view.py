@@ -1,4 +1,4 @@
-"""A dataset as xarray sees it: named channels, and dask chunks of one shard."""
+"""A dataset as an xarray.DataArray with named channels and dask chunks of one shard."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def open_xarray(path: str | Path) -> xarray.DataArray:
     or is ["hu"]; ``slice`` is the row, the line of the slice table; ``ok`` (slice) is False for a quarantined slice,
     which has no pixels and reads as the fill value (0, or -1024 HU). A dask chunk is one shard.
 
-    The mean of each window over all slices, by dask, and all slices in napari, a layer for each window:
+    For example, the mean of each window over all slices, by dask, and all slices in napari, one layer per window:
 
         images = open_xarray("data.zarr")
         images[images.ok.values].mean(["slice", "y", "x"]).compute()
         napari.imshow(images.data, channel_axis=1, name=images.channel.values.tolist())
 
-    Raises ``DatasetError`` where ``path`` is not a finished dataset, and ``UsageError`` where xarray, dask or zarr is
-    not installed.
+    Raises ``DatasetError`` if ``path`` is not a finished dataset, and ``UsageError`` if xarray, dask or zarr is not
+    installed.
     """
     missing = [name for name in NEEDED if not _is_installed(name)]
     if missing:

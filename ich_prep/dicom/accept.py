@@ -1,4 +1,4 @@
-"""Which files are CT slices: the rules by which a header is accepted, or refused with its reason."""
+"""Which files are CT slices: the rules by which a header is accepted, or rejected with a reason."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DERIVED_WORDS: Final = frozenset(("SECONDARY", "SCREEN SAVE", "DOSE_INFO", "REFO
 def check_slice(header: Header) -> None:
     """Raise ``SliceError`` unless ``header`` is that of one axial CT slice whose pixels can be decoded to HU.
 
-    Read by PS3.3 A.3 (CT image), C.8.2.1 (image type), C.7.6.3 (image pixel) and C.11.1 (modality LUT).
+    According to PS3.3 A.3 (CT image), C.8.2.1 (image type), C.7.6.3 (image pixel) and C.11.1 (modality LUT).
     """
     _check_kind(header)
     _check_pixels(header)
@@ -65,7 +65,7 @@ def _check_pixels(header: Header) -> None:
     ):
         raise _refuse(Reason.BAD_HEADER, "8 or 16 bits allocated and high bit = bits stored - 1", bits)
     if header.transfer_syntax == EXPLICIT_BE and header.bits_allocated == 8:
-        # Written as words (OW) or as bytes (OB), which differ in their order: PS3.5 8.2.
+        # Written as words (OW) or bytes (OB), whose byte order differs: PS3.5 8.2.
         raise _refuse(Reason.UNSUPPORTED_SYNTAX, "16 bits allocated in big endian", bits)
     if max(header.rows or 0, header.columns or 0) > LARGEST_SIDE:
         raise _refuse(Reason.TOO_LARGE, f"at most {LARGEST_SIDE} pixels a side", f"{header.rows} x {header.columns}")
@@ -88,5 +88,5 @@ def _check_length(header: Header) -> None:
     if header.pixel_length not in (expected, expected + expected % 2):
         raise _refuse(Reason.SIZE_MISMATCH, f"{expected} bytes of PixelData", f"a length of {header.pixel_length}")
     if header.transfer_syntax != DEFLATED_LE and header.pixel_offset + expected > header.file_size:
-        held = max(0, header.file_size - header.pixel_offset)
-        raise _refuse(Reason.TRUNCATED, f"{expected} bytes of pixels", held)
+        available = max(0, header.file_size - header.pixel_offset)
+        raise _refuse(Reason.TRUNCATED, f"{expected} bytes of pixels", available)

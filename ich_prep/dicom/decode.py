@@ -1,8 +1,8 @@
 """One DICOM file -> stored values; the only module that opens PixelData.
 
 Native pixels are read straight into a reused buffer at the offset that the scan recorded. Everything else goes through
-pydicom and one named plugin per transfer syntax, in a process of its own that may die: a decoder that crashes, hangs or
-eats memory costs one slice, not the build.
+pydicom and one named plugin per transfer syntax, in a separate process that may crash: a decoder that crashes, hangs or
+runs out of memory costs one slice, not the build.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from ich_prep.sources import Source
 
-# Transfer syntax -> pydicom's name of the plugin that decodes it here; native ones need none.
+# Transfer syntax -> pydicom's name of the plugin to decode it with; native ones need none.
 NATIVE: Final = frozenset((IMPLICIT_LE, EXPLICIT_LE, EXPLICIT_BE, DEFLATED_LE))
 JPEG_PLUGIN: Final = "imagecodecs"
 PLUGINS: Final[dict[str, str]] = {
@@ -56,7 +56,7 @@ _FRAME: Final = struct.Struct("<I")
 
 @dataclass(frozen=True, slots=True)
 class PixelRecord:
-    """What the scan recorded of the pixels of one slice: their form, and how its file begins."""
+    """What the scan recorded about the pixels of one slice: their format, and the checksum of the file's header."""
 
     transfer_syntax: str
     file_size: int
@@ -75,14 +75,14 @@ PIXEL_FIELDS: Final = PixelRecord.__slots__
 
 @dataclass(frozen=True, slots=True)
 class PixelSource(PixelRecord):
-    """Where the pixels of one slice lie, too: in the file that ``source`` has by ``key``."""
+    """A pixel record with its file: the one with ``key`` in ``source``."""
 
     source: Source
     key: bytes
 
 
 def missing_decoder(transfer_syntax: str) -> str | None:
-    """Return why the transfer syntax cannot be decoded here, or None when it can."""
+    """Return why the transfer syntax cannot be decoded here, or None if it can."""
     if transfer_syntax in NATIVE:
         return None
     plugin = PLUGINS.get(transfer_syntax)
@@ -95,10 +95,10 @@ def missing_decoder(transfer_syntax: str) -> str | None:
 
 @dataclass
 class Decoder:
-    """Reads stored values; keeps its buffers, and the decoding process once one was needed."""
+    """Reads stored values. Reuses its buffers and, once started, its decoding process."""
 
     _stored: NDArray[np.uint16] = field(default_factory=lambda: np.empty(512 * 512, np.uint16))
-    _head: bytearray = field(default_factory=lambda: bytearray(64 * 1024))
+    _header: bytearray = field(default_factory=lambda: bytearray(64 * 1024))
     _child: _Child | None = None
 
     def read(self, source: PixelSource) -> NDArray[np.uint16]:
@@ -124,18 +124,18 @@ class Decoder:
         count = source.rows * source.columns
         if count > self._stored.size:
             self._stored = np.empty(count, np.uint16)
-        if source.header_bytes > len(self._head):
-            self._head = bytearray(source.header_bytes)
+        if source.header_bytes > len(self._header):
+            self._header = bytearray(source.header_bytes)
         stored = self._stored[:count]
         wide = source.bits_allocated == 16
         pixels = stored.view(np.uint8) if wide else np.empty(count, np.uint8)
-        head = memoryview(self._head)[: source.header_bytes]
+        header = memoryview(self._header)[: source.header_bytes]
         try:
             size = source.source.size(source.key)
-            got = source.source.read_into(source.key, [head, pixels.data], verify=True)
+            got = source.source.read_into(source.key, [header, pixels.data], verify=True)
         except OSError as error:
             raise SliceError(Reason.UNREADABLE, error.strerror or str(error)) from None
-        _check_unchanged(source, size, head)
+        _check_unchanged(source, size, header)
         if got != source.header_bytes + pixels.nbytes:
             raise SliceError(Reason.UNREADABLE, f"expected {pixels.nbytes} bytes of pixels, the read ended early")
         if not wide:
@@ -146,7 +146,7 @@ class Decoder:
 
 
 def _read_unchanged(source: PixelSource) -> bytearray:
-    """Return the whole file of ``source``; raises ``SliceError`` where it is not the one that was scanned."""
+    """Return the whole file of ``source``; raises ``SliceError`` if it changed since the scan."""
     try:
         size = source.source.size(source.key)
         if size > INFLATED_LIMIT:
@@ -159,15 +159,15 @@ def _read_unchanged(source: PixelSource) -> bytearray:
     return data
 
 
-def _check_unchanged(source: PixelSource, size: int, head: memoryview) -> None:
-    if size != source.file_size or crc32c(head) != source.crc32c:
+def _check_unchanged(source: PixelSource, size: int, header: memoryview) -> None:
+    if size != source.file_size or crc32c(header) != source.crc32c:
         raise SliceError(Reason.CHANGED, "the file is not the one whose header was read: it changed since the scan")
 
 
 class _Child:
-    """A process that decodes compressed pixels, one request at a time, and is started again after it died.
+    """A process that decodes compressed pixels, one request at a time; it is restarted after a crash.
 
-    A slice is given up when a new process dies of it: what an earlier slice did to a process harms no later one.
+    A slice fails if it crashes a fresh process, so earlier slices cannot affect it.
     """
 
     def __init__(self) -> None:
@@ -186,7 +186,7 @@ class _Child:
 
     def _ask(self, source: PixelSource, data: bytearray) -> bytes:
         if self._process is None:
-            # NumPy's threads, one a core, would take their stacks from the memory that it may have.
+            # The stacks of NumPy's threads, one per core, would count towards the memory limit.
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "ich_prep.dicom.decode"],
                 stdin=subprocess.PIPE,
@@ -201,10 +201,10 @@ class _Child:
         try:
             self._send(_FRAME.pack(len(request)) + request, deadline)
             self._send(data, deadline)
-            answer = json.loads(self._take(_FRAME.unpack(self._take(_FRAME.size, deadline))[0], deadline))
+            answer = json.loads(self._receive(_FRAME.unpack(self._receive(_FRAME.size, deadline))[0], deadline))
             if "reason" in answer:
                 raise SliceError(Reason(answer["reason"]), answer["detail"])
-            return self._take(source.rows * source.columns * 2, deadline)
+            return self._receive(source.rows * source.columns * 2, deadline)
         except (BrokenPipeError, EOFError) as error:
             code = self.close()
             raise SliceError(Reason.DECODER_DIED, f"the decoder ended with exit status {code}") from error
@@ -212,9 +212,9 @@ class _Child:
             self.close()
             raise SliceError(Reason.DECODER_DIED, f"no pixels after {SECONDS_PER_SLICE:g} s") from error
         except SliceError:
-            raise  # it was the answer
+            raise  # the process's answer
         except BaseException:
-            self.close()  # Ctrl-C, say: an answer that nobody has read would be taken for that of the next slice
+            self.close()  # such as Ctrl-C: an unread answer would be mistaken for the next slice's
             raise
 
     def _send(self, data: bytes | bytearray, deadline: float) -> None:
@@ -225,7 +225,7 @@ class _Child:
                 raise TimeoutError
             left = left[os.write(stdin, left) :]
 
-    def _take(self, size: int, deadline: float) -> bytes:
+    def _receive(self, size: int, deadline: float) -> bytes:
         stdout = self._process.stdout.fileno()  # type: ignore[union-attr]
         parts, missing = [], size
         while missing:
@@ -253,14 +253,14 @@ class _Child:
 def decode_with_pydicom(data: bytes) -> NDArray[Any]:
     """Return the stored values of the DICOM file ``data``, (rows, columns), int or uint, 8 or 16 bits, by pydicom alone.
 
-    Compressed syntaxes are decoded by the plugin that ``PLUGINS`` names. Raises ``SliceError`` (DECODE_FAILED) for
-    whatever pydicom or the plugin refuses.
+    Compressed syntaxes are decoded by the plugin that ``PLUGINS`` names. Raises ``SliceError`` (DECODE_FAILED) if
+    pydicom or the plugin fails.
     """
     import pydicom
     from pydicom.pixels.decoders.base import get_decoder
 
     try:
-        # What pydicom only remarks on, such as frames too many, shows in the shape.
+        # What pydicom only warns about, such as extra frames, shows in the shape.
         with warnings.catch_warnings(), pydicom.config.disable_value_validation():
             warnings.simplefilter("ignore")
             dataset = pydicom.dcmread(io.BytesIO(data))
@@ -270,13 +270,13 @@ def decode_with_pydicom(data: bytes) -> NDArray[Any]:
             if plugin == JPEG_PLUGIN and plugin not in decoder.available_plugins:
                 decoder.add_plugin(plugin, ("ich_prep.dicom.jpeg_plugin", "decode_frame"))
             pixels, _ = decoder.as_array(dataset, raw=True, decoding_plugin=plugin)
-    except Exception as error:  # each plugin raises what its C library makes of damaged bytes
+    except Exception as error:  # each plugin raises what its C library raises on damaged bytes
         raise SliceError(Reason.DECODE_FAILED, f"{type(error).__name__}: {error}"[:200]) from None
     return pixels
 
 
 def _decode(record: PixelRecord, data: bytes) -> bytes:
-    """Return the stored values of a compressed slice: what the decoding process does for each request."""
+    """Return the stored values of a compressed slice; runs in the decoding process."""
     if record.transfer_syntax == DEFLATED_LE:
         return _read_deflated(record, data)
     pixels = decode_with_pydicom(data)
@@ -298,15 +298,15 @@ def _read_deflated(record: PixelRecord, data: bytes) -> bytes:
 
 
 def _serve() -> None:
-    """Answer requests on standard input until it ends: the whole life of a decoding process."""
+    """Answer requests on standard input until it ends: the main loop of the decoding process."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the asking process's; this one ends with its requests
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # handled by the parent; this process ends with its input
     requests = sys.stdin.buffer
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a library that prints must not write into the answers
-    while head := requests.read(_FRAME.size):
-        request = json.loads(requests.read(_FRAME.unpack(head)[0]))
+    while prefix := requests.read(_FRAME.size):
+        request = json.loads(requests.read(_FRAME.unpack(prefix)[0]))
         data = requests.read(request["bytes"])
         payload = b""
         try:

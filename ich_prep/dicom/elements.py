@@ -1,4 +1,4 @@
-"""What is read of a DICOM file's header: each data element is declared here once, as a field of ``Header``."""
+"""The data elements that are read from a DICOM header, each declared once as a field of ``Header``."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ MANY: Final = 0
 
 @dataclass(frozen=True, slots=True)
 class Element:
-    """A data element that is read from each header: ``name`` in ``Header``, ``tag`` and ``vr`` of PS3.6.
+    """A data element that is read from each header: its ``name`` in ``Header``, and its ``tag`` and ``vr`` (PS3.6).
 
-    ``count`` is its number of values, ``MANY`` where that varies: more than one make a tuple. ``kept``: the scan writes it
-    to a column of this name. ``either_sign``: of VR "US or SS", signed where PixelRepresentation says so.
+    ``count`` is its number of values, ``MANY`` if that varies; more than one value gives a tuple. ``kept``: the scan writes
+    it to a column of this name. ``either_sign``: VR "US or SS", as PixelRepresentation says.
     """
 
     name: str
@@ -41,16 +41,16 @@ def _element(tag: int, vr: str, *, count: int = 1, kept: bool = False, either_si
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a slice's file says of itself; ``None`` where it says nothing.
+    """The header values of one slice; ``None`` where the file has none.
 
     ``pixel_offset`` is the byte at which native pixels begin, or the first item of encapsulated ones; ``pixel_length``
-    is their length in bytes, -1 when encapsulated. Both count in the inflated stream when the file is deflated, and are
-    None when there is no PixelData. ``position`` (x, y, z) and ``pixel_spacing`` (between rows, between columns) are in
+    is their length in bytes, -1 when encapsulated. In a deflated file both count in the inflated stream; they are None
+    if there is no PixelData. ``position`` (x, y, z) and ``pixel_spacing`` (between rows, between columns) are in
     mm; ``orientation`` holds the six direction cosines of PS3.3 C.7.6.2.1.1. ``padding`` and ``padding_limit`` are
-    stored values. ``crc32c`` covers the first ``header_bytes`` of the file: it shows later whether this is the file
-    that was read.
+    stored values. ``crc32c`` covers the first ``header_bytes`` of the file: it shows later whether the file has
+    changed.
 
-    Each element is declared here and nowhere else: the skim and the columns of the scan follow from it.
+    Each element is declared only here: the skim and the columns of the scan are derived from it.
     """
 
     transfer_syntax: str
@@ -89,13 +89,13 @@ class Header:
 ELEMENTS: Final = tuple(
     Element(one.name, *one.metadata["element"]) for one in fields(Header) if "element" in one.metadata
 )
-# Tag -> VR, name, and whether the VR may be SS instead: what a reader asks of each element that it meets.
+# Tag -> VR, name, and whether the VR may be SS instead.
 WANTED: Final = {one.tag: (one.vr, one.name, one.either_sign) for one in ELEMENTS}
 
 
 @dataclass(frozen=True, slots=True)
 class Elements:
-    """The elements that a reader found: texts stripped, numbers of VR US as they stand, nothing interpreted."""
+    """The elements of a header: text stripped, numbers of VR US as read, nothing interpreted."""
 
     transfer_syntax: str
     values: dict[str, str | int]
@@ -104,7 +104,7 @@ class Elements:
 
 
 def interpret(elements: Elements, size: int, header_bytes: int, crc32c: int) -> Header:
-    """Return the elements as a ``Header``; raises BAD_HEADER where a number is not one."""
+    """Return the elements as a ``Header``; raises BAD_HEADER if a numeric value is not a number."""
     signed = elements.values.get("pixel_representation") == 1
     values: list[Any] = [*map(elements.values.get, _NAMES)]
     try:
@@ -141,12 +141,12 @@ def _decimals(text: str | int | None) -> tuple[float, ...] | None:
 
 
 def _as_signed(word: int | None) -> int | None:
-    """Return 16 bits as the signed number that they are in two's complement."""
+    """Return 16 bits interpreted as a signed number in two's complement."""
     return word - 0x10000 if word is not None and word > 0x7FFF else word
 
 
 def _converter(element: Element) -> Callable[[str | int | None], Any] | None:
-    """Return what makes a value of the element's text; None where it stays as it is."""
+    """Return the function that converts the element's text; None if it needs no conversion."""
     if element.vr == b"IS":
         return _integer
     if element.vr == b"DS":

@@ -1,8 +1,8 @@
-"""One DICOM file, pixels unread -> ``Header``.
+"""One DICOM file -> ``Header``; its pixels are not read.
 
-A skim reads the first 8 KiB and walks the elements (PS3.5 section 7.1, PS3.10 section 7) without building objects for
-them. Whatever it does not fully understand it leaves to pydicom: both find the same elements, and one function below
-makes a ``Header`` of them, so that the two can only differ in what they find.
+``skim`` reads the first 8 KiB and walks the elements (PS3.5 section 7.1, PS3.10 section 7) without building objects for
+them. Whatever it does not fully understand it leaves to pydicom. Both return the same elements, and ``interpret`` turns
+them into a ``Header``.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _length32 = struct.Struct("<I").unpack_from
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
-    """Return the header of the DICOM file at ``path``; raises what ``read_header_from`` raises."""
+    """Return the header of the DICOM file at ``path``; raises as ``read_header_from``."""
     from ich_prep.sources import FolderSource
 
     file = Path(path).absolute()
@@ -65,10 +65,10 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
 
 def read_header_from(source: Source, key: bytes) -> Header:
-    """Return the header of the DICOM file that ``source`` has by ``key``.
+    """Return the header of the DICOM file with ``key`` in ``source``.
 
-    Raises ``SliceError``: UNREADABLE, EMPTY_FILE, NOT_DICOM, BAD_HEADER (a value that is not of its VR), TOO_LARGE (a
-    deflated data set beyond 64 MiB), or what ``source`` raises of an archive.
+    Raises ``SliceError``: UNREADABLE, EMPTY_FILE, NOT_DICOM, BAD_HEADER (a value that does not match its VR),
+    TOO_LARGE (a deflated data set beyond 64 MiB), or an archive error of ``source``.
     """
 
     def read_first(length: int) -> bytes:
@@ -97,11 +97,11 @@ def read_header_from(source: Source, key: bytes) -> Header:
 
 
 def skim(data: bytes) -> Elements | None:
-    """Return the elements before PixelData in the first bytes of a file, or None where pydicom must decide.
+    """Return the elements before PixelData in the first bytes of a file, or None if pydicom must decide.
 
     None means: no ``DICM`` at byte 128, an element of undefined length, an unknown VR, tags out of order, text that is
-    not plain ASCII, big endian data, or that ``data`` ends before PixelData begins. Deflated data is inflated no further
-    than ``data`` is long: the pixels are left to whoever wants them.
+    not plain ASCII, big endian data, or that ``data`` ends before PixelData begins. At most ``len(data)`` bytes
+    of deflated data are inflated: the caller reads the pixels.
     """
     if data[128:132] != b"DICM":
         return None
@@ -121,7 +121,7 @@ def skim(data: bytes) -> Elements | None:
 
 
 def walk_meta(data: bytes) -> tuple[str | None, int]:
-    """Return the transfer syntax, None where it cannot be told, and where the data set begins (PS3.10 section 7.1)."""
+    """Return the transfer syntax (None if unknown) and the offset of the data set (PS3.10 section 7.1)."""
     position, syntax = 132, None
     while True:
         group, element, vr, length = _explicit(data, position)
@@ -195,7 +195,7 @@ def _at_pixels(syntax: str, values: dict[str, str | int], position: int, length:
 
 
 def _store(values: dict[str, str | int], wanted: tuple[bytes, str, bool], vr: bytes, value: bytes, length: int) -> bool:
-    """Put a wanted element into ``values``; False where it is not of the form that the skim knows."""
+    """Put a wanted element into ``values``; return False if the skim does not support its form."""
     expected, name, either_sign = wanted
     if len(value) != length or (vr != expected and not (vr == b"SS" and either_sign)):
         return False
@@ -204,7 +204,7 @@ def _store(values: dict[str, str | int], wanted: tuple[bytes, str, bool], vr: by
             values[name] = int.from_bytes(value, "little")
         return length in (0, 2)
     if b"\x1b" in value:
-        return False  # an escape sequence of ISO 2022: the bytes look like ASCII and stand for another script
+        return False  # an escape sequence of ISO 2022: the bytes look like ASCII but encode another script
     text = value.decode("ascii").strip(_BLANKS)
     if text:
         values[name] = text
@@ -212,7 +212,7 @@ def _store(values: dict[str, str | int], wanted: tuple[bytes, str, bool], vr: by
 
 
 def _read_with_pydicom(data: bytes, read_first: Callable[[int], bytes]) -> Elements:
-    """Return the elements as pydicom finds them in the file that begins with ``data``; ``read_first`` reads more of it.
+    """Return the elements of the file that begins with ``data``, read by pydicom; ``read_first`` reads more of the file.
 
     Raises NOT_DICOM, BAD_HEADER or TOO_LARGE.
     """
@@ -222,7 +222,7 @@ def _read_with_pydicom(data: bytes, read_first: Callable[[int], bytes]) -> Eleme
     if data[128:132] != b"DICM":
         raise SliceError(Reason.NOT_DICOM, "expected 'DICM' at byte 128, found other bytes")
     try:
-        # pydicom remarks on what it works around; what cannot be used is refused by its value.
+        # pydicom warns about what it works around; unusable values are rejected later.
         with (
             warnings.catch_warnings(action="ignore"),
             pydicom.config.disable_value_validation(),
@@ -247,11 +247,11 @@ def _read_with_pydicom(data: bytes, read_first: Callable[[int], bytes]) -> Eleme
             tail = stream.read(12)
     except (SliceError, OSError):
         raise
-    except Exception as error:  # pydicom raises whatever its parts raise on damaged bytes
+    except Exception as error:  # damaged bytes can raise any exception within pydicom
         raise SliceError(Reason.NOT_DICOM, f"pydicom: {type(error).__name__}: {error}"[:200]) from None
     if not syntax:
         raise SliceError(Reason.NOT_DICOM, "expected a TransferSyntaxUID in the file meta information, found none")
-    # Explicit or implicit as the data set is, which need not be what its transfer syntax says.
+    # Explicit or implicit VR as found in the data set, which may contradict its transfer syntax.
     start = 8 if dataset.original_encoding[0] else 12
     if len(tail) < start:
         return Elements(syntax, values, None, None)
@@ -260,12 +260,12 @@ def _read_with_pydicom(data: bytes, read_first: Callable[[int], bytes]) -> Eleme
 
 
 def _store_pydicom(values: dict[str, str | int], vr: bytes, name: str, dataset: object, tag: int) -> None:
-    """Put the element of ``dataset`` at ``tag`` into ``values``, in the form that the skim gives it."""
+    """Put the element of ``dataset`` at ``tag`` into ``values``, in the same form as the skim does."""
     from pydicom.multival import MultiValue
 
     try:
         value = dataset[tag].value  # type: ignore[index]
-    except Exception as error:  # pydicom raises whatever its parts raise on damaged bytes
+    except Exception as error:  # damaged bytes can raise any exception within pydicom
         raise SliceError(Reason.BAD_HEADER, f"pydicom: {name}: {type(error).__name__}: {error}"[:200]) from None
     if not isinstance(value, str | int | float | MultiValue):
         return  # no value, or one of another VR
@@ -280,7 +280,7 @@ def _store_pydicom(values: dict[str, str | int], vr: bytes, name: str, dataset: 
 
 
 class _Beginning(io.RawIOBase):
-    """A file that is read from its beginning, each time at least twice as far as before, and never beyond 64 MiB."""
+    """A file of which ever longer prefixes are read, each at least twice as long as the last, up to 64 MiB."""
 
     def __init__(self, data: bytes, read_first: Callable[[int], bytes]) -> None:
         self._data, self._read_first = data, read_first
@@ -294,20 +294,20 @@ class _Beginning(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         if whence == io.SEEK_END:
-            self._reach(INFLATED_LIMIT)
+            self._read_up_to(INFLATED_LIMIT)
         origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: len(self._data)}[whence]
         self._position = max(0, origin + offset)
         return self._position
 
     def readinto(self, buffer: Buffer) -> int:
         view = memoryview(buffer).cast("B")
-        self._reach(self._position + len(view))
+        self._read_up_to(self._position + len(view))
         part = self._data[self._position : self._position + len(view)]
         view[: len(part)] = part
         self._position += len(part)
         return len(part)
 
-    def _reach(self, end: int) -> None:
+    def _read_up_to(self, end: int) -> None:
         if end <= len(self._data) or self._is_whole:
             return
         length = min(max(end, 2 * len(self._data), LONGEST_SKIM), INFLATED_LIMIT)

@@ -1,6 +1,6 @@
-"""pydicom's door to imagecodecs: JPEG, JPEG lossless and JPEG-LS frames -> pixel bytes.
+"""pydicom plugin for imagecodecs: JPEG, JPEG lossless and JPEG-LS frames -> pixel bytes.
 
-Written to the interface of a pydicom decoder plugin, which names a module and a function in it.
+Follows pydicom's decoder plugin interface: a module and the name of a function in it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def decode_frame(source: bytes, runner: DecodeRunner) -> bytearray:
     """Return the pixels of one encoded frame as bytes, little endian, as wide as the codec stored them."""
     from imagecodecs import jpeg8_decode, jpegls_decode
 
-    # Both decoders fill up what a truncated stream lacks, and say nothing.
+    # Both decoders silently fill in what a truncated stream lacks.
     if not source.rstrip(b"\0").endswith(_END_OF_IMAGE):
         raise ValueError("expected the marker of the end of the image, the frame is truncated")
     decode = jpegls_decode if runner.transfer_syntax in _JPEG_LS else jpeg8_decode

@@ -1,4 +1,4 @@
-"""Where a dataset keeps its slices and labels: one module a layout, each with the functions of ``Layout``."""
+"""How published data sets arrange slices and labels: one module per layout, each with the functions of ``Layout``."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
 
 
 class Layout(Protocol):
-    """What a layout knows. Its functions take values and open only label files."""
+    """The interface of a layout. Its functions open no files but label files."""
 
     def recognise(self, listing: Listing) -> str | None:
-        """Return why the tree is of this layout, or None."""
+        """Return why the tree has this layout, or None."""
 
     def read_labels(self, listing: Listing, given: TableFile | None, rules: LabelRules = DEFAULT_RULES) -> LabelTable:
         """Return the labels found in the tree, or in the file ``given``; raises ``SourceError``.
 
-        A tree without a label file has no labels where the rules allow it, and is an error in layouts that need one.
+        A tree without a label file has no labels if the rules allow it; otherwise it is an error in layouts that need one.
         """
 
     def assign(self, slices: pa.Table, root: str) -> Assignment:
-        """Return what the layout says of each file (a line of ``scan.SCHEMA``, most of it null where no header was read).
+        """Return the assignment of each file (a line of ``scan.SCHEMA``, mostly null if no header was read).
 
-        ``root`` is the name of the source, to which the paths are relative.
+        ``root`` is the name of the source; paths are relative to it.
         """
 
 
@@ -61,7 +61,7 @@ def check_layout(spec: Spec) -> None:
 def choose_layout(spec: Spec, listing: Listing, progress: Progress) -> tuple[Layout, Spec]:
     """Return the layout of ``spec`` and the spec that names it; for ``auto`` the first that recognises the tree.
 
-    Raises ``UsageError`` for what ``check_layout`` refuses.
+    Raises ``UsageError`` as ``check_layout`` does.
     """
     if spec.layout == AUTO:
         name, why = recognise(listing)

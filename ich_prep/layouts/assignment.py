@@ -1,4 +1,4 @@
-"""What a layout says of each slice, and how label tables are read: shared by the layouts."""
+"""Shared by the layouts: the assignment of each slice, and reading label tables."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ HEADER_BYTES = 64 * 1024
 
 @dataclass(frozen=True)
 class Assignment:
-    """One value a slice in each array.
+    """One value per slice in each array.
 
     ``subset`` is train or test; ``patient_id`` may be null; ``subject`` is the key of labels by subject, else null;
-    ``repairs`` names known defects to put right while decoding; ``excluded_because`` is why the slice has no place in the
-    dataset, null where it has one.
+    ``repairs`` names known defects to repair while decoding; ``excluded_because`` is why the slice is excluded from the
+    dataset, null if it is not.
     """
 
     subset: pa.Array
@@ -35,7 +35,7 @@ class Assignment:
 
 
 def nulls(count: int, kind: pa.DataType | None = None) -> pa.Array:
-    """Return ``count`` nulls, of strings unless told."""
+    """Return ``count`` nulls, of strings by default."""
     return pa.nulls(count, kind or pa.string())
 
 
@@ -45,8 +45,8 @@ def no_repairs(count: int) -> pa.Array:
 
 
 def read_csv(table: TableFile, types: dict[str, pa.DataType] | None = None) -> pa.Table:
-    """Return a CSV file as a table; raises ``SourceError`` where it cannot be read."""
-    # Arrow's threads may outlive the reader: they must not hold an object of Python's while the interpreter ends.
+    """Return a CSV file as a table; raises ``SourceError`` if it cannot be read."""
+    # Arrow's threads may outlive the reader: they must not own a Python object while the interpreter shuts down.
     copy = pa.BufferOutputStream()
     copy.write(table.read())
     try:
@@ -56,9 +56,9 @@ def read_csv(table: TableFile, types: dict[str, pa.DataType] | None = None) -> p
 
 
 def header_of(table: TableFile) -> tuple[str, ...]:
-    """Return the column names in the first line of a CSV file, as they are written there, without quotes.
+    """Return the column names in the first line of a CSV file, as written, without quotes.
 
-    Empty where it cannot be read as text.
+    Empty if it cannot be read as text.
     """
     try:
         line = next(iter(table.read(HEADER_BYTES).splitlines()), b"").decode("utf-8-sig")
@@ -75,6 +75,6 @@ def tables_with(listing: Listing, columns: Sequence[str]) -> list[TableFile]:
 def require_single(tables: Sequence[TableFile], what: str) -> TableFile:
     """Return the only one of ``tables``; raises ``SourceError`` for none and for several."""
     if len(tables) != 1:
-        found = ", ".join(table.path for table in tables) or "none"
-        raise SourceError(f"Expected one {what} in the source; found {found}. Name the one to use with --labels.")
+        names = ", ".join(table.path for table in tables) or "none"
+        raise SourceError(f"Expected one {what} in the source; found {names}. Name the one to use with --labels.")
     return tables[0]

@@ -29,29 +29,29 @@ COLUMNS = {
     "any": "ICH",
 }
 _SUBJECT = re.compile(r"CQ500-?CT-?([0-9]+)")
-# Scan types that are no plain axial series of the brain: after contrast, bone and lung kernels, volume renderings.
+# Scan types that are not plain axial series of the brain: after contrast, bone and lung kernels, volume renderings.
 _NOT_PLAIN = re.compile(r"post.?contrast|\bcect\b|\+c\b|\bc\b|\bbone\b|\bhrct\b|3d", re.IGNORECASE)
 
 
 def recognise(listing: Listing) -> str | None:
     """Return why the tree is CQ500's: a folder ``CQ500CT<n>``."""
     for folder in sorted(listing.folders()):
-        found = _SUBJECT.search(folder)
-        if found:
-            return f"there is a folder {found[0]}"
+        match = _SUBJECT.search(folder)
+        if match:
+            return f"there is a folder {match[0]}"
     return None
 
 
 def read_labels(listing: Listing, given: TableFile | None, rules: LabelRules = DEFAULT_RULES) -> LabelTable:
-    """Return the consensus of the readers, at least two of three, for each subject: labels of a scan, not of a slice.
+    """Return the majority vote of the three readers for each subject: labels of a scan, not of a slice.
 
-    Readers may agree on a bleed and not on its type: then ``any`` is 1 and no subtype is. Where a consensus on a
-    subtype stands beside none on ICH, ``any`` is 1, and a note counts it.
+    Readers may agree on a bleed but not on its type: then ``any`` is 1 and no subtype is. If a majority for a subtype
+    exists without one for ICH, ``any`` is set to 1, and a note counts these subjects.
     """
-    found = tables_with(listing, HEADER)
-    if given is None and rules.allow_unlabelled and not found:
+    tables = tables_with(listing, HEADER)
+    if given is None and rules.allow_unlabelled and not tables:
         return replace(no_labels(rules.classes), key="subject")
-    label_file = given or require_single(found, "reads.csv with the header name,Category,R1:ICH,...")
+    label_file = given or require_single(tables, "reads.csv with the header name,Category,R1:ICH,...")
     columns = [f"{reader}:{short}" for reader in READERS for short in COLUMNS.values()]
     table = read_csv(label_file, {"name": pa.string(), **dict.fromkeys(columns, pa.int8())})
     missing = [name for name in ("name", *columns) if name not in table.column_names]
@@ -83,22 +83,22 @@ def read_labels(listing: Listing, given: TableFile | None, rules: LabelRules = D
 
 
 def _subject(name: str) -> str | None:
-    """Return a subject's name as reads.csv spells it, whichever way a folder or a PatientID spells it."""
-    found = _SUBJECT.search(name)
-    return None if found is None else f"CQ500-CT-{int(found[1])}"
+    """Return a subject's name in the spelling of reads.csv, from that of a folder or a PatientID."""
+    match = _SUBJECT.search(name)
+    return None if match is None else f"CQ500-CT-{int(match[1])}"
 
 
 def assign(slices: pa.Table, root: str) -> Assignment:
-    """Return each slice under its subject, and series that are no plain CT as left out."""
+    """Assign each slice to its subject; exclude series that are not plain CT."""
     paths, ids = slices["path"].to_pylist(), slices["patient_id"].to_pylist()
     subjects = [_subject(path) or _subject(patient or "") for path, patient in zip(paths, ids, strict=True)]
     types = [path.rsplit("/", 2)[-2] if "/" in path else "" for path in paths]
     excluded_because = [f"the scan type {name!r} is no plain CT" if _NOT_PLAIN.search(name) else None for name in types]
-    named = pa.array(subjects, pa.string())
+    patients = pa.array(subjects, pa.string())
     return Assignment(
         subset=pa.array(["train"] * len(paths), pa.string()),
-        patient_id=named,
-        subject=named,
+        patient_id=patients,
+        subject=patients,
         repairs=no_repairs(len(paths)),
         excluded_because=pa.array(excluded_because, pa.string()),
     )

@@ -1,4 +1,4 @@
-"""Any tree of DICOM files, and a CSV whose columns are a UID and label names."""
+"""Any tree of DICOM files, with a label CSV whose columns are a UID and class names."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ def recognise(listing: Listing) -> str | None:
 
 
 def read_labels(listing: Listing, given: TableFile | None, rules: LabelRules = DEFAULT_RULES) -> LabelTable:
-    """Return the labels of the CSV ``given``, or of the one in the tree that has a UID column; none, and a note
-    of each CSV that is there, where none has.
+    """Return the labels of the CSV ``given``, or of the one in the tree that has a UID column.
+
+    If none has, there are no labels, and a note for each CSV in the tree.
 
     Columns: ``sop_instance_uid`` or ``series_instance_uid``, and any of the rules' classes; values 0, 1 or empty.
     """
@@ -42,7 +43,7 @@ def read_labels(listing: Listing, given: TableFile | None, rules: LabelRules = D
             )
             return replace(no_labels(rules.classes), notes=others)
         given = require_single(with_key, "CSV of labels")
-    given.read(0)  # header_of takes a file that cannot be read for one without a header
+    given.read(0)  # raises if it cannot be read, which header_of does not
     header = header_of(given)
     repeated = sorted({name for name in header if header.count(name) > 1})
     if repeated:
@@ -59,25 +60,25 @@ def read_labels(listing: Listing, given: TableFile | None, rules: LabelRules = D
     table = read_csv(given, {key: pa.string(), **dict.fromkeys(named, pa.int8())})
     lines = []
     for name in named:
-        stated = table.filter(pc.is_valid(table[name]))
-        values = stated[name].to_numpy().astype(np.int8)
+        labelled = table.filter(pc.is_valid(table[name]))
+        values = labelled[name].to_numpy().astype(np.int8)
         wrong = ~np.isin(values, (0, 1))
         if wrong.any():
             raise SourceError(f"Expected 0, 1 or nothing in column {name} of {given.path}; found {values[wrong][0]}.")
-        lines.append((stated[key].combine_chunks(), np.full(len(stated), rules.classes.index(name)), values))
+        lines.append((labelled[key].combine_chunks(), np.full(len(labelled), rules.classes.index(name)), values))
     keys, columns, values = (list(parts) for parts in zip(*lines, strict=True))
-    everything = labels_from_long_table(
+    labels = labels_from_long_table(
         pa.chunked_array(keys, pa.string()).combine_chunks(),
         np.concatenate(columns),
         np.concatenate(values),
         classes=rules.classes,
         allow_contradictions=rules.allow_contradictions,
     )
-    # In the order of the file, whatever the column that first names a slice.
+    # In the order of the file: `labels` is sorted by column first.
     order = pc.unique(table[key].combine_chunks())
-    places = pc.index_in(order, value_set=everything.keys).fill_null(-1).to_numpy(zero_copy_only=False)
-    padded = np.concatenate([everything.values, np.full((1, len(rules.classes)), UNKNOWN, np.int8)])
-    return replace(everything, key=key, keys=order, values=padded[places])
+    index = pc.index_in(order, value_set=labels.keys).fill_null(-1).to_numpy(zero_copy_only=False)
+    padded = np.concatenate([labels.values, np.full((1, len(rules.classes)), UNKNOWN, np.int8)])
+    return replace(labels, key=key, keys=order, values=padded[index])
 
 
 def _key_of(columns: tuple[str, ...]) -> Key | None:
@@ -85,7 +86,7 @@ def _key_of(columns: tuple[str, ...]) -> Key | None:
 
 
 def assign(slices: pa.Table, root: str) -> Assignment:
-    """Return every slice as a training slice of its PatientID."""
+    """Assign every slice to the training set and to its PatientID."""
     count = len(slices)
     return Assignment(
         subset=pa.array(["train"] * count, pa.string()),

@@ -32,16 +32,16 @@ _SAMPLE = "sample_submission"
 def recognise(listing: Listing) -> str | None:
     """Return why the tree is RSNA's: it has or is a folder ``stage_*_train`` or ``_test``, with or without ``_images``."""
     for folder in sorted(listing.folders()):
-        found = _FOLDER.search(f"{listing.name}/{folder}")
-        if found:
-            return f"there is a folder {found[1]}"
+        match = _FOLDER.search(f"{listing.name}/{folder}")
+        if match:
+            return f"there is a folder {match[1]}"
     return None
 
 
 def read_labels(listing: Listing, given: TableFile | None, rules: LabelRules = DEFAULT_RULES) -> LabelTable:
     """Return the labels of the training slices, and the slices that the sample submission lists.
 
-    The label file is ``given``, or the one CSV with the header ``ID,Label`` that is no sample submission. A line is
+    The label file is ``given``, or the one CSV with the header ``ID,Label`` that is not a sample submission. A line is
     ``<SOP Instance UID>_<class>,<0 or 1>``.
     """
     tables = tables_with(listing, HEADER)
@@ -51,11 +51,11 @@ def read_labels(listing: Listing, given: TableFile | None, rules: LabelRules = D
     others = [table for table in tables if table not in samples]
     label_file = given or require_single(others, "label file with the header ID,Label")
     keys, columns, values = _read_long(label_file)
-    whole = np.isin(values, (0, 1))
-    if not whole.all():
+    valid = np.isin(values, (0, 1))
+    if not valid.all():
         raise SourceError(
-            f"Expected labels of 0 or 1 in {label_file.path}; found {values[~whole][0]:g} in line "
-            f"{int(np.argmin(whole)) + 2}. Give the training labels with --labels (a sample submission has none)."
+            f"Expected labels of 0 or 1 in {label_file.path}; found {values[~valid][0]:g} in line "
+            f"{int(np.argmin(valid)) + 2}. Give the training labels with --labels (a sample submission has none)."
         )
     labels = labels_from_long_table(
         keys, columns, values.astype(np.int8), allow_contradictions=rules.allow_contradictions
@@ -63,7 +63,7 @@ def read_labels(listing: Listing, given: TableFile | None, rules: LabelRules = D
     if len(samples) > 1:
         raise SourceError(
             f"Expected one sample submission in the source; found {', '.join(table.path for table in samples)}. "
-            "Move all but that of the stage whose files are there out of the source."
+            "Keep only the one of the stage whose files are in the source."
         )
     listed = pc.unique(_read_long(samples[0])[0]) if samples else pa.array([], pa.string())
     return replace(labels, listed=listed)
@@ -74,11 +74,11 @@ def _read_long(table_file: TableFile) -> tuple[pa.Array, NDArray[np.intp], NDArr
     table = read_csv(table_file, {"ID": pa.string(), "Label": pa.float64()})
     if not {*HEADER} <= {*table.column_names}:
         raise SourceError(
-            f"Expected the columns {','.join(HEADER)} in {table_file.path}, a line for each slice and class; found "
+            f"Expected the columns {','.join(HEADER)} in {table_file.path}, one line per slice and class; found "
             f"{','.join(table.column_names)}. Give the label file of the competition with --labels."
         )
     names = table["ID"].combine_chunks()
-    # The class is what follows the last '_', and no class name holds one: so each is a fixed number of characters.
+    # The class follows the last '_'. No class name contains one, so each suffix has a fixed length.
     classes = np.full(len(names), -1, np.intp)
     keys: pa.Array = names
     for number, name in enumerate(RSNA_CLASSES):

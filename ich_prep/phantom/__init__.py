@@ -1,4 +1,4 @@
-"""A synthetic head CT cohort: real DICOM files from a seed, and each known defect by name."""
+"""A synthetic head CT cohort: DICOM files generated from a seed, with known defects on request."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ich_prep.phantom.trees import SECOND_SERIES, Listed, series_files, write_la
 
 LAYOUTS = ("rsna", "cq500", "folder")
 
-# Every known defect that `synthesize(defects=True)` adds, with a sentence that says what it is.
+# Every known defect that `synthesize(defects=True)` adds, with a sentence that describes it.
 DEFECTS: dict[str, str] = {name: defect.sentence for name, defect in KNOWN_DEFECTS.items()}
 
 
@@ -50,8 +50,8 @@ def synthesize(
 
     ``series`` volumes of 16-60 slices, each (size, size) with stored values of 12 or 16 bits. A slice is labelled with
     a kind of bleed when at least ``bleeds.MIN_AREA_MM2`` mm2 of it was painted. ``layout`` is one of LAYOUTS.
-    ``defects`` adds the files of DEFECTS that the layout can hold. Equal arguments write equal bytes, whatever
-    ``workers`` (processes; 0: this one). Raises ``UsageError`` for invalid values and an ``out`` in use.
+    ``defects`` adds those DEFECTS that the layout supports. Equal arguments write equal bytes, with any number of
+    ``workers`` (processes; 0: this one). Raises ``UsageError`` for invalid values and an ``out`` that is not empty.
     """
     _refuse(out, series=series, seed=seed, size=size, layout=layout)
     cohort = _Cohort(out=str(out), seed=seed, size=size, layout=layout)
@@ -63,7 +63,7 @@ def synthesize(
         for damage in damaged_files(layout, seed, size=size):
             names.append(damage.defect)
             listed += damage.listed
-            if damage.listed:  # readers of a series vote on what can be read
+            if damage.listed:  # CQ500's readers vote only on series with readable files
                 places.append(damage.place)
             for path, content in damage.files:
                 _write(out, path, content)
@@ -74,15 +74,15 @@ def synthesize(
 
 def _refuse(out: Path, *, series: int, seed: int, size: int, layout: str) -> None:
     if layout not in LAYOUTS:
-        raise UsageError(f"the layout must be one of {', '.join(LAYOUTS)}, found {layout!r}: name one of these")
+        raise UsageError(f"Expected a layout of {', '.join(LAYOUTS)}; got {layout!r}.")
     if series < 1:
-        raise UsageError(f"the number of series must be at least 1, found {series}: ask for one or more")
+        raise UsageError(f"Expected at least 1 series; got {series}.")
     if seed < 0:
-        raise UsageError(f"the seed must be 0 or more, found {seed}: name another")
+        raise UsageError(f"Expected a seed of 0 or more; got {seed}.")
     if not 32 <= size <= 1024:
-        raise UsageError(f"the size must be 32 to 1024 pixels, found {size}: CT slices are 512")
+        raise UsageError(f"Expected a size of 32 to 1024 pixels; got {size}. CT slices have 512.")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UsageError(f"{out} must be new or an empty folder, found something there: remove it or name another")
+        raise UsageError(f"{out} must be a new or an empty folder; it has contents. Remove it, or give another folder.")
 
 
 def _written(cohort: _Cohort, series: int, workers: int) -> Iterator[tuple[Listed, ...]]:

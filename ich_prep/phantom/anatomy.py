@@ -1,7 +1,7 @@
 """A synthetic head in Hounsfield units: an ellipsoid of bone with a brain in it, cut at any level.
 
-Head frame, mm: x to the patient's left, y to the back, z to the vertex; the origin lies where the head is widest, about
-the level of the third ventricle. All fields of one cut are float32 arrays of one shape (y, x).
+Head frame, mm: x to the patient's left, y to the back, z to the vertex; the origin is at the widest level of the head, about
+that of the third ventricle. All fields of one cut are float32 arrays of one shape (y, x).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _RELIEF_STEP_MM = (8.0, 6.5, 6.5)  # z, y, x
 _RELIEF_ORIGIN_MM = (-80.0, -125.0, -105.0)
 _RELIEF_SHAPE = (24, 40, 34)
 
-# Ventricles as ellipsoids: centre x, y, z; half axes x, y, z; turn in degrees. x > 0 stands for both sides.
+# Ventricles as ellipsoids: centre x, y, z; half axes x, y, z; turn in degrees. x > 0 means both sides.
 _VENTRICLES = (
     (8.0, -25.0, 13.0, 4.6, 15.0, 15.0, -18.0),  # frontal horns
     (11.5, -2.0, 26.0, 5.4, 28.0, 12.0, 4.0),  # bodies
@@ -39,33 +39,33 @@ _DEEP_GREY = (
 
 @dataclass(frozen=True)
 class Head:
-    """One patient's head: outer half axes of the skull and the traits that differ between people, in mm and HU."""
+    """One patient's head: outer half axes of the skull and individual traits, in mm and HU."""
 
     half_width_mm: float
     half_length_mm: float
     height_mm: float
     skull_mm: float
     scalp_mm: float
-    egg: float  # how much wider the back is than the front
+    egg: float  # how much wider the back is than the front, as a share
     atrophy: float  # 1: young, 2: wide sulci and cisterns
     ventricle_scale: float
     grey_hu: float
     white_hu: float
     skull_hu: float
-    calcified: bool  # the usual chalk of pineal gland and choroid plexus
+    calcified: bool  # physiological calcification of the pineal gland and choroid plexus
     relief: Field  # (z, y, x) on a coarse grid: where the sulci run
 
 
 @dataclass(frozen=True)
 class Plane:
-    """The pixels of one slice near the head: ``x``, ``y`` in the head frame, and where they lie in the image."""
+    """The pixels of one slice near the head: ``x``, ``y`` in the head frame, and their place in the image."""
 
     x: Field
     y: Field
     z_mm: float
     rows: slice
     columns: slice
-    across_mm: Field  # column positions before the head's turn, for what varies along one axis only
+    across_mm: Field  # column positions before the head is turned, for fields that vary along one axis
     down_mm: Field
     pixel_mm: float
     thickness_mm: float
@@ -73,12 +73,12 @@ class Plane:
 
 @dataclass(frozen=True)
 class Tissue:
-    """One cut: HU and what a bleed needs to know about the place."""
+    """One cut: HU, and what is needed to paint bleeds."""
 
     hu: Field
     depth_mm: Field  # below the inner table; negative in bone and outside
     relief: Field  # about -1..1, smooth; zero where a sulcus runs
-    ventricles: Field  # share of the pixel that is ventricle, 0..1; so is the next
+    ventricles: Field  # share of the pixel that is ventricle, 0..1; likewise cisterns
     cisterns: Field
     edge_mm: float  # half the width of a soft edge
     atrophy: float  # of the head
@@ -164,7 +164,7 @@ def ramp(outside_mm: Field, edge_mm: float) -> Field:
 def ellipsoid(
     plane: Plane, centre_mm: tuple[float, float, float], half_mm: tuple[float, float, float], turn_deg: float
 ) -> Field | None:
-    """Return the distance in mm (roughly; negative inside) from the cut of an ellipsoid, None where it is not cut."""
+    """Return the distance in mm (roughly; negative inside) from the cut of an ellipsoid, None if it is not cut."""
     left = 1.0 - ((plane.z_mm - centre_mm[2]) / half_mm[2]) ** 2
     if left <= 0.0:
         return None
@@ -211,7 +211,7 @@ def _taps(position: NDArray[np.float64], count: int) -> tuple[NDArray[np.intp], 
 
 
 def _relief(head: Head, plane: Plane) -> Field:
-    """Return the patient's relief at the plane's pixels; plain sums, not BLAS, so that thread counts change nothing."""
+    """Return the patient's relief at the plane's pixels; plain sums, not BLAS, so that thread counts do not matter."""
     (z0, y0, x0), (dz, dy, dx) = _RELIEF_ORIGIN_MM, _RELIEF_STEP_MM
     start, weight = _taps(np.array([(plane.z_mm - z0) / dz]), _RELIEF_SHAPE[0])
     cut = sum(weight[k, 0] * head.relief[start[0] + k] for k in range(4))

@@ -1,4 +1,4 @@
-"""Hemorrhages of the five kinds, placed where anatomy puts them in a synthetic head, in three dimensions."""
+"""The five kinds of hemorrhage, at their anatomical sites in a synthetic head, in three dimensions."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import numpy as np
 
 from ich_prep.phantom.anatomy import Field, Plane, Tissue, blend, ellipsoid, ramp, sulci
 
-# A slice is positive for a kind when at least this much of it was painted; less is not painted at all.
+# A slice is positive for a kind if at least this area was painted; smaller areas are not painted.
 MIN_AREA_MM2 = 50.0
 
-# Blood under the bone thinner than this would vanish in the soft edge of the bone: it is not painted.
+# Blood under the bone that is thinner than this would vanish in the bone's soft edge: it is not painted.
 _MIN_LAYER_MM = 3.0
 
 # Blood under the bone hides the other kinds below it, so it is painted first.
 _ORDER = ("epidural", "subdural", "intraparenchymal", "intraventricular", "subarachnoid")
 
-# Where blood in the tissue starts: x (both sides), y, z in mm of the head frame, the largest half axis there, and how
-# often of ten.
+# Sites of blood in the tissue: x (both sides), y, z in mm of the head frame, the largest half axis there, and a weight
+# (they sum to ten).
 _TISSUE_SITES = (
     (25.0, -4.0, 8.0, 26.0, 4),  # lentiform nucleus
     (14.0, 12.0, 10.0, 17.0, 2),  # thalamus
@@ -33,7 +33,7 @@ _TISSUE_SITES = (
 
 @dataclass(frozen=True)
 class Bleed:
-    """One bleed: its kind, HU, centre and half extents in mm of the head frame, and its kind's own trait.
+    """One bleed: its kind, HU, centre and half extents in mm of the head frame, and one trait of its kind.
 
     ``half_mm`` is (along the bone, thickness, z) for epidural and subdural, (x, y, z) for intraparenchymal, and the
     radius of the region whose CSF is bloody, three times, for subarachnoid and intraventricular. ``trait`` is the width

@@ -1,4 +1,4 @@
-"""Every known defect of head CT archives, each as files that the phantom adds to a clean tree."""
+"""Known defects of head CT archives, each as files that the phantom adds to a clean tree."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ich_prep.phantom.trees import Listed, SliceFile, series_files
 
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 
-# Defects show themselves in patients of their own, numbered from here: no cohort is that large.
+# Each defect has its own patient, numbered from here, beyond any cohort.
 _FIRST_PATIENT = 100_000
 _DEFECT_STREAM = 200
 
@@ -25,13 +25,13 @@ _SLICE_LABELS = ("rsna", "folder")
 _CENTRE_MM = 22.0  # a level with ventricles and sulci
 
 
-# Files by relative path, and what the label files say about them.
+# Files by relative path, and their entries in the label files.
 _Made = tuple[tuple[tuple[str, bytes], ...], tuple[Listed, ...]]
 
 
 @dataclass(frozen=True)
 class Damage:
-    """What one defect adds to a tree: files by relative path, what the label files say of them, and its patient."""
+    """What one defect adds to a tree: files by relative path, their entries in the label files, and its patient."""
 
     defect: str
     files: tuple[tuple[str, bytes], ...]
@@ -41,7 +41,7 @@ class Damage:
 
 @dataclass(frozen=True)
 class _Ground:
-    """Where a defect is made: the tree's layout, seed and size, and a patient number of its own."""
+    """The inputs of a defect: the tree's layout, seed and size, and the defect's patient number."""
 
     layout: str
     seed: int
@@ -84,31 +84,31 @@ def _with(file: SliceFile, **attributes: object) -> SliceFile:
     return replace(file, attributes=file.attributes | attributes)
 
 
-def _known(*files: SliceFile) -> _Made:
-    """Return files that stand in the label files like any slice."""
+def _listed(*files: SliceFile) -> _Made:
+    """Return files that are in the label files like any slice."""
     return tuple((file.path, file.content()) for file in files), tuple(file.listed for file in files)
 
 
-def _unknown(file: SliceFile) -> _Made:
-    """Return a file that no label file knows."""
+def _unlisted(file: SliceFile) -> _Made:
+    """Return a file that is in no label file."""
     return ((file.path, file.content()),), ()
 
 
-def _lost(ground: _Ground, file: SliceFile, content: bytes) -> _Made:
-    """Return a file that nobody can read, known to label files of slices; readers of a series saw nothing of it."""
+def _unreadable(ground: _Ground, file: SliceFile, content: bytes) -> _Made:
+    """Return an unreadable file that is in label files by slice, but not in those by series."""
     return ((file.path, content),), (file.listed,) if ground.layout in _SLICE_LABELS else ()
 
 
 def _truncated(ground: _Ground) -> _Made:
     file = ground.slice()
     pixel_bytes = len(file.attributes["PixelData"])
-    lost = pixel_bytes - pixel_bytes * 153_710 // 524_288  # the share that RSNA's truncated slice has kept
-    return _lost(ground, file, file.content()[:-lost])
+    missing = pixel_bytes - pixel_bytes * 153_710 // 524_288  # as in RSNA's truncated slice
+    return _unreadable(ground, file, file.content()[:-missing])
 
 
 def _zero_length(ground: _Ground) -> _Made:
     file = ground.slice()
-    # Only RSNA's file names still say which slice this was.
+    # Only in RSNA's layout does the file name identify the slice.
     return ((file.path, b""),), (file.listed,) if ground.layout == "rsna" else ()
 
 
@@ -120,7 +120,7 @@ def _not_dicom(ground: _Ground) -> _Made:
 
 
 def _localizer(ground: _Ground) -> _Made:
-    return _unknown(
+    return _unlisted(
         _with(
             ground.slice(),
             ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"],
@@ -132,11 +132,11 @@ def _localizer(ground: _Ground) -> _Made:
 def _dose_page(ground: _Ground) -> _Made:
     file = ground.slice()
     page = np.zeros((ground.size, ground.size), np.uint16)
-    page[ground.size // 8 : ground.size // 2 : 8, ground.size // 8 : -ground.size // 4] = 255  # lines of writing
-    of_ct = ("Image", "Rescale", "PixelPadding")
-    kept = {key: value for key, value in file.attributes.items() if not key.startswith(of_ct)}
-    page_file = _with_pixels(replace(file, attributes=kept), page)
-    return _unknown(
+    page[ground.size // 8 : ground.size // 2 : 8, ground.size // 8 : -ground.size // 4] = 255  # lines of text
+    ct_only = ("Image", "Rescale", "PixelPadding")
+    general = {key: value for key, value in file.attributes.items() if not key.startswith(ct_only)}
+    page_file = _with_pixels(replace(file, attributes=general), page)
+    return _unlisted(
         _with(
             page_file,
             SOPClassUID=SECONDARY_CAPTURE,
@@ -150,12 +150,14 @@ def _dose_page(ground: _Ground) -> _Made:
 
 def _multi_frame(ground: _Ground) -> _Made:
     file = ground.slice()
-    return _lost(ground, file, _with(file, NumberOfFrames="3", PixelData=3 * file.attributes["PixelData"]).content())
+    return _unreadable(
+        ground, file, _with(file, NumberOfFrames="3", PixelData=3 * file.attributes["PixelData"]).content()
+    )
 
 
 def _size_lie(ground: _Ground) -> _Made:
     file = ground.slice()
-    return _lost(ground, file, _with(file, Rows=file.attributes["Rows"] + ground.size // 4).content())
+    return _unreadable(ground, file, _with(file, Rows=file.attributes["Rows"] + ground.size // 4).content())
 
 
 def _noise_tail(ground: _Ground) -> _Made:
@@ -163,12 +165,12 @@ def _noise_tail(ground: _Ground) -> _Made:
     pixels = _pixels(file)
     first = 332 * ground.size // 512
     pixels[first:] = ground.rng().integers(-32768, 32768, size=pixels[first:].shape)
-    return _known(_with_pixels(file, pixels))
+    return _listed(_with_pixels(file, pixels))
 
 
 def _constant(ground: _Ground) -> _Made:
     file = ground.slice()
-    return _known(_with_pixels(file, np.zeros_like(_pixels(file))))
+    return _listed(_with_pixels(file, np.zeros_like(_pixels(file))))
 
 
 def _metal(ground: _Ground) -> _Made:
@@ -177,12 +179,12 @@ def _metal(ground: _Ground) -> _Made:
     centre, radius = ground.size // 2, max(2, ground.size // 60)
     pixels[centre, centre // 2 : -centre // 2] += 1500  # a streak
     pixels[centre - radius : centre + radius, centre - radius : centre + radius] = 31_743
-    return _known(_with_pixels(file, pixels))
+    return _listed(_with_pixels(file, pixels))
 
 
 def _newline_name(ground: _Ground) -> _Made:
     file = ground.slice()
-    return _known(replace(file, path=file.path.replace(".dcm", "\n.dcm")))
+    return _listed(replace(file, path=file.path.replace(".dcm", "\n.dcm")))
 
 
 def _odd_size(ground: _Ground) -> _Made:
@@ -194,19 +196,19 @@ def _odd_size(ground: _Ground) -> _Made:
     x, y, z = wide.attributes["ImagePositionPatient"]
     x = f"{float(x) + left * float(wide.attributes['PixelSpacing'][1]):.6f}"
     narrow = _with_pixels(wide, np.ascontiguousarray(_pixels(wide)[:, left : left + columns]))
-    return _known(square, _with(narrow, ImagePositionPatient=[x, y, z]))
+    return _listed(square, _with(narrow, ImagePositionPatient=[x, y, z]))
 
 
 def _sign_12bit(ground: _Ground) -> _Made:
     files = []
     for number, file in enumerate(ground.slices((_CENTRE_MM, _CENTRE_MM + 5.0, _CENTRE_MM + 10.0))):
         pixels = _pixels(file)
-        # Stored + 1000, minus 4096 where that reaches 4096, is HU + 1000: so stored is HU modulo 4096.
-        hu = (pixels - np.int16(1024)).clip(-1000, 3095)  # the padding too becomes air
+        # (stored + 1000) modulo 4096 is HU + 1000: so stored is HU modulo 4096.
+        hu = (pixels - np.int16(1024)).clip(-1000, 3095)  # padding becomes air too
         stored = np.where(hu < 0, hu + 4096, hu).astype("<u2")
         signless = _with(_with_pixels(file, stored), BitsStored=12, HighBit=11, PixelRepresentation=0)
         files.append(_with(signless, RescaleIntercept="01"[number % 2]))
-    return _known(*files)
+    return _listed(*files)
 
 
 def _duplicate_file(ground: _Ground) -> _Made:
@@ -220,17 +222,17 @@ def _identical_patients(ground: _Ground) -> _Made:
     where = ground.place(second=True)
     other = next(series_files(ground.layout, ground.seed, where, size=ground.size, heights_mm=(_CENTRE_MM,)))
     same = _with_pixels(other, _pixels(positive))
-    return _known(positive, same)
+    return _listed(positive, same)
 
 
 def _duplicate_labels(ground: _Ground) -> _Made:
-    files, listed = _known(ground.slice())
+    files, listed = _listed(ground.slice())
     return files, 2 * listed
 
 
 @dataclass(frozen=True)
 class Defect:
-    """A known defect: one sentence, the layouts that can hold it, and what makes it."""
+    """A known defect: a sentence, the layouts that support it, and the function that makes it."""
 
     sentence: str
     layouts: tuple[str, ...]
@@ -242,7 +244,7 @@ KNOWN_DEFECTS: dict[str, Defect] = {
     "zero_length": Defect("The file has no bytes.", _ALL, _zero_length),
     "not_dicom": Defect("A thumbnail cache, and random bytes under a name like a slice's.", _ALL, _not_dicom),
     "localizer": Defect("A scout image among the slices.", _ALL, _localizer),
-    "dose_page": Defect("A secondary capture with lines of writing.", _ALL, _dose_page),
+    "dose_page": Defect("A secondary capture with lines of text.", _ALL, _dose_page),
     "multi_frame": Defect("Three frames in the file of one slice.", _ALL, _multi_frame),
     "size_lie": Defect("The header promises a quarter more rows than there are pixels.", _ALL, _size_lie),
     "noise_tail": Defect("Two thirds down, the slice turns into noise over all 16 bits.", _ALL, _noise_tail),
@@ -266,7 +268,7 @@ KNOWN_DEFECTS: dict[str, Defect] = {
 
 
 def damaged_files(layout: str, seed: int, *, size: int) -> Iterator[Damage]:
-    """Yield the damage of each known defect that ``layout`` can hold."""
+    """Yield the damage of each known defect that ``layout`` supports."""
     for patient, (name, defect) in enumerate(KNOWN_DEFECTS.items()):
         if layout in defect.layouts:
             ground = _Ground(layout=layout, seed=seed, size=size, patient=patient)

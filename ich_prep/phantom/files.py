@@ -1,4 +1,4 @@
-"""DICOM files of the phantom: from attributes by keyword and stored values to the bytes of one file."""
+"""DICOM files of the phantom: attributes by keyword and stored values -> the bytes of one file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, ImplicitVRL
 
 from ich_prep.phantom.series import Slice, in_field
 
-# An attribute's value as it stands in the file: a string as written, numbers, a list of either, or bytes of pixels.
+# Attribute values as written to the file: strings, numbers, lists of either, or the bytes of pixels.
 Attributes = dict[str, Any]
 
 CT_IMAGE = str(CTImageStorage)
@@ -42,11 +42,11 @@ def token(length: int, *parts: object) -> str:
 def file_bytes(attributes: Mapping[str, Any], *, syntax: str, media_uid: str) -> bytes:
     """Return a whole DICOM file (PS3.10) with these attributes; equal arguments give equal bytes.
 
-    ``media_uid`` is the SOP Instance UID of the file meta information, which archives that rename instances leave
-    different from the data set's. Values that violate their VR are written as they are.
+    ``media_uid`` is the SOP Instance UID of the file meta information, which differs from the data set's in
+    archives that renamed instances. Values that violate their VR are written unchanged.
     """
     dataset = Dataset()
-    # Anonymised archives hold UIDs like ID_0a1b2c3d4: no value is checked against its VR here.
+    # Anonymised archives contain UIDs like ID_0a1b2c3d4: values are not checked against their VR.
     with config.disable_value_validation():
         for keyword, value in attributes.items():
             setattr(dataset, keyword, value)
@@ -73,7 +73,7 @@ def stored_values(
 ) -> NDArray[np.uint16] | NDArray[np.int16]:
     """Return what a scanner stores for ``hu``: 12 bits unsigned, or 16 bits signed; slope 1.
 
-    ``padded`` marks what lies outside the circular field of view: PADDING where signed, 0 where unsigned.
+    ``padded`` marks what is outside the circular field of view: PADDING if signed, 0 if unsigned.
     """
     values = hu - np.int16(intercept)
     if bits == 12:

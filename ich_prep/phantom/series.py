@@ -1,7 +1,7 @@
-"""The synthetic cohort: which patient a series belongs to, what bleeds there, how it was scanned, and its slices.
+"""The synthetic cohort: the patient of each series, its bleeds, how it was scanned, and its slices.
 
-Everything is a function of (seed, series index). What must occur in small cohorts too (each kind of bleed, both bit
-depths, gantry tilt) is dealt out in blocks of twenty series instead of being drawn, and independently of each other.
+Everything is a function of (seed, series index). What must occur even in small cohorts (each kind of bleed, both bit
+depths, gantry tilt) is distributed evenly over blocks of twenty series instead of drawn, each independently of the others.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ich_prep.phantom.bleeds import Bleed, draw_bleeds, paint_bleeds
 
 BLOCK = 20
 
-# The kinds of bleed in the twenty series of a block, by index into SUBTYPES: five series without, each kind alone once,
+# The kinds of bleed in the twenty series of a block, by index into SUBTYPES: five series without any, each kind alone once,
 # each pair once. So each kind is in a quarter of the series.
 _PLANTED: tuple[tuple[int, ...], ...] = (
     *((),) * 5,
@@ -39,12 +39,12 @@ _PLANTED: tuple[tuple[int, ...], ...] = (
 )
 
 # Streams of random numbers, one for each purpose, so that a change to one leaves the others as they are.
-_DEAL, _HEAD, _BLEEDS, _SCAN, _NOISE = range(5)
+_COHORT, _HEAD, _BLEEDS, _SCAN, _NOISE = range(5)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a series stands in the cohort: ``patient`` counts from 0; ``follows`` marks a patient's second series."""
+    """The position of a series in the cohort: ``patient`` counts from 0; ``follows`` marks a patient's second series."""
 
     index: int
     patient: int
@@ -52,7 +52,7 @@ class Place:
     follows: bool
     test: bool
     kinds: tuple[str, ...]
-    phase: int  # of the block: turns the regular deals of `every`
+    phase: int  # of the block: the offset of the cycles of `every`
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,13 @@ class Scan:
 
     @property
     def pixel_mm(self) -> float:
-        """The pixel spacing, the same in both directions, as the header says it."""
+        """The pixel spacing, the same in both directions, rounded as in the header."""
         return round(self.field_mm / self.size, 6)
 
 
 @dataclass(frozen=True)
 class Slice:
-    """One slice: int16 HU (size, size), its place in the patient's frame and the area in mm2 of each painted kind."""
+    """One slice: int16 HU (size, size), its position in the patient's frame and the area in mm2 of each painted kind."""
 
     hu: NDArray[np.int16]
     position_mm: tuple[float, float, float]
@@ -87,7 +87,7 @@ class Slice:
 
     @property
     def labels(self) -> tuple[int, ...]:
-        """0 or 1 in the order of ``ich_prep.labels.CLASSES``."""
+        """0 or 1 in the order of ``ich_prep.dataset.classes.RSNA_CLASSES``."""
         five = tuple(int(kind in self.painted_mm2) for kind in SUBTYPES)
         return (*five, int(any(five)))
 
@@ -95,7 +95,7 @@ class Slice:
 def place(seed: int, index: int, *, second_series: int) -> Place:
     """Return the place of series ``index``; in each block ``second_series`` patients are scanned twice (at most 9)."""
     block, position = divmod(index, BLOCK)
-    rng = np.random.default_rng((seed, _DEAL, block))
+    rng = np.random.default_rng((seed, _COHORT, block))
     planted = rng.permutation(BLOCK)
     second = {2 * int(pair) + 1 for pair in rng.permutation(BLOCK // 2)[:second_series]}
     in_block = position - sum(1 for other in second if other <= position)
@@ -113,12 +113,12 @@ def place(seed: int, index: int, *, second_series: int) -> Place:
 
 
 def every(where: Place, period: int, salt: int) -> bool:
-    """Return whether a deal that comes to every ``period``-th series comes to this one."""
+    """Return whether a trait that every ``period``-th series has applies to this one; ``salt`` separates traits."""
     return (where.index + where.phase * (salt + 1) + salt) % period == 0
 
 
 def draw_scan(seed: int, where: Place, *, size: int, thickness_mm: float | None = None) -> Scan:
-    """Return the acquisition of a series: 5 mm or so apart, finer at the base in some; ``thickness_mm`` fixes it."""
+    """Return the acquisition of a series: a spacing of about 5 mm, finer at the base in some; ``thickness_mm`` fixes it."""
     rng = np.random.default_rng((seed, _SCAN, where.index))
     low = LOWEST_MM + float(rng.uniform(0.0, 10.0))
     high = HIGHEST_MM + float(rng.uniform(-4.0, 6.0))
@@ -132,9 +132,9 @@ def draw_scan(seed: int, where: Place, *, size: int, thickness_mm: float | None 
             heights.append(heights[-1] + (fine if len(heights) <= 10 else coarse))
         else:
             heights.append(heights[-1] + step)
-    if thickness_mm is None and every(where, 5, 2):  # a level scanned twice, the patient having moved
-        again = int(rng.integers(3, len(heights) - 3))
-        heights.insert(again, heights[again])
+    if thickness_mm is None and every(where, 5, 2):  # a level scanned twice, because the patient moved
+        repeated = int(rng.integers(3, len(heights) - 3))
+        heights.insert(repeated, heights[repeated])
     tilt = float(rng.choice([-1.0, 1.0]) * rng.uniform(6.0, 16.0))
     return Scan(
         size=size,
@@ -162,11 +162,11 @@ def draw_slices(seed: int, where: Place, scan: Scan, head: Head, bleeds: tuple[B
     c, s = cos(radians(scan.tilt_deg)), sin(radians(scan.tilt_deg))
     orientation = (1.0, 0.0, 0.0, 0.0, round(c, 6), round(s, 6))
     corner = -0.5 * (scan.size - 1) * scan.pixel_mm
-    couch_mm = float(rng.uniform(-900.0, 300.0))  # where z = 0 of the table is
+    couch_mm = float(rng.uniform(-900.0, 300.0))  # z of the table's origin
     holder = _head_holder(scan, head)
     previous = None
     for height in scan.heights_mm:
-        # The table moves along z, the head's axis runs along the slice normal: the head drifts in tilted images.
+        # The table moves along z, the head's axis is along the slice normal: so the head drifts in tilted images.
         drift = -height * tan(radians(scan.tilt_deg))
         moved = rng.uniform(-1.5, 1.5, size=2) if height == previous else (0.0, 0.0)
         previous = height
@@ -198,8 +198,8 @@ def _cut(
     tissue = draw_tissue(head, plane, contrast=scan.contrast)
     painted = paint_bleeds(plane, tissue, bleeds)
     hu = holder.copy()
-    here = hu[plane.rows, plane.columns]
-    np.maximum(here, tissue.hu, out=here)
+    box = hu[plane.rows, plane.columns]
+    np.maximum(box, tissue.hu, out=box)
     hu += _noise(rng, scan)
     return np.rint(hu).astype(np.int16), painted
 
@@ -248,7 +248,7 @@ def _head_holder(scan: Scan, head: Head) -> Field:
 
 
 def _noise(rng: np.random.Generator, scan: Scan) -> Field:
-    """Return noise in HU (size, size), correlated between neighbours as a smooth kernel leaves it."""
+    """Return noise in HU (size, size), correlated between neighbours as by a smooth reconstruction kernel."""
     n = scan.size + 1
     grain: Field = rng.standard_normal((n, n), dtype=np.float32)
     if scan.sharp:

@@ -24,7 +24,7 @@ from ich_prep.phantom.files import (
 )
 from ich_prep.phantom.series import Place, Scan, Slice, draw_patient, draw_scan, draw_slices, every, place
 
-# Patients of twenty series that are scanned twice: RSNA's follow-ups; CQ500's thin, contrast and bone series.
+# How many patients per twenty series are scanned twice: RSNA's follow-ups; CQ500's thin, contrast and bone series.
 SECOND_SERIES = {"rsna": 3, "cq500": 7, "folder": 3}
 
 READER_FINDINGS = (
@@ -50,7 +50,7 @@ _READER_KINDS = {
     "EDH": "epidural",
     "SAH": "subarachnoid",
 }
-_READER_SLIP = 0.04  # how often a reader contradicts the truth on one finding
+_READER_ERROR = 0.04  # probability that a reader contradicts the truth on one finding
 
 # CQ500's folder names with slice thickness in mm, kernel, and what the series is.
 _CQ500_PLAIN = (
@@ -75,7 +75,7 @@ _ORDER_STREAM, _READER_STREAM = 100, 101
 
 @dataclass(frozen=True)
 class Listed:
-    """What the label files say about one slice: 0 or 1 for each of RSNA_CLASSES; ``test`` slices have no label at RSNA."""
+    """The label of one slice: 0 or 1 for each of RSNA_CLASSES. In RSNA's layout ``test`` slices have none in the files."""
 
     sop_instance_uid: str
     labels: tuple[int, ...]
@@ -100,7 +100,7 @@ class SliceFile:
 def series_files(
     layout: str, seed: int, where: Place, *, size: int, heights_mm: tuple[float, ...] | None = None
 ) -> Iterator[SliceFile]:
-    """Yield the files of one series; ``heights_mm`` cuts the head there instead of at the scan's own levels."""
+    """Yield the files of one series; ``heights_mm`` cuts the head there instead of at the scan's levels."""
     if layout == "cq500":
         name, thickness, kernel = _cq500_type(where)
         scan = draw_scan(seed, where, size=size, thickness_mm=thickness)
@@ -109,7 +109,7 @@ def series_files(
         scan = draw_scan(seed, where, size=size)
     if heights_mm is not None:
         scan = replace(scan, heights_mm=heights_mm)
-    # CQ500's second series shows the same day; elsewhere it is a later examination.
+    # CQ500's second series is of the same day; elsewhere it is a later examination.
     shown = _first(seed, where) if layout == "cq500" and where.follows else where
     head, bleeds = draw_patient(seed, shown)
     for number, drawn in enumerate(draw_slices(seed, where, scan, head, bleeds)):
@@ -164,7 +164,7 @@ def _folder_file(seed: int, where: Place, scan: Scan, number: int, drawn: Slice)
     if bits == 16:
         attributes["PixelPaddingValue"] = PADDING
     sop = attributes["SOPInstanceUID"]
-    # Numbered from the vertex down, as many scanners do: neither names nor numbers follow the position.
+    # Numbered from the vertex down, as by many scanners: neither names nor numbers increase with the position.
     number = len(scan.heights_mm) - number
     attributes["InstanceNumber"] = str(number)
     return SliceFile(
@@ -201,7 +201,7 @@ _FILES = {"rsna": _rsna_file, "folder": _folder_file, "cq500": _cq500_file}
 
 
 def _full_header(seed: int, where: Place, scan: Scan, number: int, drawn: Slice, *, bits: int) -> Attributes:
-    """Return what a scanner's own CT image header holds, without names and dates."""
+    """Return the attributes of a scanner's CT image header, without names and dates."""
     return {
         "ImageType": ["ORIGINAL", "PRIMARY", "AXIAL"],
         "SOPClassUID": CT_IMAGE,
@@ -246,7 +246,7 @@ def _write_rsna_labels(out: Path, seed: int, listed: Sequence[Listed]) -> None:
     rng = np.random.default_rng((seed, _ORDER_STREAM))
     train = [line for line in listed if not line.test]
     shuffled = [train[k] for k in rng.permutation(len(train))]
-    # The real file names four slices twice, far apart, with equal labels.
+    # The real file lists four slices twice, far apart, with equal labels.
     shuffled += [train[k] for k in rng.permutation(len(train))[: min(4, 1 + len(train) // 20)]]
     lines = [
         (f"{line.sop_instance_uid}_{name}", value)
@@ -255,16 +255,16 @@ def _write_rsna_labels(out: Path, seed: int, listed: Sequence[Listed]) -> None:
     ]
     _write_lines(out / "stage_2_train.csv", [("ID", "Label"), *lines])
     test = [line for line in listed if line.test]
-    asked = [
+    placeholders = [
         (f"{test[k].sop_instance_uid}_{name}", "0.5")
         for k in rng.permutation(len(test)).tolist()
         for name in RSNA_CLASSES
     ]
-    _write_lines(out / "stage_2_sample_submission.csv", [("ID", "Label"), *asked])
+    _write_lines(out / "stage_2_sample_submission.csv", [("ID", "Label"), *placeholders])
 
 
 def _write_reads(out: Path, seed: int, places: Sequence[Place]) -> None:
-    """Write reads.csv: three readers a subject, who now and then contradict what was painted."""
+    """Write reads.csv: three readers per subject, who sometimes contradict the truth."""
     rng = np.random.default_rng((seed, _READER_STREAM))
     lines: list[list[object]] = []
     for where in places:
@@ -274,8 +274,8 @@ def _write_reads(out: Path, seed: int, places: Sequence[Place]) -> None:
         truth = _findings(bleeds)
         reads: list[object] = []
         for _ in range(3):
-            slips = rng.random(len(READER_FINDINGS)) < _READER_SLIP
-            read = {name: truth[name] != bool(slip) for name, slip in zip(READER_FINDINGS, slips, strict=True)}
+            errors = rng.random(len(READER_FINDINGS)) < _READER_ERROR
+            read = {name: truth[name] != bool(error) for name, error in zip(READER_FINDINGS, errors, strict=True)}
             read["ICH"] = read["ICH"] or any(read[name] for name in _READER_KINDS)
             reads.extend(int(read[name]) for name in READER_FINDINGS)
         lines.append([f"CQ500-CT-{where.patient}", "B1" if where.patient % 2 else "B2", *reads])
@@ -285,7 +285,7 @@ def _write_reads(out: Path, seed: int, places: Sequence[Place]) -> None:
 
 
 def _findings(bleeds: Sequence[Bleed]) -> dict[str, bool]:
-    """Return what a reader without error ticks."""
+    """Return the findings of a reader without errors."""
     kinds = {bleed.kind for bleed in bleeds}
     sided = [bleed for bleed in bleeds if abs(bleed.centre_mm[0]) > 0.2]
     large = any(bleed.kind in ("epidural", "subdural") for bleed in bleeds)

@@ -1,1 +1,1 @@
-"""The arithmetic of one slice, all of it pure: stored values -> repairs -> HU -> size -> window codes, and the audit."""
+"""The arithmetic of one slice, without I/O: stored values -> repairs -> HU -> resize -> window codes, and the audit."""

@@ -1,4 +1,4 @@
-"""What the values of slices say about them: range and mean in HU, signs of damage, a histogram."""
+"""Statistics of the stored values of slices: range and mean in HU, signs of damage, a histogram."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ NOISE_ROWS = 16
 NOISE_SHARE = 0.125
 
 HISTOGRAM_BIN_HU = 64  # bin i counts HU from -1024 + 64 i up to, but not including, -1024 + 64 (i + 1)
-SAMPLED_SIDE = 16  # pixels along the longer side that are counted, at least: 256 of a slice of 512 x 512
+SAMPLED_SIDE = 16  # minimum number of pixels counted along the longer side: 256 in a slice of 512 x 512
 
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """What the values of one slice say: range and mean in HU before they are clipped, padding included, and flags.
+    """Statistics of one slice: range and mean in HU before clipping, padding included, and flags.
 
-    ``content_hash`` is that of the values as they were decoded: equal for the same image under two names.
+    ``content_hash`` is that of the decoded values: equal for the same image under two names.
     """
 
     hu_min: float
@@ -72,7 +72,7 @@ def audit(
 
 
 def _is_noisy(values: NDArray[np.integer], limits: tuple[int, int], *, bits_stored: int) -> bool:
-    """Return whether at least two of about 16 rows look like noise: bits that were never pixels."""
+    """Return whether at least two of about 16 sampled rows look like noise rather than pixels."""
     rough = NOISE_SHARE * 2**bits_stored
     if limits[1] - limits[0] <= rough or values.shape[1] == 1:
         return False
@@ -85,8 +85,8 @@ def _is_noisy(values: NDArray[np.integer], limits: tuple[int, int], *, bits_stor
 class HuHistogram:
     """Counts HU over a sample of the pixels of slices: 64 bins of 64 HU, from -1024 to 3072.
 
-    HU are clipped, and padding is air. The sample of a slice is every k-th pixel of every k-th row, from the first; k is
-    the longer side divided by 16, rounded down, at least 1.
+    HU are clipped, and padding counts as air. The sample of a slice is every k-th pixel of every k-th row, from the first; k
+    is the longer side divided by 16, rounded down, at least 1.
     """
 
     def __init__(self) -> None:

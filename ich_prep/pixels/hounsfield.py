@@ -1,9 +1,9 @@
-"""Stored values -> HU -> window codes, by lookup tables over all 65,536 values that a 16-bit pixel can hold.
+"""Stored values -> HU -> window codes, by lookup tables over all 65,536 values of a 16-bit pixel.
 
-A table is exact by construction, with a fractional slope and with padding too. One lookup does rescale, clip and window
+A table is exact by construction, also with a fractional slope or padding. One lookup does rescale, clip and window
 together, for up to four windows at a time: their codes are the bytes of one table entry.
 
-Stored values travel as uint16 throughout: the 16 bits of the pixel, in two's complement where the values are signed.
+Stored values are uint16 throughout: the 16 bits of the pixel, in two's complement if the values are signed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Rescale:
 def rescale_table(rescale: Rescale) -> NDArray[np.int16]:
     """Return the HU of every stored value: read-only int16 (65536,), indexed by the value's bits as uint16.
 
-    Exact in float64, rounded half to even where the slope is fractional, clipped to -1024..3071 HU.
+    Exact in float64, rounded half to even if the slope is fractional, clipped to -1024..3071 HU.
     """
     bits = np.arange(65536, dtype=np.uint16)
     stored = bits.view(np.int16) if rescale.signed else bits
@@ -63,7 +63,7 @@ def apply_rescale_and_windows(
 ) -> None:
     """Write the window codes of ``stored`` (rows, columns) into ``out``, uint8 (windows, rows, columns), in one step.
 
-    Raises ``ValueError`` where ``out`` has another shape or type.
+    Raises ``ValueError`` if ``out`` has another shape or type.
     """
     _apply_packed(stored, windows, rescale, out)
 
@@ -71,7 +71,7 @@ def apply_rescale_and_windows(
 def apply_windows(hu: NDArray[np.int16], *, windows: tuple[Window, ...], out: NDArray[np.uint8]) -> None:
     """Write the window codes of ``hu`` (rows, columns) into ``out``, uint8 (windows, rows, columns).
 
-    Raises ``ValueError`` where ``out`` has another shape or type.
+    Raises ``ValueError`` if ``out`` has another shape or type.
     """
     _apply_packed(hu.view(np.uint16), windows, None, out)
 

@@ -1,4 +1,4 @@
-"""Stored values of one slice -> the pixels of a dataset: HU, resized, as they are or as window codes."""
+"""Stored values of one slice -> the pixels of a dataset: resized HU, or their window codes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Scratch:
     """Memory for the HU of a slice, reused by ``render`` from one slice to the next; for one thread at a time.
 
-    A fresh array costs more in page faults than the arithmetic on it.
+    The page faults of a new array cost more than the arithmetic on it.
     """
 
     def __init__(self) -> None:
@@ -50,8 +50,8 @@ def render(
 
     With ``windows``, ``out`` is uint8 (windows, size, size) and gets their codes; without, it is int16 (1, size, size) and
     gets HU. Either must be C-contiguous. The order is fixed: rescale, clip to -1024..3071 HU, pad to a square with air,
-    resize, window. Rescale and window act on each pixel alone, so a slice that already has the right size is done in one
-    lookup, and a slice is turned, where that is wanted, by turning ``stored`` before the call.
+    resize, window. Rescale and window act on each pixel alone, so a slice that already has the right size takes one lookup.
+    To turn a slice, turn ``stored`` before the call.
     """
     size = out.shape[-1]
     native = stored.shape == (size, size)

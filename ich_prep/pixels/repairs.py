@@ -1,6 +1,6 @@
 """Known defects of published data: how each is detected in the headers, and how it is undone in the stored values.
 
-A layout says which repairs its slices may need; the plan lists for each slice those that it does need, by name.
+A layout says which repairs its slices may need; the plan lists by name those that each slice needs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SIGN_12BIT_WRAP = 1 << 12
 
 @dataclass(frozen=True)
 class HeaderColumns:
-    """What repairs are detected by: one value a slice in each array, (n,).
+    """The header values by which defects are detected: one per slice in each array, (n,).
 
     ``bits_stored``: integers, 0 where unknown. ``signed``: bool, True where unknown. ``rescale_intercept``: float64, NaN
     where unknown.
@@ -46,8 +46,8 @@ class Repair:
 
 def _has_sign_12bit(headers: HeaderColumns) -> NDArray[np.bool_]:
     """12 bits stored, unsigned, with an intercept above -100 HU: air would be brighter than tissue can be."""
-    found: NDArray[np.bool_] = (headers.bits_stored == 12) & ~headers.signed & (headers.rescale_intercept > -100)
-    return found
+    defective: NDArray[np.bool_] = (headers.bits_stored == 12) & ~headers.signed & (headers.rescale_intercept > -100)
+    return defective
 
 
 def _undo_sign_12bit(stored: NDArray[np.uint16], rescale: Rescale) -> tuple[NDArray[np.uint16], Rescale]:
@@ -60,7 +60,7 @@ REPAIRS: dict[str, Repair] = {SIGN_12BIT: Repair(_has_sign_12bit, _undo_sign_12b
 
 
 def detect(names: Sequence[str], headers: HeaderColumns) -> list[list[str]]:
-    """Return for each slice the repairs, of those in ``names``, that it needs, in the order of ``names``."""
+    """Return which of the repairs in ``names`` each slice needs, in the order of ``names``."""
     needed: list[list[str]] = [[] for _ in range(len(headers.signed))]
     for name in names:
         for index in np.flatnonzero(REPAIRS[name].detect(headers)).tolist():
@@ -71,7 +71,7 @@ def detect(names: Sequence[str], headers: HeaderColumns) -> list[list[str]]:
 def apply(stored: NDArray[np.uint16], rescale: Rescale, names: Iterable[str]) -> tuple[NDArray[np.uint16], Rescale]:
     """Return the ``stored`` values (rows, columns) and the ``rescale`` of a slice after the repairs in ``names``.
 
-    ``stored`` itself is not changed; without repairs it is what is returned. Raises ``KeyError`` for an unknown name.
+    ``stored`` itself is not changed; without repairs it is returned. Raises ``KeyError`` for an unknown name.
     """
     for name in names:
         stored, rescale = REPAIRS[name].undo(stored, rescale)

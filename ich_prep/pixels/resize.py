@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def resize_hu(hu: NDArray[np.int16], *, out: NDArray[np.int16]) -> None:
     """Write ``hu`` (rows, columns) into ``out``, int16 (size, size).
 
-    A slice that is not square is centred on a square of air (-1024 HU). It is then averaged by area where it shrinks
-    and interpolated linearly where it grows, rounded to whole HU.
+    A slice that is not square is centred on a square of air (-1024 HU). It is then averaged by area if it shrinks
+    and interpolated linearly if it grows, rounded to whole HU.
     """
     rows, columns = hu.shape
     side, size = max(rows, columns), out.shape[0]

@@ -1,4 +1,4 @@
-"""Stored values as they come from the decoder: their range, and the bits that do not belong to them."""
+"""Stored values from the decoder: their range, and unused bits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def min_max(stored: NDArray[np.uint16], *, signed: bool) -> tuple[int, int]:
-    """Return the least and the greatest of the values whose bits are ``stored`` (rows, columns)."""
+    """Return the least and the greatest of the ``stored`` values (rows, columns), given as their 16 bits."""
     low, high, _, _ = cv2.minMaxLoc(stored.view(np.int16) if signed else stored)
     return int(low), int(high)
 
@@ -22,8 +22,8 @@ def mask_unused_bits(
 ) -> tuple[NDArray[np.uint16], tuple[int, int]]:
     """Return ``stored`` (rows, columns) without the bits above BitsStored, and the ``min_max`` of the result.
 
-    Bits that are not stored are not part of the value (PS3.5 8.1.1); signed values are sign-extended to 16 bits. Where no
-    value has such bits, which is usual, the array that is returned is ``stored`` itself.
+    Bits that are not stored are not part of the value (PS3.5 8.1.1); signed values are sign-extended to 16 bits. If no
+    value has such bits, as is usual, ``stored`` itself is returned.
     """
     least, greatest = (-(1 << bits_stored - 1), (1 << bits_stored - 1) - 1) if signed else (0, (1 << bits_stored) - 1)
     low, high = min_max(stored, signed=signed)

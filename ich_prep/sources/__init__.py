@@ -1,10 +1,10 @@
-"""Where the files lie: a folder, a zip archive, several of them. ``open_source`` opens one by its path.
+"""Sources of files: a folder, a zip archive, or several of them. ``open_source`` opens one by its path.
 
-source     the port: Source, Listing; what a source can do
-folder     the files below a folder, in the zip archives and gzip files among them, too
-zip_archive, zip_directory    a zip archive as it was downloaded
+source     the interface: Source, Listing
+folder     the files below a folder, including those in zip archives and gzip files
+zip_archive, zip_directory    a zip archive, read without unpacking it
 several    several sources as one
-member, inflate    bytes of a file inside another one
+member, inflate    bytes of a file inside an archive
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ T = TypeVar("T")
 def open_source(paths: Sequence[str | Path]) -> Source:
     """Return the source at ``paths``: a folder or a zip archive, or several of these as one.
 
-    Opens nothing yet. Raises ``SourceError`` where there is neither, and ``UsageError`` for a path that is given twice.
+    Opens nothing yet. Raises ``SourceError`` if there is neither, and ``UsageError`` for a path that is given twice.
     """
     resolved = [Path(path).resolve() for path in paths]
     if not resolved:
@@ -76,14 +76,14 @@ def local_table(path: Path) -> TableFile:
 def read_ahead(
     source: Source, items: Sequence[T], key_of: Callable[[T], bytes], *, files: int, length: int = 0
 ) -> Iterator[T]:
-    """Yield ``items``; the files of the next ``files`` of them are fetched meanwhile, ``key_of`` gives their keys.
+    """Yield ``items``, while the files of the next ``files`` of them are prefetched; ``key_of`` returns an item's key.
 
-    Only the first ``length`` bytes of each, or all of it where that is 0.
+    ``length``: how many bytes of each file to prefetch; 0 for all.
     """
-    coming = iter(items)
-    for item in islice(coming, files):
+    upcoming = iter(items)
+    for item in islice(upcoming, files):
         source.prefetch(key_of(item), length)
     for item in items:
-        for following in islice(coming, 1):
-            source.prefetch(key_of(following), length)
+        for next_item in islice(upcoming, 1):
+            source.prefetch(key_of(next_item), length)
         yield item

@@ -1,4 +1,4 @@
-"""Folders: the files below one, in one order on every machine; what lies in its zip archives and gzip files, too."""
+"""Folders: the files below one, including those in zip archives and gzip files, in the same order on every machine."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from ich_prep.sources.zip_directory import ArchiveError
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-# Between the path of an archive and the key of a member: no path has it.
+# Separates the path of an archive from the key of a member; no path contains it.
 _INSIDE: Final = b"\0"
 _ZIP, _GZIP, _CSV = b".zip", b".dcm.gz", b".csv"
 
 
 @dataclass(frozen=True)
 class FolderSource:
-    """The files below one folder, links followed.
+    """The files below one folder, following links.
 
-    The members of ``a.zip`` have the paths that they would have in a folder ``a``, ``1.dcm.gz`` that of ``1.dcm``. Where
-    there is such a folder or file already, the path keeps its ``.zip`` or ``.gz``. A key is the path below the folder; for
-    a file inside another one it is that one's path, a zero byte, and a ``Member``'s key.
+    The members of ``a.zip`` have paths as if they were in a folder ``a``, and ``1.dcm.gz`` has the path ``1.dcm``. If
+    such a folder or file exists, the path keeps its ``.zip`` or ``.gz``. A key is the path below the folder; for a file
+    inside an archive it is the archive's path, a zero byte, and a ``Member``'s key.
     """
 
     path: Path
@@ -41,7 +41,7 @@ class FolderSource:
         return self.path.name
 
     def list(self) -> Listing:
-        """Return every regular file; raises ``SourceError`` where a folder cannot be read, or there is no file."""
+        """Return every regular file; raises ``SourceError`` if a folder cannot be read, or there is no file."""
         entries = Entries()
         for folder, names, below in _walk(self.path):
             taken = {*names, *below}
@@ -57,22 +57,22 @@ class FolderSource:
         if ending.endswith(_CSV):
             entries.tables.append(TableFile(self, path, display_path(self.path, path)))
         elif ending.endswith(_ZIP):
-            self._add_archive(entries, path, size, _freed(name, _ZIP, taken))
+            self._add_archive(entries, path, size, _without_ending(name, _ZIP, taken))
         elif ending.endswith(_GZIP):
-            with contextlib.suppress(OSError):  # then the scan reports why it cannot be read
+            with contextlib.suppress(OSError):  # the scan reports why it cannot be read
                 member = gzip_member(self._base + path)
                 if member is None:
                     entries.add(path, size, path, Reason.BAD_ARCHIVE, "it does not end like one whole gzip file")
                     return
-                free = folder + _freed(name, b".gz", taken)
-                entries.add(free, member.size, path + _INSIDE + member.key())
+                unpacked = folder + _without_ending(name, b".gz", taken)
+                entries.add(unpacked, member.size, path + _INSIDE + member.key())
                 return
             entries.add(path, size, path)
         else:
             entries.add(path, size, path)
 
     def _add_archive(self, entries: Entries, path: bytes, size: int, folder: bytes) -> None:
-        """Add the members of the archive at ``path`` as files of ``folder`` beside it, or the archive where it is broken."""
+        """Add the members of the archive at ``path`` as files of ``folder``, or the archive itself if it is broken."""
         prefix = path[: path.rfind(b"/") + 1] + folder + b"/"
         try:
             archive = Path(os.fsdecode(self._base + path))
@@ -117,41 +117,41 @@ class FolderSource:
 
 
 def _walk(root: Path) -> Iterator[tuple[bytes, dict[bytes, int], list[bytes]]]:
-    """Yield each folder below ``root``, its path relative and ending in "/", with its files and sizes, and its folders.
+    """Yield each folder below ``root``, with its relative path ending in "/", its files with their sizes, and its folders.
 
-    A folder that is reached twice, by a link, is yielded once, by a path that is the same on every machine.
+    A folder that is reached twice, through a link, is yielded once, under the same path on every machine.
     """
     base = os.fsencode(root)
     pending, seen = [b""], set[tuple[int, int]]()
     while pending:
         folder = pending.pop()
-        place = os.path.join(base, folder)
+        directory = os.path.join(base, folder)
         files: dict[bytes, int] = {}
         below: list[bytes] = []
         try:
-            status = os.stat(place)
+            status = os.stat(directory)
             if (status.st_dev, status.st_ino) in seen:
                 continue
             seen.add((status.st_dev, status.st_ino))
-            with os.scandir(place) as entries:
+            with os.scandir(directory) as entries:
                 for entry in entries:
                     if entry.is_dir():
                         below.append(entry.name)
                     elif entry.is_file():
                         files[entry.name] = entry.stat().st_size
                     elif entry.is_symlink():
-                        files[entry.name] = 0  # it leads nowhere: the scan reports it
+                        files[entry.name] = 0  # a broken link: the scan reports it
         except OSError as error:
             raise SourceError(
-                f"Cannot list {os.fsdecode(place)}: {error.strerror}. Fix its permissions, or point --src at a folder that "
-                "you can read."
+                f"Cannot list {os.fsdecode(directory)}: {error.strerror}. Fix its permissions, or point --src at a folder "
+                "that you can read."
             ) from None
         yield folder, files, below
         pending += sorted((folder + name + b"/" for name in below), reverse=True)
 
 
-def _freed(name: bytes, ending: bytes, taken: set[bytes]) -> bytes:
-    """Return ``name`` without its ``ending``, or with it where that name is ``taken``; it is taken then."""
+def _without_ending(name: bytes, ending: bytes, taken: set[bytes]) -> bytes:
+    """Return ``name`` without its ``ending``, or with it if the short name is ``taken``; add the result to ``taken``."""
     short = name[: -len(ending)]
     chosen = name if short in taken or not short else short
     taken.add(chosen)

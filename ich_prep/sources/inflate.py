@@ -1,4 +1,4 @@
-"""Deflate streams -> bytes, never more of them than were asked for (RFC 1951, RFC 1952)."""
+"""Deflate streams -> bytes, up to a given number (RFC 1951, RFC 1952)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ich_prep.errors import Reason, SliceError
 
 
 def _fastest() -> Any:
-    """Return ISA-L's twin of zlib, the same functions at twice the speed, where it is installed: x86-64 and ARM have it."""
+    """Return ISA-L's replacement for zlib, twice as fast, if it is installed (x86-64 and ARM), else zlib."""
     try:
         return importlib.import_module("isal.isal_zlib")
     except ImportError:
@@ -19,7 +19,7 @@ def _fastest() -> Any:
 
 
 _engine = _fastest()
-RAW, GZIP = -15, 31  # zlib's names of the formats: window bits
+RAW, GZIP = -15, 31  # zlib's codes for the formats: window bits
 
 
 def crc32(buffers: Iterable[Any]) -> int:
@@ -31,11 +31,11 @@ def crc32(buffers: Iterable[Any]) -> int:
 
 
 def inflate_first(chunks: Iterable[bytes], length: int, *, wbits: int) -> bytes:
-    """Return the first ``length`` bytes of a stream that comes in ``chunks``, fewer where it ends before.
+    """Return the first ``length`` bytes of a stream given in ``chunks``; fewer if it ends earlier.
 
     Raises ``SliceError`` (BAD_ARCHIVE).
     """
-    inflater = zlib.decompressobj(wbits=wbits)  # for a few kilobytes: ISA-L takes longer to begin
+    inflater = zlib.decompressobj(wbits=wbits)  # faster for a few kilobytes: ISA-L takes longer to start
     parts: list[bytes] = []
     missing = length
     try:
@@ -51,9 +51,9 @@ def inflate_first(chunks: Iterable[bytes], length: int, *, wbits: int) -> bytes:
 
 
 def inflate_whole(data: bytes, size: int, *, wbits: int) -> bytes:
-    """Return the ``size`` bytes that ``data`` inflates to; raises ``SliceError`` (BAD_ARCHIVE) where they are not as many.
+    """Return the ``size`` bytes that ``data`` inflates to; raises ``SliceError`` (BAD_ARCHIVE) for another size.
 
-    The checksum of a gzip stream is verified, too.
+    The checksum of a gzip stream is verified too.
     """
     inflater = _engine.decompressobj(wbits=wbits)
     try:
@@ -64,5 +64,5 @@ def inflate_whole(data: bytes, size: int, *, wbits: int) -> bytes:
         found = "more" if len(inflated) > size else f"{len(inflated):,}"
         raise SliceError(Reason.BAD_ARCHIVE, f"expected {size:,} bytes after inflating, found {found}")
     if inflater.unused_data.strip(b"\0"):
-        raise SliceError(Reason.BAD_ARCHIVE, "expected one deflate stream, found data behind its end")
+        raise SliceError(Reason.BAD_ARCHIVE, "expected one deflate stream, found data after its end")
     return inflated

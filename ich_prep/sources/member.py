@@ -1,4 +1,4 @@
-"""A file that lies inside another one: stored or deflated in a zip archive, or alone in a gzip file."""
+"""A file inside an archive: stored or deflated in a zip archive, or the content of a gzip file."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 STORED: Final = 0
 DEFLATED: Final = 8
-GZIPPED: Final = -1  # a whole gzip file: no method of zip
+GZIPPED: Final = -1  # a whole gzip file; not a method of zip
 
-# The most that is read of one file for its checksum alone: more than a CT slice of 4096 x 4096 pixels of 16 bits.
+# The most to read of one file only for its checksum: more than a CT slice of 4096 x 4096 pixels of 16 bits.
 LARGEST_MEMBER: Final = 64 * 1024 * 1024
-# Deflating adds a few bytes to what cannot be compressed; much more than that is a lie.
+# Deflating incompressible data adds a few bytes; if a directory claims much more, it is wrong.
 LOOSE_BYTES: Final = 64 * 1024
 CHUNK: Final = 16 * 1024
 EMPTY_GZIP: Final = 512  # a gzip file of nothing is not longer, whatever name and comment it has
 MAX_DEFLATE_RATIO: Final = 1032  # of deflate itself: 258 bytes in two bits
 LOCAL_HEADER_BYTES: Final = 30
-_LONGEST_LOCAL_HEADER: Final = 1024  # in practice: what is prefetched beside the data
+_LONGEST_LOCAL_HEADER: Final = 1024  # in practice: prefetched together with the data
 _LOCAL_HEADER: Final = struct.Struct("<4s2xHH16xHH")  # signature, flags, method, lengths of name and extra
 # A Member as bytes, and as a record of NumPy for many at once.
 _KEY: Final = struct.Struct("<QQQIh")
@@ -40,10 +40,10 @@ KEY_RECORD: Final = np.dtype(
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """Where a member lies in its archive, by the archive's directory.
+    """The location of a member in its archive, according to the archive's directory.
 
     ``offset`` is that of its local header (0 for a gzip file), sizes are in bytes. ``crc32`` is that of the uncompressed
-    bytes; it is 0 for a gzip file, which ends in its own.
+    bytes; 0 for a gzip file, which contains its own.
     """
 
     offset: int
@@ -53,7 +53,7 @@ class Member:
     method: int
 
     def key(self) -> bytes:
-        """Return all of it as bytes."""
+        """Return the member as bytes."""
         return _KEY.pack(self.offset, self.compressed_size, self.size, self.crc32, self.method)
 
     @classmethod
@@ -63,7 +63,7 @@ class Member:
 
 
 def gzip_member(path: bytes) -> Member | None:
-    """Return the member that is the gzip file at ``path``, of the size that its last four bytes give (RFC 1952, ISIZE).
+    """Return the gzip file at ``path`` as a member; its size is in its last four bytes (RFC 1952, ISIZE).
 
     None where that size is impossible: the file is cut off, or has something after its first member. Raises ``OSError``.
     """
@@ -98,17 +98,17 @@ def read_member(path: bytes, member: Member, buffers: Sequence[Buffer], offset: 
 
 
 def prefetch_member(path: bytes, member: Member, length: int) -> None:
-    """Ask the kernel for the first ``length`` bytes of a member, or for all of it where that is 0; raises ``OSError``."""
+    """Ask the kernel for the first ``length`` bytes of a member, or all of it if that is 0; raises ``OSError``."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        wanted = min(length or member.compressed_size, member.compressed_size) + _LONGEST_LOCAL_HEADER
-        os.posix_fadvise(descriptor, member.offset, wanted, os.POSIX_FADV_WILLNEED)
+        count = min(length or member.compressed_size, member.compressed_size) + _LONGEST_LOCAL_HEADER
+        os.posix_fadvise(descriptor, member.offset, count, os.POSIX_FADV_WILLNEED)
     finally:
         os.close(descriptor)
 
 
 def _data_offset(descriptor: int, member: Member) -> int:
-    """Return where the data of a member begin: the local header has a name and an extra field of its own lengths."""
+    """Return the offset of a member's data. The name and extra field in its local header may differ from the directory's."""
     data = os.pread(descriptor, LOCAL_HEADER_BYTES, member.offset)
     if len(data) < LOCAL_HEADER_BYTES or not data.startswith(b"PK\x03\x04"):
         raise SliceError(
@@ -138,7 +138,7 @@ def _read_stored(
 
 
 def _check_rest(member: Member, end: int) -> None:
-    """Raise ``SliceError`` where what has to be read beyond byte ``end``, for the checksum alone, is too much."""
+    """Raise ``SliceError`` if too much has to be read after byte ``end`` only for the checksum."""
     if member.size - end > LARGEST_MEMBER:
         detail = f"expected at most {LARGEST_MEMBER:,} bytes more than are read, found {member.size - end:,}"
         raise SliceError(Reason.TOO_LARGE, detail)
@@ -172,7 +172,7 @@ def _chunks(descriptor: int, start: int, length: int) -> Iterator[bytes]:
 
 
 def _clipped(buffers: Sequence[Buffer], length: int) -> list[memoryview]:
-    """Return as much of ``buffers`` as ``length`` bytes fill."""
+    """Return views of the part of ``buffers`` that ``length`` bytes fill."""
     views = []
     for buffer in buffers:
         view = memoryview(buffer).cast("B")[:length]

@@ -1,4 +1,4 @@
-"""Several sources as one: each below a folder of its own name."""
+"""Several sources as one, each below a folder of its name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class SeveralSources:
     """The files of all ``parts``. A path begins with the name of its part; a key with the part's number and a colon.
 
-    A name that another part has, too, gets a number, in the order in which the parts were given: ``data``, ``data-2``.
+    A name that occurs again gets a number, in the order of the parts: ``data``, ``data-2``.
     """
 
     parts: tuple[Source, ...]

@@ -1,4 +1,4 @@
-"""The port: what the rest of the program may ask of a place where files lie, and what such a place lists."""
+"""The interface of sources, and their listings."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ich_prep.errors import Reason, SliceError, SourceError
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-LARGEST_TABLE = 1 << 30
+LARGEST_TABLE = 1 << 30  # bytes
 
 # path: relative, "/" between its parts; equal in a folder and in an archive of it. size: in bytes, uncompressed.
-# key: what ``read_into`` takes. reason, detail: why a file cannot be read, null where it can.
+# key: what ``read_into`` takes. reason, detail: why a file cannot be read, null if it can.
 LISTING_SCHEMA = pa.schema(
     [
         ("path", pa.binary()),
@@ -31,28 +31,28 @@ LISTING_SCHEMA = pa.schema(
 
 
 class Source(Protocol):
-    """A place where files lie. Each file has a key: bytes that only its source understands, valid in any process."""
+    """A source of files. Each file has a key: bytes that only its source understands, valid in any process."""
 
     @property
     def name(self) -> str:
-        """The name of the folder or archive, without its ending; empty where there are several."""
+        """The name of the folder or archive, without its ending; empty for several sources."""
 
     def list(self) -> Listing:
-        """Return every file; raises ``SourceError`` where there is none, or the place cannot be read."""
+        """Return every file; raises ``SourceError`` if there is none, or the source cannot be read."""
 
     def size(self, key: bytes) -> int:
         """Return the length of a file in bytes, uncompressed; raises ``OSError``."""
 
     def read_into(self, key: bytes, buffers: Sequence[Buffer], offset: int = 0, *, verify: bool = False) -> int:
-        """Fill ``buffers``, one after the other, from byte ``offset`` of a file; return how many bytes there were.
+        """Fill ``buffers``, one after the other, from byte ``offset`` of a file; return the number of bytes read.
 
-        With ``verify`` (and ``offset`` 0) a file that has a checksum is read to its end and compared with it. Without,
-        a compressed file is inflated no further than the buffers reach. Raises ``OSError``, and ``SliceError``
+        With ``verify`` (and ``offset`` 0) a file that has a checksum is read to its end and verified. Without it, a
+        compressed file is inflated only as far as the buffers need. Raises ``OSError``, and ``SliceError``
         (BAD_ARCHIVE, TOO_LARGE).
         """
 
     def prefetch(self, key: bytes, length: int) -> None:
-        """Ask for the first ``length`` bytes of a file before they are read, or for all of them where that is 0.
+        """Start fetching the first ``length`` bytes of a file, or all of them if that is 0.
 
         Raises nothing: a file that cannot be opened is reported by the read.
         """
@@ -72,7 +72,7 @@ class TableFile:
         return self.path.rsplit("/", 1)[-1]
 
     def read(self, length: int | None = None) -> bytes:
-        """Return the first ``length`` bytes, or all; raises ``SourceError`` where that is not possible."""
+        """Return the first ``length`` bytes, or all; raises ``SourceError`` if that is not possible."""
         try:
             size = self.source.size(self.key)
             if size > LARGEST_TABLE:
@@ -92,7 +92,7 @@ class TableFile:
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a source: ``files`` (``LISTING_SCHEMA``, sorted by path), and the CSV files, which are not among them.
+    """The files of a source: ``files`` (``LISTING_SCHEMA``, sorted by path), and ``tables``, its CSV files.
 
     ``name`` is the source's.
     """
@@ -102,7 +102,7 @@ class Listing:
     tables: tuple[TableFile, ...]
 
     def folders(self) -> set[str]:
-        """Return the folders, relative to the source, that contain files; names that are not UTF-8 are left out."""
+        """Return the folders, relative to the source, that contain files; names that are not UTF-8 are skipped."""
         names = {path[: path.rfind(b"/") + 1] for path in self.files["path"].to_pylist()}
         return {name.decode() for name in names if is_utf8(name)}
 
@@ -125,26 +125,26 @@ class Entries:
         self._parts.append(files)
 
     def listing(self, name: str) -> Listing:
-        """Return what was added, in the order of the bytes of the paths; of equal paths in the order of addition."""
+        """Return what was added, sorted by the bytes of the paths; equal paths keep the order of addition."""
         files = pa.concat_tables([pa.table(self._columns, schema=LISTING_SCHEMA), *self._parts])
         return listing_of(name, files, self.tables)
 
 
 def listing_of(name: str, files: pa.Table, tables: Sequence[TableFile]) -> Listing:
-    """Return ``files`` (``LISTING_SCHEMA``) and ``tables`` in the order of the bytes of their paths; the sort is stable."""
+    """Return ``files`` (``LISTING_SCHEMA``) and ``tables`` sorted by the bytes of their paths; the sort is stable."""
     ordered = files.take(pc.sort_indices(files["path"]))
     return Listing(name, ordered, tuple(sorted(tables, key=lambda table: table.path)))
 
 
 def read_first(source: Source, key: bytes, length: int) -> bytes:
-    """Return the first ``length`` bytes of a file, fewer where it ends before; not verified."""
+    """Return the first ``length`` bytes of a file, fewer if it ends earlier; not verified."""
     buffer = bytearray(length)
     got = source.read_into(key, [buffer])
     return bytes(memoryview(buffer)[:got])
 
 
 def read_whole(source: Source, key: bytes, *, limit: int) -> bytes:
-    """Return all bytes of a file, verified where it has a checksum; raises ``SliceError`` (TOO_LARGE) beyond ``limit``."""
+    """Return all bytes of a file, verified if it has a checksum; raises ``SliceError`` (TOO_LARGE) beyond ``limit``."""
     size = source.size(key)
     if size > limit:
         raise SliceError(Reason.TOO_LARGE, f"expected a file of at most {limit:,} bytes, found {size:,}")
@@ -168,10 +168,10 @@ def is_utf8(name: bytes) -> bool:
 
 
 def shown(path: bytes) -> str:
-    """Return ``path`` as text, bytes that are not UTF-8 as escapes."""
+    """Return ``path`` as text, with escapes for bytes that are not UTF-8."""
     return path.decode(errors="backslashreplace")
 
 
 def display_path(root: Path, path: bytes) -> str:
-    """Return what messages call the file ``path`` below ``root``."""
+    """Return the name of the file ``path`` below ``root`` for messages."""
     return f"{root}/{shown(path)}"

@@ -1,4 +1,4 @@
-"""Zip archives as they were downloaded: their members, each with its path, and what cannot be read with the reason."""
+"""Zip archives: their members with paths, and the reason for each that cannot be read."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _ENCRYPTED: Final = 1 << 0 | 1 << 6 | 1 << 13  # itself, strongly, or its direct
 _UTF8_NAME: Final = 1 << 11
 _UNIX, _WINDOWS = 3, (0, 10, 14)  # hosts of APPNOTE 4.4.2: FAT, NTFS, VFAT
 _UNICODE_PATH: Final = 0x7075
-# Names that need a closer look: not ASCII, or with anything that is not simply a path.
+# Names to check further: not ASCII, or not a plain relative path.
 _UNUSUAL: Final = r"[^\x20-\x5b\x5d-\x7e]|^/|//|(?:^|/)\.\.?(?:/|$)|^[A-Za-z]:|^$"
 _LEAVES: Final = re.compile(rb"^/|(?:^|/)\.\.(?:/|$)|^[A-Za-z]:|\0")
 
@@ -56,7 +56,7 @@ class ZipSource:
         return self.path.stem
 
     def list(self) -> Listing:
-        """Return the members by their paths in the archive; raises ``SourceError`` where it is broken or empty."""
+        """Return the members by their paths in the archive; raises ``SourceError`` if it is broken or empty."""
         entries = Entries()
         try:
             add_members(entries, self, self.path, prefix=b"", key_prefix=b"")
@@ -72,7 +72,7 @@ class ZipSource:
         return listing
 
     def size(self, key: bytes) -> int:
-        """Return the uncompressed size that the archive's directory gives."""
+        """Return the uncompressed size according to the archive's directory."""
         return Member.from_key(key).size
 
     def read_into(self, key: bytes, buffers: Sequence[Buffer], offset: int = 0, *, verify: bool = False) -> int:
@@ -88,7 +88,7 @@ class ZipSource:
 def add_members(entries: Entries, source: Source, archive: Path, *, prefix: bytes, key_prefix: bytes) -> None:
     """Add the members of ``archive`` to ``entries``; raises ``ArchiveError`` and ``OSError``.
 
-    ``prefix`` goes before their paths, ``key_prefix`` before their keys, by which ``source`` reads them.
+    ``prefix`` is prepended to their paths, ``key_prefix`` to their keys, by which ``source`` reads them.
     """
     descriptor = os.open(archive, os.O_RDONLY)
     try:
@@ -113,7 +113,7 @@ def add_members(entries: Entries, source: Source, archive: Path, *, prefix: byte
 
 
 def _keys(directory: Directory) -> pa.Array:
-    """Return the key of each member: what ``Member.key`` makes."""
+    """Return the key of each member, as ``Member.key``."""
     keys = np.empty(len(directory.sizes), KEY_RECORD)
     keys["offset"], keys["compressed_size"], keys["size"] = (
         directory.offsets,
@@ -128,7 +128,7 @@ def _keys(directory: Directory) -> pa.Array:
 def _paths(directory: Directory) -> pa.Array:
     """Return the path of each member in UTF-8, "/" between its parts; null for a folder.
 
-    A name that leads out of its archive is returned as it is.
+    A name that leads out of its archive is returned unchanged.
     """
     names = directory.names
     is_folder = pc.match_substring_regex(names, "/$")
@@ -154,8 +154,8 @@ def _clean(directory: Directory, index: int) -> bytes | None:
 def _decoded(directory: Directory, index: int) -> bytes:
     """Return a member's name in UTF-8.
 
-    Without the flag that says so a name is of code page 437 (APPNOTE D.1), unless the archive has it in Unicode beside
-    (4.6.9), or its bytes are UTF-8: many programs write that and no flag.
+    Without the flag for UTF-8 a name is in code page 437 (APPNOTE D.1), unless an extra field has it in Unicode (4.6.9),
+    or its bytes are valid UTF-8: many programs write UTF-8 without the flag.
     """
     name: bytes = directory.names[index].as_py()
     if directory.records["flags"][index] & _UTF8_NAME or name.isascii():
@@ -167,12 +167,12 @@ def _decoded(directory: Directory, index: int) -> bytes:
 
 
 def _problems(directory: Directory, paths: pa.Array, kept: NDArray[np.bool_]) -> dict[int, tuple[Reason, str]]:
-    """Return the members that cannot be read, by their place in the directory, each with the reason and a sentence."""
+    """Return the members that cannot be read, by their index in the directory, each with the reason and a sentence."""
     records = directory.records
     problems: dict[int, tuple[Reason, str]] = {}
 
-    def note(those: NDArray[np.bool_], detail: str, reason: Reason = Reason.BAD_ARCHIVE) -> None:
-        for index in np.flatnonzero(those & kept).tolist():
+    def note(affected: NDArray[np.bool_], detail: str, reason: Reason = Reason.BAD_ARCHIVE) -> None:
+        for index in np.flatnonzero(affected & kept).tolist():
             problems.setdefault(index, (reason, detail))
 
     leaves = pc.match_substring_regex(paths.fill_null(b""), _LEAVES.pattern.decode())
@@ -191,26 +191,26 @@ def _problems(directory: Directory, paths: pa.Array, kept: NDArray[np.bool_]) ->
 
 
 def _replaced(paths: pa.Array) -> NDArray[np.bool_]:
-    """Return which members a later one of the same path replaces: the last one counts, as to most programs."""
+    """Return which members are replaced by a later one of the same path: the last wins, as in most programs."""
     if len(pc.unique(paths)) == len(paths):
         return np.zeros(len(paths), bool)
     codes = paths.dictionary_encode().indices.fill_null(-1).to_numpy(zero_copy_only=False)
-    last = np.full(codes.max(initial=-1) + 2, -1, np.int64)  # the last place is for the nulls
+    last = np.full(codes.max(initial=-1) + 2, -1, np.int64)  # the last element is for the nulls
     last[codes] = np.arange(len(codes))
     replaced: NDArray[np.bool_] = last[codes] != np.arange(len(codes))
     return replaced
 
 
 def _overlaps(directory: Directory) -> NDArray[np.bool_]:
-    """Return which members begin before another one ends, or end behind the beginning of the directory."""
+    """Return which members overlap another one, or end after the start of the directory."""
     order = np.argsort(directory.offsets, kind="stable")
-    begins = directory.offsets[order]
-    ends = begins + LOCAL_HEADER_BYTES + directory.records["name_length"][order] + directory.compressed_sizes[order]
-    overlaps = ends > directory.begin
+    starts = directory.offsets[order]
+    ends = starts + LOCAL_HEADER_BYTES + directory.records["name_length"][order] + directory.compressed_sizes[order]
+    overlaps = ends > directory.start
     if len(order):
         furthest = np.maximum.accumulate(ends)[:-1]
-        overlaps[1:] |= begins[1:] < furthest
-        overlaps[:-1] |= ends[:-1] > begins[1:]
+        overlaps[1:] |= starts[1:] < furthest
+        overlaps[:-1] |= ends[:-1] > starts[1:]
     result = np.zeros(len(order), bool)
     result[order] = overlaps
     return result

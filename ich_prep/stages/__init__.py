@@ -1,1 +1,1 @@
-"""What a build runs through: tables and integers in, tables and shards out."""
+"""The stages of a build: tables and integers in, tables and shards out."""

@@ -1,4 +1,4 @@
-"""Patient -> fold: a hash of the patient alone, so that no patient changes folds when others are added."""
+"""Patient -> fold: a hash of the patient ID only, so that no patient changes folds when others are added."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the slices of a series lie: their order along the normal, and the distances between them. Arrays in, arrays out.
+"""Positions of slices in a series: their order along the normal, and their spacing. Arrays in, arrays out.
 
 Positions are ImagePositionPatient (mm), orientations ImageOrientationPatient (direction cosines of rows and columns), both
 in the patient coordinate system (PS3.3 C.7.6.2.1.1).
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 SAME_POSITION_MM = 0.01
 GAP_SPACINGS = 1.5
 SAME_DIRECTION_COSINE = 0.9998  # about one degree
-_NORMAL_STEPS = 1000  # normals that agree in three decimals, a twentieth of a degree, count as equal
+_NORMAL_STEPS = 1000  # normals that agree to three decimals, a twentieth of a degree, count as equal
 
 
 @dataclass(frozen=True)
 class SliceOrder:
-    """The order of slices; every array has n elements and, but for ``order``, keeps the order in which slices were given.
+    """The order of slices; every array has n elements and, except ``order``, is in the order of the input.
 
-    ``order``: int64, the indices of the slices as they are to be sorted. ``position_mm``: float64, the distance along the
-    normal of the reference slice, NaN where a slice is ordered by its number. ``reference``: int64, the index of the slice
-    whose orientation is that of the series, -1 where no slice of the series has one. ``other_orientation``: bool, placed,
-    but turned against the reference. ``no_position``: bool, ordered by instance number.
+    ``order``: int64, the indices that sort the slices. ``position_mm``: float64, the distance along the
+    normal of the reference slice, NaN if a slice is ordered by its number. ``reference``: int64, the index of the slice
+    whose orientation is that of the series, -1 if no slice of the series has one. ``other_orientation``: bool, has
+    a position, but another orientation than the reference. ``no_position``: bool, ordered by instance number.
     """
 
     order: NDArray[np.int64]
@@ -41,10 +41,10 @@ class SliceOrder:
 class Spacing:
     """Distances between the slices of series, in mm.
 
-    For each slice, (n,): ``slice_spacing_mm``, float64, to the next slice, of the last slice to the one before it, NaN where
+    For each slice, (n,): ``slice_spacing_mm``, float64, to the next slice, or for the last slice to the previous one, NaN if
     one of the two has no position; ``duplicate_position``, bool, within 0.01 mm of a neighbour; ``gap_before``, bool, more
-    than one and a half usual spacings after the slice before it. For each series, (s,): ``series_spacing_mm``, float64, the
-    median over neighbours at different positions, NaN where there are none.
+    than one and a half usual spacings after the previous slice. For each series, (s,): ``series_spacing_mm``, float64, the
+    median over neighbours at different positions, NaN if there are none.
     """
 
     slice_spacing_mm: NDArray[np.float64]
@@ -64,9 +64,9 @@ def order_slices(
     """Return the order of n slices: by series, then by position along the normal that most slices of the series share.
 
     ``position`` (n, 3) and ``orientation`` (n, 6) are NaN where unknown, ``instance_number`` (n,) likewise. ``series`` and
-    ``uid``, (n,), are UIDs or their ranks: anything that sorts. Slices without a position or orientation follow those with
+    ``uid``, (n,), are UIDs or their ranks. Slices without a position or orientation follow those with
     one, by instance number, unless every slice of their series has a number: then that orders the whole series. Ties are
-    broken by instance number, then ``uid``, so the result does not depend on the order in which slices are given.
+    broken by instance number, then ``uid``, so the result does not depend on the order of the input.
     """
     normal = normals(orientation)
     group = _group_ids(series)
@@ -112,7 +112,7 @@ def measure_spacing(position_mm: NDArray[np.float64], starts: NDArray[np.int64])
 
 
 def normals(orientation: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the unit normal of each ``orientation``, (n, 6), as (n, 3); NaN where it is unknown or has no normal."""
+    """Return the unit normal of each ``orientation``, (n, 6), as (n, 3); NaN if it is unknown or has no normal."""
     normal = np.cross(orientation[:, :3], orientation[:, 3:])
     with np.errstate(invalid="ignore", divide="ignore"):
         normal /= np.linalg.norm(normal, axis=1, keepdims=True)
@@ -126,17 +126,17 @@ def tilt_degrees(orientation: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def group_starts(values: NDArray[Any]) -> NDArray[np.int64]:
-    """Return the indices, ascending, at which a new value begins in ``values`` (n,), where equal values stand together."""
+    """Return the indices, ascending, at which a new value begins in ``values`` (n,), where equal values are adjacent."""
     if not len(values):
         return np.empty(0, np.int64)
     return np.flatnonzero(np.r_[True, values[1:] != values[:-1]])
 
 
 def _reference_slices(normal: NDArray[np.float64], group: NDArray[np.int64], uid: NDArray[Any]) -> NDArray[np.int64]:
-    """Return for each group the index of a slice whose normal, (n, 3), most slices of the group share, -1 without any.
+    """Return for each group the index of a slice whose normal, (n, 3), most slices of the group share, -1 if none has one.
 
-    Of these slices, and of normals that are shared equally often, the least ``uid`` decides. A scout or a reformatted slice
-    among the others must not be the reference.
+    Ties, between slices and between normals, are broken by the least ``uid``. A scout or a reformatted slice among the
+    others must not be the reference.
     """
     references = np.full(group.max(initial=-1) + 1, -1, np.int64)
     known = np.flatnonzero(~np.isnan(normal[:, 0]))
@@ -151,18 +151,18 @@ def _reference_slices(normal: NDArray[np.float64], group: NDArray[np.int64], uid
 
 
 def _group_ids(values: NDArray[Any]) -> NDArray[np.int64]:
-    """Return each value's rank among the different values, from 0."""
+    """Return each value's rank among the distinct values, from 0."""
     return np.unique(values, return_inverse=True)[1].reshape(-1)
 
 
 def _any_in_group(values: NDArray[np.bool_], group: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Return for each element whether ``values`` is true for any element of its group."""
-    found = np.zeros(len(values), bool)
-    found[group[values]] = True
-    return found[group]
+    any_in_group = np.zeros(len(values), bool)
+    any_in_group[group[values]] = True
+    return any_in_group[group]
 
 
 def _median_spacing(steps: NDArray[np.float64]) -> float:
-    """Return the median distance between neighbours at different positions, in mm; NaN where there are none."""
+    """Return the median distance between neighbours at different positions, in mm; NaN if there are none."""
     distinct = steps[steps >= SAME_POSITION_MM]
     return float(np.median(distinct)) if len(distinct) else np.nan

@@ -1,4 +1,4 @@
-"""Which tasks are done: one small file a task, written whole, after everything that it describes is on disk."""
+"""The ledger of finished tasks: one small file per task, written whole, after everything that it describes is on disk."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The output of a build: whether the folder may be used, and whether it holds this dataset, another one, or a build.
+"""The output folder of a build: may it be used, and does it contain this dataset, another one, or an unfinished build?
 
-What is neither a dataset nor a build of this project is left untouched.
+Anything that is neither a dataset nor a build of this project is left untouched.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def check_output_folder(out: Path, folder: BuildFolder, sources: Sequence[Path],
         )
     unknown = folder.unknown_files()
     if unknown or (folder.path.exists() and not folder.path.is_dir()):
-        found = f"it holds {unknown[0].relative_to(folder.path)}" if unknown else "it is a file"
+        reason = f"it contains {unknown[0].relative_to(folder.path)}" if unknown else "it is a file"
         raise UsageError(
-            f"The working folder {folder.path} is not one of ich-prep ({found}), and was left untouched. Name another "
+            f"The working folder {folder.path} was not made by ich-prep ({reason}), and was left untouched. Name another "
             "one with --build-dir."
         )
     _check_belongs(out, folder)
@@ -58,7 +58,7 @@ def check_output_folder(out: Path, folder: BuildFolder, sources: Sequence[Path],
         return
     foreign = foreign_files(out)
     if foreign or (out.exists() and not out.is_dir()):
-        found = f"it holds {foreign[0].relative_to(out)}" if foreign else "it is a file"
+        found = f"it contains {foreign[0].relative_to(out)}" if foreign else "it is a file"
         raise UsageError(
             f"--out must be a new or empty folder, a dataset, or an unfinished build; {out} is something else ({found}) "
             "and was left untouched. Give another folder, or remove it."
@@ -138,10 +138,10 @@ def _whole_name(path: Path, out: Path) -> str:
 
 
 def check_existing(out: Path, folder: BuildFolder, state: State, listing: Listing) -> bool:
-    """Return whether the dataset that this build would make is at ``out`` already.
+    """Return whether ``out`` already is the dataset that this build would make.
 
-    Raises ``BuildError`` where another dataset is, or the unfinished build of another one. A build without a plan
-    belongs to any spec: the next run keeps the headers that it read where it can.
+    Raises ``BuildError`` if it is another dataset, or an unfinished build of another one. A build without a plan can
+    continue with any spec: the next run reuses the headers that it read, as far as they are still valid.
     """
     finished = (out / ROOT).exists()
     before = readable_state(folder) if finished else read_state(folder) if folder.state.exists() else None
@@ -209,7 +209,7 @@ def _shown(value: object) -> str:
 
 
 def _listing_difference(folder: BuildFolder, listing: Listing) -> str:
-    """Return in words how the sources differ from those that were listed; less exact where the working folder is gone."""
+    """Return in words how the sources differ from those that were listed; less exact if the working folder is gone."""
     if not folder.files.exists():
         return f"the source files have changed (which ones is known only with the working folder {folder.path})"
     table = read_parquet(folder.files)
@@ -272,7 +272,7 @@ def clean(out: Path, folder: BuildFolder) -> int:
         return 0
     unknown = folder.unknown_files()
     if unknown or not folder.state.exists():
-        found = f"it holds {unknown[0].relative_to(folder.path)}" if unknown else "it has no state.json"
+        found = f"it contains {unknown[0].relative_to(folder.path)}" if unknown else "it has no state.json"
         raise UsageError(f"{folder.path} is not the working folder of a build ({found}); nothing was removed.")
     if read_state(folder).published != dataset.digest:
         raise BuildError(
@@ -294,7 +294,7 @@ def clean(out: Path, folder: BuildFolder) -> int:
 
 @contextmanager
 def build_lock(folder: BuildFolder) -> Iterator[None]:
-    """Hold the build's lock; raises ``BuildError`` where another process does."""
+    """Hold the build's lock; raises ``BuildError`` if another process does."""
     folder.path.mkdir(parents=True, exist_ok=True)
     with folder.lock.open("wb") as file:
         try:

@@ -1,6 +1,6 @@
 """Headers + labels + spec -> the plan: which row each slice gets, before any pixel is decoded.
 
-Tables in, tables out. Equal inputs give equal plans, whatever the order in which files were listed.
+Tables in, tables out. Equal inputs give equal plans, in whatever order the files were listed.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from ich_prep.dataset.spec import Spec
     from ich_prep.layouts.assignment import Assignment
 
-# Columns of the slice table that stand in the scan, or come from the layout, under the same name.
+# Columns of the slice table that the scan or the layout provides under the same name.
 SCANNED_COLUMNS = (
     "sop_instance_uid", "series_instance_uid", "study_instance_uid", "patient_id", "subset",
     "rescale_slope", "rescale_intercept", "repairs",
 )  # fmt: skip
 
-# Columns of the plan that the slice table does not have: where a slice's pixels lie and how they are stored.
+# Columns of the plan that the slice table does not have: where a slice's pixels are and how they are stored.
 PIXEL_COLUMNS = (
     "path", "transfer_syntax", "file_size", "header_bytes", "crc32c", "pixel_offset", "rows", "columns",
     "bits_allocated", "bits_stored", "signed", "padding_low", "padding_high",
@@ -56,7 +56,7 @@ class Plan:
 def make_plan(scanned: pa.Table, *, assignment: Assignment, labels: LabelTable, spec: Spec) -> Plan:
     """Return the plan of the files in ``scanned`` (``scan.SCHEMA``, sorted by path).
 
-    ``assignment`` is what the layout says of each line of ``scanned``.
+    ``assignment`` is the layout's, with one value per line of ``scanned``.
     """
     placed = _with_assignment(scanned, assignment)
     is_slice = pc.is_null(scanned["reason"])
@@ -90,7 +90,7 @@ def make_plan(scanned: pa.Table, *, assignment: Assignment, labels: LabelTable, 
 
 
 def _with_assignment(slices: pa.Table, assignment: Assignment) -> pa.Table:
-    """Return ``slices`` with what the layout says; without a patient, the study or else the series stands for one."""
+    """Return ``slices`` with the layout's columns; without a patient, the study or else the series is used as one."""
     patient = pc.coalesce(assignment.patient_id, slices["study_instance_uid"], slices["series_instance_uid"])
     slices = slices.set_column(slices.column_names.index("patient_id"), "patient_id", patient)
     unnamed = pc.is_null(assignment.patient_id)
@@ -104,7 +104,7 @@ def _with_assignment(slices: pa.Table, assignment: Assignment) -> pa.Table:
 
 
 def _repeats(slices: pa.Table) -> tuple[NDArray[np.bool_], pa.Array]:
-    """Return which slices repeat the SOP Instance UID of another, and for each of these a sentence that names the other.
+    """Return which slices repeat the SOP Instance UID of another, and for each of these a sentence with the other's path.
 
     The first path is kept, but a training slice rather than a test slice: RSNA's test slices of stage 1 are also among the
     training slices of stage 2, where they have labels.
@@ -130,7 +130,7 @@ def _label_level(labels: LabelTable) -> str:
 
 
 def _label_keys_of_excluded(labels: LabelTable, *excluded: pa.Table) -> pa.Array:
-    """Return the label keys of files without a row: from their header, or from a file name that is their UID."""
+    """Return the label keys of files without a row: from their header, or from a file name that is a UID."""
     keys: list[str] = []
     for table in excluded:
         if labels.key in table.column_names:
@@ -144,7 +144,7 @@ def _sort_slices(slices: pa.Table) -> pa.Table:
 
     Adds ``position_mm``, ``other_orientation`` and ``no_position``, and the orientation of the series' reference slice.
     """
-    found = order_slices(
+    result = order_slices(
         _matrix(slices["position"], 3),
         _matrix(slices["orientation"], 6),
         slices["instance_number"].cast(pa.float64()).fill_null(np.nan).to_numpy(),
@@ -152,13 +152,13 @@ def _sort_slices(slices: pa.Table) -> pa.Table:
         uid=_rank(slices["sop_instance_uid"]),
     )
     return (
-        slices.append_column("position_mm", _nullable(found.position_mm))
+        slices.append_column("position_mm", _nullable(result.position_mm))
         .append_column(
-            "series_orientation", slices["orientation"].take(pa.array(found.reference, mask=found.reference < 0))
+            "series_orientation", slices["orientation"].take(pa.array(result.reference, mask=result.reference < 0))
         )
-        .append_column("other_orientation", pa.array(found.other_orientation))
-        .append_column("no_position", pa.array(found.no_position))
-        .take(pa.array(found.order))
+        .append_column("other_orientation", pa.array(result.other_orientation))
+        .append_column("no_position", pa.array(result.no_position))
+        .take(pa.array(result.order))
     )
 
 
@@ -218,7 +218,7 @@ def _label_levels(unlabelled: NDArray[np.bool_], level: str) -> pa.Array:
 
 
 def _position_columns(slices: pa.Table) -> dict[str, pa.Array | pa.ChunkedArray]:
-    """Return where the first pixel of each file lies (ImagePositionPatient), and how far its pixels are apart, in mm."""
+    """Return the position of the first pixel of each file (ImagePositionPatient), and its pixel spacing, in mm."""
     position, pixel_spacing = _matrix(slices["position"], 3), _matrix(slices["pixel_spacing"], 2)
     return {
         "position_mm": slices["position_mm"],
@@ -247,7 +247,7 @@ def _flag_column(slices: pa.Table, spacing: Spacing) -> pa.Array:
 def _series_table(
     table: pa.Table, series: dict[str, Any], starts: NDArray[np.int64], classes: tuple[str, ...]
 ) -> pa.Table:
-    """Return one line a series: the given columns, what its slices share, and for each label whether a slice has it.
+    """Return one line per series: the given columns, what its slices share, and for each label whether a slice has it.
 
     ``table`` are the slices, ``starts`` the rows at which the series begin.
     """
@@ -271,7 +271,7 @@ def _series_table(
 
 
 def _matrix(column: pa.ChunkedArray, width: int) -> NDArray[np.float64]:
-    """Return a column of lists of ``width`` numbers as float64 (n, width), NaN where it is null."""
+    """Return a column of lists of ``width`` numbers as float64 (n, width), NaN for null."""
     array = column.combine_chunks()
     matrix = np.full((len(array), width), np.nan)
     valid = array.is_valid().to_numpy(zero_copy_only=False)
@@ -280,11 +280,11 @@ def _matrix(column: pa.ChunkedArray, width: int) -> NDArray[np.float64]:
 
 
 def _rank(column: pa.ChunkedArray) -> NDArray[np.int64]:
-    """Return each value's rank among the sorted different values of its column."""
+    """Return each value's rank among the sorted distinct values of its column."""
     encoded = column.combine_chunks().dictionary_encode()
-    places = np.empty(len(encoded.dictionary), np.int64)
-    places[pc.sort_indices(encoded.dictionary).to_numpy()] = np.arange(len(encoded.dictionary))
-    ranks: NDArray[np.int64] = places[encoded.indices.to_numpy(zero_copy_only=False)]
+    rank_of = np.empty(len(encoded.dictionary), np.int64)
+    rank_of[pc.sort_indices(encoded.dictionary).to_numpy()] = np.arange(len(encoded.dictionary))
+    ranks: NDArray[np.int64] = rank_of[encoded.indices.to_numpy(zero_copy_only=False)]
     return ranks
 
 
@@ -293,12 +293,12 @@ def _constant(table: pa.Table, value: str) -> pa.Array:
 
 
 def _nullable(values: NDArray[np.float64]) -> pa.Array:
-    """Return ``values`` as a column that is null where they are NaN."""
+    """Return ``values`` as a column, with null for NaN."""
     return pa.array(values, pa.float64(), from_pandas=True)
 
 
 def _table_of(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
-    """Return a table of ``schema`` from these columns, each cast to its type; those that nothing fills are null."""
+    """Return a table of ``schema`` from these columns, each cast to its type; missing columns are null."""
     length = len(next(iter(columns.values())))
     arrays = []
     for field in schema:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tables:
-    """The published tables, as ``dataset.schema`` has their columns."""
+    """The published tables, with the columns of ``dataset.schema``."""
 
     slices: pa.Table
     series: pa.Table
@@ -44,9 +44,9 @@ class Tables:
 
 
 def collect_tables(out: Path, folder: BuildFolder, state: State) -> Tables:
-    """Return the tables of the build of ``out``, of which every shard has its entry in the ledger.
+    """Return the tables of the build of ``out``, once every shard has an entry in the ledger.
 
-    Raises ``BuildError`` where a shard does not have the length that its entry records.
+    Raises ``BuildError`` if a shard does not have the length that its entry records.
     """
     plan = read_parquet(folder.plan)
     per_shard = state.spec.slices_per_shard
@@ -65,7 +65,7 @@ def collect_tables(out: Path, folder: BuildFolder, state: State) -> Tables:
         pa.array([line.detail for line in lines if line.status != OK], pa.string()),
     ]
     series = read_parquet(folder.series)
-    place = series.schema.get_field_index("n_ok")
+    index = series.schema.get_field_index("n_ok")
     counted = np.add.reduceat(ok.astype(np.int64), series["first_row"].to_numpy())
     shards = [
         pa.array(np.arange(len(starts))),
@@ -78,7 +78,7 @@ def collect_tables(out: Path, folder: BuildFolder, state: State) -> Tables:
     ]
     return Tables(
         slices=_with_results(plan.drop_columns(list(PIXEL_COLUMNS)), lines, status),
-        series=series.set_column(place, series.schema.field(place), pa.array(counted, pa.int32())),
+        series=series.set_column(index, series.schema.field(index), pa.array(counted, pa.int32())),
         shards=pa.table(shards, schema=SHARD_SCHEMA),
         quarantine=pa.concat_tables([read_parquet(folder.quarantine), pa.table(quarantined, schema=QUARANTINE_SCHEMA)]),
     )
@@ -88,18 +88,18 @@ def _entry(out: Path, folder: BuildFolder, number: int) -> ShardReport:
     """Return the ledger's entry of shard ``number``, after checking that the shard has the length that it records."""
     path = schema.shard_path(out, number)
     entry = ShardReport.from_json(ledger.read(folder.done, number))
-    found = size_of(path)
-    if found != entry.bytes:
+    actual = size_of(path)
+    if actual != entry.bytes:
         raise BuildError(
             f"Shard {number} was written with {entry.bytes} bytes; {path} now has "
-            f"{'none' if found is None else found}. Run the same command again, without --overwrite, to write it again."
+            f"{'none' if actual is None else actual}. Run the same command again, without --overwrite, to write it again."
         )
     clear_leftovers(path)
     return entry
 
 
 def _with_results(slices: pa.Table, lines: list[RowReport], status: pa.Array) -> pa.Table:
-    """Return the slice table with what the shards reported: status, flags, extremes, hash, checksum."""
+    """Return the slice table with what the shards reported: status, flags, HU range and mean, hash, checksum."""
     flags = [sorted({*planned, *line.flags}) for planned, line in zip(slices["flags"].to_pylist(), lines, strict=True)]
     results = {"status": status, "flags": pa.array(flags, pa.list_(pa.string()))}
     for name in ("hu_min", "hu_max", "hu_mean", "content_hash", "chunk_crc32c"):
@@ -111,7 +111,7 @@ def _with_results(slices: pa.Table, lines: list[RowReport], status: pa.Array) ->
 def publish(out: Path, folder: BuildFolder, *, state: State, tables: Tables, found: int) -> dict[str, int]:
     """Write ``tables`` and the metadata of the dataset ``out``, the root's last; return its counts.
 
-    ``found`` is the number of files of the source. Every shard must be on disk. The working ``folder`` records the
+    ``found`` is the number of files in the source. Every shard must be on disk. The working ``folder`` records the
     dataset's digest just before the root is written, which binds the two.
     """
     (out / LABELS).mkdir(exist_ok=True)
@@ -171,7 +171,7 @@ def _sha256(data: bytes) -> str:
 
 
 def digest_of(ich: dict[str, Any]) -> str:
-    """Return the SHA-256 of all that the root records, which includes the digest of every table, and so every shard."""
+    """Return the SHA-256 of everything the root records, including the digests of the tables, and so of every shard."""
     rest = {key: value for key, value in ich.items() if key != "digest"}
     return _sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
 
@@ -180,7 +180,7 @@ def root_document(out: Path, ich: dict[str, Any]) -> bytes:
     """Return the bytes of the root's ``zarr.json``: a group with the attribute ``ich``.
 
     It repeats the metadata of the images and the labels, as zarr-python's consolidated metadata does: xarray looks for
-    that first, and warns where it is missing.
+    that first, and warns if it is missing.
     """
     document = {
         "attributes": {"ich": ich},

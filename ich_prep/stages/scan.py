@@ -1,4 +1,4 @@
-"""Task 1: read the headers of one batch of files -> one line a file: what its header says, or why it is quarantined."""
+"""Task 1: read the headers of one batch of files -> one line per file: its header, or why it is quarantined."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ich_prep.sources import Source, open_source, read_ahead, shown
 from ich_prep.stages.state import BuildFolder
 
 FILES_PER_BATCH = 512
-FILES_AHEAD = 64  # at a tenth of a millisecond a header: what hides the latency of a remote disk
-_COLUMN_TYPES = {b"IS": pa.int64(), b"US": pa.int32(), b"DS": pa.float64()}  # by VR; all others are texts
+FILES_AHEAD = 64  # at a tenth of a millisecond per header, enough to hide the latency of a remote disk
+_COLUMN_TYPES = {b"IS": pa.int64(), b"US": pa.int32(), b"DS": pa.float64()}  # by VR; all others are text
 _KEPT = tuple(element for element in ELEMENTS if element.kept)
 _LISTS = tuple((element.name, element.count) for element in _KEPT if element.count != 1)
-# Fields of Header that are columns as they are; those of _LISTS are checked first.
+# Fields of Header that become columns unchanged, except that those of _LISTS are checked.
 _FIELDS = (*(one.name for one in _KEPT), "transfer_syntax", "file_size", "header_bytes", "crc32c", "pixel_offset")
 _values_of = attrgetter(*_FIELDS)
 
@@ -33,7 +33,7 @@ def _column_type(element: Element) -> pa.DataType:
     return kind if element.count == 1 else pa.list_(kind)
 
 
-# One line a file. What a quarantined file's header says is kept where it could be read: its label is then accounted for.
+# One line per file. The header of a quarantined file is kept if it could be read: its label is then accounted for.
 SCHEMA = pa.schema(
     [
         ("path", pa.string()),
@@ -61,7 +61,7 @@ def scan_batch(folder: str, sources: tuple[str, ...], batch: int) -> tuple[int, 
     """
     build = BuildFolder(Path(folder))
     source = open_source(sources)
-    with pq.ParquetFile(build.files) as listed:  # opened anew: a worker may outlive the build that wrote it
+    with pq.ParquetFile(build.files) as listed:  # reopened each time: a worker may outlive the build that wrote it
         files = listed.read_row_group(batch).to_pylist()
     ahead = read_ahead(source, files, itemgetter("key"), files=FILES_AHEAD, length=SKIM_BYTES)
     lines = [_scan_listed(source, file) for file in ahead]
@@ -79,7 +79,7 @@ def _scan_listed(source: Source, file: dict[str, Any]) -> dict[str, Any]:
 
 
 def scan_file(source: Source, key: bytes, path: bytes) -> dict[str, Any]:
-    """Return the line of the file that ``source`` has by ``key``, in the form of ``SCHEMA``."""
+    """Return the line of the file with ``key`` in ``source``, with the columns of ``SCHEMA``."""
     try:
         name = path.decode()
     except UnicodeDecodeError:
@@ -106,7 +106,7 @@ def _columns(header: Header) -> dict[str, Any]:
 
 
 def _padding_range(padding: int | None, limit: int | None) -> tuple[int | None, int | None]:
-    """Return the least and the greatest stored value that is padding (PS3.3 C.7.5.1.1.2)."""
+    """Return the least and the greatest stored value that count as padding (PS3.3 C.7.5.1.1.2)."""
     if padding is None or limit is None:
         return padding, padding
     return min(padding, limit), max(padding, limit)

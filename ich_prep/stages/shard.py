@@ -1,4 +1,4 @@
-"""Task 2: one whole shard: read, repair, HU, resize, window, encode, one file; and the report of what is in it."""
+"""Task 2: write one shard (read, repair, HU, resize, window, encode), and report what is in it."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ COLUMNS = [*PIXEL_COLUMNS, "rescale_slope", "rescale_intercept", "repairs"]  # o
 
 
 class RowReport(BaseModel):
-    """What a shard reports of one row: its ``status``, then for an ok row its ``Audit`` and the ``chunk_crc32c`` that is
-    stored behind its chunk, else the reason's ``detail``.
+    """The report of one row: its ``status``; for an ok row its ``Audit`` and the ``chunk_crc32c`` stored after its chunk,
+    otherwise the ``detail`` of the reason.
     """
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
@@ -59,7 +59,7 @@ class RowReport(BaseModel):
 class ShardReport(BaseModel):
     """The ledger's record of one shard, kept as JSON once the shard is on disk.
 
-    ``plan``: digest of the plan it belongs to. ``bytes`` and ``fingerprint``: of the file. ``rows``: in their order.
+    ``plan``: digest of the plan it belongs to. ``bytes`` and ``fingerprint``: of the file. ``rows``: in order.
     ``hu_histogram``: of all its slices, see ``HuHistogram``.
     """
 
@@ -82,7 +82,7 @@ class ShardReport(BaseModel):
 
 
 def write_shard(out: str, folder: str, sources: tuple[str, ...], digest: str, number: int) -> ShardReport:
-    """Write shard ``number`` of the plan whose digest is ``digest``, under its name when whole; return its report.
+    """Write shard ``number`` of the plan whose digest is ``digest``, renamed into place when complete; return its report.
 
     ``folder`` is the working folder, ``sources`` are the paths of the folders and archives.
     """
@@ -139,7 +139,7 @@ def _opened(folder: str, digest: str) -> tuple[Spec, pq.ParquetFile]:
 
 
 def _keys(folder: str, number: int) -> list[bytes]:
-    """Return by which keys the source has the files of shard ``number``. Each run writes them: a worker may outlive one."""
+    """Return the source keys of the files of shard ``number``. Not cached: a worker may outlive the run that wrote them."""
     with pq.ParquetFile(BuildFolder(Path(folder)).keys) as file:
         keys: list[bytes] = file.read_row_group(number)["key"].to_pylist()
     return keys
@@ -150,11 +150,11 @@ def _decoder() -> Decoder:
     return Decoder()
 
 
-# --- one slice: a line of the plan, or of the scan, as typed values ---------------------------------------------------
+# --- one slice: a line of the plan or the scan -> typed values --------------------------------------------------------
 
 
 def pixel_source(source: Source, key: bytes, line: Mapping[str, Any]) -> PixelSource:
-    """Return where the pixels of the file that ``source`` has by ``key`` lie, from its ``line`` of the plan or the scan."""
+    """Return where the pixels of the file with ``key`` in ``source`` are, from its ``line`` of the plan or the scan."""
     return PixelSource(source=source, key=key, **{name: line[name] for name in PIXEL_FIELDS})
 
 

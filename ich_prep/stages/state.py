@@ -1,7 +1,7 @@
 """The working folder of a build: what it decided, what it read, and which shards are done.
 
-It lies beside the dataset (``data.zarr.build``) or where ``--build-dir`` says, holds paths and identifiers, and is not
-meant to be shared. A dataset is complete without it.
+It is next to the dataset (``data.zarr.build``) or at ``--build-dir``, contains paths and identifiers, and is not meant to
+be shared. A dataset is complete without it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _BATCH, _ENTRY = re.compile(r"[0-9]{5,}\.parquet"), re.compile(r"[0-9]{5,}\.json
 
 @dataclass(frozen=True)
 class BuildFolder:
-    """Where the files of a build in progress lie, below ``path``."""
+    """The paths of a build's files in its working folder ``path``."""
 
     path: Path
 
@@ -35,12 +35,12 @@ class BuildFolder:
 
     @property
     def files(self) -> Path:
-        """The listing, one row group a batch of the scan."""
+        """The listing, one row group per batch of the scan."""
         return self.path / "files.parquet"
 
     @property
     def scan(self) -> Path:
-        """The folder of the headers, one file a batch."""
+        """The folder of the headers, one file per batch."""
         return self.path / "scan"
 
     def batch(self, number: int) -> Path:
@@ -49,12 +49,12 @@ class BuildFolder:
 
     @property
     def plan(self) -> Path:
-        """The plan, one row group a shard."""
+        """The plan, one row group per shard."""
         return self.path / "plan.parquet"
 
     @property
     def keys(self) -> Path:
-        """By which keys the source has the files of the plan, one row group a shard; written by each run."""
+        """The source keys of the planned files, one row group per shard; written by each run."""
         return self.path / "keys.parquet"
 
     @property
@@ -69,22 +69,22 @@ class BuildFolder:
 
     @property
     def done(self) -> Path:
-        """The ledger: the folder of one entry a finished shard."""
+        """The folder of the ledger: one entry per finished shard."""
         return self.path / "shards"
 
     @property
     def label_problems(self) -> Path:
-        """The labels and slices that do not fit each other."""
+        """The labels and slices that do not match."""
         return self.path / "label_problems.parquet"
 
     @property
     def log(self) -> Path:
-        """One line an event."""
+        """One line per event."""
         return self.path / "log.jsonl"
 
     @property
     def lock(self) -> Path:
-        """The lock that the process which builds holds."""
+        """The lock of the process that builds."""
         return self.path / "lock"
 
     def members(self) -> tuple[Path, ...]:
@@ -118,7 +118,7 @@ class BuildFolder:
 
 
 def build_folder(out: Path, given: str | Path | None = None) -> BuildFolder:
-    """Return the working folder of the dataset ``out``: the one ``given``, else the one beside it."""
+    """Return the working folder of the dataset ``out``: the one ``given``, else the one next to it."""
     if given is None:
         return BuildFolder(working_folder(out))
     return BuildFolder(local_path(given, "--build-dir").absolute())
@@ -128,7 +128,7 @@ class State(BaseModel):
     """What a build in progress has decided.
 
     ``sources`` and ``labels`` are digests of the file listing and of the labels, ``versions`` those of the libraries that
-    make the bytes, ``plan`` the digest of the plan once there is one, ``published`` that of the dataset it became.
+    can change the bytes, ``plan`` the digest of the plan once there is one, ``published`` that of the dataset it became.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -143,7 +143,7 @@ class State(BaseModel):
 
 
 def read_state(folder: BuildFolder) -> State:
-    """Return the state of the build in ``folder``; raises ``DatasetError`` where it cannot be read."""
+    """Return the state of the build in ``folder``; raises ``DatasetError`` if it cannot be read."""
     try:
         return State.model_validate_json(folder.state.read_bytes())
     except (OSError, ValidationError) as error:

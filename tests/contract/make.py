@@ -1,4 +1,4 @@
-"""Write the datasets beside this file anew: only for a new format, since old ones must stay readable.
+"""Rewrite the datasets next to this file: only for a new format, since old ones must stay readable.
 
 ``python -m tests.contract.make``. What they hold is in ``expected.json``, by which the tests read them.
 """
@@ -30,7 +30,7 @@ SPECS = {
 
 
 def break_pixels(path: Path) -> None:
-    """Make the pixels of one file a JPEG 2000 stream that no decoder takes: its slice keeps a row, and is a hole."""
+    """Replace the pixels of one file with an invalid JPEG 2000 stream: its slice keeps a row, whose chunk is missing."""
     written = io.BytesIO()
     with pydicom.config.disable_value_validation():
         dataset = pydicom.dcmread(io.BytesIO(path.read_bytes()))
@@ -53,7 +53,7 @@ def few_slices(tree: Path) -> None:
 
 
 def main() -> None:
-    """Build both stores and say what is in them."""
+    """Build both stores and write what is in them to expected.json."""
     expected = {}
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"

@@ -1,4 +1,4 @@
-"""Datasets that were written once and are kept: today's code, and other readers of Zarr, must read them."""
+"""Datasets that were written once and are kept: the current code, and other Zarr readers, must read them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EXPECTED: dict[str, dict[str, Any]] = json.loads((HERE / "expected.json").read_t
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_todays_code_reads_what_was_written(name: str) -> None:
+def test_current_code_reads_the_kept_datasets(name: str) -> None:
     dataset, expected = open_dataset(HERE / f"{name}.zarr"), EXPECTED[name]
     assert list(dataset.shape) == expected["shape"]
     assert dataset.dtype == (np.uint8 if name == "windows" else np.int16)
@@ -48,14 +48,14 @@ def test_zarr_reads_the_same_pixels(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_what_was_written_still_holds(name: str) -> None:
+def test_the_kept_datasets_verify(name: str) -> None:
     found = verify(HERE / f"{name}.zarr", progress=NoProgress())
     assert found.problems == ()
     assert found.slices == EXPECTED[name]["shape"][0]
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_every_column_of_the_contract_is_there(name: str) -> None:
+def test_every_column_of_the_contract_exists(name: str) -> None:
     dataset = open_dataset(HERE / f"{name}.zarr")
     for table, form in (
         ("slices", slice_schema()),

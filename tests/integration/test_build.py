@@ -1,4 +1,4 @@
-"""A build is a function of its sources and its spec: whoever ran it, however often it was killed, whatever was there."""
+"""A build depends only on its sources and spec, however often it was killed and whatever existed before."""
 
 from __future__ import annotations
 
@@ -41,9 +41,7 @@ def test_a_cluster_whose_worker_has_threads_changes_no_byte(
     assert published(tmp_path / "data.zarr") == published(dataset_path)
 
 
-def test_where_the_sources_lie_and_how_they_are_listed_changes_no_byte(
-    phantom_tree: Path, dataset_path: Path, tmp_path: Path
-) -> None:
+def test_source_paths_and_listing_order_change_no_byte(phantom_tree: Path, dataset_path: Path, tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere"
     for path in sorted(phantom_tree.rglob("*"), reverse=True):
         if path.is_file():
@@ -55,7 +53,7 @@ def test_where_the_sources_lie_and_how_they_are_listed_changes_no_byte(
     assert published(tmp_path / "data.zarr") == published(dataset_path)
 
 
-def test_a_build_killed_twice_goes_on_to_the_same_bytes(phantom_tree: Path, tmp_path: Path) -> None:
+def test_a_build_killed_twice_resumes_to_the_same_bytes(phantom_tree: Path, tmp_path: Path) -> None:
     words = ["build", "--src", phantom_tree, "--size", 64, "--slices-per-shard", 2, "--workers", 2, "--out"]
     out, done = tmp_path / "killed.zarr", tmp_path / "killed.zarr.build" / "shards"
     moments: list[Callable[[], bool]] = [
@@ -78,7 +76,7 @@ def test_a_build_killed_twice_goes_on_to_the_same_bytes(phantom_tree: Path, tmp_
 
 
 @pytest.mark.parametrize("step", [8, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_build_may_be_killed_at_every_moment(step: int, tmp_path: Path) -> None:
+def test_a_build_killed_at_any_fsync_resumes(step: int, tmp_path: Path) -> None:
     synthesize(tmp_path / "tree", series=2, size=32)
     reference = tmp_path / "reference.zarr"
     build(tmp_path / "tree", reference, Spec(size=32, slices_per_shard=16), workers=0)
@@ -91,9 +89,7 @@ def test_a_build_may_be_killed_at_every_moment(step: int, tmp_path: Path) -> Non
     assert int(tried.stdout) > 30
 
 
-def test_a_worker_that_is_killed_during_the_build_is_survived(
-    phantom_tree: Path, dataset_path: Path, tmp_path: Path
-) -> None:
+def test_a_build_survives_a_killed_worker(phantom_tree: Path, dataset_path: Path, tmp_path: Path) -> None:
     out = tmp_path / "data.zarr"
     words = ["build", "--src", phantom_tree, "--size", 64, "--slices-per-shard", 16, "--workers", 1, "--out", out]
     process = start(*words)
@@ -113,7 +109,7 @@ def test_a_worker_that_is_killed_during_the_build_is_survived(
 # --- a second run ----------------------------------------------------------------------------------------------------
 
 
-def test_a_plain_second_run_says_finished_and_does_nothing(phantom_tree: Path, dataset_path: Path) -> None:
+def test_a_second_run_reports_finished_and_does_nothing(phantom_tree: Path, dataset_path: Path) -> None:
     words = ["build", "--src", phantom_tree, "--out", dataset_path, "--size", 64, "--slices-per-shard", 16]
     before = {path: path.stat().st_mtime_ns for path in dataset_path.rglob("*")}
     again = prep(*words, "--workers", 0)
@@ -122,7 +118,7 @@ def test_a_plain_second_run_says_finished_and_does_nothing(phantom_tree: Path, d
     assert {path: path.stat().st_mtime_ns for path in dataset_path.rglob("*")} == before
 
 
-def test_a_dataset_without_its_working_folder_is_not_taken_for_one_of_other_files(
+def test_a_dataset_without_its_working_folder_is_compared_with_the_sources(
     tree: Path, dataset_path: Path, tmp_path: Path
 ) -> None:
     out = Path(shutil.copytree(dataset_path, tmp_path / "data.zarr"))
@@ -139,7 +135,7 @@ def test_a_finished_dataset_needs_no_working_folder(phantom_tree: Path, dataset_
     assert published(out) == published(dataset_path)
 
 
-def test_the_working_folder_may_lie_elsewhere(phantom_tree: Path, dataset_path: Path, tmp_path: Path) -> None:
+def test_the_working_folder_may_be_elsewhere(phantom_tree: Path, dataset_path: Path, tmp_path: Path) -> None:
     out, elsewhere = tmp_path / "data.zarr", tmp_path / "private" / "work"
     words = ["build", "--src", phantom_tree, "--out", out, "--build-dir", elsewhere, "--size", 64]
     built = prep(*words, "--slices-per-shard", 16, "--workers", 0)
@@ -174,7 +170,7 @@ def test_a_working_folder_of_another_dataset_is_refused(phantom_tree: Path, data
     assert (working(out) / "plan.parquet").exists()
 
 
-def test_nothing_private_lies_in_the_dataset(phantom_tree: Path, dataset_path: Path) -> None:
+def test_the_dataset_contains_nothing_private(phantom_tree: Path, dataset_path: Path) -> None:
     assert sorted(path.name for path in dataset_path.iterdir()) == ["images", "labels", "zarr.json"]
     published_bytes = b"".join(path.read_bytes() for path in dataset_path.rglob("*.json"))
     assert str(phantom_tree).encode() not in published_bytes
@@ -191,7 +187,7 @@ def test_clean_removes_the_working_folder_and_nothing_else(dataset_path: Path, t
     assert prep("clean", out).returncode == 0
 
 
-def test_clean_touches_no_folder_of_somebody_else(dataset_path: Path, tmp_path: Path) -> None:
+def test_clean_refuses_a_folder_with_other_files(dataset_path: Path, tmp_path: Path) -> None:
     out = copy_with_working_folder(dataset_path, tmp_path / "data.zarr")
     (working(out) / "thesis.tex").write_text("mine")
     refused = prep("clean", out)
@@ -242,7 +238,7 @@ def test_other_labels_are_refused(tree: Path, tmp_path: Path) -> None:
         build(tree, out, SMALL, workers=0)
 
 
-def test_a_build_that_has_a_plan_is_refused_to_another_spec(phantom_tree: Path, unfinished: Path) -> None:
+def test_a_build_with_a_plan_refuses_another_spec(phantom_tree: Path, unfinished: Path) -> None:
     with pytest.raises(BuildError, match=r"is an unfinished build with other settings or sources: folds was 5, now 3"):
         build(phantom_tree, unfinished, SMALL.model_copy(update={"folds": 3}), workers=0)
 
@@ -259,7 +255,7 @@ def test_a_build_of_other_versions_is_refused(phantom_tree: Path, dataset_path: 
     assert published(unfinished) == published(dataset_path)
 
 
-def test_a_shard_of_another_plan_is_written_anew(phantom_tree: Path, dataset_path: Path, unfinished: Path) -> None:
+def test_a_shard_of_another_plan_is_rewritten(phantom_tree: Path, dataset_path: Path, unfinished: Path) -> None:
     entry = working(unfinished) / "shards" / "00001.json"
     entry.write_text(json.dumps(json.loads(entry.read_text()) | {"plan": "another"}))
     shard = unfinished / "images" / "c" / "1" / "0" / "0" / "0"
@@ -268,7 +264,7 @@ def test_a_shard_of_another_plan_is_written_anew(phantom_tree: Path, dataset_pat
     assert published(unfinished) == published(dataset_path)
 
 
-def test_a_build_without_a_plan_takes_the_spec_of_now(tree: Path, dataset_path: Path, tmp_path: Path) -> None:
+def test_a_build_without_a_plan_takes_the_current_spec(tree: Path, dataset_path: Path, tmp_path: Path) -> None:
     out, lost = tmp_path / "data.zarr", train_file(tree)
     content = lost.read_bytes()
     lost.unlink()
@@ -279,19 +275,17 @@ def test_a_build_without_a_plan_takes_the_spec_of_now(tree: Path, dataset_path: 
     assert published(out) == published(dataset_path)
 
 
-def test_overwrite_replaces_a_dataset_and_leaves_nothing_of_it(
-    phantom_tree: Path, dataset_path: Path, tmp_path: Path
-) -> None:
+def test_overwrite_replaces_a_dataset_completely(phantom_tree: Path, dataset_path: Path, tmp_path: Path) -> None:
     out = tmp_path / "data.zarr"
     build(phantom_tree, out, Spec(size=32, slices_per_shard=2, store="hu"), workers=0)
     assert not build(phantom_tree, out, SMALL, workers=0, overwrite=True).already_finished
     assert published(out) == published(dataset_path)
 
 
-def test_an_overwrite_that_is_killed_is_no_dataset_and_goes_on(
+def test_a_killed_overwrite_is_not_a_dataset_and_resumes(
     phantom_tree: Path, dataset_path: Path, tmp_path: Path
 ) -> None:
-    """The old ledger may not vouch for the new build's shards."""
+    """The old ledger must not be used for the new build's shards."""
     out = tmp_path / "data.zarr"
     build(phantom_tree, out, SMALL, workers=0)
     script = (
@@ -337,7 +331,7 @@ def test_two_builds_of_one_dataset_at_a_time_are_refused(
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("names", [["summer.jpg"], ["build/summer.jpg"], ["images/c/0", "labels/x", "main.c"]])
-def test_a_folder_that_is_not_ours_is_not_touched(
+def test_an_unknown_folder_is_not_touched(
     names: list[str], overwrite: bool, phantom_tree: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "project"
@@ -350,11 +344,11 @@ def test_a_folder_that_is_not_ours_is_not_touched(
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_working_folder_that_is_not_ours_is_not_touched(overwrite: bool, phantom_tree: Path, tmp_path: Path) -> None:
+def test_an_unknown_working_folder_is_not_touched(overwrite: bool, phantom_tree: Path, tmp_path: Path) -> None:
     out = tmp_path / "data.zarr"
     working(out).mkdir()
     (working(out) / "main.c").write_text("mine")
-    with pytest.raises(UsageError, match=r"not one of ich-prep \(it holds main\.c\).*--build-dir"):
+    with pytest.raises(UsageError, match=r"not made by ich-prep \(it contains main\.c\).*--build-dir"):
         build(phantom_tree, out, SMALL, workers=0, overwrite=overwrite)
     assert [path.name for path in working(out).iterdir()] == ["main.c"]
 
@@ -376,7 +370,7 @@ def test_an_empty_folder_may_be_built_into(phantom_tree: Path, dataset_path: Pat
 
 
 @pytest.mark.parametrize("below", [".", "data.zarr", "stage_2_train/data.zarr"])
-def test_the_dataset_may_not_lie_among_its_sources(below: str, tree: Path, tmp_path: Path) -> None:
+def test_the_dataset_may_not_be_inside_its_sources(below: str, tree: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tree)
     for place in (tree / below, tmp_path / "link" / below):
         with pytest.raises(UsageError, match="inside the source"):
@@ -384,7 +378,7 @@ def test_the_dataset_may_not_lie_among_its_sources(below: str, tree: Path, tmp_p
     assert not list(tree.rglob("*.build"))
 
 
-def test_a_place_where_no_folder_can_be_made(phantom_tree: Path, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_an_error(phantom_tree: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(BuildError, match=r"Building .*file/data\.zarr failed: Not a directory"):
         build(phantom_tree, tmp_path / "file" / "data.zarr", SMALL, workers=0)

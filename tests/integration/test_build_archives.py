@@ -1,4 +1,4 @@
-"""A build from archives is the build from the folder that was packed, whatever the archive; and what damage costs."""
+"""A build from archives equals the build from the packed folder, for every kind of archive; and the effect of damage."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SERIES = 10  # some 300 files, with each known defect among them
 
 @pytest.fixture(scope="module")
 def packed_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An RSNA tree of 300 files and more, defects among them."""
+    """An RSNA tree of more than 300 files, with defects."""
     tree = tmp_path_factory.mktemp("packed") / "rsna"
     synthesize(tree, series=SERIES, size=64, seed=5, defects=True)
     return tree
@@ -51,7 +51,7 @@ def deflated(tree: Path, out: Path) -> Path:
 
 
 def in_parts(tree: Path, out: Path) -> Path:
-    """A folder with an archive in the place of each folder."""
+    """A folder in which each subfolder is replaced by an archive."""
     shutil.copytree(tree, out / "parts")
     for folder in [path for path in (out / "parts").iterdir() if path.is_dir()]:
         zipped(folder, folder.with_suffix(".zip"))
@@ -69,7 +69,7 @@ def gzipped(tree: Path, out: Path) -> Path:
 
 
 @pytest.mark.parametrize("pack", [stored, deflated, in_parts, gzipped])
-def test_an_archive_builds_what_its_folder_builds(
+def test_an_archive_builds_the_same_dataset_as_its_folder(
     pack: Callable[[Path, Path], Path], packed_tree: Path, from_folder: Path, tmp_path: Path
 ) -> None:
     src, out = pack(packed_tree, tmp_path), tmp_path / "data.zarr"
@@ -95,7 +95,7 @@ def test_a_dataset_of_a_folder_is_finished_for_its_archive(
     assert build(deflated(packed_tree, tmp_path), from_folder, SMALL, workers=0, allow=ANYTHING).already_finished
 
 
-def test_a_build_goes_on_from_another_container(packed_tree: Path, from_folder: Path, tmp_path: Path) -> None:
+def test_a_build_resumes_from_another_container(packed_tree: Path, from_folder: Path, tmp_path: Path) -> None:
     out = copy_with_working_folder(from_folder, tmp_path / "data.zarr")
     (out / "zarr.json").unlink()
     for number in (1, 3):
@@ -105,7 +105,7 @@ def test_a_build_goes_on_from_another_container(packed_tree: Path, from_folder: 
     assert published(out) == published(from_folder)
 
 
-def test_an_archive_that_cannot_be_read_whole_is_another_source(tree: Path, unfinished: Path, tmp_path: Path) -> None:
+def test_an_archive_with_an_unreadable_member_is_another_source(tree: Path, unfinished: Path, tmp_path: Path) -> None:
     src = stored(tree, tmp_path)
     data = bytearray(src.read_bytes())
     at = data.index(b"stage_2_test/ID_", data.index(b"PK\x01\x02")) - 46
@@ -134,7 +134,7 @@ def test_several_sources_are_one_dataset(phantom_tree: Path, dataset_path: Path,
     assert checked.returncode == 0, checked.stderr
 
 
-def test_damage_in_an_archive_costs_the_slices_that_it_hits(
+def test_damage_in_an_archive_costs_only_the_damaged_slices(
     packed_tree: Path, from_folder: Path, tmp_path: Path
 ) -> None:
     src = deflated(packed_tree, tmp_path)

@@ -1,4 +1,4 @@
-"""Nothing is lost unsaid: every file is a row or a line that says why not, also when files change or the disk is full."""
+"""Every file is a row, or a line of the quarantine with the reason, even if files change or the disk is full."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_known_defects_are_flagged_or_repaired(damaged_tree: Path, tmp_path: Pat
     repaired = slices.filter(pc.greater(pc.list_value_length(slices["repairs"]), 0))
     assert len(repaired) == 3
     assert set(repaired["rescale_intercept"].to_pylist()) == {0.0, 1.0}
-    # Repaired, the heads hold air, brain and bone like any other.
+    # After the repair, the heads have air, brain and bone like any other.
     assert max(repaired["hu_min"].to_pylist()) <= -900
     assert all(-700 < mean < 0 for mean in repaired["hu_mean"].to_pylist())
 
@@ -76,7 +76,7 @@ def test_a_file_that_changes_or_vanishes_after_the_scan_keeps_its_row(tree: Path
     lines = pq.read_table(plan, columns=["row", "path"]).to_pylist()[-20:-5:5]
     changed, gone, shorter = (tree / line["path"] for line in lines)
     other = bytearray(changed.read_bytes())
-    other[300] ^= 1  # in the header: the size stays what it was
+    other[300] ^= 1  # in the header: the size stays the same
     changed.write_bytes(other)
     gone.unlink()
     shorter.write_bytes(shorter.read_bytes()[:-100])
@@ -105,7 +105,7 @@ def test_too_many_damaged_files_end_the_build_and_may_be_allowed(damaged_tree: P
     words = ["build", "--src", damaged_tree, "--out", tmp_path / "data.zarr", "--size", 64, "--workers", 0]
     refused = prep(*words)
     assert refused.returncode == 1
-    # Two that are no DICOM, one empty, one truncated, one that lies about its size; a scout is no damage.
+    # Two that are not DICOM, one empty, one truncated, one with a wrong size; a scout is not damage.
     assert "5 of " in refused.stderr
     assert "; for example stage_2_train/" in refused.stderr
     assert "2 not_dicom" in refused.stderr
@@ -114,10 +114,10 @@ def test_too_many_damaged_files_end_the_build_and_may_be_allowed(damaged_tree: P
     assert prep(*words, "--max-quarantined", 0.5).returncode == 0
 
 
-def test_a_damaged_file_that_was_fetched_again_is_read_again(tree: Path, dataset_path: Path, tmp_path: Path) -> None:
+def test_a_replaced_damaged_file_is_read_again(tree: Path, dataset_path: Path, tmp_path: Path) -> None:
     out, cut = tmp_path / "data.zarr", train_file(tree)
     content = cut.read_bytes()
-    broken = [content[:-100], content[:132] + bytes(len(content) - 132)]  # shorter than it was, and as long
+    broken = [content[:-100], content[:132] + bytes(len(content) - 132)]  # shorter, and of the same length
     for damaged in broken:
         cut.write_bytes(damaged)
         with pytest.raises(BuildError, match=r"1 of .* files are damaged.*run the same command again"):
@@ -128,10 +128,10 @@ def test_a_damaged_file_that_was_fetched_again_is_read_again(tree: Path, dataset
 
 
 @pytest.mark.parametrize("stage", ["scan", "shards"])
-def test_a_file_that_could_not_be_read_is_read_once_it_can_be(
+def test_an_unreadable_file_is_retried(
     stage: str, tree: Path, dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A mount that went away, a disk that failed: fixed, the same command resumes."""
+    """After a lost mount or a failed disk is fixed, the same command resumes."""
     out, lost, opened = tmp_path / "data.zarr", train_file(tree), os.open
 
     def fail(path: Any, *rest: Any, **more: Any) -> int:
@@ -149,7 +149,7 @@ def test_a_file_that_could_not_be_read_is_read_once_it_can_be(
     assert published(out) == published(dataset_path)
 
 
-def test_shards_that_went_away_between_two_runs_are_written_anew(
+def test_shards_that_vanished_between_two_runs_are_rewritten(
     phantom_tree: Path, dataset_path: Path, unfinished: Path
 ) -> None:
     out = unfinished
@@ -160,7 +160,7 @@ def test_shards_that_went_away_between_two_runs_are_written_anew(
     assert published(out) == published(dataset_path)
 
 
-def test_a_shard_that_goes_away_before_the_end_is_never_published(
+def test_a_shard_that_vanishes_before_the_end_is_never_published(
     phantom_tree: Path, dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, collect = tmp_path / "data.zarr", build_dataset.collect_tables
@@ -179,7 +179,7 @@ def test_a_shard_that_goes_away_before_the_end_is_never_published(
     assert published(out) == published(dataset_path)
 
 
-def test_labels_that_do_not_fit_are_refused_listed_and_allowed(tree: Path, tmp_path: Path) -> None:
+def test_labels_without_images_are_refused_listed_and_allowed(tree: Path, tmp_path: Path) -> None:
     out, lost = tmp_path / "data.zarr", train_file(tree)
     lost.unlink()
     with pytest.raises(SourceError, match=f"1 labels have no image .for example {lost.stem}"):
@@ -202,7 +202,7 @@ def test_slices_without_a_label_are_refused_or_allowed(tmp_path: Path) -> None:
     assert slices["any"].null_count == len(slices)
 
 
-def test_labels_that_are_given_after_a_refusal_need_no_header_read_again(tmp_path: Path) -> None:
+def test_headers_are_not_read_again_when_labels_are_given_later(tmp_path: Path) -> None:
     src, out = tmp_path / "tree", tmp_path / "data.zarr"
     synthesize(src, series=1, size=32, layout="folder")
     labels = (src / "labels.csv").rename(tmp_path / "labels.csv")
@@ -218,9 +218,9 @@ def test_labels_that_are_given_after_a_refusal_need_no_header_read_again(tmp_pat
 def test_contradicting_labels_are_refused_or_unknown(tree: Path, tmp_path: Path) -> None:
     csv = tree / "stage_2_train.csv"
     sop = train_file(tree).stem
-    said = next(line for line in csv.read_text().splitlines() if line.startswith(f"{sop}_subdural"))
+    line = next(line for line in csv.read_text().splitlines() if line.startswith(f"{sop}_subdural"))
     with csv.open("a") as file:
-        file.write(f"{sop}_subdural,{1 - int(said[-1])}\n")
+        file.write(f"{sop}_subdural,{1 - int(line[-1])}\n")
     with pytest.raises(SourceError, match=f"contradict.*{sop} .subdural"):
         build(tree, tmp_path / "data.zarr", SMALL, workers=0)
     build(tree, tmp_path / "data.zarr", SMALL, workers=0, allow=Allowances(contradictions=True))
@@ -239,9 +239,7 @@ def test_a_tree_without_slices_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_disk_that_is_full_gives_a_message_and_the_build_goes_on_later(
-    workers: int, phantom_tree: Path, tmp_path: Path
-) -> None:
+def test_a_full_disk_gives_a_message_and_the_build_resumes(workers: int, phantom_tree: Path, tmp_path: Path) -> None:
     out = tmp_path / "data.zarr"
     words = ["build", "--src", phantom_tree, "--out", out, "--size", 64, "--slices-per-shard", 64]
 

@@ -1,4 +1,4 @@
-"""What a build stores, from synthetic and from real heads: pixels, labels, hashes."""
+"""What a build stores, for synthetic and real heads: pixels, labels, hashes."""
 
 from __future__ import annotations
 
@@ -23,10 +23,8 @@ ANYTHING = Allowances(max_quarantined=1.0)
 
 
 @pytest.mark.parametrize(("codec", "size"), [("lz4", 64), ("zstd", 32), ("none", 100)])
-def test_every_store_holds_what_the_definitions_give(
-    codec: Codec, size: int, phantom_tree: Path, tmp_path: Path
-) -> None:
-    """Smaller, as it is, larger; the windowed store is the windows of the HU store."""
+def test_every_store_follows_the_definitions(codec: Codec, size: int, phantom_tree: Path, tmp_path: Path) -> None:
+    """Smaller, the same, larger; the windowed store has the windows of the HU store."""
     stores = {}
     kinds: tuple[Literal["windows", "hu"], ...] = ("windows", "hu")
     for kind in kinds:
@@ -47,19 +45,19 @@ def test_every_store_holds_what_the_definitions_give(
 
 
 def window_of(hu: np.ndarray, center: float, width: float) -> np.ndarray:
-    """LINEAR_EXACT of PS3.3 C.11.2.1.3.2, written out once more."""
+    """LINEAR_EXACT of PS3.3 C.11.2.1.3.2, implemented independently."""
     return np.rint(np.clip((hu - (center - width / 2)) / width, 0, 1) * 255).astype(np.uint8)
 
 
-def test_the_label_table_says_what_the_csv_says(phantom_tree: Path, dataset_path: Path) -> None:
+def test_the_slice_table_has_the_labels_of_the_csv(phantom_tree: Path, dataset_path: Path) -> None:
     lines = (phantom_tree / "stage_2_train.csv").read_text().splitlines()[1:]
-    said = {tuple(line.split(",")[0].rsplit("_", 1)): int(line[-1]) for line in lines}
+    expected = {tuple(line.split(",")[0].rsplit("_", 1)): int(line[-1]) for line in lines}
     listed = (phantom_tree / "stage_2_sample_submission.csv").read_text().splitlines()[1:]
     order = list(dict.fromkeys(line.rsplit("_", 1)[0] for line in listed))
     for line in open_dataset(dataset_path).slices.to_pylist():
         sop = line["sop_instance_uid"]
         if line["subset"] == "train":
-            assert {name: line[name] for name in RSNA_CLASSES} == {name: said[sop, name] for name in RSNA_CLASSES}
+            assert {name: line[name] for name in RSNA_CLASSES} == {name: expected[sop, name] for name in RSNA_CLASSES}
             assert line["fold"] is not None
         else:
             assert [line[name] for name in RSNA_CLASSES] == [None] * 6
@@ -76,7 +74,7 @@ def test_equal_pixels_under_two_patients_have_equal_hashes(damaged_tree: Path, t
     assert twice["patient_id_count_distinct"].to_pylist() == [2]
 
 
-def test_bits_that_are_not_stored_change_nothing_but_a_flag(slice_bytes: Callable[..., bytes], tmp_path: Path) -> None:
+def test_unused_bits_change_only_a_flag(slice_bytes: Callable[..., bytes], tmp_path: Path) -> None:
     values = np.linspace(0, 4095, 64 * 64).astype(np.uint16).reshape(64, 64)
     (tmp_path / "src").mkdir()
     for name, words in {"2.25.11": values, "2.25.12": values | np.uint16(0x7000)}.items():
@@ -112,7 +110,7 @@ def test_real_heads(real_data: Path, tmp_path: Path) -> None:
 
 
 def test_the_brain_of_a_real_head_has_the_hu_of_brain(real_data: Path, tmp_path: Path) -> None:
-    """GE's files have a rescale intercept of 0 and a padding of -1500; the brain is at 20 to 40 HU all the same."""
+    """GE's files have a rescale intercept of 0 and a padding of -1500; the brain still has 20 to 40 HU."""
     out = tmp_path / "data.zarr"
     build(
         real_data / "head_ct" / "ge_hispeed",

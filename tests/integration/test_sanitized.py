@@ -1,4 +1,4 @@
-"""The compiled library under gcc's sanitizers: whatever the input, no byte outside of the given buffers is touched."""
+"""The compiled library under gcc's sanitizers: for any input, no byte outside of the given buffers is touched."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NATIVE = Path(native.__file__).with_name("native")
 FLAGS = ["-std=c11", "-O1", "-g", "-Wall", "-Wextra", "-Werror"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 DTYPES = (np.uint8, np.int16)
-# Runs in a process of its own, with the sanitizers loaded first: from Python's side of the interface.
+# Runs in its own process, with the sanitizers loaded first: the calls from Python.
 SCRIPT = """
 import os
 import sys
@@ -85,14 +85,14 @@ def frame_of(pixels: NDArray[np.generic]) -> NDArray[np.uint8]:
 
 
 def damaged(frame: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """A copy with up to four other bytes, half of them in the header and the first offsets, and a part cut off."""
+    """A copy with up to four changed bytes, half of them in the header and the first offsets, and possibly truncated."""
     frame = frame.copy()
     for _ in range(rng.integers(1, 5)):
         frame[rng.integers(len(frame)) if rng.integers(2) else rng.integers(min(60, len(frame)))] = rng.integers(256)
     return frame[: len(frame) - rng.integers(0, 20)]
 
 
-def test_python_calls_touch_no_other_byte(gcc: str, tmp_path: Path) -> None:
+def test_python_calls_stay_within_their_buffers(gcc: str, tmp_path: Path) -> None:
     target, folder = tmp_path / "_native.so", tmp_path / "frames"
     sources = map(str, NATIVE.glob("*.c"))
     subprocess.run([gcc, *FLAGS, *SANITIZE, "-shared", "-fPIC", "-o", str(target), *sources], check=True)
@@ -133,7 +133,7 @@ def run_inputs(replay: Path, folder: Path, inputs: list[bytes]) -> subprocess.Co
     return subprocess.run([str(replay), *names], cwd=folder, capture_output=True, text=True, check=False)
 
 
-def test_damaged_frames_touch_no_other_byte(replay: Path, tmp_path: Path) -> None:
+def test_damaged_frames_stay_within_their_buffers(replay: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     pictures = [picture(shape, dtype, number) for number, shape in enumerate(SHAPES) for dtype in DTYPES]
     frames = [np.frombuffer(blosc.compress(pixels, b"lz4", 5), np.uint8) for pixels in pictures]
@@ -146,8 +146,8 @@ def test_damaged_frames_touch_no_other_byte(replay: Path, tmp_path: Path) -> Non
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_the_fuzz_target_sees_a_byte_too_many(gcc: str, tmp_path: Path) -> None:
-    """With a check of the decoder taken out, the same inputs are reported."""
+def test_the_fuzz_target_detects_an_overrun(gcc: str, tmp_path: Path) -> None:
+    """With a check of the decoder removed, the same inputs are reported."""
     source = (NATIVE / "lz4.c").read_text()
     check = "count > in_left || count > left"
     assert source.count(check) == 1

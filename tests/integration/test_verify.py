@@ -1,4 +1,4 @@
-"""A dataset that is not, byte for byte, the one that was written: verify names the culprit and ends with 1."""
+"""A dataset that is not, byte for byte, the one that was written: verify names the culprit and exits with 1."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def flip(path: Path, at: int) -> None:
 
 
 def checked(dataset: Path) -> Verification | DatasetError:
-    """Return what verify finds; a dataset too damaged to be opened is an error that the command line shows."""
+    """Return the problems that verify reports; a dataset too damaged to be opened is an error."""
     try:
         return verify(dataset, progress=NoProgress())
     except DatasetError as error:
@@ -79,13 +79,13 @@ def test_a_damaged_dataset_ends_with_1_and_names_the_culprit(dataset: Path) -> N
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
 @pytest.mark.parametrize("name", [*FILES, SHARD])
-def test_a_flipped_bit_is_found_in_every_file(name: str, share: float, dataset: Path) -> None:
+def test_a_flipped_bit_is_reported_in_every_file(name: str, share: float, dataset: Path) -> None:
     path = dataset / name
     flip(path, round(share * (path.stat().st_size - 1)))
     assert str(path) in blamed(dataset)
 
 
-def test_a_flipped_bit_is_found_in_every_part_of_a_shard(dataset: Path) -> None:
+def test_a_flipped_bit_is_reported_in_every_part_of_a_shard(dataset: Path) -> None:
     path = dataset / SHARD
     whole = path.read_bytes()
     index = len(whole) - index_bytes(16)
@@ -115,12 +115,12 @@ def lengthen(path: Path) -> None:
 
 @pytest.mark.parametrize("harm", [cut, halve, empty, lengthen, Path.unlink])
 @pytest.mark.parametrize("name", [*FILES, SHARD])
-def test_other_lengths_are_found_in_every_file(name: str, harm: Callable[[Path], None], dataset: Path) -> None:
+def test_other_lengths_are_reported_for_every_file(name: str, harm: Callable[[Path], None], dataset: Path) -> None:
     harm(dataset / name)
     assert str(dataset if name == ROOT else dataset / name) in blamed(dataset)
 
 
-def test_exchanged_shards_are_found_both(dataset: Path) -> None:
+def test_swapped_shards_are_both_reported(dataset: Path) -> None:
     one, other = shard_path(dataset, 0), shard_path(dataset, 1)
     one.rename(dataset / "aside")
     other.rename(one)
@@ -128,8 +128,8 @@ def test_exchanged_shards_are_found_both(dataset: Path) -> None:
     assert blamed(dataset).splitlines() == [str(one), str(other)]
 
 
-def test_the_same_shard_of_another_dataset_is_found(dataset: Path, tmp_path: Path) -> None:
-    """Whole, of the same length and with holes in the same places: only its content is another."""
+def test_the_same_shard_of_another_dataset_is_reported(dataset: Path, tmp_path: Path) -> None:
+    """Valid, of the same length and with the same missing chunks: only its content differs."""
     src = tmp_path / "tree"
     spec = Spec(size=32, slices_per_shard=16, codec="none")
     pair = []
@@ -149,18 +149,18 @@ def test_the_same_shard_of_another_dataset_is_found(dataset: Path, tmp_path: Pat
     "name",
     ["extra", "labels/extra.parquet", "images/extra", "images/c/extra", "images/c/0/0/1/0", "images/c/99/0/0/0"],
 )
-def test_a_file_that_does_not_belong_is_found(name: str, dataset: Path) -> None:
+def test_an_unknown_file_is_reported(name: str, dataset: Path) -> None:
     (dataset / name).parent.mkdir(parents=True, exist_ok=True)
     (dataset / name).write_bytes(b"extra")
     assert blamed(dataset) == str(dataset / name)
 
 
-def test_a_dataset_without_its_working_folder_is_whole(dataset: Path) -> None:
+def test_a_dataset_without_its_working_folder_is_ok(dataset: Path) -> None:
     shutil.rmtree(working(dataset))
     assert blamed(dataset) == ""
 
 
-def test_a_table_that_was_edited_is_found_though_it_is_well_formed(dataset: Path) -> None:
+def test_an_edited_but_well_formed_table_is_reported(dataset: Path) -> None:
     path = dataset / table_name("slices", 1)
     table = pq.read_table(path)
     place = table.schema.get_field_index("any")
@@ -169,13 +169,13 @@ def test_a_table_that_was_edited_is_found_though_it_is_well_formed(dataset: Path
     assert blamed(dataset) == str(path)
 
 
-def test_a_damaged_table_hides_no_damaged_shard(dataset: Path) -> None:
+def test_a_damaged_table_does_not_hide_a_damaged_shard(dataset: Path) -> None:
     flip(dataset / table_name("quarantine", 1), 40)
     flip(dataset / SHARD, 100)
     assert blamed(dataset).splitlines() == [str(dataset / table_name("quarantine", 1)), str(dataset / SHARD)]
 
 
-def test_a_damaged_plan_hides_nothing_else(dataset: Path, phantom_tree: Path) -> None:
+def test_a_damaged_plan_does_not_hide_other_damage(dataset: Path, phantom_tree: Path) -> None:
     plan = working(dataset) / "plan.parquet"
     plan.write_bytes(b"PAR1")
     flip(dataset / SHARD, 100)
@@ -184,7 +184,7 @@ def test_a_damaged_plan_hides_nothing_else(dataset: Path, phantom_tree: Path) ->
     assert found.compared == 0
 
 
-def test_a_root_that_was_edited_is_found_though_it_is_well_formed(dataset: Path) -> None:
+def test_an_edited_but_well_formed_root_is_reported(dataset: Path) -> None:
     path = dataset / ROOT
     document = json.loads(path.read_text())
     document["attributes"]["ich"]["counts"]["ok"] += 1
@@ -192,7 +192,7 @@ def test_a_root_that_was_edited_is_found_though_it_is_well_formed(dataset: Path)
     assert blamed(dataset) == str(path)
 
 
-def test_a_ledger_that_disagrees_is_found(dataset: Path) -> None:
+def test_a_ledger_mismatch_is_reported(dataset: Path) -> None:
     path = working(dataset) / "shards" / "00001.json"
     path.write_text(path.read_text().replace('"ok"', '"changed"', 1))
     assert blamed(dataset) == str(path)
@@ -200,7 +200,7 @@ def test_a_ledger_that_disagrees_is_found(dataset: Path) -> None:
     assert blamed(dataset) == str(path)
 
 
-def test_a_source_that_is_not_the_one_is_found(dataset: Path, phantom_tree: Path, tmp_path: Path) -> None:
+def test_a_changed_source_is_reported(dataset: Path, phantom_tree: Path, tmp_path: Path) -> None:
     src = Path(shutil.copytree(phantom_tree, tmp_path / "tree"))
     plan = pq.read_table(working(dataset) / "plan.parquet", columns=["path"])["path"].to_pylist()
     flip(src / plan[3], -(64 * 64) + 64)  # the pixel in the middle, by 16 HU
@@ -212,7 +212,7 @@ def test_a_source_that_is_not_the_one_is_found(dataset: Path, phantom_tree: Path
     assert found.compared == len(plan)
 
 
-def test_a_folder_that_has_none_of_the_sources_is_no_damage(dataset: Path, tmp_path: Path) -> None:
+def test_a_folder_without_the_sources_is_a_usage_error(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"None of the \d+ sampled source files .*for example stage_2_t"):
         verify(dataset, src=tmp_path, sample=1.0, progress=NoProgress())
     with pytest.raises(SourceError, match="Expected a folder of DICOM files"):
@@ -228,7 +228,7 @@ def test_the_sample_is_drawn_by_its_seed(dataset_path: Path, phantom_tree: Path)
 
 
 @pytest.mark.parametrize("sample", [0.0, -1.0, 1.5, float("nan")])
-def test_a_sample_that_cannot_be_meant(sample: float, dataset_path: Path) -> None:
+def test_an_invalid_sample_is_refused(sample: float, dataset_path: Path) -> None:
     with pytest.raises(UsageError, match=r"within 0..1"):
         verify(dataset_path, sample=sample, progress=NoProgress())
 

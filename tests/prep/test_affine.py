@@ -69,7 +69,7 @@ def orientations(draw: st.DrawFn) -> NDArray[np.float64]:
     count=st.integers(2, 5),
 )
 @settings(max_examples=300, deadline=None)
-def test_every_stored_pixel_lies_where_the_source_has_it(
+def test_every_stored_pixel_maps_to_its_source_pixel(
     orientation: NDArray[np.float64],
     spacing: tuple[float, float],
     rows: int,
@@ -78,7 +78,7 @@ def test_every_stored_pixel_lies_where_the_source_has_it(
     shear: tuple[float, float],
     count: int,
 ) -> None:
-    """Each source pixel has a value of its own, and is found again in the turned and padded slice by it."""
+    """Each source pixel has a unique value, by which it is located in the turned and padded slice."""
     across, down = orientation
     step = 3.0 * (np.cross(across, down) + shear[0] * across + shear[1] * down)
     positions = np.array([10.5, -20, 30]) + np.arange(count)[:, np.newaxis] * step
@@ -102,7 +102,7 @@ def test_every_stored_pixel_lies_where_the_source_has_it(
 
 @st.composite
 def sizes(draw: st.DrawFn) -> tuple[int, int]:
-    """The longer side of a source, and the side of the stored slice: a whole number of times smaller, or any."""
+    """The longer side of a source, and the side of the stored slice: an integer number of times smaller, or any."""
     if draw(st.booleans()):
         size = draw(st.integers(16, 30))
         return size * draw(st.integers(1, 4)), size
@@ -117,10 +117,10 @@ def sizes(draw: st.DrawFn) -> tuple[int, int]:
     along=st.integers(0, 1),
 )
 @settings(max_examples=200, deadline=None)
-def test_a_resized_pixel_lies_where_its_value_comes_from(
+def test_a_resized_pixel_maps_to_where_its_value_comes_from(
     sides: tuple[int, int], shorter: float, wide: bool, turn: str, along: int
 ) -> None:
-    """A ramp of 20 HU a pixel: the value of a stored pixel is 20 times the source index that the affine gives."""
+    """A ramp of 20 HU per pixel: the value of a stored pixel is 20 times the source index that the affine gives."""
     side, size = sides
     rows, columns = (int(side * shorter), side) if wide else (side, int(side * shorter))
     affine = volume_affine(stacked(2, first=(0, 0, 0)), AXIAL, (1, 1), (rows, columns), turn=turn, stored_size=size)
@@ -128,12 +128,12 @@ def test_a_resized_pixel_lies_where_its_value_comes_from(
     stored = resized(TURNED[turn](ramp), size)
     y, x = np.indices((size, size)).reshape(2, -1)
     source = (affine @ np.stack([x, y, np.zeros_like(x), np.ones_like(x)]))[:2]  # x, y in pixels of the source
-    # Further from the edge than a stored pixel reaches: there, air is averaged in or the edge repeated.
+    # Only pixels away from the edge: at the edge, air is averaged in or the edge is repeated.
     reach = side / size + 1
     limits = np.array([columns, rows])[:, np.newaxis] - 1
     within = ((source >= reach) & (source <= limits - reach)).all(axis=0)
     errors = stored[y[within], x[within]] - 20 * source[along, within]
-    # A mean of whole and cut pixels lies up to an eighth of a pixel beside its middle.
+    # The mean of whole and partial pixels is up to an eighth of a pixel off its middle.
     cut = side > size and side % size != 0
     assert np.abs(errors).max(initial=0) <= 0.51 + cut * 20 / 8
 
@@ -226,7 +226,7 @@ def test_a_volume_without_an_affine_says_why(changes: dict[str, Any], reason: No
     [(0.09, 1, True), (0.11, 1, False), (0.19, 10, True), (0.21, 10, False), (0.06, 0.2, False)],
 )
 @pytest.mark.parametrize("axis", [0, 2])
-def test_the_tolerance(offset: float, step: float, passes: bool, axis: int) -> None:
+def test_the_tolerance_of_positions(offset: float, step: float, passes: bool, axis: int) -> None:
     positions = stacked(5, step=(0, 0, step))
     positions[2, axis] += offset
     try:
@@ -303,8 +303,8 @@ def test_a_series_is_found_by_its_row_or_an_unambiguous_uid() -> None:
         ((0,), {}, TypeError, r"0 is not a UID\. Write series_row=0"),
         ((), {}, TypeError, "either series_row=NUMBER or a Series Instance UID"),
         (("1.2",), {"series_row": 0}, TypeError, "either series_row"),
-        ((), {"series_row": "0"}, TypeError, "as a whole number; got '0'"),
-        ((), {"series_row": True}, TypeError, "as a whole number; got True"),
+        ((), {"series_row": "0"}, TypeError, "as an integer; got '0'"),
+        ((), {"series_row": True}, TypeError, "as an integer; got True"),
         ((1.5,), {}, TypeError, r"as text; got 1\.5"),
         ((), {"series_row": 3}, KeyError, "no series_row 3: the dataset has 3 series"),
         ((), {"series_row": -1}, KeyError, "no series_row -1"),
@@ -312,7 +312,7 @@ def test_a_series_is_found_by_its_row_or_an_unambiguous_uid() -> None:
         (("1.3",), {}, UsageError, r"has 2 volumes\. Choose one by series_row: 1, 2"),
     ],
 )
-def test_a_series_that_is_not_found_explains_itself(
+def test_an_invalid_series_is_refused_with_a_reason(
     named: tuple[Any, ...], options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
@@ -361,8 +361,8 @@ def nifti(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("size", [512, 256])
-def test_voxels_lie_where_dcm2niix_puts_them(nifti: Any, real_data: Path, tmp_path: Path, size: int) -> None:
-    """dcm2niix reverses the rows: voxels are compared by their place in the patient, not by their indices."""
+def test_voxels_are_where_dcm2niix_puts_them(nifti: Any, real_data: Path, tmp_path: Path, size: int) -> None:
+    """dcm2niix reverses the rows: voxels are compared by their position in the patient, not by their indices."""
     source = real_data / "head_ct" / "philips_ingenuity" / "S2010"
     build(
         source,

@@ -1,4 +1,4 @@
-"""The audit: range, mean and flags of a slice, and the tally of its HU."""
+"""The audit: range, mean and flags of a slice, and the histogram of its HU."""
 
 from __future__ import annotations
 

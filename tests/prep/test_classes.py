@@ -1,4 +1,4 @@
-"""Classes are data: a folder dataset may label other things than RSNA's six, and the root lists what they are."""
+"""Classes are data: a folder dataset may have other classes than RSNA's six, and the root lists them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_other_names_are_refused(wrong: str) -> None:
 
 @pytest.fixture(scope="module")
 def labelled_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with labels of two classes of its own, one of them unknown for every third slice."""
+    """A folder with labels of two custom classes, one of them unknown for every third slice."""
     tree = tmp_path_factory.mktemp("classes") / "tree"
     synthesize(tree, series=4, size=32, layout="folder")
     with (tree / "labels.csv").open(newline="") as file:
@@ -58,7 +58,7 @@ def labelled_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tree
 
 
-def test_a_folder_with_classes_of_its_own(labelled_tree: Path, tmp_path: Path) -> None:
+def test_a_folder_with_custom_classes(labelled_tree: Path, tmp_path: Path) -> None:
     out = tmp_path / "data.zarr"
     words = ["build", "--src", labelled_tree, "--out", out, "--size", 32, "--workers", 0]
     refused = prep(*words)
@@ -97,7 +97,7 @@ def test_a_class_may_not_be_another_column(name: str, labelled_tree: Path, tmp_p
         build(labelled_tree, tmp_path / "data.zarr", Spec(size=32, layout="folder", classes=("mass", name)), workers=0)
 
 
-def test_an_rsna_tree_without_labels_is_built_where_that_is_allowed(tmp_path: Path) -> None:
+def test_an_rsna_tree_without_labels_is_built_if_allowed(tmp_path: Path) -> None:
     tree, out = tmp_path / "tree", tmp_path / "data.zarr"
     synthesize(tree, series=2, size=32)
     for path in tree.glob("*.csv"):

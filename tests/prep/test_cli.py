@@ -1,4 +1,4 @@
-"""The command line, in a process of its own: fast help, messages without tracebacks, exit codes."""
+"""The command line, in its own process: fast help, messages without tracebacks, exit codes."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_help_names_every_command() -> None:
         (["build", "--src", ".", "--out", "x.zarr", "--recipe", "."], 2, "it cannot be read (Is a directory)"),
         (["build", "--src", "."], 2, "Missing option '--out'"),
         (["build", "--src", ".", "--out", "x.zarr", "--size", "big"], 2, "Invalid value for '--size'"),
-        (["synth", "--out", "x", "--layout", "dicomdir"], 2, "the layout must be one of"),
+        (["synth", "--out", "x", "--layout", "dicomdir"], 2, "Expected a layout of"),
         (["synth", "--out", "/dev/full/x", "--workers", "0"], 1, "Not a directory (/dev/full/x"),
         (["info", "nowhere.zarr"], 1, "Expected a dataset at nowhere.zarr; found nothing"),
         (["verify", "nowhere.zarr"], 1, "Expected a dataset at nowhere.zarr; found nothing"),
@@ -114,10 +114,10 @@ def test_from_nothing_to_a_verified_dataset(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_ctrl_c_ends_with_one_message_and_the_build_goes_on(workers: int, phantom_tree: Path, tmp_path: Path) -> None:
+def test_ctrl_c_ends_with_one_message_and_the_build_resumes(workers: int, phantom_tree: Path, tmp_path: Path) -> None:
     out = tmp_path / "data.zarr"
     words = ["build", "--src", phantom_tree, "--out", out, "--size", 32, "--slices-per-shard", 2, "--workers"]
-    # A process started in the background ignores Ctrl-C, and its children with it: not this one.
+    # A process started in the background ignores Ctrl-C, and so do its children: not this one.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     building = subprocess.Popen(
         [PREP, *map(str, words), str(workers)],
@@ -130,7 +130,7 @@ def test_ctrl_c_ends_with_one_message_and_the_build_goes_on(workers: int, phanto
     while len(list((working(out) / "shards").glob("*.json"))) < 3:
         assert building.poll() is None
         time.sleep(0.002)
-    os.killpg(building.pid, signal.SIGINT)  # as a terminal does: to everybody
+    os.killpg(building.pid, signal.SIGINT)  # as a terminal does: to the whole group
     stdout, stderr = building.communicate(timeout=60)
     assert building.returncode == 130, stderr
     assert stderr.endswith("Interrupted. Run the same command again to resume.\n")

@@ -1,4 +1,4 @@
-"""Codecs: what is encoded is what is decoded, and the metadata is what zarr-python would write."""
+"""Codecs: encoding and decoding round-trip, and the metadata is what zarr-python would write."""
 
 from __future__ import annotations
 
@@ -32,9 +32,7 @@ def test_codecs_are_those_that_a_spec_may_name() -> None:
     seeds=st.lists(st.integers(0, 10_000), min_size=1, max_size=3),
 )
 @settings(max_examples=60, deadline=None)
-def test_what_is_encoded_is_what_is_decoded(
-    codec: Codec, shape: tuple[int, ...], dtype: type, seeds: list[int]
-) -> None:
+def test_encode_and_decode_round_trip(codec: Codec, shape: tuple[int, ...], dtype: type, seeds: list[int]) -> None:
     encode = codec.encoder(shape, np.dtype(dtype))
     for pixels in (picture(shape, dtype, seed) for seed in seeds):
         payload = encode(pixels)
@@ -55,11 +53,11 @@ def test_a_payload_of_another_length_is_an_error(codec: Codec, more: int) -> Non
         codec.decode(payload, out=np.empty(1600 + more, np.uint8))
 
 
-@pytest.mark.parametrize(("codec", "said"), [(LZ4, "not a valid LZ4 blosc frame"), (ZSTD, "blosc: ")])
-def test_an_invalid_payload_is_an_error(codec: Codec, said: str) -> None:
+@pytest.mark.parametrize(("codec", "message"), [(LZ4, "not a valid LZ4 blosc frame"), (ZSTD, "blosc: ")])
+def test_an_invalid_payload_is_an_error(codec: Codec, message: str) -> None:
     payload = np.zeros(60, np.uint8)
     payload[4:8] = np.frombuffer((1600).to_bytes(4, "little"), np.uint8)
-    with pytest.raises(CorruptionError, match=said):
+    with pytest.raises(CorruptionError, match=message):
         codec.decode(payload, out=np.empty(1600, np.uint8))
 
 
@@ -92,6 +90,6 @@ def test_blocks_are_whole_rows_that_fit_in_the_cache(shape: tuple[int, ...], ite
     assert size * blocks - total < blocks * row  # of about equal size
 
 
-def test_the_native_reader_decodes_all_but_zstd() -> None:
+def test_the_native_reader_decodes_all_codecs_except_zstd() -> None:
     kinds = {codec.name: codec.native for codec in CODECS.values()}
     assert kinds == {"lz4": ChunkCodec.LZ4, "zstd": ChunkCodec.UNDECODED, "none": ChunkCodec.RAW}

@@ -1,4 +1,4 @@
-"""A finished dataset: what opens and what does not, what reads give, and that every Zarr reader sees the same bytes."""
+"""A finished dataset: what opens and what does not, what reads return, and that every Zarr reader sees the same bytes."""
 
 from __future__ import annotations
 
@@ -124,14 +124,14 @@ def test_reads_go_into_the_callers_buffer(dataset: Dataset, pixels: NDArray[Any]
         np.broadcast_to(np.uint8(0), (2, 3, 64, 64)),
     ],
 )
-def test_a_buffer_that_does_not_fit_is_refused(out: NDArray[Any], dataset: Dataset) -> None:
+def test_a_buffer_of_another_shape_is_refused(out: NDArray[Any], dataset: Dataset) -> None:
     with pytest.raises(ValueError, match=r"of shape \(2, 3, 64, 64\) and uint8"):
         dataset.read([0, 1], out=out)
 
 
 @pytest.mark.parametrize("rows", [[0.0, 1.0], np.array([True, False]), ["0"], np.array([[0, 1]]), 5])
-def test_what_is_no_list_of_rows_is_refused(rows: Any, dataset: Dataset) -> None:
-    # A mask taken for numbers would give rows 0 and 1.
+def test_rows_that_are_not_a_list_are_refused(rows: Any, dataset: Dataset) -> None:
+    # A mask used as numbers would give rows 0 and 1.
     with pytest.raises(TypeError, match="row numbers"):
         dataset.read(rows)
 
@@ -232,7 +232,7 @@ def rewrite_root(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     (path / "zarr.json").write_text(json.dumps(document))
 
 
-def test_what_is_no_dataset_is_refused(tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_dataset_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="found nothing"):
         open_dataset(tmp_path / "none")
     (tmp_path / "file").write_bytes(b"x")
@@ -253,7 +253,7 @@ def test_json_of_another_kind_is_refused(text: str, copy: Path) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe", b'{"attributes": {"ich": {"format": "ich/1"'])
-def test_a_root_that_is_no_json_is_damage(data: bytes, copy: Path) -> None:
+def test_a_root_that_is_not_json_is_damage(data: bytes, copy: Path) -> None:
     (copy / "zarr.json").write_bytes(data)
     with pytest.raises(CorruptionError, match="it is not JSON"):
         open_dataset(copy)
@@ -274,7 +274,7 @@ def test_a_root_that_lacks_a_part_is_damage(key: str, copy: Path) -> None:
 
 
 def reseal(path: Path) -> None:
-    """Make the digests of a dataset those of its files as they are now."""
+    """Update the digests of a dataset to those of its current files."""
 
     def change(ich: dict[str, Any]) -> None:
         for name in ich["digests"]:
@@ -335,7 +335,7 @@ def test_readers_ignore_what_they_do_not_know(copy: Path, pixels: NDArray[Any]) 
 
 
 @pytest.mark.parametrize("key", ["size", "store", "windows", "slices_per_shard", "codec"])
-def test_a_spec_without_what_a_reader_needs_is_damage_and_not_guessed(key: str, copy: Path) -> None:
+def test_a_root_spec_without_a_required_key_is_damage(key: str, copy: Path) -> None:
     rewrite_root(copy, lambda ich: ich["spec"].pop(key) and None)
     with pytest.raises(CorruptionError, match=f"the spec lacks {key}"):
         open_dataset(copy)
@@ -386,7 +386,7 @@ def test_an_unfinished_build_says_how_to_resume(dataset_path: Path, tmp_path: Pa
 
 def test_a_missing_shard_is_an_error_and_never_zeros(copy: Path) -> None:
     shard_path(copy, 1).unlink()
-    assert not by_zarr_python(copy)[16:32].any()  # what every Zarr reader makes of it
+    assert not by_zarr_python(copy)[16:32].any()  # as every Zarr reader sees it
     damaged = open_dataset(copy)
     with pytest.raises(CorruptionError, match=r"Shard 1 .*file not found"):
         damaged.read([17])
@@ -395,14 +395,14 @@ def test_a_missing_shard_is_an_error_and_never_zeros(copy: Path) -> None:
     damaged.read([0, 40])
 
 
-def test_a_hole_in_a_row_that_is_ok_is_damage(copy: Path) -> None:
+def test_a_missing_chunk_of_an_ok_row_is_damage(copy: Path) -> None:
     images = zarr.open_group(copy, mode="r+")["images"]
-    images[5] = 0  # zarr-python leaves out a chunk that holds nothing but the fill value
+    images[5] = 0  # zarr-python does not write a chunk that contains only the fill value
     with pytest.raises(CorruptionError, match=r"Row 5 has status ok but no chunk in shard 0"):
         open_dataset(copy).read([4, 5, 6])
 
 
-def test_a_row_that_was_set_aside_is_refused_by_its_status(copy: Path) -> None:
+def test_a_quarantined_row_is_refused_with_its_status(copy: Path) -> None:
     zarr.open_group(copy, mode="r+")["images"][5] = 0
     slices = pq.read_table(copy / table_name("slices", 1))
     status = slices["status"].to_pylist()
@@ -449,6 +449,6 @@ def test_a_spec_survives_its_json() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"size": 8}, {"codec": "gzip"}, {"folds": 1}, {"slices_per_shard": 0}, {"sice": 5}])
-def test_a_spec_that_cannot_be_meant_is_refused(wrong: dict[str, Any]) -> None:
+def test_an_invalid_spec_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Spec.model_validate(wrong)

@@ -44,14 +44,14 @@ COMPRESSED = [RLE, J2K_LOSSLESS, JPEG_LOSSLESS, JPEG_LOSSLESS_SV1, JPEG_LS]
 
 @pytest.fixture(scope="module")
 def decoder() -> Iterator[Decoder]:
-    """One decoder for all tests: what one slice does to it must not harm the next."""
+    """One decoder for all tests: one slice must not affect the next."""
     shared = Decoder()
     yield shared
     shared.close()
 
 
 def source_of(path: Path) -> PixelSource:
-    """Where the scan finds the pixels of the file."""
+    """The pixel source of the file, from its scan."""
     line = line_of(path.parent, path.name.encode())
     assert line.get("reason") is None, line
     values = {name: line[name] for name in PIXEL_FIELDS}
@@ -59,7 +59,7 @@ def source_of(path: Path) -> PixelSource:
 
 
 def line_of(folder: Path, name: bytes) -> dict[str, Any]:
-    """What the scan says of one file of a folder."""
+    """The scan's line for one file of a folder."""
     return scan_file(FolderSource(folder), name, name)
 
 
@@ -204,7 +204,7 @@ def test_a_syntax_with_a_decoder_is_not_missing(syntax: str) -> None:
 
 @pytest.mark.parametrize("syntax", NATIVE)
 @pytest.mark.parametrize("signed", [True, False])
-def test_bits_that_are_not_stored_are_taken_off(
+def test_unused_bits_are_masked(
     signed: bool, syntax: str, decoder: Decoder, slice_bytes: SliceBytes, tmp_path: Path
 ) -> None:
     values = np.array([[-2048, -1], [0, 2047]], np.int16) if signed else np.array([[0, 1], [2048, 4095]], np.int16)
@@ -285,7 +285,7 @@ def test_padding_of_the_header_is_air(
     assert hu == expected
 
 
-# --- files that are not what they were -------------------------------------------------------------------------------
+# --- files that changed ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("syntax", [EXPLICIT_LE, DEFLATED_LE, RLE])
@@ -387,7 +387,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("frames") / "slice.dcm"
 
 
-# --- a decoding process that dies ------------------------------------------------------------------------------------
+# --- a decoding process that crashes ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -412,7 +412,7 @@ def test_a_decoder_killed_between_two_slices_costs_none(good: PixelSource) -> No
 
 
 class Stopper(threading.Thread):
-    """Stops each decoding process as soon as it is there, so that it hangs over its slice; ``kill``: and kills it."""
+    """Stops each decoding process as soon as it exists, so that it hangs on its slice; ``kill``: also kills it."""
 
     def __init__(self, decoder: Decoder, *, kill: bool, times: int) -> None:
         super().__init__()
@@ -436,7 +436,7 @@ class Stopper(threading.Thread):
 def test_a_decoder_killed_over_a_slice_costs_that_slice(good: PixelSource) -> None:
     decoder = Decoder()
     before = decoder.read(good).copy()
-    # Once in the process that had decoded before, once in the new one that is given a second chance.
+    # Once in the process that had decoded before, once in the new one for the retry.
     stopper = Stopper(decoder, kill=True, times=2)
     os.kill(child_of(decoder), signal.SIGSTOP)
     stopper.start()
@@ -451,7 +451,7 @@ def test_a_decoder_killed_over_a_slice_costs_that_slice(good: PixelSource) -> No
 def test_a_decoder_that_hangs_is_ended(
     padding: int, frames: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While it decodes, and before it has taken the file: a pipe holds 64 KiB."""
+    """While it decodes, and before it has read the file: a pipe buffers 64 KiB."""
     path = tmp_path / "slice.dcm"
     path.write_bytes(frames[J2K_LOSSLESS] + bytes(padding))
     source, decoder = source_of(path), Decoder()
@@ -468,10 +468,10 @@ def test_a_decoder_that_hangs_is_ended(
     decoder.close()
 
 
-def test_an_answer_that_was_not_waited_for_is_nobodys(
+def test_an_unread_answer_is_discarded(
     good: PixelSource, slice_bytes: SliceBytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C in a notebook, say: the next slice may not get the pixels of the one that was given up."""
+    """For example Ctrl-C in a notebook: the next slice must not get the pixels of the interrupted one."""
     decoder = Decoder()
     before = decoder.read(good).copy()
     other = tmp_path / "other.dcm"

@@ -1,4 +1,4 @@
-"""The nearest known name: what is suggested, and what is too far away to be."""
+"""The nearest known name: what is suggested, and what is too dissimilar."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def test_the_nearest_name(name: str, expected: str) -> None:
     assert did_you_mean(name, KNOWN) == (f" Did you mean {expected!r}?" if expected else "")
 
 
-def test_the_better_of_two_similar_names() -> None:
+def test_the_most_similar_name_is_suggested() -> None:
     assert nearest("pixel_spacing_y", ["pixel_spacing_x_mm", "pixel_spacing_y_mm"]) == "pixel_spacing_y_mm"
 
 
-def test_nothing_is_near_where_nothing_is_known() -> None:
+def test_nothing_is_suggested_if_nothing_is_known() -> None:
     assert nearest("size", []) == ""
 
 

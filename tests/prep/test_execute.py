@@ -42,7 +42,7 @@ def note(folder: str, number: int) -> int:
 
 
 def alone(folder: str, number: int) -> int:
-    """Say how many tasks are at work in this process, this one among them, after a while."""
+    """Return how many tasks run in this process, including this one, after a while."""
     mark = Path(folder) / f"{os.getpid()}-{threading.get_ident()}"
     mark.touch()
     time.sleep(0.02)
@@ -74,7 +74,7 @@ def pool() -> Iterator[Pool]:
 
 @pytest.fixture(scope="module")
 def scheduler() -> Iterator[str]:
-    """The address of a cluster that somebody else has started."""
+    """The address of a cluster started elsewhere."""
     with LocalCluster(
         n_workers=2, threads_per_worker=1, processes=False, protocol="tcp://", dashboard_address="127.0.0.1:0"
     ) as cluster:
@@ -88,7 +88,7 @@ def test_no_workers_run_in_this_process_in_order() -> None:
         assert pool.wait_until_started() == 1
 
 
-def test_without_workers_a_task_starts_when_its_result_is_asked_for(tmp_path: Path) -> None:
+def test_without_workers_a_task_starts_when_its_result_is_requested(tmp_path: Path) -> None:
     results = run(partial(note, str(tmp_path)), range(5), workers=0)
     next(results)
     assert len(list(tmp_path.iterdir())) == 1
@@ -116,7 +116,7 @@ def test_tasks_run_in_other_processes_with_a_patient_allocator(pool: Pool) -> No
 
 
 def test_only_a_few_tasks_are_in_flight(pool: Pool, tmp_path: Path) -> None:
-    """While nobody takes results, no more tasks start than fill the workers' hands."""
+    """While no results are taken, no more tasks start than may be in flight."""
     results = pool.map(partial(note, str(tmp_path)), range(200))
     next(results)
     threading.Event().wait(0.5)
@@ -128,7 +128,7 @@ def test_what_a_task_raises_is_raised_here(pool: Pool) -> None:
     with pytest.raises(SliceError, match="task 3") as raised:
         dict(pool.map(refuse, range(50)))
     assert raised.value.reason is Reason.TRUNCATED
-    assert dict(pool.map(square, range(3))) == {0: 0, 1: 1, 2: 4}  # the workers are still there
+    assert dict(pool.map(square, range(3))) == {0: 0, 1: 1, 2: 4}  # the workers still exist
 
 
 def test_a_worker_that_is_killed_costs_nothing(pool: Pool, tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_an_existing_scheduler_is_used_and_left_running(scheduler: str) -> None:
             assert dict(guest.map(square, range(5))) == {number: number * number for number in range(5)}
 
 
-def test_two_builds_on_one_scheduler_do_not_take_each_others_results(scheduler: str) -> None:
+def test_two_builds_on_one_scheduler_keep_their_results_apart(scheduler: str) -> None:
     with Pool(workers=0, scheduler=scheduler) as first, Pool(workers=0, scheduler=scheduler) as second:
         one, other = first.map(partial(shift, 100), range(20)), second.map(partial(shift, 200), range(20))
         pairs = list(zip(one, other, strict=True))
@@ -177,7 +177,7 @@ def test_two_builds_on_one_scheduler_do_not_take_each_others_results(scheduler: 
 
 
 def test_threads_of_one_worker_take_turns(tmp_path: Path) -> None:
-    """What a task keeps in its process, a decoder's buffers above all, is not for two at a time."""
+    """What a task keeps in its process, above all a decoder's buffers, must not be used by two at a time."""
     with (
         LocalCluster(n_workers=1, threads_per_worker=4, processes=False, dashboard_address="127.0.0.1:0") as cluster,
         Pool(workers=0, scheduler=cluster.scheduler_address) as guest,
@@ -200,18 +200,18 @@ def test_a_worker_that_cannot_load_what_it_is_sent_is_refused(scheduler: str) ->
         guest.check_workers(say=pytest.fail)
 
 
-def test_a_worker_of_another_release_is_refused(scheduler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_of_another_version_is_refused(scheduler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with Pool(workers=0, scheduler=scheduler) as guest:
         guest.wait_until_started()
-        # The workers of this cluster are threads of this process: each asks for its release once, here it is asked last.
-        releases = iter([{"ich": "0.1", "numpy": "0.0"}] * 3)
-        monkeypatch.setattr("ich_prep.execute.all_versions", lambda: next(releases, {"ich": "0.1", "numpy": "9.9"}))
-        with pytest.raises(BuildError, match=r"has version 0\.0 of numpy, and 9\.9"):
+        # The workers of this cluster are threads of this process: each reports its version once; here it is read last.
+        versions = iter([{"ich": "0.1", "numpy": "0.0"}] * 3)
+        monkeypatch.setattr("ich_prep.execute.all_versions", lambda: next(versions, {"ich": "0.1", "numpy": "9.9"}))
+        with pytest.raises(BuildError, match=r"has numpy 0\.0, this machine has 9\.9"):
             guest.check_workers(say=pytest.fail)
 
 
 def test_a_scheduler_without_workers_is_waited_for() -> None:
-    told: list[str] = []
+    reported: list[str] = []
     with (
         LocalCluster(n_workers=0, processes=False, dashboard_address="127.0.0.1:0") as cluster,
         Pool(workers=0, scheduler=cluster.scheduler_address) as guest,
@@ -219,13 +219,13 @@ def test_a_scheduler_without_workers_is_waited_for() -> None:
         assert guest.wait_until_started() == 0
 
         def start_one(text: str) -> None:
-            told.append(text)
+            reported.append(text)
             cluster.scale(1)
 
         guest.check_workers(say=start_one)
         assert guest.wait_until_started() == 1
         assert dict(guest.map(square, range(4))) == {0: 0, 1: 1, 2: 4, 3: 9}
-    assert told == [f"The scheduler {cluster.scheduler_address} has no workers yet: waiting for the first."]
+    assert reported == [f"The scheduler {cluster.scheduler_address} has no workers yet: waiting for the first."]
 
 
 def test_a_scheduler_that_is_lost_is_named(tmp_path: Path) -> None:
@@ -249,4 +249,4 @@ def test_a_scheduler_that_does_not_answer_is_named(address: str) -> None:
 
 
 def test_the_default_is_the_cores_that_this_process_may_use() -> None:
-    assert 1 <= default_workers() <= len(os.sched_getaffinity(0))  # fewer where a container has a quota
+    assert 1 <= default_workers() <= len(os.sched_getaffinity(0))  # fewer if a container has a quota

@@ -25,7 +25,7 @@ def test_every_slice_of_a_patient_is_in_the_patients_fold(ids: list[str], folds:
 
 @given(patients, patients, fold_counts)
 @settings(deadline=None)
-def test_nobody_moves_when_patients_are_added(ids: list[str], more: list[str], folds: int) -> None:
+def test_folds_are_stable_when_patients_are_added(ids: list[str], more: list[str], folds: int) -> None:
     before = assign_folds(pa.array(ids, pa.string()), folds=folds)
     after = assign_folds(pa.array(more + ids, pa.string()), folds=folds)
     assert after[len(more) :].tolist() == before.tolist()
@@ -37,8 +37,8 @@ def test_chunks_of_a_column_change_nothing() -> None:
     assert assign_folds(pa.chunked_array([ids[:1], ids[1:]]), folds=5).tolist() == whole.tolist()
 
 
-def test_the_folds_of_published_datasets_stay_what_they_are() -> None:
-    """A change of the hash would move patients between the folds of datasets that people compare with."""
+def test_the_folds_of_published_datasets_are_pinned() -> None:
+    """A change of the hash would move patients between the folds of published datasets."""
     assert [fold_of(f"ID_{number:08x}", folds=5) for number in range(10)] == [3, 2, 3, 3, 2, 1, 3, 0, 4, 1]
 
 

@@ -61,7 +61,7 @@ VECTORS = ("position", "orientation", "pixel_spacing")
 
 
 def oracle(dataset: Dataset, name: str) -> object:
-    """What a field of Header must be, by pydicom's attribute access."""
+    """The expected value of a field of Header, by pydicom's attribute access."""
     value = dataset.get(KEYWORDS[name])
     several = list(value) if isinstance(value, MultiValue) else [value]
     if name == "image_type":
@@ -107,14 +107,14 @@ def inflated(data: bytes) -> bytes:
 
 
 def by_pydicom(path: Path) -> Header:
-    """The header by the fallback alone."""
+    """The header by the fallback only."""
     data = path.read_bytes()
     elements = header._read_with_pydicom(data[: header.SKIM_BYTES], lambda length: data[:length])
     return interpret(elements, len(data), 0, 0)
 
 
 def by_skim(path: Path) -> Header | None:
-    """The header by the skim alone."""
+    """The header by the skim only."""
     data = path.read_bytes()
     found = skim(data[: header.LONGEST_SKIM])
     return None if found is None else interpret(found, len(data), 0, 0)
@@ -158,7 +158,7 @@ def test_every_real_file_reads_as_in_pydicom(real_data: Path) -> None:
     assert read >= 60
 
 
-# Among pydicom's own files: those that are no DICOM files, or break their VRs, on purpose.
+# Of pydicom's test files: those that intentionally are not DICOM files, or violate their VRs.
 REFUSED = {
     "ExplVR_BigEndNoMeta.dcm": Reason.NOT_DICOM,
     "ExplVR_LitEndNoMeta.dcm": Reason.NOT_DICOM,
@@ -216,7 +216,7 @@ def test_a_header_without_pixels_has_no_offset(slice_bytes: SliceBytes, tmp_path
     assert (read_header(path).pixel_offset, read_header(path).pixel_length) == (None, None)
 
 
-def test_an_empty_value_is_no_value(slice_bytes: SliceBytes, tmp_path: Path) -> None:
+def test_an_empty_value_is_none(slice_bytes: SliceBytes, tmp_path: Path) -> None:
     path = tmp_path / "slice.dcm"
     path.write_bytes(slice_bytes(PatientID="", InstanceNumber="", ImagePositionPatient="", ImageType="", Rows=None))
     found = read_header(path)
@@ -240,7 +240,7 @@ def test_text_beyond_ascii_is_read_by_its_character_set(
 # --- files that are refused ------------------------------------------------------------------------------------------
 
 
-def test_what_is_no_dicom_file_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_dicom_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "file"
     assert refused(path).reason == Reason.UNREADABLE
     assert refused(tmp_path).reason == Reason.UNREADABLE
@@ -264,7 +264,7 @@ BY_SKIM_AND_BY_PYDICOM = pytest.mark.parametrize("syntax", [EXPLICIT_LE, EXPLICI
 @BY_SKIM_AND_BY_PYDICOM
 @pytest.mark.parametrize("keyword", ["InstanceNumber", "NumberOfFrames"])
 @pytest.mark.parametrize("text", ["1,5", "1.5", "inf", "nan", "1e400", "9999999999", "one", "1\\2"])
-def test_what_is_no_integer_is_refused(
+def test_an_invalid_integer_is_refused(
     keyword: str, text: str, syntax: str, slice_bytes: SliceBytes, tmp_path: Path
 ) -> None:
     path = tmp_path / "slice.dcm"
@@ -275,7 +275,7 @@ def test_what_is_no_integer_is_refused(
 @BY_SKIM_AND_BY_PYDICOM
 @pytest.mark.parametrize("keyword", ["RescaleSlope", "ImagePositionPatient"])
 @pytest.mark.parametrize("text", ["1,5", "one", "1 2", "1\\\\2"])
-def test_what_is_no_decimal_number_is_refused(
+def test_an_invalid_decimal_number_is_refused(
     keyword: str, text: str, syntax: str, slice_bytes: SliceBytes, tmp_path: Path
 ) -> None:
     path = tmp_path / "slice.dcm"
@@ -292,7 +292,7 @@ def test_spellings_of_an_integer(text: str, number: int, syntax: str, slice_byte
 
 
 @pytest.mark.parametrize("truth, name", [(IMPLICIT_LE, EXPLICIT_LE), (EXPLICIT_LE, IMPLICIT_LE)])
-def test_a_file_that_is_not_of_its_transfer_syntax_is_read_as_it_is(
+def test_a_file_that_contradicts_its_transfer_syntax_is_read_as_found(
     truth: str, name: str, slice_bytes: SliceBytes, tmp_path: Path
 ) -> None:
     path = tmp_path / "slice.dcm"
@@ -325,7 +325,7 @@ def test_a_deflated_stream_of_noise_is_refused(slice_bytes: SliceBytes, tmp_path
     assert refused(path).reason == Reason.NOT_DICOM
 
 
-# --- damaged and strange files ---------------------------------------------------------------------------------------
+# --- damaged and unusual files ---------------------------------------------------------------------------------------
 
 
 def damage(data: bytes, edits: list[tuple[str, int, int]]) -> bytes:
@@ -389,7 +389,7 @@ def test_a_damaged_file_is_read_or_refused(
     assert skimmed is None or found is not None
 
 
-# Text as files hold it: values, separators, padding, and what a VR forbids.
+# Text as in files: values, separators, padding, and what a VR forbids.
 TEXTS = st.text(st.sampled_from("0123456789.-+eE\\ \0\t\n\x1fABCxyz_^~"), max_size=24)
 
 
@@ -400,7 +400,7 @@ TEXTS = st.text(st.sampled_from("0123456789.-+eE\\ \0\t\n\x1fABCxyz_^~"), max_si
 )
 @settings(max_examples=200, deadline=2000)
 def test_texts_are_read_alike(syntax: str, keyword: str, text: str, slice_bytes: SliceBytes, scratch: Path) -> None:
-    assume(keyword != "PatientID" or "\\" not in text)  # of one value; pydicom splits and trims it all the same
+    assume(keyword != "PatientID" or "\\" not in text)  # of one value; pydicom splits and trims it anyway
     scratch.write_bytes(slice_bytes(syntax=syntax, **{keyword: text}))
     skimmed = by_skim(scratch)
     assert skimmed is not None
@@ -431,7 +431,7 @@ def test_decimal_numbers_are_read_exactly(
 
 @given(cut=st.integers(0, 1 << 16))
 @settings(max_examples=100, deadline=None)
-def test_the_skim_of_less_never_says_something_else(cut: int, slice_bytes: SliceBytes) -> None:
+def test_the_skim_of_a_shorter_prefix_agrees_or_gives_up(cut: int, slice_bytes: SliceBytes) -> None:
     data = slice_bytes()
     whole = skim(data)
     assert whole is not None and whole.pixel_offset is not None

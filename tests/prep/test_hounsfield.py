@@ -28,7 +28,7 @@ PADDINGS = [None, (-2000, -2000), (-1500, -1500), (0, 0), (63536, 63536), (-2000
 
 
 def all_values(*, signed: bool) -> NDArray[np.int64]:
-    """The value that each pattern of 16 bits stands for, (65536,)."""
+    """The value of each pattern of 16 bits, (65536,)."""
     bits = np.arange(65536)
     return np.where(signed & (bits > 32767), bits - 65536, bits)
 
@@ -129,7 +129,7 @@ def test_a_table_is_read_only() -> None:
         rescale_table(Rescale(1.0, 0.0, signed=True))[0] = 1
 
 
-# Some have fewer pixels than go at a time (16), some a number that 16 does not divide.
+# Some have fewer pixels than one step (16), some a number that 16 does not divide.
 SHAPES = [(1, 7), (7, 1), (3, 5), (512, 512), (300, 513), (2, 70_000)]
 
 
@@ -160,7 +160,7 @@ def test_results_are_written_into_the_callers_buffer(shape: tuple[int, int], cou
     ],
     ids=["planes", "columns", "dtype", "order"],
 )
-def test_a_buffer_that_does_not_fit_is_refused(out: NDArray[np.uint8]) -> None:
+def test_a_buffer_of_another_shape_is_refused(out: NDArray[np.uint8]) -> None:
     windows = tuple(PRESETS[name] for name in ("brain", "subdural", "bone"))
     with pytest.raises(ValueError, match=r"Expected out to be uint8 \(3, 8, 8\)"):
         apply_windows(np.zeros((8, 8), np.int16), windows=windows, out=out)

@@ -34,12 +34,12 @@ def by_slice(*values: tuple[int, ...]) -> LabelTable:
     return LabelTable("sop_instance_uid", keys, np.array(values, np.int8), NO_KEYS, NO_KEYS)
 
 
-def test_the_classes_stand_in_the_order_of_the_contract() -> None:
+def test_the_classes_are_in_the_order_of_the_contract() -> None:
     assert RSNA_CLASSES == ("epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural", "any")
 
 
 @given(st.lists(lines, max_size=40))
-def test_lines_are_gathered_as_a_dictionary_would(given_lines: list[Line]) -> None:
+def test_a_long_table_is_gathered_like_a_dictionary(given_lines: list[Line]) -> None:
     said: dict[tuple[str, int], set[int]] = {}
     for key, label, value in given_lines:
         said.setdefault((key, label), set()).add(value)
@@ -78,7 +78,7 @@ def test_a_third_line_does_not_settle_a_contradiction() -> None:
 def test_equal_lines_are_counted() -> None:
     once = [("a", number, 0) for number in range(len(RSNA_CLASSES))]
     assert gathered(once).notes == ()
-    assert gathered(once + once).notes == ("6 label lines stand more than once",)
+    assert gathered(once + once).notes == ("6 duplicate label lines (ignored)",)
 
 
 def test_any_is_filled_in_from_the_subtypes() -> None:

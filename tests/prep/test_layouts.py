@@ -1,4 +1,4 @@
-"""Layouts: how a tree is recognised, where its labels stand, what they say, and what is known of its slices."""
+"""Layouts: how a tree is recognised, where its labels are, and what is assigned to its slices."""
 
 from __future__ import annotations
 
@@ -106,18 +106,18 @@ NEGATIVE, SUBDURAL = (0, 0, 0, 0, 0, 0), (0, 0, 0, 0, 1, 1)
 SAMPLE = long_csv({"ID_z": [0.5] * 6, "ID_y": [0.5] * 6})
 
 
-def test_the_long_csv_is_read_in_its_order_and_doubles_are_counted(tmp_path: Path) -> None:
+def test_the_long_csv_is_read_in_order_and_duplicates_are_counted(tmp_path: Path) -> None:
     text = long_csv({"ID_b": SUBDURAL, "ID_a": NEGATIVE}) + long_csv({"ID_b": SUBDURAL}).split("\n", 1)[1]
     listing = tree(tmp_path, {SLICE: "", "stage_2_train.csv": text})
     labels = rsna.read_labels(listing, None)
     assert labels.key == "sop_instance_uid"
     assert labels.keys.to_pylist() == ["ID_b", "ID_a"]
     assert labels.values.tolist() == [list(SUBDURAL), list(NEGATIVE)]
-    assert labels.notes == ("6 label lines stand more than once",)
+    assert labels.notes == ("6 duplicate label lines (ignored)",)
     assert labels.listed.to_pylist() == []
 
 
-def test_the_label_file_may_lie_in_a_nested_folder_beside_the_sample_submission(tmp_path: Path) -> None:
+def test_the_label_file_may_be_in_a_nested_folder_next_to_the_sample_submission(tmp_path: Path) -> None:
     nested = "rsna-intracranial-hemorrhage-detection"
     listing = tree(
         tmp_path,
@@ -133,7 +133,7 @@ def test_the_label_file_may_lie_in_a_nested_folder_beside_the_sample_submission(
     assert labels.listed.to_pylist() == ["ID_z", "ID_y"]  # in the order of the file, each once
 
 
-def test_contradicting_rsna_lines_are_refused_or_unknown(tmp_path: Path) -> None:
+def test_contradictory_rsna_lines_are_refused_or_unknown(tmp_path: Path) -> None:
     other = long_csv({"ID_a": SUBDURAL}).split("\n", 1)[1]
     listing = tree(tmp_path, {SLICE: "", "train.csv": long_csv({"ID_a": NEGATIVE}) + other})
     with pytest.raises(SourceError, match=r"2 label lines contradict.*ID_a \(any\), ID_a \(subdural\)"):
@@ -156,7 +156,7 @@ def test_a_uid_may_hold_underscores_and_class_names(tmp_path: Path) -> None:
         ({"a.csv": long_csv({"ID_a": NEGATIVE}), "b.csv": long_csv({"ID_a": NEGATIVE})}, r"a\.csv, .*b\.csv"),
         (
             {"a.csv": long_csv({"ID_a": NEGATIVE}), **{f"stage_{n}_sample_submission.csv": SAMPLE for n in (1, 2)}},
-            r"one sample submission.*stage_1.*stage_2.*out of the source",
+            r"one sample submission.*stage_1.*stage_2.*Keep only the one of the stage",
         ),
         ({"a.csv": "ID,Label\nID_a_haematoma,0\n"}, r"line 2 has 'ID_a_haematoma'"),
         ({"a.csv": "ID,Label\nID_a_any,0\nID_b_any,0.5\n"}, r"found 0\.5 in line 3"),
@@ -164,7 +164,7 @@ def test_a_uid_may_hold_underscores_and_class_names(tmp_path: Path) -> None:
         ({"a.csv": "ID,Label\nID_a_any,yes\n"}, "cannot be read"),
     ],
 )
-def test_label_files_that_do_not_fit_rsna_are_refused(files: dict[str, str], message: str, tmp_path: Path) -> None:
+def test_invalid_rsna_label_files_are_refused(files: dict[str, str], message: str, tmp_path: Path) -> None:
     listing = tree(tmp_path, {SLICE: "", **files})
     with pytest.raises(SourceError, match=message):
         rsna.read_labels(listing, None)
@@ -194,7 +194,7 @@ def test_a_label_file_that_is_given_is_the_one_that_is_read(tmp_path: Path) -> N
         ({"bits_stored": 16, "signed": True, "rescale_intercept": 0.0}, False),
     ],
 )
-def test_the_sign_defect_is_told_by_bits_sign_and_intercept(header: dict[str, object], repaired: bool) -> None:
+def test_the_sign_defect_is_detected_by_bits_sign_and_intercept(header: dict[str, object], repaired: bool) -> None:
     placed = rsna.assign(scanned([{"path": SLICE, "patient_id": "p", **header}]), "rsna")
     assert placed.repairs.to_pylist() == [[SIGN_12BIT] if repaired else []]
     assert placed.patient_id.to_pylist() == ["p"]
@@ -236,7 +236,7 @@ def test_a_csv_as_spreadsheets_write_it(tmp_path: Path) -> None:
     assert labels.keys.to_pylist() == ["a"]
 
 
-def test_a_space_before_a_column_name_is_not_passed_over(tmp_path: Path) -> None:
+def test_a_space_before_a_column_name_is_not_ignored(tmp_path: Path) -> None:
     listing = tree(tmp_path, {"1.dcm": "", "labels.csv": "sop_instance_uid, any\na, 1\n"})
     with pytest.raises(UsageError, match=r"' any' is unknown.*Did you mean 'any'"):
         folder.read_labels(listing, None)
@@ -252,7 +252,7 @@ def test_a_space_before_a_column_name_is_not_passed_over(tmp_path: Path) -> None
         ("sop_instance_uid,any\na,0\na,1\n", r"contradict.*a \(any\)"),
     ],
 )
-def test_csvs_that_make_no_labels_are_refused(text: str, message: str, tmp_path: Path) -> None:
+def test_invalid_label_csvs_are_refused(text: str, message: str, tmp_path: Path) -> None:
     listing = tree(tmp_path, {"1.dcm": "", "labels.csv": text})
     with pytest.raises(SourceError, match=message):
         folder.read_labels(listing, None)
@@ -280,7 +280,7 @@ def test_a_given_csv_without_a_key_is_refused(tmp_path: Path) -> None:
         folder.read_labels(listing, local_table(tmp_path / "mine.csv"))
 
 
-def test_a_folder_places_every_slice_in_training() -> None:
+def test_a_folder_assigns_every_slice_to_training() -> None:
     placed = folder.assign(scanned([{"path": "a/test/1", "patient_id": "p"}, {"path": "2"}]), "tree")
     assert placed.subset.to_pylist() == ["train", "train"]
     assert placed.patient_id.to_pylist() == ["p", None]
@@ -338,13 +338,13 @@ def test_a_subtype_by_majority_without_ich_raises_any(tmp_path: Path) -> None:
         (reads_csv({"CQ500-CT-1": {"ICH": (1, 1, "yes")}}), "cannot be read"),
     ],
 )
-def test_reads_that_make_no_labels_are_refused(text: str, message: str, tmp_path: Path) -> None:
+def test_invalid_reads_are_refused(text: str, message: str, tmp_path: Path) -> None:
     listing = tree(tmp_path, {CQ500_SLICE: "", "reads.csv": text})
     with pytest.raises(SourceError, match=message):
         cq500.read_labels(listing, None)
 
 
-def test_a_subject_that_stands_twice_is_known_where_its_lines_agree(tmp_path: Path) -> None:
+def test_a_subject_given_twice_is_known_where_its_lines_agree(tmp_path: Path) -> None:
     text = reads_csv({"CQ500-CT-1": {"SDH": (1, 1, 0)}, "CQ500CT1": {"SDH": (1, 1, 1), "SAH": (1, 1, 0)}})
     listing = tree(tmp_path, {CQ500_SLICE: "", "reads.csv": text})
     labels = cq500.read_labels(listing, None, LabelRules(allow_contradictions=True))
@@ -380,14 +380,14 @@ NOT_PLAIN += ["CT 4cc sec 150cc D3D on-2", "CT 3D CT HEADORBIT", "CT BONE-3"]
 
 
 @pytest.mark.parametrize("kind", PLAIN + NOT_PLAIN)
-def test_series_that_are_no_plain_ct_are_excluded_because(kind: str) -> None:
+def test_series_that_are_not_plain_ct_are_excluded(kind: str) -> None:
     placed = cq500.assign(scanned([{"path": f"CQ500CT0 CQ500CT0/Unknown Study/{kind}/CT000000.dcm"}]), "tree")
     (why,) = placed.excluded_because.to_pylist()
     assert (why is not None) == (kind in NOT_PLAIN)
     assert why is None or kind in why
 
 
-def test_values_of_labels_are_small_integers(tmp_path: Path) -> None:
+def test_label_values_are_small_integers(tmp_path: Path) -> None:
     text = reads_csv({"CQ500-CT-0": {"ICH": (1, 1, 1)}})
     for layout, files in (
         (rsna, {SLICE: "", "train.csv": long_csv({"ID_a": NEGATIVE})}),

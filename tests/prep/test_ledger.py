@@ -1,4 +1,4 @@
-"""The ledger: entries are there whole or not at all."""
+"""The ledger: entries are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ledger.record(Path(sys.argv[1]), 3, '{"bytes":2}')
 """
 
 
-def test_what_is_recorded_is_read_back(tmp_path: Path) -> None:
+def test_a_recorded_entry_is_read_back(tmp_path: Path) -> None:
     entry = '{"bytes":5,"rows":[{"status":"ok"}],"text":"über"}'
     ledger.record(tmp_path, 12, entry)
     assert ledger.read(tmp_path, 12) == entry
@@ -40,7 +40,7 @@ def test_a_task_may_be_recorded_twice(tmp_path: Path) -> None:
     assert ledger.read(tmp_path, 1) == '{"bytes":2}'
 
 
-def test_a_process_killed_while_it_writes_leaves_the_entry_as_it_was(tmp_path: Path) -> None:
+def test_a_process_killed_while_writing_leaves_the_entry_unchanged(tmp_path: Path) -> None:
     ledger.record(tmp_path, 3, '{"bytes":1}')
     killed = subprocess.run([sys.executable, "-c", KILLED_IN_WRITE, tmp_path], check=False)
     assert killed.returncode == -9

@@ -1,4 +1,4 @@
-"""The compiled library: other libraries read what it writes, and no input makes it touch memory that is not its own."""
+"""The compiled library: other libraries read what it writes, and no input makes it access memory outside of its buffers."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_frames_of_blosc_are_read(
 
 
 def test_equal_pixels_give_equal_frames_on_every_processor() -> None:
-    """The bytes of a dataset depend on it. Where they must change, ICH_ENCODER in native/ich.h is raised as well."""
+    """The bytes of a dataset depend on it. If they must change, raise ICH_ENCODER in native/ich.h as well."""
     rows, columns = np.mgrid[:900, :500]
     noise = (rows * 40_503 + columns * 2_654_435) % 65_521
     plain = np.where(((rows // 60 + columns // 45) % 3 > 0) | (noise % 7 == 0), noise, 1000).reshape(3, 300, 500)
@@ -310,8 +310,8 @@ def test_an_invalid_chunk_is_reported(codec: ChunkCodec, cold: bool, tmp_path: P
     if cold:
         evict(chunks.path)
     computed = google_crc32c.value(bytes(data[chunks.begins[3] : chunks.begins[4] - 4]))
-    said = f"checksum mismatch (stored 0x{chunks.checksum(3):08x}, computed 0x{computed:08x})"
-    assert chunks.read([1, 3, 4])[0] == ChunkFault(1, said)
+    message = f"checksum mismatch (stored 0x{chunks.checksum(3):08x}, computed 0x{computed:08x})"
+    assert chunks.read([1, 3, 4])[0] == ChunkFault(1, message)
     os.truncate(chunks.path, int(chunks.begins[4]) + 9)
     assert chunks.read([1, 4, 2])[0] == ChunkFault(1, "truncated: the file ends inside this chunk")
     assert chunks.read([2, 5])[0] == ChunkFault(1, "truncated: the file ends inside this chunk")
@@ -341,8 +341,8 @@ def test_a_chunk_that_was_written_elsewhere_is_reported(codec: ChunkCodec, cold:
     expected = [chunks.checksum(row) for row in rows]
     assert chunks.read(rows, expected_crc=expected) == (None, chunks.expected(rows))
     other = chunks.checksum(5)
-    said = f"this is not the chunk that was written here (checksum 0x{expected[1]:08x}, expected 0x{other:08x})"
-    assert chunks.read(rows, expected_crc=[expected[0], other, expected[2]])[0] == ChunkFault(1, said)
+    message = f"this is not the chunk that was written here (checksum 0x{expected[1]:08x}, expected 0x{other:08x})"
+    assert chunks.read(rows, expected_crc=[expected[0], other, expected[2]])[0] == ChunkFault(1, message)
     assert chunks.read(rows) == (None, chunks.expected(rows))
 
 
@@ -433,7 +433,7 @@ def test_planes_are_the_bytes_of_table_entries(shape: tuple[int, int], planes: i
 
 
 @pytest.mark.parametrize(
-    "case, said",
+    "case, message",
     [
         ("no file", "it was not compiled"),
         ("not a library", "cannot be used"),
@@ -443,7 +443,9 @@ def test_planes_are_the_bytes_of_table_entries(shape: tuple[int, int], planes: i
         ("FAULT", r"structs of \(40, 32\) bytes, expected \(40, 40\)"),
     ],
 )
-def test_an_unusable_library_is_refused(case: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unusable_library_is_refused(
+    case: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if case == "not a library":
         (tmp_path / "_native.so").write_bytes(b"no library")
     if case in ("INTERFACE", "ENCODER"):
@@ -453,6 +455,6 @@ def test_an_unusable_library_is_refused(case: str, said: str, tmp_path: Path, mo
     else:
         monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
     native.require.cache_clear()
-    with pytest.raises(IchError, match=rf"{said}.*Install the package"):
+    with pytest.raises(IchError, match=rf"{message}.*Install the package"):
         crc32c(b"123")
     native.require.cache_clear()

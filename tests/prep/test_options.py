@@ -1,4 +1,4 @@
-"""The knobs of a build: recipe under flags, each checked, the spec apart from the rest."""
+"""The options of a build: flags override the recipe, each is checked, and the spec is separate from the rest."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_flags_win_over_the_recipe(tmp_path: Path) -> None:
     assert resolve(recipe, {"windows": "stroke, bone"}).windows == (PRESETS["stroke"], PRESETS["bone"])
 
 
-def test_a_recipe_may_say_every_option(tmp_path: Path) -> None:
+def test_a_recipe_may_set_every_option(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
         "[build]\n"
@@ -57,17 +57,17 @@ def test_a_recipe_may_say_every_option(tmp_path: Path) -> None:
         ({"windows": "x=40/0"}, "greater than 0"),
     ],
 )
-def test_values_that_cannot_be_meant_are_refused(given: dict[str, Any], message: str) -> None:
+def test_invalid_values_are_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         resolve(None, given)
 
 
-def test_an_unknown_key_of_a_recipe_is_blamed_on_the_recipe(tmp_path: Path) -> None:
+def test_an_unknown_key_of_a_recipe_is_reported_with_its_path(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text("[build]\nworkres = 2\n", encoding="utf-8")
     with pytest.raises(UsageError, match=r"recipe\.toml \[build\]: key 'workres'.*Did you mean 'workers'"):
         resolve(recipe, {})
 
 
-def test_how_a_build_runs_is_no_part_of_what_it_builds() -> None:
+def test_options_that_do_not_change_bytes_are_not_in_the_spec() -> None:
     assert resolve(None, {"workers": 0, "max_quarantined": 1.0}).spec() == resolve(None, {"workers": 7}).spec()

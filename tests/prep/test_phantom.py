@@ -1,4 +1,4 @@
-"""The phantom: trees, headers, labels and defects, judged by pydicom and by the pixels."""
+"""The phantom: trees, headers, labels and defects, checked with pydicom and by the pixels."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, P
 
 
 def read(path: Path) -> Dataset:
-    # The UIDs of anonymised archives are no UIDs: pydicom warns of each.
+    # The UIDs of anonymised archives are not valid UIDs: pydicom warns about each.
     with config.disable_value_validation():
         dataset = pydicom.dcmread(path)
         dataset.decode()
@@ -128,7 +128,7 @@ def test_a_series_does_not_depend_on_how_many_there_are(tmp_path: Path) -> None:
 
 
 @given(seed=st.integers(0, 2**32), block=st.integers(0, 50), second_series=st.integers(1, 9))
-def test_a_block_of_series_is_dealt_out_evenly(seed: int, block: int, second_series: int) -> None:
+def test_a_block_of_series_has_every_trait_evenly(seed: int, block: int, second_series: int) -> None:
     places = [place(seed, block * BLOCK + k, second_series=second_series) for k in range(BLOCK)]
     planted = Counter(kind for where in places for kind in where.kinds)
     assert planted == dict.fromkeys(SUBTYPES, 5)
@@ -349,7 +349,7 @@ def test_every_defect_occurs(damaged: dict[str, tuple[Path, PhantomSummary]]) ->
         assert summary.slices < summary.files
 
 
-def test_rsna_defects_are_what_their_names_say(damaged: dict[str, tuple[Path, PhantomSummary]]) -> None:
+def test_rsna_defects_match_their_names(damaged: dict[str, tuple[Path, PhantomSummary]]) -> None:
     root = damaged["rsna"][0] / "stage_2_train"
     whole, found = [], Counter()
     for path in root.iterdir():
@@ -439,7 +439,7 @@ def test_a_defect_takes_no_label_from_a_good_slice(
         ({"layout": "nifti"}, "rsna, cq500, folder"),
     ],
 )
-def test_values_that_cannot_be_meant(wrong: dict[str, int | str], message: str, tmp_path: Path) -> None:
+def test_invalid_numbers_are_refused(wrong: dict[str, int | str], message: str, tmp_path: Path) -> None:
     meant: dict[str, int | str] = {"series": 1, "size": 32, "layout": "rsna"}
     with pytest.raises(UsageError, match=message):
         synthesize(tmp_path / "out", **(meant | wrong))  # type: ignore[arg-type]

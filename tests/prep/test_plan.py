@@ -1,4 +1,4 @@
-"""The plan: rows by position along the normal, what is flagged, what is set aside, labels and folds."""
+"""The plan: rows by position along the normal, what is flagged, what is quarantined, labels and folds."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def tilted(degrees: float) -> tuple[float, ...]:
 
 
 def file(sop: str, z: float | None = 0.0, *, series: str = "series", **values: Any) -> File:
-    """A line of the scan, and what a layout says of it, under names of their own."""
+    """A line of the scan and its assignment, with keyword arguments for both."""
     usual: File = {
         "path": f"{series}/{sop}.dcm",
         "sop_instance_uid": sop,
@@ -116,7 +116,7 @@ def test_slices_are_sorted_by_position_and_not_by_name_or_number() -> None:
 
 
 def test_positions_under_a_tilted_gantry_are_distances_along_the_normal() -> None:
-    """A step of 5.10 mm in z is 5.00 mm between slices: what lies in the plane of the slices does not count."""
+    """A step of 5.10 mm in z is 5.00 mm between slices: shifts within the plane of the slices do not count."""
     degrees = math.degrees(math.acos(5.00 / 5.10))
     files = [
         file(str(number), position=[-125.0, -120.0, 5.10 * number], orientation=list(tilted(degrees)))
@@ -159,7 +159,7 @@ def test_a_missing_slice_is_flagged_as_a_gap() -> None:
     assert plan.series["slice_spacing_mm"].to_pylist() == [5.0]
 
 
-def test_repeated_positions_are_flagged_and_both_kept() -> None:
+def test_duplicate_positions_are_flagged_and_kept() -> None:
     plan = planned([file("a", 0.0), file("b", 5.0), file("c", 5.004), file("d", 10.0)])
     assert names(plan) == ["a", "b", "c", "d"]
     assert flags(plan) == {"a": [], "b": ["duplicate_position"], "c": ["duplicate_position"], "d": []}
@@ -190,7 +190,7 @@ def test_a_series_in_which_a_position_is_missing_goes_by_instance_number(lost: F
 
 
 @pytest.mark.parametrize("lost", [{"position": None}, {"orientation": None}])
-def test_where_numbers_are_missing_a_slice_without_a_position_comes_last(lost: File) -> None:
+def test_without_all_numbers_a_slice_without_a_position_comes_last(lost: File) -> None:
     files = [file("a", 10.0), file("b", 5.0) | lost, file("c", 0.0, instance_number=7), file("d", 2.0) | lost]
     plan = planned(files)
     assert names(plan) == ["c", "a", "b", "d"]
@@ -204,7 +204,7 @@ def test_a_slice_of_another_orientation_is_flagged() -> None:
 
 
 def test_the_orientation_of_most_slices_is_that_of_the_series() -> None:
-    """A scout has the first UID of all; along its normal the others would lie in one place."""
+    """A scout has the first UID of all; along its normal the others would have one position."""
     scout = file("a", 15.0, orientation=list(tilted(90)))
     plan = planned([scout, file("b", 10.0), file("c", 0.0), file("d", 5.0)])
     assert [name for name in names(plan) if name != "a"] == ["c", "d", "b"]
@@ -222,14 +222,14 @@ def test_of_orientations_that_equally_many_slices_have_the_first_uid_decides() -
     assert plan.series["orientation"].to_pylist() == [leaning]
 
 
-def test_orientations_that_are_no_unit_vectors_are_normalised() -> None:
+def test_orientations_that_are_not_unit_vectors_are_normalised() -> None:
     plan = planned(
         [file("a", 0.0, orientation=[2.0, 0, 0, 0, 2.0, 0]), file("b", 5.0, orientation=[2.0, 0, 0, 0, 2.0, 0])]
     )
     assert plan.slices["position_mm"].to_pylist() == [0.0, 5.0]
 
 
-def test_an_orientation_without_a_normal_is_no_orientation() -> None:
+def test_an_orientation_without_a_normal_is_ignored() -> None:
     plan = planned(
         [file("a", 0.0, orientation=[1.0, 0, 0, 1.0, 0, 0], instance_number=2), file("b", 5.0, instance_number=1)]
     )
@@ -237,7 +237,7 @@ def test_an_orientation_without_a_normal_is_no_orientation() -> None:
     assert flags(plan) == {"a": ["no_position"], "b": ["no_position"]}
 
 
-def test_inverted_slices_are_flagged_and_stay_as_they_are() -> None:
+def test_inverted_slices_are_flagged_and_unchanged() -> None:
     assert flags(planned([file("a", monochrome1=True)])) == {"a": ["monochrome1"]}
 
 
@@ -297,8 +297,8 @@ def test_the_slices_of_a_series_are_contiguous_and_in_order(files: list[File]) -
 
 @given(listings, st.randoms(use_true_random=False))
 @settings(max_examples=40, deadline=None)
-def test_where_files_lie_moves_no_row(files: list[File], random: Any) -> None:
-    """Rows follow from headers alone: other paths, and so another order of the listing, give the same rows."""
+def test_file_paths_do_not_affect_rows(files: list[File], random: Any) -> None:
+    """Rows depend only on headers: other paths, and so another order of the listing, give the same rows."""
     unique = {(line["sop_instance_uid"]): line for line in files}
     files = list(unique.values())
     paths = [line["path"] for line in files]
@@ -325,10 +325,10 @@ def test_a_slice_without_a_patient_is_a_patient_by_its_study_or_series() -> None
     assert flags(plan) == {"a": ["patient_is_study"], "b": ["patient_is_study"]}
 
 
-# --- what is set aside -----------------------------------------------------------------------------------------------
+# --- what is quarantined ---------------------------------------------------------------------------------------------
 
 
-def test_the_second_file_of_an_instance_is_set_aside_and_names_the_first() -> None:
+def test_the_second_file_of_an_instance_is_quarantined_and_names_the_first() -> None:
     plan = planned([file("a", path="2.dcm"), file("a", path="1.dcm"), file("a", path="3.dcm"), file("b", 5.0)])
     assert plan.slices["path"].to_pylist() == ["1.dcm", "series/b.dcm"]
     lines = plan.quarantine.to_pylist()
@@ -345,7 +345,7 @@ def test_a_slice_that_is_in_training_and_in_the_test_is_kept_in_training() -> No
     assert plan.quarantine["path"].to_pylist() == ["stage_1_test/a.dcm"]
 
 
-def test_what_the_scan_and_the_layout_set_aside_is_listed_with_its_stage() -> None:
+def test_files_quarantined_by_scan_and_layout_are_listed_with_their_stage() -> None:
     plan = planned([file("a"), file("b", excluded_because="the scan type 'CT BONE'"), aside("x.txt", Reason.NOT_DICOM)])
     assert names(plan) == ["a"]
     assert [tuple(line.values()) for line in plan.quarantine.to_pylist()] == [
@@ -354,7 +354,7 @@ def test_what_the_scan_and_the_layout_set_aside_is_listed_with_its_stage() -> No
     ]
 
 
-def test_a_plan_without_slices_is_empty_and_whole() -> None:
+def test_a_plan_without_slices_is_empty_and_complete() -> None:
     plan = planned([aside("x.txt", Reason.NOT_DICOM)])
     assert len(plan.slices) == len(plan.series) == 0
     assert len(plan.quarantine) == 1
@@ -397,7 +397,7 @@ def test_labels_of_a_whole_scan_are_copied_to_its_slices_as_such(key: Key, value
     assert plan.without_image.to_pylist() == ["gone"]
 
 
-def test_a_label_of_a_file_that_was_set_aside_has_its_image() -> None:
+def test_the_label_of_a_quarantined_file_has_an_image() -> None:
     labels = labelled("sop_instance_uid", dict.fromkeys(["a", "by_header", "by_name", "odd_name", "bone"], NEGATIVE))
     files = [
         file("a"),
@@ -409,7 +409,7 @@ def test_a_label_of_a_file_that_was_set_aside_has_its_image() -> None:
     assert planned(files, labels=labels).without_image.to_pylist() == []
 
 
-def test_a_label_is_unknown_for_a_series_only_where_no_slice_knows() -> None:
+def test_a_series_label_is_unknown_only_if_all_its_slices_are() -> None:
     unknown = (UNKNOWN,) * 6
     labels = labelled("sop_instance_uid", {"a": unknown, "b": (0, UNKNOWN, 1, UNKNOWN, 0, 1), "c": unknown})
     plan = planned([file("a", 0.0, series="s1"), file("b", 5.0, series="s1"), file("c", series="s2")], labels=labels)

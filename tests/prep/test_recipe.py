@@ -23,7 +23,7 @@ def recipe(tmp_path: Path) -> Path:
     return tmp_path / "recipe.toml"
 
 
-def test_a_section_overrules_the_defaults(recipe: Path) -> None:
+def test_a_section_overrides_the_defaults(recipe: Path) -> None:
     recipe.write_text('[build]\nsize = 256\n[train]\nanything = "goes"\n', encoding="utf-8")
     assert load_section(recipe, "build", Model) == Model(size=256)
     assert load_section(recipe, "eval", Model) == Model()
@@ -40,7 +40,7 @@ def test_a_section_overrules_the_defaults(recipe: Path) -> None:
         ("[build]\nsize = \n", "does not parse"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(text: str, message: str, recipe: Path) -> None:
+def test_invalid_options_are_refused(text: str, message: str, recipe: Path) -> None:
     recipe.write_text(text, encoding="utf-8")
     with pytest.raises(UsageError, match=message):
         load_section(recipe, "build", Model)
@@ -52,18 +52,18 @@ def test_every_value_that_is_wrong_is_named_at_once(recipe: Path) -> None:
         load_section(recipe, "build", Model)
 
 
-def test_a_recipe_that_is_not_there(recipe: Path) -> None:
+def test_a_missing_recipe_is_refused(recipe: Path) -> None:
     with pytest.raises(UsageError, match=r"recipe\.toml; there is no such file"):
         read_section(recipe, "build")
 
 
-def test_a_recipe_that_is_not_text(recipe: Path) -> None:
+def test_a_binary_recipe_is_refused(recipe: Path) -> None:
     recipe.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match="does not parse"):
         read_section(recipe, "build")
 
 
-def test_a_name_near_to_none_gets_no_hint() -> None:
+def test_a_dissimilar_name_gets_no_hint() -> None:
     with pytest.raises(UsageError) as raised:
         refuse_unknown(["zzz"], ["size", "codec"], where="here: key")
     assert str(raised.value) == "here: key 'zzz' is unknown. Known: size, codec."

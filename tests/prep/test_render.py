@@ -1,4 +1,4 @@
-"""Rendering: the steps in their order, whatever the size, the kind of pixels or the memory that is reused."""
+"""Rendering: the steps in their order, for any size, kind of pixels and reused memory."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_slice_of_the_right_size_is_only_rescaled_and_windowed(count: int) -> 
 
 @given(slices=st.lists(st.tuples(shapes, st.integers(16, 48), counts), min_size=2, max_size=6))
 @settings(max_examples=40, deadline=None)
-def test_memory_that_is_reused_leaves_no_trace(slices: list[tuple[tuple[int, int], int, int]]) -> None:
+def test_reused_memory_does_not_change_results(slices: list[tuple[tuple[int, int], int, int]]) -> None:
     scratch = Scratch()
     for seed, (shape, size, count) in enumerate(slices):
         stored = values(shape, seed)
@@ -73,7 +73,7 @@ def test_memory_that_is_reused_leaves_no_trace(slices: list[tuple[tuple[int, int
         np.testing.assert_array_equal(found, expected(stored, RESCALES[1], size, WINDOWS[:count]))
 
 
-def test_the_stored_values_are_left_as_they_are() -> None:
+def test_the_stored_values_are_unchanged() -> None:
     for shape in ((64, 64), (80, 50)):
         stored = values(shape, 1)
         before = stored.copy()

@@ -23,7 +23,7 @@ def slice_of(rows: int, columns: int, seed: int = 0) -> NDArray[np.int16]:
 
 
 def overlaps(side: int, size: int) -> NDArray[np.float64]:
-    """How much of each source pixel lies in each target pixel, (size, side), each line adding up to 1."""
+    """The share of each source pixel in each target pixel, (size, side); each line adds up to 1."""
     edges = np.arange(size + 1) * side / size
     source = np.arange(side)
     covered = np.minimum(edges[1:, None], source + 1) - np.maximum(edges[:-1, None], source)
@@ -101,7 +101,7 @@ def test_proportions_are_kept() -> None:
     assert (out.sum(axis=0) > 0).sum() == (out.sum(axis=1) > 0).sum() == 50
 
 
-def test_the_source_is_left_as_it_is() -> None:
+def test_the_source_is_unchanged() -> None:
     for rows, columns, size in ((64, 48, 64), (64, 64, 32), (32, 32, 64)):
         hu = slice_of(rows, columns)
         before = hu.copy()

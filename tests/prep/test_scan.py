@@ -1,4 +1,4 @@
-"""Which files are slices: each reason of the quarantine table by a file that has it, and none without."""
+"""Which files are slices: for each reason of the quarantine table a file that has it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def header(slice_bytes: SliceBytes, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def line_of(folder: Path, name: bytes) -> dict[str, Any]:
-    """What the scan says of one file of a folder."""
+    """The scan's line for one file of a folder."""
     return scan_file(FolderSource(folder), name, name)
 
 
@@ -124,18 +124,20 @@ BAD: list[tuple[Reason, dict[str, Any]]] = [
 ]
 
 
-def told(attributes: dict[str, Any]) -> str:
+def label_of(attributes: dict[str, Any]) -> str:
     return ",".join(f"{keyword}={str(value)[:30]}" for keyword, value in attributes.items()) or "plain"
 
 
-@pytest.mark.parametrize("attributes", GOOD, ids=told)
-def test_a_slice_is_a_slice(attributes: dict[str, Any], slice_bytes: SliceBytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize("attributes", GOOD, ids=label_of)
+def test_a_ct_slice_is_accepted(attributes: dict[str, Any], slice_bytes: SliceBytes, tmp_path: Path) -> None:
     (tmp_path / "slice").write_bytes(slice_bytes(PIXELS, **attributes))
     assert reason_of(read_header(tmp_path / "slice")) is None
 
 
-@pytest.mark.parametrize("reason, attributes", BAD, ids=lambda value: told(value) if isinstance(value, dict) else value)
-def test_what_is_no_slice_has_its_reason(
+@pytest.mark.parametrize(
+    "reason, attributes", BAD, ids=lambda value: label_of(value) if isinstance(value, dict) else value
+)
+def test_each_kind_of_other_file_has_its_reason(
     reason: Reason, attributes: dict[str, Any], slice_bytes: SliceBytes, tmp_path: Path
 ) -> None:
     (tmp_path / "slice").write_bytes(slice_bytes(PIXELS, **attributes))
@@ -145,7 +147,7 @@ def test_what_is_no_slice_has_its_reason(
 
 
 @pytest.mark.parametrize("syntax", [IMPLICIT_LE, EXPLICIT_LE, EXPLICIT_BE])
-def test_every_byte_that_is_missing_is_missed(syntax: str, slice_bytes: SliceBytes, tmp_path: Path) -> None:
+def test_every_missing_byte_is_an_error(syntax: str, slice_bytes: SliceBytes, tmp_path: Path) -> None:
     data = slice_bytes(PIXELS, syntax=syntax)
     for lost in (1, 2, 12, 24):
         (tmp_path / "slice").write_bytes(data[:-lost])
@@ -187,7 +189,7 @@ def test_encapsulated_pixels_have_no_length_to_check(syntax: str, header: Header
     assert reason_of(replace(coded, file_size=offset + 15)) == Reason.TRUNCATED
 
 
-# Fields whose every value must be answered by a reason or by None.
+# Fields for which every value must give a reason or None.
 ODD = {
     "rows": st.none() | st.integers(0, 65535),
     "columns": st.none() | st.integers(0, 65535),
@@ -220,7 +222,7 @@ def test_a_header_that_passes_can_be_decoded(changes: dict[str, Any], header: He
 # --- whole files -----------------------------------------------------------------------------------------------------
 
 
-def test_a_line_holds_what_the_plan_needs(slice_bytes: SliceBytes, tmp_path: Path) -> None:
+def test_a_line_has_what_the_plan_needs(slice_bytes: SliceBytes, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     path = tmp_path / "a" / "slice\n.dcm"
     path.write_bytes(slice_bytes(PIXELS, SOPClassUID=CT_IMAGE))
@@ -233,7 +235,7 @@ def test_a_line_holds_what_the_plan_needs(slice_bytes: SliceBytes, tmp_path: Pat
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "1e400"])
-def test_a_position_that_is_not_finite_is_no_position(text: str, slice_bytes: SliceBytes, tmp_path: Path) -> None:
+def test_a_position_that_is_not_finite_is_ignored(text: str, slice_bytes: SliceBytes, tmp_path: Path) -> None:
     data = slice_bytes(PIXELS, ImagePositionPatient=["1234567890", "0", "0"])
     (tmp_path / "slice").write_bytes(data.replace(b"1234567890", text.ljust(10).encode()))
     line = line_of(tmp_path, b"slice")
@@ -241,12 +243,12 @@ def test_a_position_that_is_not_finite_is_no_position(text: str, slice_bytes: Sl
 
 
 @pytest.mark.parametrize("position", [["1", "2"], ["1", "2", "3", "4"], "5"])
-def test_a_position_of_another_length_is_no_position(position: Any, slice_bytes: SliceBytes, tmp_path: Path) -> None:
+def test_a_position_of_another_length_is_ignored(position: Any, slice_bytes: SliceBytes, tmp_path: Path) -> None:
     (tmp_path / "slice").write_bytes(slice_bytes(PIXELS, ImagePositionPatient=position))
     assert line_of(tmp_path, b"slice")["position"] is None
 
 
-def test_a_file_that_is_set_aside_still_says_which_slice_it_was(slice_bytes: SliceBytes, tmp_path: Path) -> None:
+def test_a_quarantined_file_keeps_its_identifiers(slice_bytes: SliceBytes, tmp_path: Path) -> None:
     (tmp_path / "slice").write_bytes(slice_bytes(PIXELS)[:-5])
     line = line_of(tmp_path, b"slice")
     assert (line["reason"], line["sop_instance_uid"]) == (Reason.TRUNCATED, "2.25.3")
@@ -298,7 +300,7 @@ def test_the_defects_of_the_phantom_have_their_reasons(layout: str, tmp_path: Pa
     assert len(lines) - len(found) >= summary.slices
 
 
-def test_real_files_have_fitting_reasons(real_data: Path) -> None:
+def test_real_files_have_the_right_reasons(real_data: Path) -> None:
     tree = real_data / "head_ct"
     lines = [line_of(tree, os.fsencode(path.relative_to(tree))) for path in tree.rglob("*") if path.is_file()]
     aside = {line["path"]: line["reason"] for line in lines if line.get("reason")}
@@ -311,7 +313,7 @@ def test_real_files_have_fitting_reasons(real_data: Path) -> None:
 # --- a batch ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_batch_writes_one_line_a_file(
+def test_a_batch_writes_one_line_per_file(
     slice_bytes: SliceBytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     src, out = tmp_path / "src", tmp_path / "out"

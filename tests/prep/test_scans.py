@@ -26,8 +26,8 @@ def test_a_file_is_rendered_as_in_a_dataset(dataset_path: Path, phantom_tree: Pa
         np.testing.assert_array_equal(found, dataset.read([row])[0])
 
 
-def test_the_function_stays_a_function() -> None:
-    """A module of the same name would take its place once imported."""
+def test_the_function_is_not_shadowed_by_its_module() -> None:
+    """A module of the same name would replace it once imported."""
     assert ich_prep.render_file is render_file
     assert callable(ich_prep.render_file)
 
@@ -54,7 +54,7 @@ def test_known_defects_are_repaired_as_the_layout_says(
         ("gone.dcm", None, Reason.UNREADABLE),
     ],
 )
-def test_a_file_that_is_no_slice_has_a_reason(name: str, data: bytes | None, reason: Reason, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_slice_has_a_reason(name: str, data: bytes | None, reason: Reason, tmp_path: Path) -> None:
     if data is not None:
         (tmp_path / name).write_bytes(data)
     with pytest.raises(SliceError) as caught:

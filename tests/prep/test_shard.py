@@ -1,4 +1,4 @@
-"""The report of a shard: what it says, and that its JSON is read back as it was."""
+"""The report of a shard: its content, and that its JSON is read back unchanged."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def test_a_report_is_read_back_as_it_was(report: ShardReport) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "null", "[]", "{}", '{"plan":1}'])
-def test_what_is_no_report_is_a_value_error(text: str) -> None:
+def test_an_invalid_report_is_a_value_error(text: str) -> None:
     with pytest.raises(ValueError, match="ShardReport"):
         ShardReport.from_json(text)
 
 
-def test_a_report_of_a_build_speaks_of_its_shard(dataset_path: Path) -> None:
+def test_the_report_of_a_build_matches_its_shard(dataset_path: Path) -> None:
     dataset = open_dataset(dataset_path)
     for number in range(dataset.counts.shards):
         text = (working(dataset_path) / "shards" / f"{number:05d}.json").read_text(encoding="utf-8")

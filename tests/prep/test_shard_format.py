@@ -1,4 +1,4 @@
-"""Shards: what was written is what is read, and every damaged byte is an error."""
+"""Shards: written chunks are read back, and every damaged byte is an error."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def assert_same(found: list[NDArray[Any] | None], expected: list[NDArray[Any] | 
     seed=st.integers(0, 99),
 )
 @settings(max_examples=100, deadline=None)
-def test_what_was_written_is_what_is_read(codec: Codec, dtype: type, present: list[bool], more: int, seed: int) -> None:
+def test_written_chunks_are_read_back(codec: Codec, dtype: type, present: list[bool], more: int, seed: int) -> None:
     chunks = [chunk if keep else None for chunk, keep in zip(slices(len(present), dtype, seed), present, strict=True)]
     room = max(1, len(present) + more)
     shard, result = written(chunks, codec=codec, room=room)
@@ -204,7 +204,7 @@ def test_short_writes_lose_nothing(codec: Codec) -> None:
     codec=st.sampled_from(list(CODECS.values())), present=st.lists(st.booleans(), max_size=6), more=st.integers(0, 3)
 )
 @settings(max_examples=60, deadline=None)
-def test_the_writer_returns_the_checksum_behind_each_chunk(codec: Codec, present: list[bool], more: int) -> None:
+def test_the_writer_returns_the_checksum_after_each_chunk(codec: Codec, present: list[bool], more: int) -> None:
     chunks = [chunk if keep else None for chunk, keep in zip(slices(len(present)), present, strict=True)]
     room = max(1, len(present) + more)
     shard, result = written(chunks, codec=codec, room=room)
@@ -226,8 +226,8 @@ def test_a_checksum_mismatch_shows_both_values(codec: Codec) -> None:
     data = np.frombuffer(shard, np.uint8)[: -index_bytes(1)].copy()
     data[0] ^= 1
     computed = google_crc32c.value(data[:-CRC_BYTES].tobytes())
-    said = rf"^checksum mismatch \(stored 0x{int(result.chunk_crc32c[0]):08x}, computed 0x{computed:08x}\)$"
-    with pytest.raises(CorruptionError, match=said):
+    message = rf"^checksum mismatch \(stored 0x{int(result.chunk_crc32c[0]):08x}, computed 0x{computed:08x}\)$"
+    with pytest.raises(CorruptionError, match=message):
         decode_chunk(data, codec=codec, out=np.empty(30, np.uint8))
     tail = bytearray(shard[-index_bytes(1) :])
     tail[3] ^= 1

@@ -236,7 +236,7 @@ def flip_index(shard: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "spoil, said",
+    "spoil, message",
     [
         (Path.unlink, "file not found"),
         (lambda shard: shard.write_bytes(b""), "expected at least 84 bytes, found 0"),
@@ -247,10 +247,10 @@ def flip_index(shard: Path) -> None:
         (lambda shard: (shard.unlink(), shard.mkdir()), "expected at least 84 bytes|cannot be read: Is a directory"),
     ],
 )
-def test_a_shard_that_cannot_be_read_names_itself(spoil: object, said: str, folder: Path) -> None:
+def test_a_shard_that_cannot_be_read_names_itself(spoil: object, message: str, folder: Path) -> None:
     spoil(folder / "2")  # type: ignore[operator]
     damaged = open_reader(folder)
-    with pytest.raises(CorruptionError, match=said) as caught:
+    with pytest.raises(CorruptionError, match=message) as caught:
         damaged.read(np.array([1, 12]), np.empty((2, SLICE_BYTES), np.uint8))
     assert f"Shard 2 ({folder / '2'})" in str(caught.value)
     assert "ich-prep verify" in str(caught.value)
@@ -281,7 +281,7 @@ def test_a_shard_of_another_shape_is_an_error(size: int, codec: Codec, folder: P
 
 
 @pytest.mark.parametrize("at", [2, 4, 8, 16, 20])
-def test_a_frame_that_was_never_written_here_is_an_error(at: int, tmp_path: Path) -> None:
+def test_a_valid_frame_from_elsewhere_is_an_error(at: int, tmp_path: Path) -> None:
     """Its checksum matches; its header or one of its offsets is invalid."""
     size = SIZES[1]
     write_shards(tmp_path, some_pixels(size), LZ4)
@@ -330,7 +330,7 @@ def test_expected_checksums_are_those_that_the_writer_returned(codec: Codec, thr
 
 @EACH_CODEC
 @pytest.mark.parametrize("threads", [1, 3])
-def test_swapped_shards_are_an_error_where_checksums_are_expected(codec: Codec, threads: int, tmp_path: Path) -> None:
+def test_swapped_shards_are_an_error_if_checksums_are_expected(codec: Codec, threads: int, tmp_path: Path) -> None:
     checksums = write_shards(tmp_path, some_pixels(), codec)
     (tmp_path / "1").rename(tmp_path / "spare")
     (tmp_path / "3").rename(tmp_path / "1")
@@ -338,24 +338,27 @@ def test_swapped_shards_are_an_error_where_checksums_are_expected(codec: Codec, 
     rows, out = np.array([0, 21, 7, 20, 22, 1]), np.empty((6, SLICE_BYTES), np.uint8)
     with open_reader(tmp_path, codec) as trusting:
         assert trusting.read(rows, out) == []
-    said = (
+    message = (
         rf"Shard 1 \({tmp_path / '1'}\), row 7: this is not the chunk that was written here "
         rf"\(checksum 0x{int(checksums[17]):08x}, expected 0x{int(checksums[7]):08x}\)"
     )
-    with open_reader(tmp_path, codec, expected_crc=checksums) as checking, pytest.raises(CorruptionError, match=said):
+    with (
+        open_reader(tmp_path, codec, expected_crc=checksums) as checking,
+        pytest.raises(CorruptionError, match=message),
+    ):
         checking.read(rows, out, threads=threads)
 
 
 @pytest.mark.parametrize(
-    "checksums, said",
+    "checksums, message",
     [
         (np.zeros(SLICES - 1, np.uint32), f"a checksum for each of {SLICES} rows; got {SLICES - 1}"),
         (np.zeros(SLICES, np.int64), r"as uint32 \(n,\); got int64"),
         (np.zeros((SLICES, 1), np.uint32), r"as uint32 \(n,\); got uint32 \(23, 1\)"),
     ],
 )
-def test_unsuitable_checksums_are_refused(checksums: NDArray[np.uint32], said: str, folder: Path) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_unsuitable_checksums_are_refused(checksums: NDArray[np.uint32], message: str, folder: Path) -> None:
+    with pytest.raises(ValueError, match=message):
         open_reader(folder, expected_crc=checksums)
 
 
@@ -366,7 +369,7 @@ def test_unsuitable_checksums_are_refused(checksums: NDArray[np.uint32], said: s
 def test_shards_may_contain_more_chunks_than_there_are_rows(
     slices: int, folder: Path, pixels: NDArray[np.uint8]
 ) -> None:
-    """The number of rows comes from outside: the array in the store may be longer."""
+    """The number of rows is given: the array in the store may be longer."""
     rows = np.setdiff1d(np.arange(slices), ABSENT)
     out = np.empty((len(rows), SLICE_BYTES), np.uint8)
     with open_reader(folder, slices=slices) as shorter:

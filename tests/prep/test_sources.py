@@ -60,7 +60,7 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["nothing", "a_file", "empty"])
-def test_what_holds_no_files_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_source_without_files_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "a_file").write_bytes(b"1")
     (tmp_path / "empty").mkdir()
     with pytest.raises(SourceError, match=name):
@@ -88,7 +88,7 @@ def test_an_archive_in_a_folder_is_a_folder(tmp_path: Path) -> None:
     assert source.list().folders() == {"", "a/CQ500CT1/s/"}
 
 
-def test_an_archive_beside_what_was_in_it_keeps_its_ending(tmp_path: Path) -> None:
+def test_an_archive_next_to_its_unpacked_folder_keeps_its_ending(tmp_path: Path) -> None:
     packed = raw_zip([Raw(b"1", b"packed")])
     source = write(tmp_path, {"a.zip": packed, "a/1": b"unpacked", "b.zip": packed, "b.ZIP": packed, ".zip": packed})
     assert content(source) == {
@@ -129,7 +129,7 @@ def test_a_gzip_file_is_the_file_in_it(tmp_path: Path) -> None:
     source.prefetch(key, 0)
 
 
-def test_a_gzip_file_beside_what_was_in_it_keeps_its_ending(tmp_path: Path) -> None:
+def test_a_gzip_file_next_to_its_unpacked_file_keeps_its_ending(tmp_path: Path) -> None:
     source = write(tmp_path, {"1.dcm.gz": gzip.compress(b"packed"), "1.dcm": b"unpacked"})
     assert content(source) == {"1.dcm": b"unpacked", "1.dcm.gz": b"packed"}
 
@@ -138,7 +138,7 @@ def test_a_gzip_file_beside_what_was_in_it_keeps_its_ending(tmp_path: Path) -> N
     ("data", "detail"),
     [
         (gzip.compress(b"content", mtime=0)[:-4] + b"\x06\0\0\0", "stream"),
-        (gzip.compress(b"content", mtime=0)[:-4] + b"\x08\0\0\0", "e"),  # zlib finds that itself: its words differ
+        (gzip.compress(b"content", mtime=0)[:-4] + b"\x08\0\0\0", "e"),  # zlib detects that itself: its message differs
         (gzip.compress(b"content", mtime=0)[:-8] + bytes(4) + b"\x07\0\0\0", "damaged deflate stream"),
         (b"not gzip at all \x07\0\0\0", "damaged deflate stream"),
         (gzip.compress(b"content", mtime=0) + gzip.compress(b"content", mtime=0), "one deflate stream"),
@@ -160,7 +160,7 @@ def test_a_gzip_file_that_does_not_end_like_one_is_quarantined(tail: bytes, tmp_
     assert content(source) == {"1.dcm.gz": "bad_archive"}
 
 
-def test_a_gzip_file_that_leads_nowhere_is_listed(tmp_path: Path) -> None:
+def test_a_broken_link_to_a_gzip_file_is_listed(tmp_path: Path) -> None:
     (tmp_path / "1.dcm.gz").symlink_to(tmp_path / "nowhere")
     assert FolderSource(tmp_path).list().files["path"].to_pylist() == [b"1.dcm.gz"]
 
@@ -194,7 +194,7 @@ def test_the_same_source_twice_is_refused(tmp_path: Path) -> None:
         open_source([])
 
 
-# --- files are asked for before their turn ---------------------------------------------------------------------------
+# --- files are prefetched --------------------------------------------------------------------------------------------
 
 FILE_PAGES = 64
 
@@ -212,7 +212,7 @@ def soon(path: Path, pages: int) -> bool:
 
 @pytest.fixture
 def cold_files(tmp_path: Path) -> list[Path]:
-    """Six files of which nothing lies in the page cache."""
+    """Six files that are not in the page cache."""
     (tmp_path / "cold").mkdir()
     files = [tmp_path / "cold" / str(number) for number in range(6)]
     for path in files:

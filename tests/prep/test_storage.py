@@ -1,4 +1,4 @@
-"""Files of a dataset: written whole or not at all, listed, sized; no URL is taken for a path."""
+"""Files of a dataset: written completely or not at all; sizes; URLs are refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ich_prep.dataset import storage
 from ich_prep.errors import UsageError
 
 
-def test_a_write_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     with pytest.raises(IsADirectoryError):
         storage.write_whole(tmp_path / "taken", b"data")
@@ -38,11 +38,11 @@ def test_a_url_is_refused_and_no_folder_is_made_of_it(url: str | Path, tmp_path:
 
 
 @pytest.mark.parametrize("path", ["data.zarr", "./a:b/c", "/data/x", "s3", "a:b", "/a/s3:/b", "./x:/y"])
-def test_a_path_is_taken_as_it_is(path: str) -> None:
+def test_a_path_is_unchanged(path: str) -> None:
     assert storage.local_path(path, "--out") == Path(path)
 
 
-def test_what_is_not_there_has_no_size(tmp_path: Path) -> None:
+def test_a_missing_file_has_no_size(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"12345")
     assert storage.size_of(tmp_path / "file") == 5
     assert storage.size_of(tmp_path / "none") is None

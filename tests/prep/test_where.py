@@ -1,4 +1,4 @@
-"""The filter grammar: random conditions against plain Python with three-valued logic, and what each mistake is told."""
+"""The filter grammar: random conditions against plain Python with three-valued logic, and the message of each mistake."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ TABLE = pa.table(
         (f"fold in ({','.join(['1'] * 4000)})", [1]),
     ],
 )
-def test_what_is_selected(text: str, expected: list[int]) -> None:
+def test_a_filter_selects_rows(text: str, expected: list[int]) -> None:
     rows = select_rows(TABLE, text)
     assert rows.dtype == np.int64 and rows.tolist() == expected
     assert TABLE.filter(parse_where(text, SCHEMA))["row"].to_pylist() == expected
@@ -195,13 +195,13 @@ def test_what_is_selected(text: str, expected: list[int]) -> None:
         ("(" * 9000, MAX_DEPTH + 1, "parentheses inside each other"),
     ],
 )
-def test_a_mistake_is_shown_where_it_is(text: str, position: int, message: str) -> None:
+def test_an_error_shows_its_position(text: str, position: int, message: str) -> None:
     with pytest.raises(UsageError) as raised:
         select_rows(TABLE, text)
-    said = str(raised.value)
-    assert said.startswith(f"Invalid filter at character {position}: ")
-    assert message in said
-    _, excerpt, caret = said.rsplit("\n", 2)
+    shown = str(raised.value)
+    assert shown.startswith(f"Invalid filter at character {position}: ")
+    assert message in shown
+    _, excerpt, caret = shown.rsplit("\n", 2)
     if position <= len(text) and text[position - 1].isprintable():
         assert excerpt[caret.index("^")] == text[position - 1]
     assert len(excerpt) <= 80
@@ -215,12 +215,12 @@ def test_a_mistake_is_shown_where_it_is(text: str, position: int, message: str) 
         ("x" * (MAX_CHARACTERS + 1), "may have 10,000 characters; this one has 10,001"),
     ],
 )
-def test_a_filter_has_a_length(text: str, message: str) -> None:
+def test_empty_and_long_filters_are_refused(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         parse_where(text, SCHEMA)
 
 
-# Random conditions: each carries its text and what it says of a row, in plain Python.
+# Random conditions: each has its text, and its value for a row in plain Python.
 Row = dict[str, Any]
 Truth = bool | None
 OR, AND, ATOM = range(3)
@@ -377,7 +377,7 @@ ROWS = st.lists(st.fixed_dictionaries({name: st.none() | values for name, values
 
 @given(condition=CONDITIONS, rows=ROWS)
 @settings(max_examples=400, deadline=None)
-def test_any_condition_selects_what_plain_python_says(condition: Condition, rows: list[Row]) -> None:
+def test_any_condition_agrees_with_plain_python(condition: Condition, rows: list[Row]) -> None:
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
     exact = table.to_pylist()  # as float32 has them
     assert select_rows(table, condition.text).tolist() == [
@@ -407,7 +407,7 @@ def test_a_damaged_filter_is_an_expression_or_a_usage_error(condition: Condition
 @given(text=st.text(max_size=60))
 @example(text="fold == ²")
 @example(text="fold == ١")
-def test_no_text_is_anything_but_refused_or_understood(text: str) -> None:
+def test_any_text_is_parsed_or_refused(text: str) -> None:
     try:
         parse_where(text, SCHEMA)
     except UsageError as error:

@@ -18,7 +18,7 @@ CUSTOM = ("blood=75/215", "narrow=35.5/1", "odd=1/3", "wide=0/65535", "low=-600/
 
 
 def exact_codes(window: Window) -> NDArray[np.int64]:
-    """LINEAR_EXACT of PS3.3 C.11.2.1.3.2, half to even, for every HU in ``ALL_HU``, in whole numbers.
+    """LINEAR_EXACT of PS3.3 C.11.2.1.3.2, half to even, for every HU in ``ALL_HU``, in integers.
 
     The window stands in units of a common denominator, so that nothing is rounded before the last step.
     """
@@ -61,7 +61,7 @@ def test_every_custom_window_is_exact(center: int, width: int, half: bool) -> No
 
 
 def test_a_window_is_linear_exact_and_not_linear() -> None:
-    # PS3.3 C.11.2.1.2.1 would take 0.5 from the center and 1 from the width.
+    # PS3.3 C.11.2.1.2.1 would subtract 0.5 from the center and 1 from the width.
     codes = window_codes(np.array([0, 40, 80], np.int16), Window("brain", center=40, width=80))
     assert codes.tolist() == [0, 128, 255]
     hu = np.arange(1, 80)
@@ -77,7 +77,7 @@ def test_a_table_is_read_only_and_made_once() -> None:
         table[0] = 1
 
 
-def test_presets_are_those_of_the_field() -> None:
+def test_presets_are_the_usual_ones() -> None:
     assert {name: (window.center, window.width) for name, window in PRESETS.items()} == {
         "brain": (40, 80),
         "subdural": (80, 200),
@@ -98,7 +98,7 @@ def test_windows_are_parsed_in_their_order() -> None:
 
 
 @pytest.mark.parametrize(
-    "text, said",
+    "text, message",
     [
         ("brian", "Did you mean 'brain'"),
         ("blood=75", "name=center/width"),
@@ -109,8 +109,8 @@ def test_windows_are_parsed_in_their_order() -> None:
         ("", "name=center/width"),
     ],
 )
-def test_what_is_no_window_is_refused(text: str, said: str) -> None:
-    with pytest.raises(UsageError, match=said):
+def test_an_invalid_window_is_refused(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         parse_window(text)
 
 

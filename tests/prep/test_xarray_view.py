@@ -1,4 +1,4 @@
-"""The xarray view: named channels, a dask chunk a shard, the pixels of our own reader."""
+"""The xarray view: named channels, one dask chunk per shard, the same pixels as our reader."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_quarantined_slices_are_marked(slice_bytes: Callable[..., bytes], tmp_pa
     assert images[images.ok.values].slice.values.tolist() == [0, 1, 2, 4]
 
 
-def test_rows_beyond_the_published_ones_are_not_shown(dataset_path: Path, tmp_path: Path) -> None:
+def test_rows_beyond_the_published_ones_are_hidden(dataset_path: Path, tmp_path: Path) -> None:
     path = tmp_path / "data.zarr"
     shutil.copytree(dataset_path, path)
     document = json.loads((path / "images" / "zarr.json").read_bytes())
@@ -107,7 +107,7 @@ def test_rows_beyond_the_published_ones_are_not_shown(dataset_path: Path, tmp_pa
     np.testing.assert_array_equal(images[-1].values, open_xarray(dataset_path)[-1].values)
 
 
-def test_nothing_is_stored_for_it(dataset_path: Path) -> None:
+def test_xarray_needs_no_coordinates_on_disk(dataset_path: Path) -> None:
     """Coordinates of text are not in the Zarr group, where other readers would refuse them."""
     before = sorted(path for path in dataset_path.rglob("*"))
     open_xarray(dataset_path).isel(slice=0).load()
@@ -120,7 +120,7 @@ def test_nothing_is_stored_for_it(dataset_path: Path) -> None:
     assert [path.name for path in arrays] == ["images"]
 
 
-def test_what_is_not_a_dataset(tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_dataset_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="found nothing"):
         open_xarray(tmp_path / "absent.zarr")
 

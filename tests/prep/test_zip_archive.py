@@ -1,4 +1,4 @@
-"""Zip archives: their members are the files that were put in, and no archive does harm."""
+"""Zip archives: their members are the packed files, and no archive does harm."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ METHODS = [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]
 
 @pytest.fixture(params=["isal", "zlib"], autouse=True)
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test by both libraries that inflate."""
+    """Run each test with both libraries that inflate."""
     if request.param == "isal":
         monkeypatch.setattr(inflate, "_engine", pytest.importorskip("isal.isal_zlib"))
     else:
@@ -48,7 +48,7 @@ def refused(source: ZipSource) -> SliceError:
     return caught.value
 
 
-# --- members are the files that were put in --------------------------------------------------------------------------
+# --- members are the packed files ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -103,14 +103,14 @@ def test_a_table_that_cannot_be_read_is_named(archive: Path) -> None:
 
 
 @pytest.mark.parametrize("zip64_end", [False, True])
-def test_zip64_and_whatever_stands_before_an_archive(zip64_end: bool, archive: Path) -> None:
+def test_zip64_and_data_before_an_archive(zip64_end: bool, archive: Path) -> None:
     raw = [Raw(b"small"), Raw(b"large", b"data" * 999, zip64=True), Raw(b"stored", method=0, zip64=True)]
     source = source_of(archive, *raw, before=b"#!/bin/sh\n" * 99, zip64_end=zip64_end)
     assert content(source) == {"large": b"data" * 999, "small": b"content", "stored": b"content"}
 
 
 def test_offsets_beyond_4_gib_are_followed(archive: Path) -> None:
-    """A sparse archive whose last member lies behind a hole of 5 GiB: its offset is all that Zip64 holds."""
+    """A sparse archive whose last member is after a hole of 5 GiB: only its offset is in a Zip64 field."""
     far = 5 << 30
     one = raw_zip([Raw(b"far", b"found")])
     begin = one.index(b"PK\x01\x02")
@@ -129,7 +129,7 @@ def test_offsets_beyond_4_gib_are_followed(archive: Path) -> None:
     assert content(ZipSource(archive)) == {"far": b"found"}
 
 
-def test_the_local_header_has_an_extra_field_of_its_own_length(archive: Path) -> None:
+def test_the_local_extra_field_may_differ_in_length(archive: Path) -> None:
     raw = [Raw(b"a", method=method, extra=b"UT\x01\x00x", local_extra=b"\x0a\x00\x04\x00abcd" * 9) for method in (0, 8)]
     raw[1].name = b"b"
     assert content(source_of(archive, *raw)) == {"a": b"content", "b": b"content"}
@@ -159,7 +159,7 @@ UNICODE = b"\x75\x70" + struct.pack("<HBI", 5 + 5, 1, zlib.crc32(b"caf?")) + "ca
         (Raw(b"caf\x82/1"), "café/1"),  # code page 437
         (Raw("café/1".encode(), flags=1 << 11), "café/1"),
         (Raw("café/1".encode()), "café/1"),  # UTF-8 without the flag: macOS
-        (Raw(b"caf?", extra=UNICODE), "caf?"),  # ASCII needs no other name
+        (Raw(b"caf?", extra=UNICODE), "caf?"),  # ASCII: the Unicode name is not used
         (Raw(b"./a//b/./1"), "a/b/1"),
         (Raw(b"a\nb"), "a\nb"),
         (Raw(b"a..b/...c"), "a..b/...c"),
@@ -170,7 +170,7 @@ def test_names_become_paths(raw: Raw, path: str, archive: Path) -> None:
     assert content(source_of(archive, raw)) == {path: b"content"}
 
 
-def test_a_name_beside_in_unicode_counts_where_it_belongs_to_the_name(archive: Path) -> None:
+def test_a_unicode_path_is_used_if_its_checksum_matches_the_name(archive: Path) -> None:
     name = b"\x81\xff"
     field = struct.pack("<HHBI", 0x7075, 5 + 3, 1, zlib.crc32(name)) + "ü1".encode()
     stale = struct.pack("<HHBI", 0x7075, 5 + 3, 1, 0) + "ü2".encode()
@@ -201,7 +201,7 @@ def test_a_name_with_backslashes_that_leads_out_is_refused(archive: Path) -> Non
     assert content(source) == {"../../up": Reason.BAD_PATH}
 
 
-def test_of_members_of_one_name_the_last_counts(archive: Path) -> None:
+def test_of_members_with_one_name_the_last_wins(archive: Path) -> None:
     raw = [Raw(b"1", b"first"), Raw(b"2"), Raw(b"1", b"second"), Raw(b"./1", b"third")]
     files = source_of(archive, *raw).list().files
     assert files["path"].to_pylist() == [b"1", b"1", b"1", b"2"]
@@ -258,14 +258,14 @@ def test_members_that_share_bytes_are_refused(archive: Path) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_member_that_lies_is_refused_when_it_is_read(raw: Raw, detail: str, archive: Path) -> None:
+def test_an_inconsistent_member_is_refused_when_it_is_read(raw: Raw, detail: str, archive: Path) -> None:
     assert zlib.crc32(b"content") == 0xFEC530A9
     error = refused(source_of(archive, raw))
     assert error.reason == Reason.BAD_ARCHIVE
     assert detail in error.detail
 
 
-def test_a_bomb_inflates_no_further_than_it_says(archive: Path) -> None:
+def test_a_bomb_is_inflated_only_to_its_stated_size(archive: Path) -> None:
     bomb = deflate(bytes(1 << 28))
     assert len(bomb) < 300_000
     source = source_of(archive, Raw(b"1", bomb, 0))
@@ -280,7 +280,7 @@ def test_a_bomb_inflates_no_further_than_it_says(archive: Path) -> None:
     assert (error.reason, error.detail) == (Reason.BAD_ARCHIVE, "expected 500,000 bytes after inflating, found more")
 
 
-def test_an_honest_bomb_is_too_large(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bomb_with_its_true_size_is_too_large(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(members, "LARGEST_MEMBER", 1 << 20)
     for method in METHODS:
         source = source_of(archive, Raw(b"1", bytes(3 << 20), method))
@@ -294,7 +294,7 @@ def test_an_honest_bomb_is_too_large(archive: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("method", [0, 8])
 @pytest.mark.parametrize("place", range(0, 60, 3))
-def test_a_damaged_member_is_noticed(place: int, method: int, archive: Path) -> None:
+def test_a_damaged_member_is_an_error(place: int, method: int, archive: Path) -> None:
     data = bytes(range(200)) * 3
     source = source_of(archive, Raw(b"member", data, method))
     (key,) = source.list().files["key"].to_pylist()
@@ -307,7 +307,7 @@ def test_a_damaged_member_is_noticed(place: int, method: int, archive: Path) -> 
     assert caught.value.reason == Reason.BAD_ARCHIVE
 
 
-def test_an_archive_that_was_replaced_is_noticed(archive: Path) -> None:
+def test_a_replaced_archive_is_an_error(archive: Path) -> None:
     source = source_of(archive, Raw(b"member", bytes(9000)))
     (key,) = source.list().files["key"].to_pylist()
     archive.write_bytes(b"short")
@@ -337,12 +337,12 @@ def test_a_truncated_archive_is_refused(kept: float, archive: Path) -> None:
     assert "no end record" in text or "not where its end record says" in text
 
 
-def test_what_is_not_an_archive_is_refused(archive: Path) -> None:
+def test_a_file_that_is_not_an_archive_is_refused(archive: Path) -> None:
     archive.write_bytes(b"\x1f\x8b not a zip archive" * 9)
     assert "no end record" in broken(archive)
 
 
-def test_a_directory_that_does_not_add_up_is_refused(archive: Path) -> None:
+def test_an_inconsistent_directory_is_refused(archive: Path) -> None:
     good = raw_zip([Raw(b"1"), Raw(b"2")])
     begin = good.index(b"PK\x01\x02")
     archive.write_bytes(raw_zip([Raw(b"1"), Raw(b"2")], count=3))
@@ -355,7 +355,7 @@ def test_a_directory_that_does_not_add_up_is_refused(archive: Path) -> None:
     assert "one part of a split archive" in broken(archive)
 
 
-def test_zip64_numbers_that_are_not_there_are_refused(archive: Path) -> None:
+def test_missing_zip64_numbers_are_refused(archive: Path) -> None:
     data = bytearray(raw_zip([Raw(b"1")]))
     struct.pack_into("<I", data, data.index(b"PK\x01\x02") + 42, 0xFFFFFFFF)
     archive.write_bytes(data)
@@ -367,7 +367,7 @@ def test_zip64_numbers_that_are_not_there_are_refused(archive: Path) -> None:
     assert "impossible size" in broken(archive)
 
 
-def test_a_zip64_end_record_that_is_not_there_is_refused(archive: Path) -> None:
+def test_a_missing_zip64_end_record_is_refused(archive: Path) -> None:
     data = raw_zip([Raw(b"1")], zip64_end=True)
     archive.write_bytes(data.replace(b"PK\x06\x06", b"XXXX"))
     assert "Zip64 end record" in broken(archive)

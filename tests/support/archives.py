@@ -1,4 +1,4 @@
-"""Zip archives, ordinary ones and such as nobody should make, and what the scan says of their members."""
+"""Zip archives, valid and invalid ones, and the scan's lines for their members."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ UNIX, WINDOWS = 3, 0
 
 @dataclass
 class Raw:
-    """A member as it is to be written, with each lie that a header can tell."""
+    """A member to write, whose headers may contradict its data."""
 
     name: bytes
     data: bytes = b"content"
@@ -81,7 +81,7 @@ def zipped(tree: Path, archive: Path, method: int = zipfile.ZIP_DEFLATED) -> Pat
 
 
 def content(source: Source) -> dict[str, bytes | str]:
-    """Return what each file of a source holds, or the reason why it cannot be read."""
+    """Return the content of each file of a source, or the reason why it cannot be read."""
     found: dict[str, bytes | str] = {}
     for line in source.list().files.to_pylist():
         path = line["path"].decode(errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""What the integration tests share: the real command line, and a dataset as a mapping of its files."""
+"""Shared by the integration tests: the real command line, and a dataset as a mapping of its files."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ PREP = str(Path(sys.executable).with_name("ich-prep"))
 
 
 def prep(*words: object) -> subprocess.CompletedProcess[str]:
-    """Run ``ich-prep`` to its end and return what it said."""
+    """Run ``ich-prep`` to its end and return its output."""
     return subprocess.run([PREP, *map(str, words)], capture_output=True, text=True, timeout=240, check=False)
 
 
 def start(*words: object) -> subprocess.Popen[bytes]:
-    """Start ``ich-prep`` as the head of a process group of its own, as a terminal does."""
+    """Start ``ich-prep`` as the leader of its own process group, as a terminal does."""
     return subprocess.Popen(
         [PREP, *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
@@ -52,7 +52,7 @@ def train_file(tree: Path) -> Path:
 
 
 def working(dataset: Path) -> Path:
-    """Return the working folder beside a dataset."""
+    """Return the working folder next to a dataset."""
     return dataset.with_name(f"{dataset.name}.build")
 
 

@@ -1,4 +1,4 @@
-"""Pixels as CT has them: stretches that equal the row above, of any length, and noise."""
+"""Pixels like CT: runs of any length that equal the row above, and noise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SHAPES = [(1, 16, 16), (3, 16, 16), (1, 40, 40), (3, 61, 67), (1, 400, 401), (3,
 
 
 def picture(shape: tuple[int, ...], dtype: type, seed: int) -> NDArray[Any]:
-    """Return a picture of ``shape``, another one for each ``seed``."""
+    """Return a picture of ``shape``, a different one for each ``seed``."""
     rng = np.random.default_rng(seed)
     pixels = rng.integers(-1024, 3072, shape).astype(dtype)
     for _ in range(int(rng.integers(0, 12))):

@@ -1,4 +1,4 @@
-"""What of a file lies in the page cache, and how it is dropped from there."""
+"""Which pages of a file are in the page cache, and how to drop them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 
 def pages_in_memory(path: Path) -> int:
-    """Return how many pages of a file lie in the page cache: mincore(2)."""
+    """Return how many pages of a file are in the page cache: mincore(2)."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
         present = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
         view = np.frombuffer(mapped, np.uint8)
@@ -24,7 +24,7 @@ def pages_in_memory(path: Path) -> int:
 
 
 def evict(*paths: Path) -> None:
-    """Drop files from the page cache; skips the test where their file system does not let go of them."""
+    """Drop files from the page cache; skips the test if their file system keeps them."""
     for path in paths:
         with path.open("rb") as file:
             os.fsync(file.fileno())

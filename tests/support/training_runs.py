@@ -1,4 +1,4 @@
-"""Runs that nobody trained, and datasets with other classes than RSNA's."""
+"""Untrained runs, and datasets with other classes than RSNA's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ich_train.model import build_model
 
 
 def meta_for(dataset: Dataset, *, context: int = 0, network: str = "baseline") -> Meta:
-    """What ``meta.json`` says of a network for ``dataset``."""
+    """The ``meta.json`` of a network for ``dataset``."""
     return Meta(
         network=network,
         channels=len(dataset.spec.windows) * (2 * context + 1),
@@ -36,7 +36,7 @@ def meta_for(dataset: Dataset, *, context: int = 0, network: str = "baseline") -
 
 
 def save_untrained(run: Path, dataset: Dataset, *, context: int = 0) -> Path:
-    """Save a network with its first weights as the best of ``run``."""
+    """Save a network with its initial weights as the best of ``run``."""
     torch.manual_seed(0)
     meta = meta_for(dataset, context=context)
     model = build_model("baseline", channels=meta.channels, size=meta.images.size, classes=len(meta.classes))

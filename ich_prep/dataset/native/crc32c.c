@@ -136,7 +136,7 @@ static uint32_t update_by_instruction(uint32_t crc, const uint8_t *data, size_t 
 
 static uint32_t (*update)(uint32_t crc, const uint8_t *data, size_t length) = update_by_slices;
 
-/* Run once, while the library is loaded: no caller has to wait for another. */
+/* Run once, when the library is loaded: no caller has to wait for another. */
 __attribute__((constructor)) static void init(void) {
     init_slice_table();
 #ifdef ICH_CRC_INSTRUCTION

@@ -116,7 +116,7 @@ size_t ich_encode(const uint8_t *pixels, size_t slice_bytes, size_t typesize, si
         for (size_t i = 0; i < streams; i++, data += stream) {
             uint8_t *payload = out + end + LENGTH_BYTES;
             size_t encoded = lz4_encode(data, stream, row_bytes / typesize, payload, lz4_memory);
-            if (encoded >= stream) { /* a stream that does not shrink is stored; decoders see it by its length */
+            if (encoded >= stream) { /* a stream that does not shrink is stored; decoders recognize it by its length */
                 memcpy(payload, data, stream);
                 encoded = stream;
             }

@@ -1,4 +1,4 @@
-/* The interface of the compiled library, which compiled.py calls, and the declarations that its parts share. The library
+/* The interface of the compiled library, which native.py calls, and the declarations that its parts share. The library
    allocates no memory and keeps no state but the CRC tables: every buffer is the caller's. See README.md. */
 
 #ifndef ICH_H
@@ -8,7 +8,7 @@
 #include <stdint.h>
 #include <string.h>
 
-/* ICH_PORTABLE: tests compile the code for processors without these instructions with it. */
+/* ICH_PORTABLE: used in tests, to compile the code for processors without these instructions. */
 #if defined(__SSE2__) && !defined(ICH_PORTABLE)
 #define ICH_SSE2
 #include <emmintrin.h>
@@ -21,11 +21,11 @@
 /* Exported functions; all others are hidden. */
 #define ICH_API __attribute__((visibility("default")))
 
-/* Version of the functions, structs and enums in this file. Raise it, and INTERFACE in compiled.py, with every change to
+/* Version of the functions, structs and enums in this file. Raise it, and INTERFACE in native.py, with every change to
    one of them: Python refuses a library that was compiled from other sources. */
 enum { ICH_INTERFACE = 2 };
 
-/* Version of the frames that ich_encode makes. Raise it, and ENCODER in compiled.py, when equal pixels give other bytes than
+/* Version of the frames that ich_encode makes. Raise it, and ENCODER in native.py, when equal pixels give other bytes than
    before. Frames of every earlier version stay readable: that is a promise of the dataset format. */
 enum { ICH_ENCODER = 1 };
 
@@ -81,17 +81,17 @@ enum ich_codec {
     ICH_UNDECODED, /* leave the chunk as it was read, checksum included */
 };
 
-/* One chunk to read. compiled.REQUEST is the same as a NumPy dtype. */
+/* One chunk to read. native.REQUEST is the same as a NumPy dtype. */
 struct ich_request {
     int64_t fd;
     int64_t offset;     /* of the chunk in the file */
     int64_t length;     /* of the chunk, checksum included */
     int64_t out_offset; /* of the slice in the output buffer */
-    uint32_t crc32c;    /* the checksum that is expected behind the payload */
+    uint32_t crc32c;    /* the checksum that is expected after the payload */
     uint32_t check_crc; /* 1: compare the stored checksum with crc32c; 0: ignore crc32c */
 };
 
-/* The first fault of a call. compiled.FAULT is the same as a NumPy dtype. */
+/* The first fault of a call. native.FAULT is the same as a NumPy dtype. */
 struct ich_fault {
     int64_t request;  /* index of the request */
     int64_t status;   /* enum ich_status, or a negated errno */

@@ -75,7 +75,7 @@ static uint8_t *write_sequence(uint8_t *out, const uint8_t *literals, size_t cou
 }
 
 size_t lz4_encode(const uint8_t *data, size_t length, size_t row, uint8_t *out, uint64_t *scratch) {
-    const uint8_t *const begin = out;
+    const uint8_t *const out_start = out;
     uint64_t *const equal = scratch; /* bit i % 64 of word i / 64: does byte i equal the one above it? */
     size_t words = row <= MAX_DISTANCE && length > MF_LIMIT ? (length - LAST_LITERALS) / 64 : 0;
     for (size_t word = 0; word < words; word++) {
@@ -108,7 +108,7 @@ size_t lz4_encode(const uint8_t *data, size_t length, size_t row, uint8_t *out, 
         out = write_sequence(out, data + anchor, start - anchor, row, end - start);
         anchor = end;
     }
-    return (size_t)(write_literals(out, data + anchor, length - anchor, 0) - begin);
+    return (size_t)(write_literals(out, data + anchor, length - anchor, 0) - out_start);
 }
 
 /* Add the bytes that extend a length of 15; return 0 if the block ends before they do. */
@@ -148,7 +148,7 @@ static void overlap_copy(uint8_t *out, size_t distance, size_t length) {
 
 int lz4_decode(const uint8_t *in, size_t in_length, uint8_t *out, size_t length) {
     const uint8_t *const in_end = in + in_length;
-    const uint8_t *const begin = out;
+    const uint8_t *const out_start = out;
     uint8_t *const end = out + length;
     while (in < in_end) {
         unsigned token = *in++;
@@ -179,7 +179,7 @@ int lz4_decode(const uint8_t *in, size_t in_length, uint8_t *out, size_t length)
             return 0;
         }
         left = (size_t)(end - out);
-        if (distance == 0 || distance > (size_t)(out - begin) || match > left) {
+        if (distance == 0 || distance > (size_t)(out - out_start) || match > left) {
             return 0;
         }
         if (distance >= 16 && left >= match + WILD_COPY) {

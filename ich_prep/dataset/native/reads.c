@@ -65,7 +65,7 @@ static int fail(struct ich_fault *fault, enum ich_status status, int64_t expecte
     return (int)status;
 }
 
-/* Compare the checksum behind a payload with the computed one, then with the expected one if there is one. */
+/* Compare the checksum after a payload with the computed one, then with the expected one if there is one. */
 static int check_crc(const struct ich_request *request, uint32_t stored, uint32_t computed, struct ich_fault *fault) {
     if (computed != stored) {
         return fail(fault, ICH_CHECKSUM, stored, computed);

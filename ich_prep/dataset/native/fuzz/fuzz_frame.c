@@ -1,7 +1,7 @@
 /* A libFuzzer target for all code that reads or writes frames. Not compiled into the extension; see ../README.md.
 
    The first four bytes of an input choose what happens to the rest: it is decoded as a frame, or it is a picture, which must
-   survive encoding and decoding. Every buffer has exactly the promised size, so that AddressSanitizer sees one byte more. */
+   survive encoding and decoding. Every buffer has exactly the promised size, so that AddressSanitizer detects an access one byte past its end. */
 
 #include "../ich.h"
 
@@ -15,7 +15,7 @@ static void require(int condition) {
     }
 }
 
-/* malloc, which may not return NULL for 0 bytes. */
+/* malloc that never returns NULL. */
 static uint8_t *allocate(size_t size) {
     uint8_t *memory = malloc(size ? size : 1);
     require(memory != NULL);
@@ -28,7 +28,7 @@ static uint8_t *copy_of(const uint8_t *data, size_t size) {
     return copy;
 }
 
-/* Decode untrusted bytes. The lengths in the header are made right for most inputs: a fuzzer rarely guesses them. */
+/* Decode untrusted bytes. The lengths in the header are corrected for most inputs: a fuzzer rarely guesses them. */
 static void decode(const uint8_t *data, size_t size, unsigned choice) {
     uint8_t *frame = copy_of(data, size);
     size_t slice_bytes = 1 + (choice >> 1) % MAX_SLICE;
