@@ -54,11 +54,11 @@ def test_run_eval_and_predict_in_the_folder_of_a_build(
     settings, evaluation = settings_of(run)
     assert (settings.epochs, settings.seed, settings.batch_size, evaluation.bootstrap) == (2, 5, 8, 20)
     assert len(read_history(run)) == 2
-    told = capsys.readouterr().err
-    assert "epoch 2/2" in told
-    assert "Note" not in told
-    assert "ROC AUC" in told
-    assert "Report: runs/quick/report.html" in told
+    printed = capsys.readouterr().err
+    assert "epoch 2/2" in printed
+    assert "Note" not in printed
+    assert "ROC AUC" in printed
+    assert "Report: runs/quick/report.html" in printed
     before = (run / "metrics.json").read_text(encoding="utf-8")
 
     assert call("run", "--recipe", "quick.toml", "--epochs", 2, "--batch-size", 8, "--device", "cpu", "--resume") == 0
@@ -67,9 +67,9 @@ def test_run_eval_and_predict_in_the_folder_of_a_build(
     capsys.readouterr()
 
     assert call("eval", "runs/quick", "--subset", "val", "--limit", 30, "--out", "val_only") == 0
-    told = capsys.readouterr().err
-    assert "30 slices of val" in told
-    assert "Report: val_only/report.html" in told
+    printed = capsys.readouterr().err
+    assert "30 slices of val" in printed
+    assert "Report: val_only/report.html" in printed
     assert (run / "metrics.json").read_text(encoding="utf-8") == before
 
     assert call("predict", "runs/quick", "--out", "submission.csv") == 0
@@ -78,7 +78,7 @@ def test_run_eval_and_predict_in_the_folder_of_a_build(
     assert [line.split(",")[0] for line in lines] == [line.split(",")[0] for line in listed]
 
 
-def test_ctrl_c_says_how_to_go_on(
+def test_ctrl_c_prints_the_command_that_resumes(
     call: Call, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = "[train]\nepochs = 3\nbatch_size = 8\ndevice = 'cpu'\n[eval]\nbootstrap = 20\n"
@@ -102,10 +102,10 @@ def test_a_dataset_that_the_recipe_does_not_build_is_remarked_on(
     recipe = '[build]\nsize = 512\nstore = "hu"\nwindows = ["brain"]\n[train]\nwindows = ["stroke"]\n'
     (tmp_path / "large.toml").write_text(recipe, encoding="utf-8")
     assert call("run", "--recipe", "large.toml", "--data", path) == 2
-    told = capsys.readouterr().err
-    assert f"Note: {path} was not built with large.toml: size is 32, not 512; store is windows, not hu;" in told
-    assert "windows is brain, subdural, bone, not brain." in told
-    assert "Expected no windows in [train]" in told
+    printed = capsys.readouterr().err
+    assert f"Note: {path} was not built with large.toml: size is 32, not 512; store is windows, not hu;" in printed
+    assert "windows is brain, subdural, bone, not brain." in printed
+    assert "Expected no windows in [train]" in printed
 
 
 @pytest.mark.parametrize(
@@ -128,25 +128,25 @@ def test_errors_are_one_message_and_an_exit_code(
 ) -> None:
     (tmp_path / "wrong.toml").write_text("[train]\nepoch = 3\n", encoding="utf-8")
     assert call(*words) == code
-    told = capsys.readouterr().err
-    assert message in told
-    assert "Traceback" not in told
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "Traceback" not in printed
     assert {path.name for path in tmp_path.iterdir()} == {"wrong.toml"}
 
 
 def test_help_names_the_commands_and_imports_nothing_heavy() -> None:
-    told = subprocess.run([sys.executable, "-m", "ich_train", "--help"], check=True, capture_output=True, text=True)
+    printed = subprocess.run([sys.executable, "-m", "ich_train", "--help"], check=True, capture_output=True, text=True)
     for command in ("run", "eval", "predict"):
-        assert command in told.stdout
+        assert command in printed.stdout
     program = "import sys, ich_train.cli; assert not {'torch', 'pyarrow', 'numpy', 'jinja2'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_help_of_run_names_the_models_and_defaults(call: Call, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("run", "--help") == 0
-    told = " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().out.split())
     for word in (*MODELS, "timm:NAME", "package.module:NAME", f"[default: {TrainConfig().epochs}]"):
-        assert word in told
+        assert word in printed
 
 
 def test_the_version_is_that_of_the_distribution(call: Call, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,7 +154,7 @@ def test_the_version_is_that_of_the_distribution(call: Call, capsys: pytest.Capt
     assert capsys.readouterr().out == f"ich-train {version('ich')}\n"
 
 
-def test_an_option_that_stands_twice_is_refused(call: Call, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_option_given_twice_is_refused(call: Call, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("run", "--data", "a.zarr", "--data", "b.zarr") == 2
     assert "--data was given 2 times (a.zarr, b.zarr)" in capsys.readouterr().err
 
@@ -173,9 +173,9 @@ def test_a_dataset_that_was_moved_is_asked_for(
         ["run", "--resume", "--out", "runs/quick"],
     ):
         assert call(*words) == 1
-        told = capsys.readouterr().err
-        assert "here.zarr" in told
-        assert "If the dataset of runs/quick was moved, name its place with --data." in told
+        printed = capsys.readouterr().err
+        assert "here.zarr" in printed
+        assert "Error: If the dataset of runs/quick was moved, pass its path with --data." in printed
     assert call("eval", "runs/quick", "--data", "nowhere.zarr") == 1
     assert "was moved" not in capsys.readouterr().err
     assert call("eval", "runs/quick", "--data", "there.zarr") == 0
@@ -186,6 +186,6 @@ def test_what_the_operating_system_refuses_is_one_message(
 ) -> None:
     (tmp_path / "runs").write_text("a file")
     assert call("run", "--data", path, "--device", "cpu", "--epochs", 1, "--batch-size", 8) == 1
-    told = capsys.readouterr().err
-    assert "Error: Not a directory (runs/baseline). Fix this, then run the same command again." in told
-    assert "Traceback" not in told
+    printed = capsys.readouterr().err
+    assert "Error: Not a directory (runs/baseline). Fix this, then run the same command again." in printed
+    assert "Traceback" not in printed

@@ -162,7 +162,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(path: Path, tmp_path: Path,
     assert again.history == resumed.history
 
 
-def test_a_run_that_was_judged_on_its_way_is_judged_at_its_end(path: Path, tmp_path: Path) -> None:
+def test_an_unfinished_run_that_was_evaluated_is_evaluated_again_at_its_end(path: Path, tmp_path: Path) -> None:
     stopping = open_dataset(path)
     interrupt_at_read(stopping, 50)
     assert not quiet_train(stopping, tmp_path / "run", settings(epochs=3))[0].finished
@@ -173,7 +173,7 @@ def test_a_run_that_was_judged_on_its_way_is_judged_at_its_end(path: Path, tmp_p
     assert result.metrics["evaluated"]["subset"] == "test"
 
 
-def test_a_run_that_another_dataset_judged_last_is_judged_by_its_own(
+def test_a_run_last_evaluated_on_another_dataset_is_evaluated_again_on_its_own(
     tree: Path, dataset: Dataset, tmp_path: Path
 ) -> None:
     run, console = tmp_path / "run", Console(file=io.StringIO())
@@ -184,7 +184,7 @@ def test_a_run_that_another_dataset_judged_last_is_judged_by_its_own(
     assert resumed.metrics is not None
     assert resumed.metrics["dataset"]["digest"] == dataset.digest
     again = train(dataset, run, settings(epochs=1), QUICK, console=console, resume=True)
-    assert again.metrics is None, "there was nothing left to judge"
+    assert again.metrics is None, "there was nothing left to evaluate"
 
 
 def test_a_run_goes_on_without_the_weights_that_it_began_with(path: Path, tmp_path: Path) -> None:
@@ -297,9 +297,9 @@ def test_two_processes_learn_what_one_learns_from_both_shares(path: Path, tmp_pa
     one, _ = quiet_train(open_dataset(path), tmp_path / "one", settings(batch_size=16, data=path, **STILL))
     recipe = recipe_of(tmp_path, batch_size=8, data=path, **STILL)
     with torchrun("--recipe", recipe, "--out", tmp_path / "two") as process:
-        _, told = process.communicate(timeout=240)
-    assert process.returncode == 0, told
-    assert told.count("epoch 2/2: training loss") == 1
+        _, printed = process.communicate(timeout=240)
+    assert process.returncode == 0, printed
+    assert printed.count("epoch 2/2: training loss") == 1
     assert (tmp_path / "two" / "metrics.json").is_file()
     for alone, together in zip(lessons(one.history), lessons(read_history(tmp_path / "two")), strict=True):
         assert together == pytest.approx(alone, rel=1e-3)
@@ -319,8 +319,8 @@ def test_two_processes_stop_together_and_go_on(path: Path, tmp_path: Path) -> No
         assert "ich-train run --resume" in process.stderr.read()
     assert 1 <= len(read_history(tmp_path / "stopped")) < 4
     with torchrun("--resume", "--out", tmp_path / "stopped") as process:
-        _, told = process.communicate(timeout=240)
-    assert process.returncode == 0, told
+        _, printed = process.communicate(timeout=240)
+    assert process.returncode == 0, printed
     for whole, resumed in zip(
         lessons(read_history(tmp_path / "whole")), lessons(read_history(tmp_path / "stopped")), strict=True
     ):
