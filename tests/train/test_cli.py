@@ -64,11 +64,12 @@ def test_run_eval_and_predict_in_the_folder_of_a_build(
     assert call("run", "--recipe", "quick.toml", "--epochs", 2, "--batch-size", 8, "--device", "cpu", "--resume") == 0
     assert not (tmp_path / "runs" / "quick-2").exists()
     assert (run / "metrics.json").read_text(encoding="utf-8") == before
-    capsys.readouterr()
+    assert capsys.readouterr().err == "runs/quick is already finished: nothing to do.\n"
 
     assert call("eval", "runs/quick", "--subset", "val", "--limit", 30, "--out", "val_only") == 0
     printed = capsys.readouterr().err
-    assert "30 slices of val" in printed
+    assert "30 slices of the part val:" in printed
+    assert all(line == line.rstrip() for line in printed.splitlines())
     assert "Report: val_only/report.html" in printed
     assert (run / "metrics.json").read_text(encoding="utf-8") == before
 
@@ -115,7 +116,12 @@ def test_a_dataset_that_the_recipe_does_not_build_is_remarked_on(
         (["run", "--recipe", "none.toml"], 2, "there is no such file"),
         (["run", "--recipe", "wrong.toml"], 2, "Did you mean 'epochs'?"),
         (["run", "--resume"], 2, "Name its folder with --out"),
-        (["run", "--resume", "--out", "nothing"], 2, "recipe.toml"),
+        (
+            ["run", "--resume", "--out", "nothing"],
+            2,
+            "nothing is not the folder of a run: there is no recipe.toml in it",
+        ),
+        (["run", "--resume", "--recipe", "wrong.toml", "--out", "nothing"], 2, "nothing is not the folder of a run"),
         (["run", "--epochs", "0"], 2, "--epochs"),
         (["run", "--model", "resnet19"], 1, "ich-prep build"),
         (["eval", "nothing"], 2, "nothing is not the folder of a run"),
@@ -179,6 +185,52 @@ def test_a_dataset_that_was_moved_is_asked_for(
     assert call("eval", "runs/quick", "--data", "nowhere.zarr") == 1
     assert "was moved" not in capsys.readouterr().err
     assert call("eval", "runs/quick", "--data", "there.zarr") == 0
+
+
+def test_what_cannot_be_written_is_refused_before_the_work(
+    call: Call, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "quick.toml").write_text("[train]\nepochs = 1\nbatch_size = 8\ndevice = 'cpu'\n[eval]\nbootstrap = 5\n")
+    assert call("run", "--recipe", "quick.toml", "--data", path) == 0
+    capsys.readouterr()
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    (tmp_path / "runs" / "quick" / "best" / "model.safetensors").unlink()  # a network that was loaded would be an error
+    for words, message in (
+        (["predict", "runs/quick", "--out", "runs"], "runs is a folder. Name the CSV file to write with --out."),
+        (
+            ["predict", "runs/quick", "--out", "file/x.csv"],
+            "file is a file, not a folder. Name another file with --out.",
+        ),
+        (["eval", "runs/quick", "--out", "file"], "file is a file, not a folder. Name another folder with --out."),
+        (["eval", "runs/quick", "--out", "/proc/new"], "Cannot write to /proc: "),
+        (["predict", "runs/quick", "--out", "/proc/x.csv"], "Cannot write to /proc: "),
+        (["run", "--data", path, "--device", "cpu", "--batch-size", 8, "--out", "file"], "file is a file; a run needs"),
+    ):
+        if "/proc" in str(words[-1]) and not Path("/proc/self").exists():
+            continue
+        assert call(*words) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_network_that_cannot_be_trained_leaves_no_folder(
+    call: Call, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = (
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, *, channels, size, classes):\n"
+        "        super().__init__()\n"
+        "        self.classes = classes\n"
+        "    def forward(self, images):\n"
+        "        return images.mean(dim=(2, 3))[:, :1].expand(-1, self.classes)\n"
+    )
+    (tmp_path / "no_weights_net.py").write_text(source, encoding="utf-8")
+    assert call("run", "--model", "no_weights_net:Net", "--data", path, "--device", "cpu", "--batch-size", 8) == 2
+    monkeypatch.delitem(sys.modules, "no_weights_net")
+    printed = capsys.readouterr().err
+    assert "has nothing to train: it needs a parameter with requires_grad." in printed
+    assert "Traceback" not in printed
+    assert not (tmp_path / "runs").exists()
 
 
 def test_what_the_operating_system_refuses_is_one_message(

@@ -273,6 +273,42 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(dataset: Dataset,
     assert lessons(resumed.history) == lessons(whole.history)
 
 
+def test_a_run_without_its_last_checkpoint_is_not_started_again(dataset: Dataset, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    quiet_train(dataset, out, settings(epochs=2))
+    shutil.rmtree(out / "last")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(
+        UsageError, match=r"has trained 2 epochs, but .*/last is missing\. Restore that folder, or start"
+    ):
+        quiet_train(dataset, out, settings(epochs=2), resume=True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_killed_between_its_first_two_checkpoints_repeats_the_epoch(dataset: Dataset, tmp_path: Path) -> None:
+    whole, _ = quiet_train(dataset, tmp_path / "whole", settings())
+    killed = tmp_path / "killed"
+    quiet_train(dataset, killed, settings(epochs=1))
+    (killed / "recipe.toml").write_bytes((tmp_path / "whole" / "recipe.toml").read_bytes())
+    shutil.rmtree(killed / "last")
+    resumed, _ = quiet_train(dataset, killed, settings(), resume=True)
+    assert lessons(resumed.history) == lessons(whole.history)
+
+
+def test_a_finished_run_says_so_and_is_left_alone(dataset: Dataset, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    first, _ = quiet_train(dataset, out, settings(epochs=1))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    again, printed = quiet_train(dataset, out, settings(epochs=1), resume=True)
+    assert printed == f"{out} is already finished: nothing to do.\n"
+    assert again == first
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    text = io.StringIO()
+    evaluated = train(dataset, out, settings(epochs=1), QUICK, console=Console(file=text, width=200), resume=True)
+    assert text.getvalue() == f"{out} is already finished: only its evaluation is left.\n"
+    assert evaluated.metrics is not None
+
+
 def torchrun(*options: object) -> subprocess.Popen[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     return subprocess.Popen([*launcher, *command(*options)], stderr=subprocess.PIPE, text=True, env=ONE_THREAD)

@@ -138,8 +138,11 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     tensors = dict(model.state_dict())
     file = tmp_path / "weights.safetensors"
     for change, message in (
-        ({key: value for key, value in tensors.items() if key != "layer1.0.conv1.weight"}, "are missing"),
-        (tensors | {"layer9.weight": torch.zeros(1)}, "are unknown"),
+        (
+            {key: value for key, value in tensors.items() if key != "layer1.0.conv1.weight"},
+            r"1 tensor of 122 is missing, such as layer1\.0\.conv1\.weight\.",
+        ),
+        (tensors | {"layer9.weight": torch.zeros(1)}, "1 tensor of 122 is unknown, such as layer9"),
         (tensors | {"layer1.0.bn1.weight": torch.zeros(65)}, "another shape"),
     ):
         save_file(change, file)
@@ -151,7 +154,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 def test_files_that_are_not_weights_are_refused(tmp_path: Path, name: str) -> None:
     model = build_model("baseline", channels=3, size=32, classes=6)
     file = tmp_path / name
-    with pytest.raises(UsageError, match="Cannot read weights from .*: No such file or directory"):
+    with pytest.raises(UsageError, match=r"Cannot read weights from .*: No such file or directory"):
         load_weights(model, "baseline", file)
     for content in (b"nothing of the kind", b"", b"[train]\nepochs = 3\n", b"(lp0\n.", bytes(range(256))):
         file.write_bytes(content)

@@ -162,7 +162,7 @@ def test_a_draw_has_no_series_and_says_so(metrics):
         (
             "evaluated",
             {"subset": "val"},
-            "those of the part val: the network, its best epoch or its thresholds were chosen on some of them. Only the part test",
+            "chosen on some of them. Only the part test is unseen.",
         ),
         ("evaluated", {"series_labels": True}, "read the results by series"),
         (

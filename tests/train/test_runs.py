@@ -139,7 +139,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
     require_writable(tmp_path / "new" / "folder", hint="")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UsageError, match="file is a file, not a folder. Name another."):
+        with pytest.raises(UsageError, match=r"file is a file, not a folder\. Name another\."):
             require_writable(folder, hint="Name another.")
     with pytest.raises(UsageError, match=r"file is a file; a run needs a folder"):
         start(tmp_path / "file", TrainConfig(), None)
