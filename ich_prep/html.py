@@ -81,7 +81,8 @@ h3 {{ font-size: 1rem; margin: 1.75rem 0 .25rem; }}
 p {{ margin: .25rem 0 .75rem; max-width: 42rem; }}
 .muted, figcaption, caption {{ color: var(--muted); font-size: .875rem; }}
 .note {{ border-left: 3px solid var(--orange); background: var(--note); padding: .5rem .75rem; max-width: 42rem; }}
-nav {{ margin: 1rem 0; font-size: .875rem; }} nav a {{ margin-right: 1rem; color: var(--blue); text-decoration: none; }}
+nav {{ display: flex; flex-wrap: wrap; gap: .25rem 1rem; margin: 1rem 0; font-size: .875rem; }}
+nav a {{ color: var(--blue); text-decoration: none; }}
 .tiles {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .75rem; margin: 1.5rem 0; }}
 .tile {{ background: var(--wash); border-radius: .5rem; padding: .75rem 1rem; }}
 .tile b {{ display: block; font-size: 1.6rem; line-height: 1.25; font-weight: 600; }}
@@ -96,7 +97,7 @@ th:first-child, td:first-child, .facts td {{ text-align: left; }}
 .facts td {{ white-space: normal; overflow-wrap: anywhere; }}
 th small, td small {{ display: block; color: var(--muted); font-size: .75rem; font-weight: 400; }}
 .undefined {{ color: var(--muted); font-style: italic; }}
-.pair {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 0 1.5rem; }}
+.pair {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 0 1.5rem; }}
 .pair img {{ min-width: 0; }}
 figure {{ margin: 1rem 0 1.5rem; }}
 img {{ display: block; width: 100%; height: auto; min-width: 34rem; background: #fff; }}

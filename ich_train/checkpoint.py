@@ -1,4 +1,4 @@
-"""Checkpoints: a folder with the weights in safetensors and what else is needed beside them, complete or absent.
+"""Checkpoints: a folder with weights in safetensors and the rest of a run's state, complete or absent.
 
 ::
 
@@ -14,7 +14,6 @@ replacement leaves the earlier folder under the name ``*.old``, from where it is
 from __future__ import annotations
 
 import io
-import pickle
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,9 +27,10 @@ from safetensors.torch import load_file, save
 
 from ich_prep.dataset.storage import sync_folder, write_whole
 from ich_prep.dataset.windows import Window
-from ich_prep.errors import TrainError
+from ich_prep.errors import TrainError, describe_os_error
 from ich_train.model import build_model
 from ich_train.preprocess import Scaling
+from ich_train.weights import weight_differences
 
 if TYPE_CHECKING:
     from ich_prep.dataset.dataset import Dataset
@@ -53,7 +53,7 @@ class Images(BaseModel):
         return cls(size=dataset.spec.size, pixels=dataset.spec.store, windows=tuple(dataset.spec.windows))
 
     def describe(self) -> str:
-        """Return it in words; equal words, equal images: HU fit whatever windows a network computes."""
+        """Describe it; equal text means equal images, because any windows can be computed from HU."""
         if self.pixels == "hu":
             return f"HU at {self.size} x {self.size}"
         names = ", ".join(f"{window.name} {window.center:g}/{window.width:g}" for window in self.windows)
@@ -138,28 +138,45 @@ def read_meta(folder: Path) -> Meta:
     """Return the ``meta.json`` of the checkpoint at ``folder``; raises `TrainError` if it cannot be read."""
     if not has_checkpoint(folder):
         raise TrainError(f"No checkpoint in {folder}. Name a run that has trained.")
+    file = folder / META
     try:
-        return Meta.model_validate_json((folder / META).read_bytes())
-    except (OSError, ValidationError) as error:
-        raise TrainError(f"Cannot read the description of a network in {folder / META}: {error}.") from error
+        return Meta.model_validate_json(file.read_bytes())
+    except OSError as error:
+        raise TrainError(f"Cannot read the description of a network: {describe_os_error(error)}.") from error
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        place = ".".join(map(str, problem["loc"]))
+        reason = f"{place}: {problem['msg']}" if place else problem["msg"]
+        raise TrainError(f"The description of a network in {file} is damaged: {reason}.") from error
 
 
 def load_parameters(folder: Path, model: torch.nn.Module) -> None:
     """Fill ``model`` with the weights saved at ``folder``; raises `TrainError` if they are damaged or do not fit."""
+    file = folder / WEIGHTS
     try:
-        model.load_state_dict(load_file(folder / WEIGHTS))
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise TrainError(f"Cannot read the weights of a run in {folder / WEIGHTS}: {error}.") from error
+        tensors = load_file(file)
+    except OSError as error:
+        raise TrainError(f"Cannot read the weights of a run in {file}: {describe_os_error(error)}.") from error
+    except SafetensorError as error:
+        raise TrainError(f"The weights of a run in {file} are damaged: not a whole safetensors file.") from error
+    differences = weight_differences(tensors, model.state_dict())
+    if differences:
+        raise TrainError(
+            f"The weights in {file} do not fit the network that {META} describes: {differences}. Was its code changed?"
+        )
+    model.load_state_dict(tensors)
 
 
 def load_state(folder: Path) -> dict[str, Any]:
     """Return the ``state`` saved at ``folder``, tensors on the CPU; raises `TrainError` if it is damaged."""
+    file = folder / STATE
     try:
-        state: dict[str, Any] = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # an unpickler may raise anything on bytes that it does not expect
+        reason = describe_os_error(error) if isinstance(error, OSError) else "the file is damaged"
         raise TrainError(
-            f"Cannot read the state of a training run in {folder / STATE}: {error}. The run cannot be resumed: start "
-            "another one, with its best weights if they will do."
+            f"Cannot read the state of a training run in {file}: {reason}. The run cannot be resumed: start another one, "
+            "optionally from its best weights."
         ) from error
     return state
 

@@ -6,7 +6,7 @@ Exit codes: 0 done; 1 an error; 2 an invalid command or recipe; 130 stopped by C
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
@@ -17,6 +17,7 @@ from ich_prep.command_options import INTERRUPTED, options_from, run_program
 from ich_prep.errors import DatasetError
 from ich_prep.recipe import read_recipe, validate
 from ich_train.config import EvalConfig, TrainConfig
+from ich_train.wording import count, text_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,13 +64,14 @@ def program(*, show_version: Version = False) -> None:
 @options_from(TrainConfig, "data", "model", "epochs", "weights", "seed", "batch_size", "threads", "device")
 def run_command(*, given: dict[str, Any], out: Out = None, recipe: RecipeFile = None, resume: Resume = False) -> None:
     """Train, keep the epoch of the lowest validation loss, evaluate it on held-out slices, write a report."""
-    from ich_train.runs import RECIPE, latest_folder, new_folder
+    from ich_train.runs import RECIPE, latest_folder, new_folder, require_run
 
     name = recipe.stem if recipe else given.get("model", TrainConfig().model).replace(":", "-").replace("/", "-")
     if out is None:
         out = latest_folder(RUNS, name) if resume else new_folder(RUNS, name)
-    if recipe is None and resume:
-        recipe = out / RECIPE
+    if resume:
+        require_run(out)
+        recipe = recipe or out / RECIPE
     sections = read_recipe(recipe) if recipe else {}
     settings = _section(recipe, sections, TrainConfig, given)
     evaluation = _section(recipe, sections, EvalConfig, {})
@@ -139,11 +141,11 @@ def predict_command(
         batch_size=given.get("batch_size", evaluation.batch_size),
     )
     console = _console()
-    console.print(f"{written.lines:,} lines in {out}", soft_wrap=True)
+    console.print(f"{count(written.lines, 'line')} in {out}", soft_wrap=True)
     if written.without_image:
         console.print(
-            f"{written.without_image:,} of {written.slices:,} slices have no usable image in the test subset: their lines "
-            "give each label's share of the training slices.",
+            f"Without a usable image in the test subset: {written.without_image:,} of {count(written.slices, 'slice')}. The "
+            "lines of these give each label's share of the training slices.",
             soft_wrap=True,
         )
 
@@ -169,7 +171,7 @@ def _dataset_of(run: Path, settings: TrainConfig, place: Mapping[str, Any]) -> D
 
 
 def _open(path: Path, *, moved_from: Path | None) -> Dataset:
-    """Return the dataset at ``path``; one that the run ``moved_from`` names may have been moved, and the error says so."""
+    """Return the dataset at ``path``; one that the run ``moved_from`` names may have been moved: the error says so."""
     from ich_prep.dataset.dataset import open_dataset
 
     try:
@@ -177,7 +179,7 @@ def _open(path: Path, *, moved_from: Path | None) -> Dataset:
     except DatasetError as error:
         if moved_from is None or (path / "zarr.json").exists():
             raise
-        raise DatasetError(f"{error} If the dataset of {moved_from} was moved, name its place with --data.") from error
+        raise DatasetError(f"If the dataset of {moved_from} was moved, pass its path with --data. {error}") from error
 
 
 def _built_otherwise(recipe: Path, sections: Mapping[str, Mapping[str, Any]], dataset: Dataset) -> str:
@@ -185,7 +187,9 @@ def _built_otherwise(recipe: Path, sections: Mapping[str, Mapping[str, Any]], da
     from ich_prep.dataset.spec import Spec
 
     written, built = sections["build"], dataset.spec
-    kept = ("size", "store") if built.store == "hu" else ("size", "store", "windows")  # HU are windowed as one likes
+    kept = (
+        ("size", "store") if built.store == "hu" else ("size", "store", "windows")
+    )  # any windows can be computed from HU
     stated: dict[str, Any] = {name: written[name] for name in kept if name in written}
     expected = validate(Spec, stated, where=f"{recipe} [build]")
     differences = [
@@ -208,31 +212,33 @@ def _console() -> Console:
 
 
 def _print_metrics(console: Console, metrics: dict[str, Any], run: Path) -> None:
-    from rich.table import Table
-
     from ich_train.evaluation.evaluate import REPORT
     from ich_train.evaluation.report import log_loss_name
 
     evaluated, view = metrics["evaluated"], metrics["by_slice"]
-    title = f"{evaluated['slices']:,} slices of {evaluated['subset']}"
+    part = "all parts" if evaluated["subset"] == "all" else f"the part {evaluated['subset']}"
+    title = f"{count(evaluated['slices'], 'slice')} of {part}"
     if evaluated["series_labels"] and metrics["by_series_max"]:
         title, view = f"Series of {title}, by their highest slice", metrics["by_series_max"]
-    table = Table(title=title, title_justify="left")
-    table.add_column("label", no_wrap=True, overflow="fold")
-    for heading in ("positive", "ROC AUC", "95%", "average precision"):
-        table.add_column(heading, justify="right")
-    for name, entry in view["labels"].items():
-        interval = entry["intervals"]["roc_auc"]
-        table.add_row(
+    rows = [
+        (
             name,
             f"{entry['positives']:,}",
             _number(entry["roc_auc"]),
-            f"{interval[0]:.3f}-{interval[1]:.3f}" if interval else "undefined",
+            _interval(entry["intervals"]["roc_auc"]),
             _number(entry["average_precision"]),
         )
-    console.print(table)
+        for name, entry in view["labels"].items()
+    ]
+    console.print(f"{title}:", soft_wrap=True)
+    head = ("label", "positive", "ROC AUC", "95%", "average precision")
+    console.print(text_table(head, rows), soft_wrap=True, markup=False)
     loss = log_loss_name([*view["labels"]]).capitalize()
     console.print(f"{loss} {_number(view['log_loss'])}. Report: {run / REPORT}", soft_wrap=True)
+
+
+def _interval(interval: Sequence[float] | None) -> str:
+    return "undefined" if interval is None else f"{interval[0]:.3f}-{interval[1]:.3f}"
 
 
 def _number(value: float | None) -> str:

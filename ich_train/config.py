@@ -64,7 +64,7 @@ class TrainConfig(BaseModel):
     rotation_degrees: float = Field(default=20.0, ge=0, le=180, description="Largest rotation.")
     zoom: float = Field(default=0.2, ge=0, le=1, description="Largest change of scale.")
     shift: float = Field(default=0.08, ge=0, le=1, description="Largest shift, as a share of the image's side.")
-    # The next two are for long runs: in ten epochs on few patients they cost the thin bleeds more than they give.
+    # The next two are for long runs: in ten epochs on few patients they hurt thin bleeds more than they help.
     window_jitter: float = Field(
         default=0.0, ge=0, le=1, description="Change of center and width, as a share of the width."
     )
@@ -91,7 +91,9 @@ class EvalConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    subset: Literal["train", "val", "test", "all"] = Field(default="test", description="The part to evaluate.")
+    subset: Literal["train", "val", "test", "all"] = Field(
+        default="test", description="The part of the split to evaluate, or all; not the dataset's own subsets."
+    )
     limit: int | None = Field(default=None, ge=1, description="Evaluate this many slices, drawn by the seed.")
     seed: int = Field(default=0, ge=0, description="The seed of the draw and of the bootstrap.")
     bootstrap: int = Field(default=1000, ge=0, description="Resamples of the patients, for the intervals.")

@@ -1,4 +1,4 @@
-"""Batches that threads read ahead into a ring of reused buffers, pinned if a GPU takes them. Knows integers only."""
+"""Batches that threads read ahead into a ring of reused buffers, pinned if a GPU takes them; a batch is a number here."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _make_slot(buffers: Sequence[Buffer], pin: bool) -> _Slot:
 
 
 def _read_ahead(ring: _Ring, read: Callable[[Arrays, int], None], numbers: Sequence[int]) -> None:
-    """Read one batch after the other into free slots: the life of a reading thread."""
+    """Read one batch after the other into free slots: main loop of a reader thread."""
     try:
         for number in numbers:
             slot = ring.free.get()

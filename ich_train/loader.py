@@ -13,8 +13,8 @@ import torch
 from ich_prep.dataset.dataset import Dataset, open_dataset
 from ich_prep.errors import UsageError
 from ich_train.feed import Arrays, Buffer, Feed
-from ich_train.order import epoch_positions, rank_positions
-from ich_train.rows import labelled_rows, neighbours
+from ich_train.order import check_order, epoch_positions, rank_positions
+from ich_train.rows import checked_rows, labelled_rows, neighbours
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -41,6 +41,9 @@ class SliceLoader:
     several ranks visits its own share. ``context`` neighbours below and above are added as channels. ``threads`` read
     ahead up to ``prefetch`` batches, in buffers as `ich_train.feed.Feed` describes, pinned if ``pin`` (default: if there
     is a GPU). ``wait_seconds`` is how long the consumer has waited for data.
+
+    Raises `UsageError` for an unknown order, rows that are not rows of the dataset, a dataset without labelled slices if
+    no rows are given, and numbers out of range; `TypeError` for anything else as ``dataset``.
     """
 
     def __init__(
@@ -65,8 +68,9 @@ class SliceLoader:
                 "Expected batch_size, threads and prefetch of 1 or more and context of 0 or more; "
                 f"got {batch_size}, {threads}, {prefetch} and {context}."
             )
+        check_order(order, weighted=weights is not None)
         self.dataset = _opened(dataset)
-        self.rows = labelled_rows(self.dataset) if rows is None else np.asarray(rows, np.int64)
+        self.rows = labelled_rows(self.dataset) if rows is None else checked_rows(self.dataset, rows)
         self.batch_size, self.order, self.seed = batch_size, order, seed
         self.weights, self.rank, self.world_size, self.drop_last = weights, rank, world_size, drop_last
         self._epoch = self._batch = 0
@@ -167,7 +171,7 @@ class SliceDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor, in
     def __init__(self, dataset: Dataset | str | Path, rows: NDArray[np.int64] | None = None) -> None:
         opened = _opened(dataset)
         self.path = opened.path
-        self.rows = labelled_rows(opened) if rows is None else np.asarray(rows, np.int64)
+        self.rows = labelled_rows(opened) if rows is None else checked_rows(opened, rows)
         self._labels = opened.labels[self.rows]
         self._dataset: Dataset | None = opened
 
@@ -191,4 +195,8 @@ class SliceDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor, in
 
 
 def _opened(dataset: Dataset | str | Path) -> Dataset:
-    return open_dataset(dataset) if isinstance(dataset, str | Path) else dataset
+    if isinstance(dataset, str | Path):
+        return open_dataset(dataset)
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"Expected an open dataset or the path of one; found {type(dataset).__name__}.")
+    return dataset

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Self
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from ich_train.ranks import Ranks
-from ich_train.runs import Epoch, overfitting_since
+from ich_train.runs import Epoch, overfitting_text
+from ich_train.wording import text_table
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -81,7 +81,7 @@ class Reporter:
     def say(self, text: str) -> None:
         """Print a line."""
         if not self._silent:
-            self._console.print(text, soft_wrap=True, highlight=False)
+            self._console.print(text, soft_wrap=True, highlight=False, markup=False)
 
     def step(self, epoch: int, step: int, steps: int, meter: Meter) -> None:
         """Show that ``step`` of ``steps`` of an epoch are done; most calls show nothing."""
@@ -117,22 +117,20 @@ class Reporter:
         if self._silent:
             return
         best = min(history, key=lambda line: line.val_loss)
-        table = Table(title="Training", title_justify="left")
-        for name in ("epoch", "loss", "accuracy", "val. loss", "val. accuracy", "slices/s", "waiting"):
-            table.add_column(name, justify="right")
-        for line in history:
-            table.add_row(
+        rows = [
+            (
                 f"{line.epoch}{' *' if line is best else ''}",
                 *(f"{value:.4f}" for value in (line.train_loss, line.train_accuracy, line.val_loss, line.val_accuracy)),
                 f"{line.slices_per_s:,.0f}",
                 f"{line.wait_share:.1%}",
-                style="bold" if line is best else "",
             )
-        self._console.print(table)
+            for line in history
+        ]
+        head = ("epoch", "loss", "accuracy", "val. loss", "val. accuracy", "slices/s", "waiting")
+        self.say(text_table(head, rows))
         self.say("* lowest validation loss: kept as best/")
-        since = overfitting_since(history)
-        if since is not None:
-            self.say(f"Overfitting since epoch {since}: validation loss rises and validation accuracy falls.")
+        if overfitting := overfitting_text(history):
+            self.say(overfitting)
 
 
 def tensorboard(out: Path, first_epoch: int) -> AbstractContextManager[SummaryWriter | None]:

@@ -31,10 +31,10 @@ def build_model(
     class or function of yours, called as ``NAME(channels=channels, size=size, classes=classes)``. ``dropout`` is that
     of ``baseline``. ``weights`` are loaded by `load_weights`; without them the parameters are drawn from torch's global
     generator. Raises `UsageError` for an unknown name, a library or module that cannot be imported, an object that does
-    not make such a network, images too small for it, or weights that do not fit.
+    not make such a network, one without a trainable parameter, images too small for it, or weights that do not fit.
     """
     if name.startswith(TIMM):
-        model = _from_timm(name.removeprefix(TIMM), channels, classes)
+        model = _from_timm(name.removeprefix(TIMM), channels, size, classes)
     elif ":" in name:
         model = _from_module(name, channels, size, classes)
     else:
@@ -59,52 +59,95 @@ def _included(name: str, channels: int, size: int, classes: int, dropout: float)
     return NETWORKS[name](channels, classes)
 
 
-def _from_timm(name: str, channels: int, classes: int) -> nn.Module:
+def _from_timm(name: str, channels: int, size: int, classes: int) -> nn.Module:
     try:
         import timm
     except ImportError as error:
         raise UsageError(f"timm:{name} needs timm, which cannot be imported ({error}): pip install timm.") from error
     refuse_unknown([name], timm.list_models(), where="timm's model", listed=False)
-    model: nn.Module = timm.create_model(name, pretrained=False, in_chans=channels, num_classes=classes)
-    return model
+    title = f"timm:{name}"
+    return _checked(
+        title,
+        lambda: timm.create_model(name, pretrained=False, in_chans=channels, num_classes=classes),
+        channels,
+        size,
+        classes,
+    )
 
 
 def _from_module(name: str, channels: int, size: int, classes: int) -> nn.Module:
-    """Return the network that a user's ``package.module:NAME`` makes, checked on one batch of zeros."""
+    """Return the network that a user's ``package.module:NAME`` makes."""
     make = _imported(name)
     signature = f"{name}(channels={channels}, size={size}, classes={classes})"
     try:
         inspect.signature(make).bind(channels=channels, size=size, classes=classes)
     except (TypeError, ValueError) as error:
         raise UsageError(f"Cannot call {signature}: {error}. It must take these three arguments.") from error
-    model = make(channels=channels, size=size, classes=classes)
+    return _checked(signature, lambda: make(channels=channels, size=size, classes=classes), channels, size, classes)
+
+
+def _checked(title: str, make: Callable[[], Any], channels: int, size: int, classes: int) -> nn.Module:
+    """Return the network that ``make`` returns, checked on one batch of zeros; errors call it ``title``.
+
+    Its code may raise any exception.
+    """
+    try:
+        model = make()
+    except Exception as error:
+        raise UsageError(f"{title} raised {_described(error)}") from error
     if not isinstance(model, nn.Module):
-        raise UsageError(f"{signature} returned {type(model).__name__}; it must return a torch.nn.Module.")
+        raise UsageError(f"{title} returned {type(model).__name__}; it must return a torch.nn.Module.")
     model.eval()
-    with torch.inference_mode():
-        try:
-            logits = model(torch.zeros(2, channels, size, size))
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise UsageError(f"{signature} fails on a batch of (2, {channels}, {size}, {size}): {error}") from error
+    try:
+        logits = model(torch.zeros(2, channels, size, size))
+    except Exception as error:
+        raise UsageError(f"{title} fails on a batch of (2, {channels}, {size}, {size}): {_described(error)}") from error
     shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
     if shape != (2, classes):
-        raise UsageError(f"{signature} returned {shape} for a batch of 2; it must return logits of (2, {classes}).")
+        raise UsageError(f"{title} returned {shape} for a batch of 2; it must return logits of (2, {classes}).")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UsageError(f"{title} has nothing to train: it needs a parameter with requires_grad.")
+    if not logits.requires_grad:
+        raise UsageError(f"{title} cannot be trained: its logits do not depend on a parameter with requires_grad.")
     return model.train()
 
 
 def _imported(name: str) -> Callable[..., Any]:
+    """Return the class or function that ``package.module:NAME`` names; the current folder is searched first."""
     module_name, _, attribute = name.partition(":")
+    if not attribute.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")):
+        raise UsageError(f"Expected package.module:NAME for a network of your own; found {name!r}.")
     folder = str(Path.cwd())
     sys.path.insert(0, folder)  # as `python -m` does: a console script has its own folder there
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UsageError(
-            f"Cannot import {module_name}, for the network {name}: {error}. Run in the folder that holds it, or install "
-            "it."
-        ) from error
+    except Exception as error:
+        raise UsageError(_import_failure(name, module_name, error)) from error
     finally:
         sys.path.remove(folder)
     refuse_unknown([attribute], dir(module), where=f"In {module_name}, the name", listed=False)
-    make: Callable[..., Any] = getattr(module, attribute)
-    return make
+    make = getattr(module, attribute)
+    if not callable(make):
+        raise UsageError(
+            f"{name} is of the type {type(make).__name__}; it must be a class or function that makes a network."
+        )
+    return make  # type: ignore[no-any-return]
+
+
+def _import_failure(name: str, module_name: str, error: Exception) -> str:
+    """Return why the module of the network ``name`` cannot be imported: it is missing, or its own code fails."""
+    missing = error.name if isinstance(error, ModuleNotFoundError) else None
+    if missing is not None and f"{module_name}.".startswith(f"{missing}."):
+        return (
+            f"Cannot import {module_name}, for the network {name}: there is no module {missing}. Run in the folder that "
+            "holds it, or install it."
+        )
+    if missing is not None:
+        return f"Cannot import {module_name}, for the network {name}: it imports {missing}, which is not installed."
+    return f"Cannot import {module_name}, for the network {name}: it raised {_described(error)}"
+
+
+def _described(error: Exception) -> str:
+    """Return the type and first line of an exception of someone else's code, as the end of a sentence."""
+    first = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first}".rstrip(": .") + "."

@@ -29,11 +29,8 @@ def epoch_positions(
     arguments alone. Raises `UsageError` on an unknown order, or on invalid weights.
     """
     n = len(rows)
-    if order not in ORDERS:
-        raise UsageError(f"Unknown order {order!r}; expected {', '.join(ORDERS)}.")
+    check_order(order, weighted=weights is not None)
     if order == "sequential":
-        if weights is not None:
-            raise UsageError("Weights draw rows at random and cannot be sequential: use shuffled or windowed.")
         return np.arange(n, dtype=np.int64)
     rng = np.random.default_rng((seed, epoch))
     if weights is None:
@@ -46,6 +43,14 @@ def epoch_positions(
     window_of_shard = rng.permutation(len(shards)) // window_shards
     # A stable sort keeps the random order of ``drawn`` inside each window.
     return drawn[np.argsort(window_of_shard[shard_of_drawn], kind="stable")]
+
+
+def check_order(order: str, *, weighted: bool) -> None:
+    """Raise `UsageError` for an unknown order, or one that rows drawn by weights cannot have."""
+    if order not in ORDERS:
+        raise UsageError(f"Unknown order {order!r}; expected {', '.join(ORDERS)}.")
+    if order == "sequential" and weighted:
+        raise UsageError("Weights draw rows at random and cannot be sequential: use shuffled or windowed.")
 
 
 def rank_positions(positions: NDArray[np.int64], *, rank: int, world_size: int) -> NDArray[np.int64]:

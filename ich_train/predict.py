@@ -68,8 +68,11 @@ def predict_rows(
 ) -> NDArray[np.float32]:
     """Return the probabilities of the dataset's classes, (n, classes) float32, for ``rows`` (n,), in their order.
 
-    Computed in float32. ``model`` must be in evaluation mode and on ``device``, as must ``preprocess``.
+    Computed in float32; ``rows`` may be empty. ``model`` must be in evaluation mode, and on ``device`` as must be
+    ``preprocess``.
     """
+    if not len(rows):
+        return np.empty((0, len(dataset.classes)), np.float32)
     # Neighbours in the dataset are neighbours on disk: they are read in that order, whatever the order of ``rows``.
     order = np.argsort(rows, kind="stable")
     device = torch.device(device)
@@ -85,6 +88,5 @@ def predict_rows(
     probabilities = np.empty((len(rows), len(dataset.classes)), np.float32)
     with torch.inference_mode(), own_stream(device):
         parts = [torch.sigmoid(model(preprocess(batch.images)).float()) for batch in to_device(loader, device)]
-        if parts:
-            probabilities[order] = torch.cat(parts).cpu().numpy()
+        probabilities[order] = torch.cat(parts).cpu().numpy()
     return probabilities

@@ -1,4 +1,4 @@
-"""What a checkpoint says of a session, and the way back: the session at the place where the checkpoint was taken."""
+"""What a checkpoint records of a session, and how to restore it."""
 
 from __future__ import annotations
 
@@ -66,6 +66,6 @@ def restore(session: Session, state: Mapping[str, Any]) -> None:
     session.history = [Epoch(**line) for line in state["history"]]
     session.steps_done = state["step"]
     session.meter = Meter(**state["meter"])
-    # The sums of all ranks were added up before they were saved: the first rank goes on with them.
+    # The sums of all ranks were added up before they were saved: the first rank continues from the totals.
     sums = session.meter.sums if ranks.first else torch.zeros_like(session.meter.sums)
     session.meter.sums = sums.to(ranks.device)

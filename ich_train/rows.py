@@ -10,9 +10,10 @@ import pyarrow.compute as pc
 
 from ich_prep.dataset.schema import OK
 from ich_prep.errors import UsageError
+from ich_train.wording import count
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
 
     from ich_prep.dataset.dataset import Dataset
 
@@ -28,17 +29,38 @@ def labelled_rows(dataset: Dataset, *, allow_series_labels: bool = False) -> NDA
     by_series = _equal(levels, "series")
     if by_series.any() and not allow_series_labels:
         raise UsageError(
-            f"Expected labels of slices; {int(by_series.sum())} slices of {dataset.path} have the label of their whole "
-            "series. To use those as labels of each slice, set allow_series_labels = true in [train], or in Python pass "
-            "rows=labelled_rows(dataset, allow_series_labels=True)."
+            f"Expected labels of slices; in {dataset.path} {count(int(by_series.sum()), 'slice')} have the label of the "
+            "whole series. To use those as labels of each slice, set allow_series_labels = true in [train], or in Python "
+            "pass rows=labelled_rows(dataset, allow_series_labels=True)."
         )
     rows = np.flatnonzero(ok & ~_equal(levels, "none"))
     if not len(rows):
         raise UsageError(
-            f"No labelled slices in {dataset.path}: of its {len(ok)} slices {int(ok.sum())} have pixels, and none of "
-            "these has a label. Build again with --labels; to read slices without labels, pass their rows."
+            f"No labelled slices in {dataset.path}: of its {count(len(ok), 'slice')} {int(ok.sum()):,} have pixels, and "
+            "none of these has a label. Build again with --labels; to read slices without labels, pass their rows."
         )
     return rows
+
+
+def checked_rows(dataset: Dataset, rows: ArrayLike) -> NDArray[np.int64]:
+    """Return the row numbers ``rows``, (n,) integers of any type, as int64.
+
+    Raises ``UsageError`` if there are none, if they are not integers, or if one is not a row of ``dataset``.
+    """
+    if isinstance(rows, str):
+        raise UsageError(f"rows takes row numbers, not a filter: pass rows=dataset.where({rows!r}).")
+    array = np.asarray(rows)
+    if not array.size:
+        raise UsageError("rows is empty: expected at least one row number.")
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise UsageError(
+            f"Expected rows of shape (n,) and an integer type; found {array.shape} {array.dtype}. For a mask, pass "
+            "numpy.flatnonzero(mask)."
+        )
+    outside = array[(array < 0) | (array >= len(dataset.slices))]
+    if len(outside):
+        raise UsageError(f"Expected rows of 0 to {len(dataset.slices) - 1} of {dataset.path}; found {outside[0]}.")
+    return array.astype(np.int64, copy=False)
 
 
 def neighbours(dataset: Dataset, rows: NDArray[np.int64], context: int) -> NDArray[np.int64]:

@@ -14,19 +14,23 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import math
 import re
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
+from statistics import fmean
 
 from ich_prep.dataset.storage import write_whole
-from ich_prep.errors import TrainError, UsageError
+from ich_prep.errors import TrainError, UsageError, describe_os_error
 from ich_prep.recipe import load_section
 from ich_train.config import FREE_ON_RESUME, EvalConfig, TrainConfig, recipe_text
 
 RECIPE, HISTORY, BEST, LAST, METRICS = "recipe.toml", "history.csv", "best", "last", "metrics.json"
+
+# Differences below these, of a loss as a share of it, are noise and no sign of overfitting.
+LOSS_MARGIN, ACCURACY_MARGIN = 0.01, 0.002
 
 
 @dataclass(frozen=True)
@@ -59,10 +63,10 @@ def latest_folder(root: Path, name: str) -> Path:
 
 def start(out: Path, settings: TrainConfig, evaluation: EvalConfig | None) -> None:
     """Make the folder ``out`` of a new run and write its recipe; raises `UsageError` if it is not empty."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(
-            f"{out} is not an empty folder. Continue its run with --resume, or name another folder with --out."
-        )
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file; a run needs a folder. Name another with --out.")
+    if out.exists() and any(out.iterdir()):
+        raise UsageError(f"{out} is not empty. Continue its run with --resume, or name another folder with --out.")
     out.mkdir(parents=True, exist_ok=True)
     sections = {"train": settings} if evaluation is None else {"train": settings, "eval": evaluation}
     write_whole(out / RECIPE, recipe_text({name: values.model_dump() for name, values in sections.items()}).encode())
@@ -77,15 +81,32 @@ def check_same(out: Path, before: TrainConfig, settings: TrainConfig) -> None:
     ]
     if differing:
         raise UsageError(
-            f"Cannot resume {out} with different settings: {', '.join(differing)}. Restore them, or start another run, "
-            "from this one's weights with --weights if you like."
+            f"Cannot resume {out} with different settings: {', '.join(differing)}. Restore them, or start another run "
+            "(--weights can start it from this run's weights)."
         )
+
+
+def require_run(out: Path) -> None:
+    """Raise `UsageError` if ``out`` is not the folder of a run."""
+    if not (out / RECIPE).is_file():
+        raise UsageError(f"{out} is not the folder of a run: there is no {RECIPE} in it.")
+
+
+def require_writable(folder: Path, *, hint: str) -> None:
+    """Raise `UsageError`, which ends with ``hint``, if no file can be written to ``folder``, which need not exist yet."""
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir():
+        raise UsageError(f"{nearest} is a file, not a folder. {hint}")
+    try:
+        # Permissions alone do not tell: the file system may be read-only.
+        tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        raise UsageError(f"Cannot write to {nearest}: {error.strerror}. {hint}") from error
 
 
 def settings_of(out: Path) -> tuple[TrainConfig, EvalConfig]:
     """Return the settings of the run in the folder ``out``; raises `UsageError` if it is not the folder of a run."""
-    if not (out / RECIPE).is_file():
-        raise UsageError(f"{out} is not the folder of a run: there is no {RECIPE} in it.")
+    require_run(out)
     return load_section(out / RECIPE, "train", TrainConfig), load_section(out / RECIPE, "eval", EvalConfig)
 
 
@@ -101,28 +122,56 @@ def write_history(out: Path, history: Sequence[Epoch]) -> None:
 
 def read_history(out: Path) -> list[Epoch]:
     """Return the epochs in ``history.csv`` of the run in the folder ``out``; raises `TrainError` for another table."""
+    file = out / HISTORY
     try:
-        with (out / HISTORY).open(newline="", encoding="utf-8") as file:
-            return [
-                Epoch(**{key: int(value) if key == "epoch" else float(value) for key, value in line.items()})  # type: ignore[arg-type]
-                for line in csv.DictReader(file)
-            ]
-    except (OSError, TypeError, ValueError) as error:
-        raise TrainError(f"Cannot read the history of a run in {out / HISTORY}: {error}.") from error
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise TrainError(f"Cannot read the history of a run: {describe_os_error(error)}.") from error
+    except UnicodeDecodeError as error:
+        raise TrainError(f"The history of a run in {file} is not text.") from error
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    expected = [field.name for field in dataclasses.fields(Epoch)]
+    if reader.fieldnames != expected:
+        raise TrainError(
+            f"Expected the history of a run, with the columns {', '.join(expected)}, in {file}; found "
+            f"{', '.join(reader.fieldnames or ()) or 'none'}."
+        )
+    try:
+        return [
+            Epoch(**{key: int(value) if key == "epoch" else float(value) for key, value in line.items()})  # type: ignore[arg-type]
+            for line in reader
+        ]
+    except (TypeError, ValueError) as error:  # a line too short, or a cell that is not a number
+        raise TrainError(
+            f"The history of a run in {file} is damaged: line {reader.line_num} is not numbers."
+        ) from error
 
 
-def overfitting_since(history: Sequence[Epoch]) -> int | None:
-    """Return the epoch after that of the lowest validation loss, if training only overfitted from there on, or None.
+def overfitting_text(history: Sequence[Epoch]) -> str:
+    """Return where training only overfitted, in a sentence that gives the numbers compared, or "" if it did not.
 
-    It did if at least two epochs followed and over all of them, by the slope of a straight line, training accuracy rose
-    and validation accuracy fell.
+    It did if at least two epochs follow the one of the lowest validation loss and, averaged over those, training accuracy
+    is higher and validation loss and accuracy are worse than in it, the latter two by a margin. Epochs with a NaN are
+    ignored.
     """
-    lowest = min(range(len(history)), key=lambda k: history[k].val_loss, default=0)
-    tail = history[lowest:]
-    if len(tail) < 3:
-        return None
-    slopes = np.polyfit(range(len(tail)), [(epoch.train_accuracy, epoch.val_accuracy) for epoch in tail], deg=1)[0]
-    return tail[1].epoch if slopes[0] > 0 > slopes[1] else None
+    lines = [line for line in history if all(map(math.isfinite, dataclasses.astuple(line)))]
+    lowest = min(range(len(lines)), key=lambda k: lines[k].val_loss, default=0)
+    after = lines[lowest + 1 :]
+    if len(after) < 2:
+        return ""
+    best = lines[lowest]
+    train_accuracy = fmean(line.train_accuracy for line in after)
+    val_loss = fmean(line.val_loss for line in after)
+    val_accuracy = fmean(line.val_accuracy for line in after)
+    learned = train_accuracy > best.train_accuracy
+    worse = val_loss >= best.val_loss * (1 + LOSS_MARGIN) and val_accuracy <= best.val_accuracy - ACCURACY_MARGIN
+    if not learned or not worse:
+        return ""
+    return (
+        f"Overfitting since epoch {after[0].epoch}: epoch {best.epoch} has the lowest validation loss, {best.val_loss:.4f}; "
+        f"the later epochs have on average {val_loss:.4f}, a validation accuracy of {val_accuracy:.4f} (epoch {best.epoch}: "
+        f"{best.val_accuracy:.4f}) and a training accuracy of {train_accuracy:.4f} ({best.train_accuracy:.4f})."
+    )
 
 
 def _numbered(root: Path, name: str, number: int) -> Path:

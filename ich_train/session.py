@@ -1,4 +1,4 @@
-"""A training run in memory: its parts, made from its settings, and its place."""
+"""A training run in memory: its parts, made from its settings, and its position."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from ich_train.preprocess import Augment, Preprocess
 from ich_train.runs import Epoch
 from ich_train.split import Split, balanced_weights, split_rows
 from ich_train.step import Step
+from ich_train.wording import count
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,7 +34,7 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 
 @dataclass
 class Session:
-    """The parts of a run, and its place: after ``len(history)`` epochs and ``steps_done`` steps of the next one."""
+    """The parts of a run, and its position: after ``len(history)`` epochs and ``steps_done`` steps of the next one."""
 
     dataset: Dataset
     settings: TrainConfig
@@ -105,8 +106,14 @@ def prepare(dataset: Dataset, settings: TrainConfig, ranks: Ranks, *, weights: P
 def _loaders(dataset: Dataset, split: Split, settings: TrainConfig, ranks: Ranks) -> tuple[SliceLoader, SliceLoader]:
     if len(split.train) < settings.batch_size * ranks.world_size:
         raise UsageError(
-            f"Expected at least one batch of {settings.batch_size} slices for each of {ranks.world_size} processes; "
-            f"found {len(split.train)} slices to train on. Lower the batch size."
+            f"Expected at least one batch of {count(settings.batch_size, 'slice')} for "
+            f"{'each of ' if ranks.world_size > 1 else ''}{count(ranks.world_size, 'process', 'processes')}; found "
+            f"{count(len(split.train), 'slice')} to train on. Lower the batch size."
+        )
+    if len(split.val) < ranks.world_size:
+        raise UsageError(
+            f"Expected at least one validation slice for each of {count(ranks.world_size, 'process', 'processes')}; found "
+            f"{len(split.val)}. Start fewer processes."
         )
     shared: dict[str, Any] = {
         "batch_size": settings.batch_size,

@@ -25,11 +25,11 @@ class Step:
     ``augment`` turns stored pixels into its inputs, by a generator. ``weights`` (classes,) float32 are those of the
     loss. Convolutions compute in ``precision``, and ``scaler`` keeps gradients in float16 from vanishing.
 
-    A step is some thousand kernels, and launching them one by one can take the host longer than a GPU needs to compute
-    them. So with ``use_cuda_graph`` the step is recorded after ``UNRECORDED_STEPS`` as a CUDA graph and replayed by one
+    A step is thousands of kernels, and launching them one by one can take the host longer than the GPU needs to compute
+    them. With ``use_cuda_graph`` the step is recorded after ``UNRECORDED_STEPS`` as a CUDA graph and replayed by one
     launch: the same kernels on the same memory, with other pixels, labels, learning rate and seed, to the same weights.
-    Not for steps on a CPU, those of several ranks, whose gradients travel while further ones are computed, and those in
-    float16, whose loss scaling belongs outside of a graph (PyTorch, CUDA semantics, "Whole-network capture").
+    Not for steps on a CPU, those of several ranks, whose gradients are exchanged while further ones are computed, and
+    those in float16, whose loss scaling belongs outside of a graph (PyTorch, CUDA semantics, "Whole-network capture").
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Step:
         self.optimizer, self.scaler, self.weights = optimizer, scaler, weights
         self.precision, self.clip_norm = precision, clip_norm
         self.ranks, self.use_cuda_graph = ranks, use_cuda_graph
-        self.generator = torch.Generator(ranks.device)  # of the augmentation, seeded anew for each step
+        self.generator = torch.Generator(ranks.device)  # of the augmentation, reseeded for each step
         self._taken = 0
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -68,7 +68,7 @@ class Step:
         self.generator.manual_seed(seed)
         if self._graph is None:
             for group in self.optimizer.param_groups:
-                group["lr"] = float(np.float32(rate))  # no more exact than that of a recorded step
+                group["lr"] = float(np.float32(rate))  # rounded as in a recorded step
             return self._learn(images, labels)
         self._rate.fill_(rate)
         self._images.copy_(images)
@@ -94,20 +94,20 @@ class Step:
         return torch.stack(sums).detach()
 
     def _mean_weight(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return what to divide the loss by: gradients are averaged over the ranks, known labels are not equally many."""
+        """Return the loss's divisor: gradients are averaged over the ranks, which have different numbers of known labels."""
         return weight if self.ranks.world_size == 1 else self.ranks.total(weight) / self.ranks.world_size
 
     def _record(self, images: torch.Tensor, labels: torch.Tensor) -> torch.cuda.CUDAGraph:
-        """Return the graph of a step; recording learns nothing."""
+        """Return the graph of a step; recording changes no weight."""
         self._images, self._labels = torch.empty_like(images), torch.empty_like(labels)
         self._rate = torch.zeros((), device=images.device)
         for group in self.optimizer.param_groups:
             group["lr"], group["capturable"] = self._rate, True
-        self.optimizer.zero_grad()  # gradients of the steps before lie in memory that is not the graph's
+        self.optimizer.zero_grad()  # the gradients of earlier steps are outside the graph's memory pool
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
         try:
-            # The threads that read data wait for copies meanwhile, which is no business of the recording.
+            # The threads that read data wait for copies meanwhile, which must not affect the recording.
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
                 self._sums = self._learn(self._images, self._labels)
         except RuntimeError as error:

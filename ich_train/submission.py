@@ -17,7 +17,9 @@ from ich_prep.dataset.storage import write_whole
 from ich_prep.errors import UsageError
 from ich_train.predict import Predictor, load_predictor, predict_rows
 from ich_train.rsna import require_rsna
+from ich_train.runs import require_writable
 from ich_train.split import split_rows
+from ich_train.wording import count
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -57,8 +59,11 @@ def write_submission(
     The lines are ``ID,Label`` with IDs of the form ``<sop_instance_uid>_<class>``: those of the file ``sample`` in its
     order, or without it six for each row of the subset, in the order of the label file and then of the dataset. A slice
     without a usable image gets the training slices' share of each label. Raises `UsageError` if the dataset has other
-    classes than RSNA's or no test subset, or ``sample`` is not such a file.
+    classes than RSNA's or no test subset, ``sample`` is not such a file, or ``out`` cannot be written.
     """
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder. Name the CSV file to write with --out.")
+    require_writable(out.parent, hint="Name another file with --out.")
     require_rsna(dataset.classes, "A submission")
     predictor = load_predictor(run, dataset, device=device)
     slices = dataset.slices
@@ -73,7 +78,6 @@ def write_submission(
     place = pc.fill_null(pc.index_in(lines.slice_ids, slices["sop_instance_uid"].take(pa.array(usable))), -1).to_numpy()
     without_image = len(pc.unique(lines.slice_ids.filter(pa.array(place < 0))))
     shares = _training_shares(dataset, predictor) if without_image else np.zeros(len(dataset.classes), np.float32)
-    out.parent.mkdir(parents=True, exist_ok=True)
 
     probabilities = predict_rows(
         predictor.model,
@@ -92,7 +96,11 @@ def write_submission(
         f"{slice_id}_{name},{value:.9g}\n"
         for slice_id, name, value in zip(lines.slice_ids.to_pylist(), names, values.tolist(), strict=True)
     )
-    write_whole(out, f"ID,Label\n{text}".encode())
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(out, f"ID,Label\n{text}".encode())
+    except OSError as error:  # which names the temporary file
+        raise UsageError(f"Cannot write {out}: {error.strerror}.") from error
     return Submission(len(values), len(pc.unique(lines.slice_ids)), without_image)
 
 
@@ -113,12 +121,14 @@ def _lines_of_sample(sample: Path, classes: tuple[str, ...]) -> _Lines:
     except (OSError, pa.ArrowInvalid) as error:
         raise UsageError(f"Cannot read {sample}: {error}. {expected}.") from error
     if table.column_names != ["ID", "Label"] or not len(table):
-        raise UsageError(f"{expected}; {sample} has {len(table)} lines of {', '.join(table.column_names)}.")
+        raise UsageError(f"{expected}; {sample} has {count(len(table), 'line')} of {', '.join(table.column_names)}.")
     ids = table["ID"].combine_chunks()
     parts = pc.extract_regex(ids, f"(?s)^(?P<slice>.+)_(?P<class>{'|'.join(classes)})$")
     if parts.null_count:
         first = ids[pc.index(pc.is_null(parts), True).as_py()]
-        raise UsageError(f"{expected}; {sample} has {parts.null_count} lines of other names, the first {first!s}.")
+        raise UsageError(
+            f"{expected}; {sample} has {count(parts.null_count, 'line')} of other names, the first {first!s}."
+        )
     indices = pc.index_in(parts.field("class"), pa.array(classes)).to_numpy().astype(np.int64)
     return _Lines(parts.field("slice"), indices)
 

@@ -1,4 +1,4 @@
-"""Batches on their way to a GPU: copied in a stream of their own while the one before is computed."""
+"""Batches on their way to a GPU: copied in a separate stream, overlapped with computation."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ MAX_QUEUED_STEPS = 2  # computations in the queue of a GPU while the host prepar
 
 @cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the one stream in which batches travel to ``device``: the allocator keeps memory for each stream apart."""
+    """Return the one stream that copies batches to ``device``: the allocator has a memory pool per stream."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def to_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     """Yield ``batches`` with images and labels on ``device``; their rows stay on the CPU.
 
-    On a GPU a batch is copied in a stream of its own, while the one before it is computed. The host runs no further than
-    ``MAX_QUEUED_STEPS`` computations ahead: otherwise it would use up what the loader has ready, wait for buffers that
-    the GPU still has to read, and count that as waiting for data. The loader reuses a buffer only after the computing
-    stream, which waits for the copy, has passed that point.
+    On a GPU a batch is copied in a separate stream, overlapped with the computation of the one before. The host runs no
+    further than ``MAX_QUEUED_STEPS`` computations ahead: otherwise it would use up the loader's prefetched batches, wait
+    for buffers that the GPU still has to read, and count that as waiting for data. The loader reuses a buffer only after
+    the computing stream, which waits for the copy, has passed that point.
     """
     if device.type != "cuda":
         for batch in batches:

@@ -17,16 +17,28 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ich_prep.errors import TrainError
-from ich_train.checkpoint import has_checkpoint, load_parameters, load_state, save_checkpoint
+from ich_prep.errors import TrainError, UsageError
+from ich_train.checkpoint import WEIGHTS, has_checkpoint, load_parameters, load_state, read_meta, save_checkpoint
 from ich_train.config import TrainConfig
 from ich_train.loss import loss_sums
 from ich_train.meters import Meter, Reporter, tensorboard
 from ich_train.ranks import Ranks, Stop, join_ranks, own_stream
 from ich_train.resume import meta_of, restore, state_of
-from ich_train.runs import BEST, LAST, METRICS, Epoch, check_same, settings_of, start, write_history
+from ich_train.runs import (
+    BEST,
+    HISTORY,
+    LAST,
+    METRICS,
+    Epoch,
+    check_same,
+    read_history,
+    settings_of,
+    start,
+    write_history,
+)
 from ich_train.session import Session, prepare
 from ich_train.to_device import to_device
+from ich_train.wording import count
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,7 +49,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to. ``finished`` is false if it was stopped; ``metrics`` are those of the evaluation."""
+    """The outcome of a run. ``finished`` is false if it was stopped; ``metrics`` are those of the evaluation."""
 
     out: Path
     history: tuple[Epoch, ...]
@@ -64,47 +76,59 @@ def train(
     with join_ranks(settings.device) as ranks, own_stream(ranks.device), Stop(ranks) as stop:
         session = _start_or_resume(dataset, out, settings, evaluation, ranks, resume=resume)
         reporter = Reporter(console, epochs=settings.epochs, silent=not ranks.first)
-        reporter.say(_outline(session))
-        if resume:
+        evaluated = evaluation is None or (resume and _is_evaluated(out, dataset, evaluation))
+        if len(session.history) == settings.epochs:
             reporter.say(
-                f"Resuming {out} in epoch {len(session.history) + 1}, after {session.steps_done} of its steps."
+                f"{out} is already finished: {'nothing to do' if evaluated else 'only its evaluation is left'}."
             )
-        events = tensorboard(out, len(session.history) + 1) if ranks.first else nullcontext()
+            finished = True
+        else:
+            reporter.say(_outline(session))
+            if resume:
+                epoch, steps = len(session.history) + 1, session.steps_done
+                reporter.say(f"Resuming {out} in epoch {epoch}, after {steps:,} of its steps.")
+            finished = _train_epochs(session, out, stop, reporter, evaluation_follows=evaluation is not None)
 
-        with reporter, events as board:
-            while len(session.history) < settings.epochs:
-                complete = _train_epoch(session, stop, reporter)
-                if not complete:
-                    session.meter.sums = ranks.total(session.meter.sums)
-                    _save(session, out / LAST, with_state=True)
-                    return Result(out, tuple(session.history), finished=False)
-                line = _close_epoch(session)
-
-                # Best before last: a run that dies between the two repeats this epoch and finds the same best.
-                if line is session.best:
-                    _save(session, out / BEST)
-                if ranks.first:
-                    (out / METRICS).unlink(missing_ok=True)  # of an evaluation of an earlier epoch
-                    write_history(out, session.history)
-                _save(session, out / LAST, with_state=True)
-                reporter.epoch(line, best=line is session.best)
-                if board is not None:
-                    for name, value in asdict(line).items():
-                        board.add_scalar(name, value, line.epoch)
-                work_left = line.epoch < settings.epochs or evaluation is not None
-                if work_left and stop.agreed():
-                    return Result(out, tuple(session.history), finished=False)
-
-        reporter.summary(session.history)
-
-    result = Result(out, tuple(session.history), finished=True)
-    del session  # a recorded step keeps its memory as long as it lives
-    if evaluation is None or not ranks.first or (resume and _is_evaluated(out, dataset, evaluation)):
+    result = Result(out, tuple(session.history), finished=finished)
+    del session  # a recorded step keeps its memory until it is deleted
+    if evaluation is None or evaluated or not finished or not ranks.first:
         return result
     from ich_train.evaluation.evaluate import evaluate_run
 
     metrics = evaluate_run(out, dataset, evaluation, device=str(ranks.device), threads=settings.threads)
     return replace(result, metrics=metrics)
+
+
+def _train_epochs(session: Session, out: Path, stop: Stop, reporter: Reporter, *, evaluation_follows: bool) -> bool:
+    """Take the remaining epochs, with a checkpoint after each; return False if the run was stopped before its end."""
+    settings, ranks = session.settings, session.ranks
+    events = tensorboard(out, len(session.history) + 1) if ranks.first else nullcontext()
+    with reporter, events as board:
+        while len(session.history) < settings.epochs:
+            complete = _train_epoch(session, stop, reporter)
+            if not complete:
+                session.meter.sums = ranks.total(session.meter.sums)
+                _save(session, out / LAST, with_state=True)
+                return False
+            line = _close_epoch(session)
+
+            # Best before last: a run that dies between the two repeats this epoch and finds the same best.
+            if line is session.best:
+                _save(session, out / BEST)
+            if ranks.first:
+                (out / METRICS).unlink(missing_ok=True)  # of an evaluation of an earlier epoch
+                write_history(out, session.history)
+            _save(session, out / LAST, with_state=True)
+            reporter.epoch(line, best=line is session.best)
+            if board is not None:
+                for name, value in asdict(line).items():
+                    board.add_scalar(name, value, line.epoch)
+            work_left = line.epoch < settings.epochs or evaluation_follows
+            if work_left and stop.agreed():
+                return False
+
+    reporter.summary(session.history)
+    return True
 
 
 def _start_or_resume(
@@ -210,17 +234,38 @@ def _saved_state(out: Path, settings: TrainConfig, ranks: Ranks) -> dict[str, An
         has_checkpoint(out / LAST)
     ranks.wait()
     state = load_state(out / LAST) if has_checkpoint(out / LAST) else None
-    if state is not None:  # the recipe may have been edited since
+    if state is None:
+        _check_untrained(out)
+    else:  # the recipe may have been edited since
         before = TrainConfig.model_validate(state["settings"])
     check_same(out, before, settings)
     return state
+
+
+def _check_untrained(out: Path) -> None:
+    """Raise `UsageError` if the run in ``out``, which has no ``last/``, has trained for more than one epoch.
+
+    A run that was killed in its first epoch has nothing to resume from, and repeats that epoch. To start any other again
+    would overwrite its best network.
+    """
+    epochs = len(read_history(out)) if (out / HISTORY).exists() else 0
+    if has_checkpoint(out / BEST):
+        epochs = max(epochs, read_meta(out / BEST).epoch)
+    if epochs > 1:
+        raise UsageError(
+            f"Cannot resume {out}: it has trained {count(epochs, 'epoch')}, but {out / LAST} is missing. Restore that "
+            f"folder, or start another run (--weights {out / BEST / WEIGHTS} starts it from this run's best weights)."
+        )
 
 
 def _is_evaluated(out: Path, dataset: Dataset, evaluation: EvalConfig) -> bool:
     """Return whether the last evaluation of the run in ``out`` was on ``dataset``, as ``evaluation`` says."""
     if not (out / METRICS).exists():
         return False
-    metrics = json.loads((out / METRICS).read_text(encoding="utf-8"))
+    try:
+        metrics = json.loads((out / METRICS).read_text(encoding="utf-8"))
+    except ValueError:  # damaged: evaluate again
+        return False
     evaluated = metrics["evaluated"]
     return metrics["dataset"]["digest"] == dataset.digest and all(
         evaluated[name] == value for name, value in evaluation.model_dump(exclude={"batch_size"}).items()
@@ -234,9 +279,9 @@ def _outline(session: Session) -> str:
     where = name if ranks.world_size == 1 else f"{ranks.world_size} x {name}"
     precision = str(session.step.precision).removeprefix("torch.")
     return (
-        f"Training {settings.model} in {precision} on {where}: {len(session.loader.rows):,} slices, "
-        f"{len(session.loader):,} steps an epoch, of {settings.batch_size} slices each; "
-        f"{len(session.val_loader.rows) * ranks.world_size:,} slices to validate."
+        f"Training {settings.model} in {precision} on {where}: {count(len(session.loader.rows), 'slice')}, "
+        f"{count(len(session.loader), 'step')} an epoch, of {count(settings.batch_size, 'slice')} each; "
+        f"{count(len(session.val_loader.rows) * ranks.world_size, 'slice')} to validate."
     )
 
 

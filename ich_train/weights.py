@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ich_prep.errors import UsageError
+from ich_prep.errors import UsageError, describe_os_error
+from ich_train.wording import count
 
 # torchvision's first DenseNet files have a dot where its networks have none: norm.1 for norm1.
 _OLD_DENSENET = re.compile(r"(denselayer\d+)\.(norm|conv)\.([12])\.")
@@ -37,16 +37,32 @@ def load_weights(model: nn.Module, name: str, file: Path) -> None:
         if key in expected and value.shape == (*expected[key].shape, 1, 1):
             tensors[key] = value.flatten(1)
     # Files from before torch 0.4.1 do not count batches, and nothing here reads the counts.
-    missing = [key for key in expected if key not in tensors and not key.endswith("num_batches_tracked")]
+    needed = {
+        key: value for key, value in expected.items() if key in tensors or not key.endswith("num_batches_tracked")
+    }
+    differences = weight_differences(tensors, needed)
+    if differences:
+        raise UsageError(
+            f"{file} does not hold weights of {name}: {differences}. Name a file of the same network, with torchvision's "
+            "key names."
+        )
+    model.load_state_dict(tensors, strict=False)
+
+
+def weight_differences(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> str:
+    """Return where ``tensors`` differ from the ``expected`` in names or shapes, the first kind only; "" if nowhere."""
+    missing = [key for key in expected if key not in tensors]
     unknown = [key for key in tensors if key not in expected]
     misshapen = [key for key in tensors if key in expected and tensors[key].shape != expected[key].shape]
-    for what, keys in (("are missing", missing), ("are unknown", unknown), ("have another shape", misshapen)):
+    for one, many, keys in (
+        ("is missing", "are missing", missing),
+        ("is unknown", "are unknown", unknown),
+        ("has another shape", "have another shape", misshapen),
+    ):
         if keys:
-            raise UsageError(
-                f"{file} does not hold weights of {name}: {len(keys)} of its {len(expected)} tensors {what}, such as "
-                f"{', '.join(keys[:3])}. Name a file of the same network, with torchvision's key names."
-            )
-    model.load_state_dict(tensors, strict=False)
+            what = one if len(keys) == 1 else many
+            return f"{count(len(keys), 'tensor')} of {len(expected)} {what}, such as {', '.join(keys[:3])}"
+    return ""
 
 
 def _keep_head(tensors: dict[str, torch.Tensor], expected: Mapping[str, torch.Tensor], model: nn.Module) -> None:
@@ -58,7 +74,6 @@ def _keep_head(tensors: dict[str, torch.Tensor], expected: Mapping[str, torch.Te
 
 
 def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
@@ -66,16 +81,16 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
             content: Any = load_file(file)
         else:
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+    except OSError as error:
+        raise UsageError(f"Cannot read weights from {file}: {describe_os_error(error)}.") from error
+    except Exception as error:  # an unpickler may raise anything on bytes that it does not expect
         raise UsageError(
-            f"Cannot read weights from {file}: {error}. Expected safetensors or a state dict saved by torch."
+            f"Cannot read weights from {file}: it is damaged, or neither a safetensors file nor a state dict saved by torch."
         ) from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise UsageError(
-            f"Expected a state dict of tensors in {file}; found a {type(content).__name__} of other things."
-        )
+        raise UsageError(f"Expected a state dict of tensors in {file}; found other objects ({type(content).__name__}).")
     return {str(key).removeprefix("module."): value for key, value in content.items()}
 
 

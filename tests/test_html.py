@@ -77,7 +77,13 @@ def test_every_part_of_the_kit_escapes_what_it_is_given() -> None:
     assert ("src", png_uri(b"\x89PNG")) in page.attributes
 
 
-def test_a_missing_value_is_an_error() -> None:
+def test_the_links_of_a_narrow_page_wrap() -> None:
+    _, html = page_of("{{ kit.navigation(places) }}", places=["run", "results"])
+    assert "nav { display: flex; flex-wrap: wrap;" in html
+    assert ".pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr));" in html
+
+
+def test_a_value_that_is_missing_is_an_error_and_no_hole() -> None:
     with pytest.raises(UndefinedError):
         page_of("{{ nothing }}")
 

@@ -4,7 +4,7 @@
 
     runs/NAME/
         metrics.json            every measure; written last: its presence says that the evaluation is complete
-        predictions.parquet     a line for each slice: what it is, its labels, its probabilities
+        predictions.parquet     a row for each slice: its identity, labels and probabilities
         curves/*.csv            the points of the ROC and precision-recall curves
         pictures/*.png          what the report shows
         report.html             all of it on one page
@@ -30,7 +30,7 @@ from ich_train.evaluation.metrics import best_f1_thresholds, by_series, measure,
 from ich_train.evaluation.plots import png
 from ich_train.evaluation.report import report_html
 from ich_train.predict import Predictor, load_predictor, predict_rows
-from ich_train.runs import METRICS, read_history
+from ich_train.runs import METRICS, read_history, require_writable
 from ich_train.split import Split, split_rows
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ IDENTITY = ("row", "sop_instance_uid", "series_instance_uid", "patient_id", "sub
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows of an evaluation. ``complete``: all of the subset, and so whole series."""
+    """The rows of an evaluation. ``complete``: all of the part, and so whole series."""
 
     split: Split
     evaluated: NDArray[np.int64]
@@ -70,15 +70,16 @@ def evaluate_run(
     """Evaluate the best network of the folder ``run`` on a part of ``dataset``; write everything, return the metrics.
 
     The files go to the folder ``out``, or to ``run``. Labels of whole series are accepted, whatever the network learned
-    from: the report says so, and the measures by series are those that count then.
+    from: the report says so, and the per-series measures are then the ones to read.
 
     The parts train, val and test are split as in training. The thresholds of best F1 come from the whole validation
     part; if that is empty there are none, and without a training part there is no position-only baseline. With a
     ``limit`` there are no results by series, because the drawn slices of a series are not the series. Raises
-    `TrainError` if the run has no network or history, and `UsageError` if the dataset does not fit it, or has no labels
-    or none in the subset.
+    `TrainError` if the run has no network or history, and `UsageError` if the dataset does not fit it, has no labels or
+    none in the part, or if the folder cannot be written to.
     """
     out = out or run
+    require_writable(out, hint="Name another folder with --out.")
     history = read_history(run)
     predictor = load_predictor(run, dataset, device=device)
     rows = _choose_rows(dataset, predictor.meta, evaluation)

@@ -85,13 +85,13 @@ def draw_sheet(dataset: Dataset, predictor: Predictor, cases: Cases, label: str,
     """
     j = cases.classes.index(label)
     probability, truth = cases.probabilities[:, j], cases.labels[:, j]
-    called = probability >= threshold
+    predicted = probability >= threshold
     groups = {}
     for title, end, chosen, certainty in (
-        ("True positives", "highest", (truth == 1) & called, probability),
-        ("False positives", "highest", (truth == 0) & called, probability),
-        ("False negatives", "lowest", (truth == 1) & ~called, -probability),
-        ("True negatives", "lowest", (truth == 0) & ~called, -probability),
+        ("True positives", "highest", (truth == 1) & predicted, probability),
+        ("False positives", "highest", (truth == 0) & predicted, probability),
+        ("False negatives", "lowest", (truth == 1) & ~predicted, -probability),
+        ("True negatives", "lowest", (truth == 0) & ~predicted, -probability),
     ):
         best = np.flatnonzero(chosen)
         best = best[np.argsort(-certainty[best], kind="stable")]
@@ -105,7 +105,7 @@ def draw_sheet(dataset: Dataset, predictor: Predictor, cases: Cases, label: str,
 
 
 def draw_feature_maps(dataset: Dataset, predictor: Predictor, row: int) -> Figure:
-    """Return what each convolution layer of the network makes of the slice ``row``."""
+    """Return the feature maps of each convolution layer of the network for the slice ``row``."""
     context = predictor.meta.context
     loader = SliceLoader(dataset, np.array([row]), batch_size=1, order="sequential", context=context, pin=False)
     layers = conv_layers(predictor.model)

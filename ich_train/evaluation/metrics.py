@@ -1,10 +1,10 @@
 """How well probabilities fit labels: per label, macro and micro, with intervals that resample patients.
 
 Labels are (n, classes) int8 with -1 = unknown, probabilities (n, classes) float; ``classes`` are their names, in order. A
-case is a slice or a series: a line of the arrays. A case is called positive if its probability >= the threshold.
+case is a slice or a series: a line of the arrays. A case is predicted positive if its probability >= the threshold.
 
-A measure is undefined (NaN inside, None outside) if its label has cases of one class only, or if its denominator is
-zero: a constant label says nothing about a model, and 0 or 1 would suggest that it does.
+A measure is undefined (NaN inside, None outside) if its denominator is zero, or, except for accuracy, if its label has
+cases of one class only: a constant label says nothing about a model, and a precision of 0 would suggest that it does.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LabelArray = npt.NDArray[np.int8]
 Probabilities = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 Thresholds = tuple[float | None, ...]
 
-COUNTS = ("tn", "fp", "fn", "tp")  # in the order of 2 * truth + called
+COUNTS = ("tn", "fp", "fn", "tp")  # in the order of 2 * label + predicted
 RANKING = ("roc_auc", "average_precision")
 DECISION = ("accuracy", "precision", "recall", "f1")
 POLICIES = ("at_half", "at_best_f1")
@@ -44,7 +44,7 @@ def best_f1_thresholds(labels: LabelArray, probabilities: Probabilities) -> Thre
 
 @dataclass(frozen=True)
 class Curve:
-    """Points of a curve with the lowest probability called positive at each, infinity if none is."""
+    """Points of a curve with the lowest probability predicted positive at each, infinity if none is."""
 
     x: Floats  # false positive rate, or recall
     y: Floats  # true positive rate, or precision
@@ -276,12 +276,14 @@ def _decisions(counts: Floats) -> Floats:
     tn, fp, fn, tp = np.moveaxis(counts, -1, 0)
     both_classes = (tn + fp > 0) & (fn + tp > 0)
 
-    def ratio(part: Floats, whole: Floats) -> Floats:
-        values: Floats = np.divide(part, whole, out=np.full(part.shape, np.nan), where=both_classes & (whole > 0))
+    def ratio(part: Floats, whole: Floats, where: npt.NDArray[np.bool_] = both_classes) -> Floats:
+        values: Floats = np.divide(part, whole, out=np.full(part.shape, np.nan), where=where & (whole > 0))
         return values
 
+    cases = tn + fp + fn + tp
+    accuracy = ratio(tn + tp, cases, where=cases > 0)
     f1 = ratio(2 * tp, 2 * tp + fp + fn)
-    measures = np.stack([ratio(tn + tp, tn + fp + fn + tp), ratio(tp, tp + fp), ratio(tp, tp + fn), f1], axis=-1)
+    measures = np.stack([accuracy, ratio(tp, tp + fp), ratio(tp, tp + fn), f1], axis=-1)
     return measures.reshape(len(counts), -1)
 
 
@@ -304,7 +306,7 @@ def _best_f1(truth: LabelArray, score: Floats) -> float | None:
     precision, recall, thresholds = precision_recall_curve(truth, score)
     both = precision + recall
     f1 = np.divide(2 * precision * recall, both, out=np.zeros_like(both), where=both > 0)
-    return float(thresholds[np.argmax(f1[:-1])])  # the last point calls nothing positive and has no threshold
+    return float(thresholds[np.argmax(f1[:-1])])  # at the last point nothing is predicted positive
 
 
 def _log_loss_terms(

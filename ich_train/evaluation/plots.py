@@ -1,6 +1,6 @@
-"""Pictures of a run: how training went, how good the probabilities are, what the network makes of a slice.
+"""Pictures of a run: how training went, how good the probabilities are, the network's feature maps.
 
-Every function takes numbers and returns a new figure; nothing here knows folders or datasets. The figures are
+Every function takes numbers and returns a new figure; no function here reads folders or datasets. The figures are
 drawn without pyplot: no state is shared, and no display is needed.
 """
 
@@ -40,7 +40,7 @@ class Example:
 
 @dataclass(frozen=True)
 class LayerMaps:
-    """What one convolution layer makes of one slice."""
+    """The output of one convolution layer for one slice."""
 
     name: str
     maps: npt.NDArray[np.float32]  # (channel, y, x)
@@ -72,7 +72,7 @@ def history_curve(
 
 
 def roc_panels(curves: Mapping[str, Curve], measures: Mapping[str, Any]) -> Figure:
-    """Return the ROC curve of each label in its own panel, the other labels faint behind it.
+    """Return the ROC curve of each label in its own panel, the other labels in grey.
 
     ``measures`` is the by-slice result of `ich_train.evaluation.metrics.measure`: it gives the areas, and the points of
     the two thresholds.
@@ -112,15 +112,15 @@ def precision_recall_panels(curves: Mapping[str, Curve], measures: Mapping[str, 
 
 
 def confusion_panels(measures: Mapping[str, Any], policy: str) -> Figure:
-    """Return the confusion matrix of each label at the threshold of ``policy``, shaded by the share of its line."""
+    """Return the confusion matrix of each label at the threshold of ``policy``, shaded by the share of its row."""
     figure = _figure(*_grid_size(measures["labels"], panel=(8.6 / 3, 3.1), beside=0.0))
     for name, axes in _label_panels(figure, measures["labels"]):
         at = measures["labels"][name][policy]
         axes.set_title(name, loc="left", color=INK, size=10, weight="bold")
         axes.set_xticks([0, 1], ["no", "yes"], color=MUTED, size=8)
         axes.set_yticks([0, 1], ["no", "yes"], color=MUTED, size=8)
-        axes.set_xlabel("called", color=MUTED, size=8)
-        axes.set_ylabel("true", color=MUTED, size=8)
+        axes.set_xlabel("predicted", color=MUTED, size=8)
+        axes.set_ylabel("label", color=MUTED, size=8)
         axes.tick_params(length=0)
         for spine in axes.spines.values():
             spine.set_color(FAINT)

@@ -11,7 +11,8 @@ from ich_prep.dataset.classes import ANY
 from ich_prep.html import Cell, Row, Tile, render
 from ich_train.evaluation.metrics import DECISION, POLICIES, POLICY_WORDS
 from ich_train.rsna import is_rsna
-from ich_train.runs import Epoch, overfitting_since
+from ich_train.runs import Epoch, overfitting_text
+from ich_train.wording import count
 
 TEMPLATE = "report.html.jinja"
 DECISION_WORDS = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1"}
@@ -29,7 +30,7 @@ VIEW_WORDS = {
 
 @dataclass(frozen=True)
 class Caption:
-    """What stands over a picture."""
+    """The heading of a picture."""
 
     title: str
     text: str
@@ -40,19 +41,19 @@ CAPTIONS = {
         "Loss", "Mean loss of each epoch. Training loss is taken while the weights change, on augmented slices."
     ),
     "accuracy": Caption("Accuracy", "Share of correct answers at 0.5 over all slices and labels of each epoch."),
-    "roc": Caption("ROC", "Each label in its panel, the others faint behind it. With its 95% interval by patients."),
+    "roc": Caption("ROC", "Each label in its panel, the others in grey. With its 95% interval by patients."),
     "precision_recall": Caption(
         "Precision and recall", "The dotted line is the share of positives, which a guess also reaches."
     ),
-    "confusion_at_half": Caption("Confusion at 0.5", "Counts of slices; percentages and shades are shares of a line."),
+    "confusion_at_half": Caption("Confusion at 0.5", "Counts of slices; percentages and shades are shares of a row."),
     "confusion_at_best_f1": Caption(
         "Confusion at best F1",
-        "Each label at the threshold of the highest F1 on validation. Counts of slices; percentages are of a line.",
+        "Each label at the threshold of the highest F1 on validation. Counts of slices; percentages are of a row.",
     ),
     "feature_maps": Caption(
         "Feature maps",
-        "What each convolution layer makes of one slice: of each layer the maps with the largest spread, the strongest "
-        "first, each stretched from its own 1st to its 99th percentile.",
+        "The output of each convolution layer for one slice: of each layer the maps with the largest spread, the "
+        "strongest first, each stretched from its own 1st to its 99th percentile.",
     ),
 }
 
@@ -109,14 +110,15 @@ def log_loss_name(classes: Sequence[str]) -> str:
 def _tiles(metrics: Mapping[str, Any]) -> list[Tile]:
     view, evaluated = metrics["by_slice"], metrics["evaluated"]
     labels, macro = view["labels"], view["macro"]
-    counted = f"mean ROC AUC of {macro['labels']['roc_auc']} labels"
+    counted = f"mean ROC AUC of {count(macro['labels']['roc_auc'], 'label')}"
+    noun = "slice" if evaluated["slices"] == 1 else "slices"
     tiles = [
         Tile(_number(macro["roc_auc"]), counted, _range(macro["intervals"]["roc_auc"])),
         Tile(_number(view["log_loss"]), log_loss_name([*labels]), _range(view["log_loss_interval"])),
         Tile(
             Cell(f"{evaluated['slices']:,}"),
-            f"slices of {view['patients']:,} patients evaluated",
-            evaluated["subset"],
+            f"{noun} of {count(view['patients'], 'patient')} evaluated",
+            _part_words(evaluated["subset"]),
         ),
     ]
     if ANY in labels:
@@ -130,32 +132,33 @@ def _tiles(metrics: Mapping[str, Any]) -> list[Tile]:
 
 def _notes(metrics: Mapping[str, Any], history: Sequence[Epoch]) -> list[str]:
     evaluated, data, notes = metrics["evaluated"], metrics["dataset"], []
-    since = overfitting_since(history)
-    if since is not None:
-        notes.append(
-            f"Overfitting from epoch {since} on: validation loss rises and validation accuracy falls. The weights of "
-            f"epoch {metrics['model']['epoch']} were kept."
-        )
+    if overfitting := overfitting_text(history):
+        notes.append(f"{overfitting} The weights of epoch {metrics['model']['epoch']} were kept.")
     if data["trained_on"] and evaluated["subset"] in ("train", "val", "all"):
         notes.append(
-            f"The slices evaluated are those of the subset {evaluated['subset']}: the network, its best epoch or its "
-            "thresholds were chosen on some of them. Only the subset test is unseen."
+            f"The slices evaluated are those of {_part_words(evaluated['subset'])}: the network, its best epoch or its "
+            "thresholds were chosen on some of them. Only the part test is unseen."
         )
     if evaluated["series_labels"]:
         notes.append("Labels here are those of whole series, copied to their slices: read the results by series.")
     if data["patient_is_study"]:
         notes.append(
-            f"{data['patient_is_study']:,} slices, evaluated or to train on, have no PatientID; their study is used as "
-            "the patient. One person can be in several parts of the split, and intervals resample studies."
+            f"Without PatientID, among the slices evaluated or to train on: {count(data['patient_is_study'], 'slice')}. "
+            "Their study is used as the patient. One person can be in several parts of the split, and intervals resample "
+            "studies."
         )
     if metrics["by_series_max"] is None:
         notes.append(
-            f"{evaluated['slices']:,} slices were drawn with seed {evaluated['seed']}; as they are not whole series, "
-            "there are no results by series."
+            f"Only {count(evaluated['slices'], 'slice')} of {_part_words(evaluated['subset'])}, drawn with seed "
+            f"{evaluated['seed']}: these are not whole series, so there are no results by series."
         )
     if not data["trained_on"]:
         notes.append(_other_dataset(data, evaluated["subset"]))
     return notes
+
+
+def _part_words(part: str) -> str:
+    return "all parts" if part == "all" else f"the part {part}"
 
 
 def _other_dataset(data: Mapping[str, Any], subset: str) -> str:
@@ -182,10 +185,11 @@ def _facts(metrics: Mapping[str, Any]) -> list[Row]:
     facts = {
         "network": f"{model['network']}, the epoch of the lowest validation loss: {model['epoch']}",
         "input": f"{size} × {size} pixels in the windows {windows} (center/width in HU){neighbours}",
-        "dataset": f"{data['name']}: {data['slices']:,} slices, {data['series']:,} series, {data['patients']:,} patients",
+        "dataset": f"{data['name']}: {count(data['slices'], 'slice')}, {data['series']:,} series, "
+        f"{count(data['patients'], 'patient')}",
         "digest": data["digest"],
-        "evaluated": f"{evaluated['subset']}: {evaluated['slices']:,} slices{drawn}",
-        "intervals": f"{evaluated['bootstrap']:,} bootstrap resamples of the patients, seed {evaluated['seed']}",
+        "evaluated": f"{_part_words(evaluated['subset'])}: {count(evaluated['slices'], 'slice')}{drawn}",
+        "intervals": f"{count(evaluated['bootstrap'], 'bootstrap resample')} of the patients, seed {evaluated['seed']}",
     }
     return [Row(fact) for fact in facts.items()]
 
@@ -209,10 +213,10 @@ def _parts(data: Mapping[str, Any], classes: Sequence[str]) -> Table:
 
 def _view(name: str, view: Mapping[str, Any]) -> View:
     title, words = VIEW_WORDS[name]
-    unit = "slices" if name == "by_slice" else "series"
+    cases = count(view["cases"], *("slice",) if name == "by_slice" else ("series", "series"))
     interval = _range(view["log_loss_interval"])
     loss = _number(view["log_loss"]).text + (f" ({interval})" if interval else "")
-    text = f"{words} {view['cases']:,} {unit} of {view['patients']:,} patients.".strip()
+    text = f"{words} {cases} of {count(view['patients'], 'patient')}.".strip()
     return View(
         title=title,
         text=f"{text} {_capital(log_loss_name([*view['labels']]))} {loss}.",
@@ -288,7 +292,7 @@ def _measured(entry: Mapping[str, Any], measure: str) -> Cell:
 def _averaged(entry: Mapping[str, Any], measure: str, total: int) -> Cell:
     """Return a measure of the macro or micro row with its interval and the number of labels that it is taken over."""
     cell = _measured(entry, measure)
-    return Cell(cell.text, (*cell.small, f"{entry['labels'][measure]} of {total} labels"), cell.undefined)
+    return Cell(cell.text, (*cell.small, f"{entry['labels'][measure]} of {count(total, 'label')}"), cell.undefined)
 
 
 def _capital(text: str) -> str:

@@ -133,14 +133,14 @@ def test_a_killed_writer_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
                 writer.stdout.readline()
             time.sleep(delay)
             writer.send_signal(signal.SIGKILL)
-            told = writer.stdout.read().split()
-        written = int(told[-1]) if told else 20
+            printed = writer.stdout.read().split()
+        written = int(printed[-1]) if printed else 20
         assert load_state(folder)["value"] == value_of(folder)
         assert value_of(folder) >= written
         save_checkpoint(folder, model_of(0), META)  # the next run is not in the way of what was left lying about
 
 
-def test_damage_is_told(tmp_path: Path) -> None:
+def test_damaged_files_are_reported(tmp_path: Path) -> None:
     folder = tmp_path / "last"
     with pytest.raises(TrainError, match="No checkpoint"):
         load_model(folder, "cpu")
@@ -148,16 +148,19 @@ def test_damage_is_told(tmp_path: Path) -> None:
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(TrainError, match=r"model\.safetensors"):
+    with pytest.raises(TrainError, match=r"model\.safetensors are damaged"):
         load_model(folder, "cpu")
     weights.write_bytes(whole)
-    with pytest.raises(TrainError, match=r"model\.safetensors"):
+    with pytest.raises(TrainError, match=r"do not fit the network .* 1 tensor of \d+ has another shape, such as conv1"):
         load_parameters(folder, build_model("baseline", channels=1, size=32, classes=6))
     (folder / "state.pt").write_bytes(b"")
     with pytest.raises(TrainError, match="cannot be resumed"):
         load_state(folder)
     (folder / "meta.json").write_text("{", encoding="utf-8")
-    with pytest.raises(TrainError, match=r"meta\.json"):
+    with pytest.raises(TrainError, match=r"meta\.json is damaged: Invalid JSON: .* line 1 column 1\.$"):
+        load_model(folder, "cpu")
+    (folder / "meta.json").write_text(META.model_dump_json(exclude={"epoch"}), encoding="utf-8")
+    with pytest.raises(TrainError, match=r"meta\.json is damaged: epoch: Field required\.$"):
         load_model(folder, "cpu")
 
 

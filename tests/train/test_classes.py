@@ -53,8 +53,8 @@ def test_training_metrics_report_and_predictions_follow_the_dataset(
     call: Callable[..., int], three: Path, six: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call("run", "--recipe", "quick.toml", "--data", three, "--device", "cpu") == 0
-    told = capsys.readouterr().err
-    assert re.search(r"^Log loss \d\.\d+", told, re.MULTILINE)
+    printed = capsys.readouterr().err
+    assert re.search(r"^Log loss \d\.\d+", printed, re.MULTILINE)
     run = tmp_path / "runs" / "quick"
     loaded = load_model(run / "best", "cpu")
     assert loaded.meta.classes == CLASSES

@@ -54,22 +54,23 @@ def test_run_eval_and_predict_in_the_folder_of_a_build(
     settings, evaluation = settings_of(run)
     assert (settings.epochs, settings.seed, settings.batch_size, evaluation.bootstrap) == (2, 5, 8, 20)
     assert len(read_history(run)) == 2
-    told = capsys.readouterr().err
-    assert "epoch 2/2" in told
-    assert "Note" not in told
-    assert "ROC AUC" in told
-    assert "Report: runs/quick/report.html" in told
+    printed = capsys.readouterr().err
+    assert "epoch 2/2" in printed
+    assert "Note" not in printed
+    assert "ROC AUC" in printed
+    assert "Report: runs/quick/report.html" in printed
     before = (run / "metrics.json").read_text(encoding="utf-8")
 
     assert call("run", "--recipe", "quick.toml", "--epochs", 2, "--batch-size", 8, "--device", "cpu", "--resume") == 0
     assert not (tmp_path / "runs" / "quick-2").exists()
     assert (run / "metrics.json").read_text(encoding="utf-8") == before
-    capsys.readouterr()
+    assert capsys.readouterr().err == "runs/quick is already finished: nothing to do.\n"
 
     assert call("eval", "runs/quick", "--subset", "val", "--limit", 30, "--out", "val_only") == 0
-    told = capsys.readouterr().err
-    assert "30 slices of val" in told
-    assert "Report: val_only/report.html" in told
+    printed = capsys.readouterr().err
+    assert "30 slices of the part val:" in printed
+    assert all(line == line.rstrip() for line in printed.splitlines())
+    assert "Report: val_only/report.html" in printed
     assert (run / "metrics.json").read_text(encoding="utf-8") == before
 
     assert call("predict", "runs/quick", "--out", "submission.csv") == 0
@@ -78,7 +79,7 @@ def test_run_eval_and_predict_in_the_folder_of_a_build(
     assert [line.split(",")[0] for line in lines] == [line.split(",")[0] for line in listed]
 
 
-def test_ctrl_c_says_how_to_go_on(
+def test_ctrl_c_prints_the_command_that_resumes(
     call: Call, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = "[train]\nepochs = 3\nbatch_size = 8\ndevice = 'cpu'\n[eval]\nbootstrap = 20\n"
@@ -102,10 +103,10 @@ def test_a_dataset_that_the_recipe_does_not_build_is_remarked_on(
     recipe = '[build]\nsize = 512\nstore = "hu"\nwindows = ["brain"]\n[train]\nwindows = ["stroke"]\n'
     (tmp_path / "large.toml").write_text(recipe, encoding="utf-8")
     assert call("run", "--recipe", "large.toml", "--data", path) == 2
-    told = capsys.readouterr().err
-    assert f"Note: {path} was not built with large.toml: size is 32, not 512; store is windows, not hu;" in told
-    assert "windows is brain, subdural, bone, not brain." in told
-    assert "Expected no windows in [train]" in told
+    printed = capsys.readouterr().err
+    assert f"Note: {path} was not built with large.toml: size is 32, not 512; store is windows, not hu;" in printed
+    assert "windows is brain, subdural, bone, not brain." in printed
+    assert "Expected no windows in [train]" in printed
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,12 @@ def test_a_dataset_that_the_recipe_does_not_build_is_remarked_on(
         (["run", "--recipe", "none.toml"], 2, "there is no such file"),
         (["run", "--recipe", "wrong.toml"], 2, "Did you mean 'epochs'?"),
         (["run", "--resume"], 2, "Name its folder with --out"),
-        (["run", "--resume", "--out", "nothing"], 2, "recipe.toml"),
+        (
+            ["run", "--resume", "--out", "nothing"],
+            2,
+            "nothing is not the folder of a run: there is no recipe.toml in it",
+        ),
+        (["run", "--resume", "--recipe", "wrong.toml", "--out", "nothing"], 2, "nothing is not the folder of a run"),
         (["run", "--epochs", "0"], 2, "--epochs"),
         (["run", "--model", "resnet19"], 1, "ich-prep build"),
         (["eval", "nothing"], 2, "nothing is not the folder of a run"),
@@ -128,25 +134,25 @@ def test_errors_are_one_message_and_an_exit_code(
 ) -> None:
     (tmp_path / "wrong.toml").write_text("[train]\nepoch = 3\n", encoding="utf-8")
     assert call(*words) == code
-    told = capsys.readouterr().err
-    assert message in told
-    assert "Traceback" not in told
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "Traceback" not in printed
     assert {path.name for path in tmp_path.iterdir()} == {"wrong.toml"}
 
 
 def test_help_names_the_commands_and_imports_nothing_heavy() -> None:
-    told = subprocess.run([sys.executable, "-m", "ich_train", "--help"], check=True, capture_output=True, text=True)
+    printed = subprocess.run([sys.executable, "-m", "ich_train", "--help"], check=True, capture_output=True, text=True)
     for command in ("run", "eval", "predict"):
-        assert command in told.stdout
+        assert command in printed.stdout
     program = "import sys, ich_train.cli; assert not {'torch', 'pyarrow', 'numpy', 'jinja2'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_help_of_run_names_the_models_and_defaults(call: Call, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("run", "--help") == 0
-    told = " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().out.split())
     for word in (*MODELS, "timm:NAME", "package.module:NAME", f"[default: {TrainConfig().epochs}]"):
-        assert word in told
+        assert word in printed
 
 
 def test_the_version_is_that_of_the_distribution(call: Call, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,7 +160,7 @@ def test_the_version_is_that_of_the_distribution(call: Call, capsys: pytest.Capt
     assert capsys.readouterr().out == f"ich-train {version('ich')}\n"
 
 
-def test_an_option_that_stands_twice_is_refused(call: Call, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_option_given_twice_is_refused(call: Call, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("run", "--data", "a.zarr", "--data", "b.zarr") == 2
     assert "--data was given 2 times (a.zarr, b.zarr)" in capsys.readouterr().err
 
@@ -173,12 +179,58 @@ def test_a_dataset_that_was_moved_is_asked_for(
         ["run", "--resume", "--out", "runs/quick"],
     ):
         assert call(*words) == 1
-        told = capsys.readouterr().err
-        assert "here.zarr" in told
-        assert "If the dataset of runs/quick was moved, name its place with --data." in told
+        printed = capsys.readouterr().err
+        assert "here.zarr" in printed
+        assert "Error: If the dataset of runs/quick was moved, pass its path with --data." in printed
     assert call("eval", "runs/quick", "--data", "nowhere.zarr") == 1
     assert "was moved" not in capsys.readouterr().err
     assert call("eval", "runs/quick", "--data", "there.zarr") == 0
+
+
+def test_what_cannot_be_written_is_refused_before_the_work(
+    call: Call, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "quick.toml").write_text("[train]\nepochs = 1\nbatch_size = 8\ndevice = 'cpu'\n[eval]\nbootstrap = 5\n")
+    assert call("run", "--recipe", "quick.toml", "--data", path) == 0
+    capsys.readouterr()
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    (tmp_path / "runs" / "quick" / "best" / "model.safetensors").unlink()  # a network that was loaded would be an error
+    for words, message in (
+        (["predict", "runs/quick", "--out", "runs"], "runs is a folder. Name the CSV file to write with --out."),
+        (
+            ["predict", "runs/quick", "--out", "file/x.csv"],
+            "file is a file, not a folder. Name another file with --out.",
+        ),
+        (["eval", "runs/quick", "--out", "file"], "file is a file, not a folder. Name another folder with --out."),
+        (["eval", "runs/quick", "--out", "/proc/new"], "Cannot write to /proc: "),
+        (["predict", "runs/quick", "--out", "/proc/x.csv"], "Cannot write to /proc: "),
+        (["run", "--data", path, "--device", "cpu", "--batch-size", 8, "--out", "file"], "file is a file; a run needs"),
+    ):
+        if "/proc" in str(words[-1]) and not Path("/proc/self").exists():
+            continue
+        assert call(*words) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_network_that_cannot_be_trained_leaves_no_folder(
+    call: Call, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = (
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, *, channels, size, classes):\n"
+        "        super().__init__()\n"
+        "        self.classes = classes\n"
+        "    def forward(self, images):\n"
+        "        return images.mean(dim=(2, 3))[:, :1].expand(-1, self.classes)\n"
+    )
+    (tmp_path / "no_weights_net.py").write_text(source, encoding="utf-8")
+    assert call("run", "--model", "no_weights_net:Net", "--data", path, "--device", "cpu", "--batch-size", 8) == 2
+    monkeypatch.delitem(sys.modules, "no_weights_net")
+    printed = capsys.readouterr().err
+    assert "has nothing to train: it needs a parameter with requires_grad." in printed
+    assert "Traceback" not in printed
+    assert not (tmp_path / "runs").exists()
 
 
 def test_what_the_operating_system_refuses_is_one_message(
@@ -186,6 +238,6 @@ def test_what_the_operating_system_refuses_is_one_message(
 ) -> None:
     (tmp_path / "runs").write_text("a file")
     assert call("run", "--data", path, "--device", "cpu", "--epochs", 1, "--batch-size", 8) == 1
-    told = capsys.readouterr().err
-    assert "Error: Not a directory (runs/baseline). Fix this, then run the same command again." in told
-    assert "Traceback" not in told
+    printed = capsys.readouterr().err
+    assert "Error: Not a directory (runs/baseline). Fix this, then run the same command again." in printed
+    assert "Traceback" not in printed

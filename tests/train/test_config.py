@@ -89,8 +89,8 @@ def test_the_readme_tells_every_recipe_key_and_default() -> None:
     recipes = {path.stem for path in PIPELINES.glob("*.toml")}
     assert recipes >= {"lecture_baseline", "rsna_resnet50", "rsna_densenet121", "smoke"}
     assert all(f"| `{name}` |" in readme for name in recipes)
-    told = tomllib.loads(readme.split("```toml")[1].split("```")[0])
-    assert told == {
+    printed = tomllib.loads(readme.split("```toml")[1].split("```")[0])
+    assert printed == {
         "train": TrainConfig().model_dump(mode="json", exclude_none=True),
         "eval": EvalConfig().model_dump(mode="json", exclude_none=True),
     }

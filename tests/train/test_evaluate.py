@@ -209,7 +209,7 @@ def test_a_series_of_which_a_slice_has_no_label_is_not_known_to_be_negative(eval
     columns["label_level"][row] = "none"
     for name in RSNA_CLASSES:
         columns[name][row] = None
-    after = evaluate_run(run, relabelled(**columns), EvalConfig(bootstrap=0), out=tmp_path / "judged")
+    after = evaluate_run(run, relabelled(**columns), EvalConfig(bootstrap=0), out=tmp_path / "evaluated")
     for view in ("by_series_max", "by_series_mean"):
         for name in RSNA_CLASSES:
             entry, was = after[view]["labels"][name], before[view]["labels"][name]
@@ -233,7 +233,7 @@ def test_a_draw_of_all_from_hu_with_neighbours(hu_dataset, dataset, tmp_path):
     assert metrics["model"]["channels"] == 9
     assert metrics["evaluated"]["slices"] == 20
     assert metrics["by_series_max"] is metrics["by_series_mean"] is None
-    assert "Only the subset test is unseen" in (run / "report.html").read_text()
+    assert "The slices evaluated are those of all parts" in (run / "report.html").read_text()
     # The same network on the windows that the other build stored: the same probabilities.
     loaded = load_model(run / "best", "cpu")
     preprocess = Preprocess(pixels="windows", windows=dataset.spec.windows)
@@ -243,26 +243,26 @@ def test_a_draw_of_all_from_hu_with_neighbours(hu_dataset, dataset, tmp_path):
     assert len(set(table["fold"].to_pylist())) == 3
 
 
-def test_a_network_is_judged_by_another_dataset_with_labels_of_whole_series(evaluated, tmp_path):
+def test_a_network_is_evaluated_on_another_dataset_with_labels_of_whole_series(evaluated, tmp_path):
     synthesize(tmp_path / "cq500", series=12, seed=1, size=64, layout="cq500")
     allow = Allowances(missing_images=True)
     build(tmp_path / "cq500", tmp_path / "cq500.zarr", Spec(size=64, folds=3), workers=0, allow=allow)
     run, before = evaluated
     other = open_dataset(tmp_path / "cq500.zarr")
-    metrics = evaluate_run(run, other, EvalConfig(subset="all", bootstrap=3), out=tmp_path / "judged" / "cq500")
+    metrics = evaluate_run(run, other, EvalConfig(subset="all", bootstrap=3), out=tmp_path / "evaluated" / "cq500")
     assert metrics["evaluated"]["series_labels"]
     assert not metrics["dataset"]["trained_on"]
     assert metrics["by_series_max"]["cases"] == len(other.series)
-    assert json.loads((tmp_path / "judged" / "cq500" / "metrics.json").read_text()) == metrics
-    assert (tmp_path / "judged" / "cq500" / "report.html").is_file()
+    assert json.loads((tmp_path / "evaluated" / "cq500" / "metrics.json").read_text()) == metrics
+    assert (tmp_path / "evaluated" / "cq500" / "report.html").is_file()
     assert json.loads((run / "metrics.json").read_text()) == before
 
 
-def test_all_of_a_dataset_is_judged_where_parts_of_the_split_are_empty(evaluated, dataset, relabelled, tmp_path):
+def test_all_of_a_dataset_is_evaluated_when_parts_of_the_split_are_empty(evaluated, dataset, relabelled, tmp_path):
     run, _ = evaluated
     folds = [None if fold is None else SPLIT["test_fold"] for fold in dataset.slices["fold"].to_pylist()]
     other = relabelled(fold=folds)
-    metrics = evaluate_run(run, other, EvalConfig(subset="all", bootstrap=3), out=tmp_path / "judged")
+    metrics = evaluate_run(run, other, EvalConfig(subset="all", bootstrap=3), out=tmp_path / "evaluated")
     assert metrics["evaluated"]["slices"] == metrics["dataset"]["parts"]["test"]["slices"] > 0
     for view in ("by_slice", "by_series_max", "by_series_mean"):
         assert metrics[view]["labels"]["any"]["roc_auc"] is not None
@@ -279,9 +279,12 @@ def test_slices_whose_study_stands_for_the_patient_are_counted(evaluated, datase
     flags = [["gap_before"] if row % 2 else [] for row in range(len(dataset))]
     for row in (*split.train[:5], *split.test[-3:], *split.val[:2]):
         flags[row] = [*flags[row], "patient_is_study"]
-    metrics = evaluate_run(run, relabelled(flags=flags), EvalConfig(bootstrap=0), out=tmp_path / "judged")
+    metrics = evaluate_run(run, relabelled(flags=flags), EvalConfig(bootstrap=0), out=tmp_path / "evaluated")
     assert metrics["dataset"]["patient_is_study"] == 8
-    assert "8 slices, evaluated or to train on, have no PatientID" in (tmp_path / "judged" / "report.html").read_text()
+    assert (
+        "Without PatientID, among the slices evaluated or to train on: 8 slices."
+        in (tmp_path / "evaluated" / "report.html").read_text()
+    )
 
 
 def test_another_kind_of_dataset_is_refused(dataset, hu_dataset, tmp_path):

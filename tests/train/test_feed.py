@@ -22,7 +22,7 @@ def numbered(arrays: Arrays, number: int) -> None:
     index[:] = number * np.arange(3)
 
 
-def told(tensors: Tensors) -> int:
+def value_of(tensors: Tensors) -> int:
     values, index = tensors
     number = int(index[1])
     assert values.tolist() == [[number, number]] * 3
@@ -44,7 +44,7 @@ def test_batches_come_in_order(threads: int, prefetch: int, numbers: list[int]) 
         numbered(arrays, number)
 
     for _ in range(2):  # a feed runs as often as one likes
-        assert [told(tensors) for tensors in feed.run(read, numbers)] == numbers
+        assert [value_of(tensors) for tensors in feed.run(read, numbers)] == numbers
 
 
 def test_a_buffer_is_the_consumers_until_the_next_is_taken() -> None:
@@ -52,7 +52,7 @@ def test_a_buffer_is_the_consumers_until_the_next_is_taken() -> None:
     places = set()
     for number, tensors in enumerate(feed.run(numbered, range(40))):
         time.sleep(0.001)  # the threads have nothing else to do than to fill what is free
-        assert told(tensors) == number
+        assert value_of(tensors) == number
         places.add(tensors[0].data_ptr())
     assert len(places) <= 2 * 3
 
@@ -88,7 +88,7 @@ def test_an_error_is_raised_in_turn_and_ends_the_threads(bad: int) -> None:
     seen = []
     with pytest.raises(ValueError, match=f"number {bad}"):
         for tensors in feed.run(read, range(20)):
-            seen.append(told(tensors))  # noqa: PERF401  # what was seen before the error counts
+            seen.append(value_of(tensors))  # noqa: PERF401  # what was seen before the error counts
     assert seen == list(range(bad))
     assert threading.active_count() == before
 

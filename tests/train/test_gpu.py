@@ -112,7 +112,7 @@ def test_time_spent_waiting_for_data_is_the_gpus(dataset: Dataset, slow: str) ->
     assert share > 0.8 if slow == "reader" else share < 0.2
 
 
-def test_a_run_is_stopped_goes_on_and_is_judged(path: Path, tmp_path: Path) -> None:
+def test_a_run_is_stopped_resumed_and_evaluated(path: Path, tmp_path: Path) -> None:
     of = TrainConfig.model_validate({"batch_size": 8, "epochs": 3, "device": "cuda"})
     console = Console(file=io.StringIO(), width=200)
     stopping = open_dataset(path)
@@ -138,7 +138,7 @@ def test_predictions_are_those_of_the_processor(dataset: Dataset) -> None:
     np.testing.assert_allclose(there, here, atol=2e-3)
 
 
-def test_a_network_that_cannot_be_recorded_is_told_with_the_way_out(dataset: Dataset) -> None:
+def test_the_error_for_a_network_that_cannot_be_recorded_names_the_setting(dataset: Dataset) -> None:
     """Stands last: the generator of a process in which a recording broke off is of no more use."""
     with own_stream(torch.device("cuda:0")):
         one = session_of(dataset)

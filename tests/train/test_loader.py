@@ -170,6 +170,45 @@ def test_settings_that_cannot_be_meant_are_refused(wrong: dict[str, int], datase
         SliceLoader(dataset, **wrong)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("kind", [SliceLoader, SliceDataset])
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "rows is empty"),
+        (np.empty(0, np.int64), "rows is empty"),
+        ("any == 1", r"pass rows=dataset\.where\('any == 1'\)"),
+        ([0, 10**6], r"Expected rows of 0 to \d+ of .*; found 1000000\.$"),
+        ([-1, 3], r"Expected rows of 0 to .*; found -1\.$"),
+        ([0.5, 1.0], r"an integer type; found \(2,\) float64"),
+        (np.ones(3, bool), r"numpy\.flatnonzero\(mask\)"),
+        (np.zeros((2, 2), int), r"found \(2, 2\) int64"),
+    ],
+)
+def test_rows_that_are_not_rows_of_the_dataset_are_refused(
+    kind: Any, rows: Any, message: str, dataset: Dataset
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        kind(dataset, rows)
+
+
+def test_rows_of_any_integer_type_are_taken(dataset: Dataset) -> None:
+    for rows in ([2, 1], np.array([2, 1], np.uint8), dataset.where("slice_index >= 0")[:2]):
+        assert rows_of(taken(SliceLoader(dataset, rows, order="sequential"))) == [int(row) for row in rows]
+
+
+def test_an_unknown_order_is_refused_when_the_loader_is_made(dataset: Dataset) -> None:
+    with pytest.raises(UsageError, match="Unknown order 'foo'; expected sequential, shuffled, windowed"):
+        SliceLoader(dataset, order="foo")
+    with pytest.raises(UsageError, match="cannot be sequential"):
+        SliceLoader(dataset, order="sequential", weights=np.ones(len(labelled_rows(dataset))))
+
+
+@pytest.mark.parametrize("kind", [SliceLoader, SliceDataset])
+def test_what_is_not_a_dataset_is_refused(kind: Any) -> None:
+    with pytest.raises(TypeError, match="Expected an open dataset or the path of one; found int"):
+        kind(3)
+
+
 def test_a_loader_of_no_labelled_slice_is_refused_unless_rows_are_named(tmp_path: Path) -> None:
     synthesize(tmp_path / "cq500", series=3, size=32, layout="cq500", workers=0)
     (tmp_path / "cq500" / "reads.csv").unlink()

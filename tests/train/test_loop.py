@@ -162,7 +162,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(path: Path, tmp_path: Path,
     assert again.history == resumed.history
 
 
-def test_a_run_that_was_judged_on_its_way_is_judged_at_its_end(path: Path, tmp_path: Path) -> None:
+def test_an_unfinished_run_that_was_evaluated_is_evaluated_again_at_its_end(path: Path, tmp_path: Path) -> None:
     stopping = open_dataset(path)
     interrupt_at_read(stopping, 50)
     assert not quiet_train(stopping, tmp_path / "run", settings(epochs=3))[0].finished
@@ -173,7 +173,7 @@ def test_a_run_that_was_judged_on_its_way_is_judged_at_its_end(path: Path, tmp_p
     assert result.metrics["evaluated"]["subset"] == "test"
 
 
-def test_a_run_that_another_dataset_judged_last_is_judged_by_its_own(
+def test_a_run_last_evaluated_on_another_dataset_is_evaluated_again_on_its_own(
     tree: Path, dataset: Dataset, tmp_path: Path
 ) -> None:
     run, console = tmp_path / "run", Console(file=io.StringIO())
@@ -184,7 +184,7 @@ def test_a_run_that_another_dataset_judged_last_is_judged_by_its_own(
     assert resumed.metrics is not None
     assert resumed.metrics["dataset"]["digest"] == dataset.digest
     again = train(dataset, run, settings(epochs=1), QUICK, console=console, resume=True)
-    assert again.metrics is None, "there was nothing left to judge"
+    assert again.metrics is None, "there was nothing left to evaluate"
 
 
 def test_a_run_goes_on_without_the_weights_that_it_began_with(path: Path, tmp_path: Path) -> None:
@@ -273,6 +273,42 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(dataset: Dataset,
     assert lessons(resumed.history) == lessons(whole.history)
 
 
+def test_a_run_without_its_last_checkpoint_is_not_started_again(dataset: Dataset, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    quiet_train(dataset, out, settings(epochs=2))
+    shutil.rmtree(out / "last")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(
+        UsageError, match=r"has trained 2 epochs, but .*/last is missing\. Restore that folder, or start"
+    ):
+        quiet_train(dataset, out, settings(epochs=2), resume=True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_killed_between_its_first_two_checkpoints_repeats_the_epoch(dataset: Dataset, tmp_path: Path) -> None:
+    whole, _ = quiet_train(dataset, tmp_path / "whole", settings())
+    killed = tmp_path / "killed"
+    quiet_train(dataset, killed, settings(epochs=1))
+    (killed / "recipe.toml").write_bytes((tmp_path / "whole" / "recipe.toml").read_bytes())
+    shutil.rmtree(killed / "last")
+    resumed, _ = quiet_train(dataset, killed, settings(), resume=True)
+    assert lessons(resumed.history) == lessons(whole.history)
+
+
+def test_a_finished_run_says_so_and_is_left_alone(dataset: Dataset, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    first, _ = quiet_train(dataset, out, settings(epochs=1))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    again, printed = quiet_train(dataset, out, settings(epochs=1), resume=True)
+    assert printed == f"{out} is already finished: nothing to do.\n"
+    assert again == first
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    text = io.StringIO()
+    evaluated = train(dataset, out, settings(epochs=1), QUICK, console=Console(file=text, width=200), resume=True)
+    assert text.getvalue() == f"{out} is already finished: only its evaluation is left.\n"
+    assert evaluated.metrics is not None
+
+
 def torchrun(*options: object) -> subprocess.Popen[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     return subprocess.Popen([*launcher, *command(*options)], stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
@@ -297,9 +333,9 @@ def test_two_processes_learn_what_one_learns_from_both_shares(path: Path, tmp_pa
     one, _ = quiet_train(open_dataset(path), tmp_path / "one", settings(batch_size=16, data=path, **STILL))
     recipe = recipe_of(tmp_path, batch_size=8, data=path, **STILL)
     with torchrun("--recipe", recipe, "--out", tmp_path / "two") as process:
-        _, told = process.communicate(timeout=240)
-    assert process.returncode == 0, told
-    assert told.count("epoch 2/2: training loss") == 1
+        _, printed = process.communicate(timeout=240)
+    assert process.returncode == 0, printed
+    assert printed.count("epoch 2/2: training loss") == 1
     assert (tmp_path / "two" / "metrics.json").is_file()
     for alone, together in zip(lessons(one.history), lessons(read_history(tmp_path / "two")), strict=True):
         assert together == pytest.approx(alone, rel=1e-3)
@@ -319,8 +355,8 @@ def test_two_processes_stop_together_and_go_on(path: Path, tmp_path: Path) -> No
         assert "ich-train run --resume" in process.stderr.read()
     assert 1 <= len(read_history(tmp_path / "stopped")) < 4
     with torchrun("--resume", "--out", tmp_path / "stopped") as process:
-        _, told = process.communicate(timeout=240)
-    assert process.returncode == 0, told
+        _, printed = process.communicate(timeout=240)
+    assert process.returncode == 0, printed
     for whole, resumed in zip(
         lessons(read_history(tmp_path / "whole")), lessons(read_history(tmp_path / "stopped")), strict=True
     ):

@@ -29,9 +29,9 @@ def test_a_terminal_shows_a_bar_with_rate_loss_and_waiting() -> None:
     shown, text = reporter(terminal=True)
     with shown:
         shown.step(2, 5, 10, meter())
-    told = text.getvalue()
+    printed = text.getvalue()
     for part in ("epoch 2/3", "5/10", "50 slices/s", "loss 0.5000", "5% waiting"):
-        assert part in told
+        assert part in printed
 
 
 def test_elsewhere_there_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,10 +56,13 @@ def test_elsewhere_there_is_a_line_for_each_epoch() -> None:
 def test_the_summary_marks_the_best_epoch_and_dates_overfitting() -> None:
     shown, text = reporter(terminal=False)
     shown.summary(LINES)
-    told = text.getvalue()
-    assert "1 *" in told
-    assert "1.5%" in told
-    assert "Overfitting since epoch 2" in told
+    printed = text.getvalue()
+    assert "1 *" in printed
+    assert "1.5%" in printed
+    assert "Overfitting since epoch 2" in printed
+    *table, _, _ = printed.splitlines()
+    assert max(map(len, table)) <= 80
+    assert all(line == line.rstrip() for line in table)
 
 
 def test_other_ranks_say_nothing() -> None:

@@ -58,9 +58,10 @@ def two_classes(truth):
 
 
 def expected_decisions(truth, called):
-    """Return scikit-learn's accuracy, precision, recall and F1, NaN for labels of one class."""
+    """Return scikit-learn's accuracy, precision, recall and F1; NaN without cases, and but for accuracy of one class."""
     if not two_classes(truth):
-        return dict.fromkeys(DECISION, math.nan)
+        accuracy = accuracy_score(truth, called) if len(truth) else math.nan
+        return dict.fromkeys(DECISION, math.nan) | {"accuracy": accuracy}
     return {
         "accuracy": accuracy_score(truth, called),
         "precision": precision_score(truth, called, zero_division=np.nan),
@@ -240,18 +241,24 @@ def test_best_f1_threshold_beats_every_other(given_cases):
         assert f1_score(truth, score >= threshold) == pytest.approx(best)
 
 
-def test_one_class_is_undefined_in_every_measure():
+def test_one_class_has_an_accuracy_and_no_other_measure():
     labels = np.zeros((10, 6), np.int8)
     labels[:, 1] = 1
     labels[:, 2] = -1
     found = measure(
         labels, np.full((10, 6), 0.7), np.arange(10), (0.5,) * 6, classes=RSNA_CLASSES, resamples=20, seed=0
     )
-    for entry in found["labels"].values():
-        assert all(look_up(entry, name) is None for name in MEASURES)
-        assert not any(entry["intervals"].values())
+    accuracies = dict(zip(RSNA_CLASSES, (0.0, 1.0, None, 0.0, 0.0, 0.0), strict=True))
+    for label, entry in found["labels"].items():
+        for name in MEASURES:
+            expected = accuracies[label] if name.endswith(".accuracy") else None
+            assert look_up(entry, name) == expected
+            assert entry["intervals"][name] == (None if expected is None else [expected, expected])
+    assert found["macro"]["at_half"]["accuracy"] == pytest.approx(1 / 5)
+    assert found["macro"]["labels"]["at_half.accuracy"] == 5
     assert found["labels"]["epidural"]["at_half"] == {
         **dict.fromkeys(DECISION),
+        "accuracy": 0.0,
         "threshold": 0.5,
         "tn": 0,
         "fp": 10,

@@ -138,8 +138,11 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     tensors = dict(model.state_dict())
     file = tmp_path / "weights.safetensors"
     for change, message in (
-        ({key: value for key, value in tensors.items() if key != "layer1.0.conv1.weight"}, "are missing"),
-        (tensors | {"layer9.weight": torch.zeros(1)}, "are unknown"),
+        (
+            {key: value for key, value in tensors.items() if key != "layer1.0.conv1.weight"},
+            r"1 tensor of 122 is missing, such as layer1\.0\.conv1\.weight\.",
+        ),
+        (tensors | {"layer9.weight": torch.zeros(1)}, "1 tensor of 122 is unknown, such as layer9"),
         (tensors | {"layer1.0.bn1.weight": torch.zeros(65)}, "another shape"),
     ):
         save_file(change, file)
@@ -151,11 +154,13 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 def test_files_that_are_not_weights_are_refused(tmp_path: Path, name: str) -> None:
     model = build_model("baseline", channels=3, size=32, classes=6)
     file = tmp_path / name
-    with pytest.raises(UsageError, match="Cannot read weights"):
+    with pytest.raises(UsageError, match=r"Cannot read weights from .*: No such file or directory"):
         load_weights(model, "baseline", file)
-    file.write_bytes(b"nothing of the kind")
-    with pytest.raises(UsageError, match="Cannot read weights"):
-        load_weights(model, "baseline", file)
+    for content in (b"nothing of the kind", b"", b"[train]\nepochs = 3\n", b"(lp0\n.", bytes(range(256))):
+        file.write_bytes(content)
+        with pytest.raises(UsageError, match=r"Cannot read weights from .*: it is damaged, or neither") as raised:
+            load_weights(model, "baseline", file)
+        assert "\n" not in str(raised.value)
 
 
 def test_a_pickled_object_is_refused_and_not_run(tmp_path: Path) -> None:
@@ -275,15 +280,40 @@ def not_a_module(**given):
 
 def other_arguments(inputs):
     return 3
+
+class NoParameters(nn.Module):
+    def __init__(self, *, channels, size, classes):
+        super().__init__()
+        self.classes = classes
+
+    def forward(self, images):
+        return images.mean(dim=(1, 2, 3))[:, None].expand(-1, self.classes)
+
+class Frozen(Small):
+    def __init__(self, **given):
+        super().__init__(**given)
+        self.requires_grad_(False)
+
+class Detached(Small):
+    def forward(self, images):
+        return super().forward(images).detach()
+
+class Raises(nn.Module):
+    def __init__(self, *, channels, size, classes):
+        raise KeyError("width")
+
+number = 5
 """
 
 
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a module in the current folder that makes networks."""
-    (tmp_path / "own_networks.py").write_text(OWN, encoding="utf-8")
+    sources = {"own_networks": OWN, "no_syntax": "def f(:", "no_import": "import no_such_library", "no_name": "1 / 0"}
+    for name, source in sources.items():
+        (tmp_path / f"{name}.py").write_text(source, encoding="utf-8")
+        monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "own_networks", raising=False)
     return "own_networks"
 
 
@@ -307,6 +337,18 @@ def test_a_network_of_ones_own_is_made_by_name(own: str, tmp_path: Path) -> None
         ("own_networks:one_logit", r"returned \(2, 1\) for a batch of 2; it must return logits of \(2, 3\)"),
         ("own_networks:other_channels", r"fails on a batch of \(2, 9, 32, 32\)"),
         ("own_networks:not_a_module", "returned int; it must return a torch.nn.Module"),
+        ("own_networks:NoParameters", r"has nothing to train: it needs a parameter with requires_grad"),
+        ("own_networks:Frozen", r"has nothing to train"),
+        ("own_networks:Detached", r"its logits do not depend on a parameter"),
+        ("own_networks:Raises", r"size=32, classes=3\) raised KeyError: 'width'\.$"),
+        ("own_networks:number", r"own_networks:number is of the type int; it must be a class or function"),
+        ("own_networks:", r"Expected package\.module:NAME .* found 'own_networks:'"),
+        (":Small", r"Expected package\.module:NAME .* found ':Small'"),
+        (".own_networks:Small", r"Expected package\.module:NAME"),
+        ("no_syntax:Small", r"Cannot import no_syntax, .* it raised SyntaxError: .*no_syntax\.py, line 1"),
+        ("no_import:Small", r"Cannot import no_import, .* it imports no_such_library, which is not installed\.$"),
+        ("no_name:Small", r"it raised ZeroDivisionError: division by zero\.$"),
+        ("no_such_package.networks:Small", r"there is no module no_such_package"),
         ("own_networks:other_arguments", r"Cannot call .*channels.*It must take these three arguments"),
     ],
 )

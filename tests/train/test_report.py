@@ -145,7 +145,7 @@ def test_a_plain_run_has_no_notes(metrics):
 def test_overfitting_is_noted_with_its_epoch(metrics):
     history = [epoch(1, 0.7, 0.7), epoch(2, 0.8, 0.8), epoch(3, 0.9, 0.7), epoch(4, 0.95, 0.6)]
     (note,) = notes(metrics, history)
-    assert note.startswith("Overfitting from epoch 3 on")
+    assert note.startswith("Overfitting since epoch 3: epoch 2 has the lowest validation loss, 0.6000;")
 
 
 def test_a_draw_has_no_series_and_says_so(metrics):
@@ -159,9 +159,17 @@ def test_a_draw_has_no_series_and_says_so(metrics):
 @pytest.mark.parametrize(
     ("part", "values", "words"),
     [
-        ("evaluated", {"subset": "val"}, "Only the subset test is unseen"),
+        (
+            "evaluated",
+            {"subset": "val"},
+            "chosen on some of them. Only the part test is unseen.",
+        ),
         ("evaluated", {"series_labels": True}, "read the results by series"),
-        ("dataset", {"patient_is_study": 1200}, "1,200 slices, evaluated or to train on, have no PatientID"),
+        (
+            "dataset",
+            {"patient_is_study": 1200},
+            "Without PatientID, among the slices evaluated or to train on: 1,200 slices.",
+        ),
         ("dataset", {"trained_on": False}, "not the dataset that the network was trained on"),
     ],
 )
@@ -199,5 +207,6 @@ def test_without_any_there_is_no_number_of_it(metrics):
     text = "".join(page.text)
     assert "of any" not in text
     assert "weighted" not in text
-    assert "of 1 labels" in text
+    assert "of 1 label" in text
+    assert "of 1 labels" not in text
     assert base64.b64encode(b"mass").decode() in page.sources[-2]
