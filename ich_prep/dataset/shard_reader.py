@@ -142,7 +142,7 @@ class ShardReader:
             return [self._pools[threads].submit(self._read_rows, *part) for part in parts]
 
     def _read_rows(self, rows: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
-        """Read ``rows`` in batches of as many as one thread may hold files open."""
+        """Read ``rows`` in batches of at most as many files as one thread may keep open."""
         step = max(1, self._max_open // 16)
         for i in range(0, len(rows), step):
             self._read_batch(rows[i : i + step], out[i : i + step])

@@ -26,7 +26,7 @@ _CENTRE_MM = 22.0  # a level with ventricles and sulci
 
 
 # Files by relative path, and their entries in the label files.
-_Made = tuple[tuple[tuple[str, bytes], ...], tuple[Listed, ...]]
+_Output = tuple[tuple[tuple[str, bytes], ...], tuple[Listed, ...]]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Damage:
 
 
 @dataclass(frozen=True)
-class _Ground:
+class _Context:
     """The inputs of a defect: the tree's layout, seed and size, and the defect's patient number."""
 
     layout: str
@@ -84,55 +84,55 @@ def _with(file: SliceFile, **attributes: object) -> SliceFile:
     return replace(file, attributes=file.attributes | attributes)
 
 
-def _listed(*files: SliceFile) -> _Made:
+def _listed(*files: SliceFile) -> _Output:
     """Return files that are in the label files like any slice."""
     return tuple((file.path, file.content()) for file in files), tuple(file.listed for file in files)
 
 
-def _unlisted(file: SliceFile) -> _Made:
+def _unlisted(file: SliceFile) -> _Output:
     """Return a file that is in no label file."""
     return ((file.path, file.content()),), ()
 
 
-def _unreadable(ground: _Ground, file: SliceFile, content: bytes) -> _Made:
+def _unreadable(context: _Context, file: SliceFile, content: bytes) -> _Output:
     """Return an unreadable file that is in label files by slice, but not in those by series."""
-    return ((file.path, content),), (file.listed,) if ground.layout in _SLICE_LABELS else ()
+    return ((file.path, content),), (file.listed,) if context.layout in _SLICE_LABELS else ()
 
 
-def _truncated(ground: _Ground) -> _Made:
-    file = ground.slice()
+def _truncated(context: _Context) -> _Output:
+    file = context.slice()
     pixel_bytes = len(file.attributes["PixelData"])
     missing = pixel_bytes - pixel_bytes * 153_710 // 524_288  # as in RSNA's truncated slice
-    return _unreadable(ground, file, file.content()[:-missing])
+    return _unreadable(context, file, file.content()[:-missing])
 
 
-def _zero_length(ground: _Ground) -> _Made:
-    file = ground.slice()
+def _zero_length(context: _Context) -> _Output:
+    file = context.slice()
     # Only in RSNA's layout does the file name identify the slice.
-    return ((file.path, b""),), (file.listed,) if ground.layout == "rsna" else ()
+    return ((file.path, b""),), (file.listed,) if context.layout == "rsna" else ()
 
 
-def _not_dicom(ground: _Ground) -> _Made:
-    folder = PurePosixPath(ground.slice().path).parent
+def _not_dicom(context: _Context) -> _Output:
+    folder = PurePosixPath(context.slice().path).parent
     thumbnails = bytes.fromhex("d0cf11e0a1b11ae1") + bytes(1016)  # a compound file, as Windows leaves it
-    name = f"ID_{token(9, ground.seed, 'not_dicom')}.dcm"
-    return ((str(folder / "Thumbs.db"), thumbnails), (str(folder / name), ground.rng().bytes(8192))), ()
+    name = f"ID_{token(9, context.seed, 'not_dicom')}.dcm"
+    return ((str(folder / "Thumbs.db"), thumbnails), (str(folder / name), context.rng().bytes(8192))), ()
 
 
-def _localizer(ground: _Ground) -> _Made:
+def _localizer(context: _Context) -> _Output:
     return _unlisted(
         _with(
-            ground.slice(),
+            context.slice(),
             ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"],
             ImageOrientationPatient=["0", "1", "0", "0", "0", "-1"],
         )
     )
 
 
-def _dose_page(ground: _Ground) -> _Made:
-    file = ground.slice()
-    page = np.zeros((ground.size, ground.size), np.uint16)
-    page[ground.size // 8 : ground.size // 2 : 8, ground.size // 8 : -ground.size // 4] = 255  # lines of text
+def _dose_page(context: _Context) -> _Output:
+    file = context.slice()
+    page = np.zeros((context.size, context.size), np.uint16)
+    page[context.size // 8 : context.size // 2 : 8, context.size // 8 : -context.size // 4] = 255  # lines of text
     ct_only = ("Image", "Rescale", "PixelPadding")
     general = {key: value for key, value in file.attributes.items() if not key.startswith(ct_only)}
     page_file = _with_pixels(replace(file, attributes=general), page)
@@ -148,50 +148,50 @@ def _dose_page(ground: _Ground) -> _Made:
     )
 
 
-def _multi_frame(ground: _Ground) -> _Made:
-    file = ground.slice()
+def _multi_frame(context: _Context) -> _Output:
+    file = context.slice()
     return _unreadable(
-        ground, file, _with(file, NumberOfFrames="3", PixelData=3 * file.attributes["PixelData"]).content()
+        context, file, _with(file, NumberOfFrames="3", PixelData=3 * file.attributes["PixelData"]).content()
     )
 
 
-def _size_lie(ground: _Ground) -> _Made:
-    file = ground.slice()
-    return _unreadable(ground, file, _with(file, Rows=file.attributes["Rows"] + ground.size // 4).content())
+def _size_lie(context: _Context) -> _Output:
+    file = context.slice()
+    return _unreadable(context, file, _with(file, Rows=file.attributes["Rows"] + context.size // 4).content())
 
 
-def _noise_tail(ground: _Ground) -> _Made:
-    file = ground.slice()
+def _noise_tail(context: _Context) -> _Output:
+    file = context.slice()
     pixels = _pixels(file)
-    first = 332 * ground.size // 512
-    pixels[first:] = ground.rng().integers(-32768, 32768, size=pixels[first:].shape)
+    first = 332 * context.size // 512
+    pixels[first:] = context.rng().integers(-32768, 32768, size=pixels[first:].shape)
     return _listed(_with_pixels(file, pixels))
 
 
-def _constant(ground: _Ground) -> _Made:
-    file = ground.slice()
+def _constant(context: _Context) -> _Output:
+    file = context.slice()
     return _listed(_with_pixels(file, np.zeros_like(_pixels(file))))
 
 
-def _metal(ground: _Ground) -> _Made:
-    file = ground.slice()
+def _metal(context: _Context) -> _Output:
+    file = context.slice()
     pixels = _pixels(file)
-    centre, radius = ground.size // 2, max(2, ground.size // 60)
+    centre, radius = context.size // 2, max(2, context.size // 60)
     pixels[centre, centre // 2 : -centre // 2] += 1500  # a streak
     pixels[centre - radius : centre + radius, centre - radius : centre + radius] = 31_743
     return _listed(_with_pixels(file, pixels))
 
 
-def _newline_name(ground: _Ground) -> _Made:
-    file = ground.slice()
+def _newline_name(context: _Context) -> _Output:
+    file = context.slice()
     return _listed(replace(file, path=file.path.replace(".dcm", "\n.dcm")))
 
 
-def _odd_size(ground: _Ground) -> _Made:
+def _odd_size(context: _Context) -> _Output:
     heights = (_CENTRE_MM, _CENTRE_MM + 5.0)
-    rows, columns = 638 * ground.size // 512, 490 * ground.size // 512
-    square, _ = ground.slices(heights, size=436 * ground.size // 512)
-    _, wide = ground.slices(heights, size=rows)
+    rows, columns = 638 * context.size // 512, 490 * context.size // 512
+    square, _ = context.slices(heights, size=436 * context.size // 512)
+    _, wide = context.slices(heights, size=rows)
     left = (rows - columns) // 2
     x, y, z = wide.attributes["ImagePositionPatient"]
     x = f"{float(x) + left * float(wide.attributes['PixelSpacing'][1]):.6f}"
@@ -199,9 +199,9 @@ def _odd_size(ground: _Ground) -> _Made:
     return _listed(square, _with(narrow, ImagePositionPatient=[x, y, z]))
 
 
-def _sign_12bit(ground: _Ground) -> _Made:
+def _sign_12bit(context: _Context) -> _Output:
     files = []
-    for number, file in enumerate(ground.slices((_CENTRE_MM, _CENTRE_MM + 5.0, _CENTRE_MM + 10.0))):
+    for number, file in enumerate(context.slices((_CENTRE_MM, _CENTRE_MM + 5.0, _CENTRE_MM + 10.0))):
         pixels = _pixels(file)
         # (stored + 1000) modulo 4096 is HU + 1000: so stored is HU modulo 4096.
         hu = (pixels - np.int16(1024)).clip(-1000, 3095)  # padding becomes air too
@@ -211,22 +211,22 @@ def _sign_12bit(ground: _Ground) -> _Made:
     return _listed(*files)
 
 
-def _duplicate_file(ground: _Ground) -> _Made:
-    file = ground.slice()
+def _duplicate_file(context: _Context) -> _Output:
+    file = context.slice()
     copy = file.path.replace(".dcm", " (1).dcm")
     return ((file.path, file.content()), (copy, file.content())), (file.listed,)
 
 
-def _identical_patients(ground: _Ground) -> _Made:
-    positive = ground.slice(("subdural",))
-    where = ground.place(second=True)
-    other = next(series_files(ground.layout, ground.seed, where, size=ground.size, heights_mm=(_CENTRE_MM,)))
+def _identical_patients(context: _Context) -> _Output:
+    positive = context.slice(("subdural",))
+    where = context.place(second=True)
+    other = next(series_files(context.layout, context.seed, where, size=context.size, heights_mm=(_CENTRE_MM,)))
     same = _with_pixels(other, _pixels(positive))
     return _listed(positive, same)
 
 
-def _duplicate_labels(ground: _Ground) -> _Made:
-    files, listed = _listed(ground.slice())
+def _duplicate_labels(context: _Context) -> _Output:
+    files, listed = _listed(context.slice())
     return files, 2 * listed
 
 
@@ -236,7 +236,7 @@ class Defect:
 
     sentence: str
     layouts: tuple[str, ...]
-    make: Callable[[_Ground], _Made]
+    make: Callable[[_Context], _Output]
 
 
 KNOWN_DEFECTS: dict[str, Defect] = {
@@ -271,6 +271,6 @@ def damaged_files(layout: str, seed: int, *, size: int) -> Iterator[Damage]:
     """Yield the damage of each known defect that ``layout`` supports."""
     for patient, (name, defect) in enumerate(KNOWN_DEFECTS.items()):
         if layout in defect.layouts:
-            ground = _Ground(layout=layout, seed=seed, size=size, patient=patient)
-            files, listed = defect.make(ground)
-            yield Damage(name, files, listed, ground.place())
+            context = _Context(layout=layout, seed=seed, size=size, patient=patient)
+            files, listed = defect.make(context)
+            yield Damage(name, files, listed, context.place())

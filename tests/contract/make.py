@@ -1,6 +1,6 @@
 """Rewrite the datasets next to this file: only for a new format, since old ones must stay readable.
 
-``python -m tests.contract.make``. What they hold is in ``expected.json``, by which the tests read them.
+``python -m tests.contract.make``. Their content is in ``expected.json``, which the tests compare with.
 """
 
 from __future__ import annotations

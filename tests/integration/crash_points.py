@@ -2,7 +2,7 @@
 
 ``python -m tests.integration.crash_points SRC REFERENCE WORK STEP`` prints the number of moments; every STEP-th is tried.
 Each build runs in a
-process of its own that ends by SIGKILL: before the n-th ``fsync``, so that what was to be written is there in part.
+process that ends by SIGKILL before the n-th ``fsync``, so that its data is only partly written.
 """
 
 from __future__ import annotations
