@@ -83,7 +83,6 @@ def train(
             reporter.say(
                 f"{out} is already finished: {'nothing to do' if evaluated else 'only its evaluation is left'}."
             )
-            finished = True
         else:
             reporter.say(_outline(session))
             if resume:
