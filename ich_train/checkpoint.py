@@ -39,7 +39,7 @@ WEIGHTS, META, STATE = "model.safetensors", "meta.json", "state.pt"
 
 
 class Images(BaseModel):
-    """What a dataset stores of each slice: ``size`` x ``size`` pixels, as ``windows`` or as HU."""
+    """The stored image of each slice: ``size`` x ``size`` pixels, as ``windows`` or as HU."""
 
     model_config = ConfigDict(frozen=True)
 

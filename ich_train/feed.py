@@ -52,7 +52,7 @@ class _Ring:
 class Feed:
     """Runs a reading function ahead of its consumer, on ``threads`` threads, into the memory of ``buffers``.
 
-    Up to ``prefetch`` batches lie ready, rounded up to equally many for each thread; each thread also has one that it
+    Up to ``prefetch`` batches are ready, rounded up to the same number for each thread; each thread also has one that it
     fills and one for the consumer: threads x (2 + ceil(prefetch / threads)) batches in all, allocated once.
     ``wait_seconds`` is how long the consumer has waited.
     """

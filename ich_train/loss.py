@@ -15,7 +15,7 @@ LOSSES = ("bce", "rsna")
 
 
 class Sums(NamedTuple):
-    """What a batch adds to an epoch: ``loss / weight`` is the mean loss, ``correct / known`` the accuracy."""
+    """Sums over a batch: ``loss / weight`` is the mean loss, ``correct / known`` the accuracy."""
 
     loss: torch.Tensor  # () float32, weighted cross-entropies
     weight: torch.Tensor  # () float32, weights of the known labels
@@ -38,7 +38,7 @@ def label_weights(loss: str, classes: Sequence[str]) -> torch.Tensor:
 
 
 def loss_sums(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> Sums:
-    """Return the sums of the weighted cross-entropy and of the right answers over the known labels.
+    """Return the sums of the weighted cross-entropy and the number of correct answers over the known labels.
 
     ``logits`` are (b, classes) of any floating type, ``labels`` (b, classes) int8 with -1 for unknown, ``weights``
     (classes,) float32. The arithmetic is float32 whatever the logits are. ``loss`` carries the gradient.

@@ -1,4 +1,4 @@
-"""What a training run measures and shows while it goes on: a bar on a terminal, an occasional line elsewhere."""
+"""A run's measurements and progress: a bar on a terminal, an occasional line elsewhere."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Meter:
     sums: torch.Tensor  # (4,) float64 on the device: those of `ich_train.loss.Sums`, of this rank
     slices: int = 0  # of all ranks
     seconds: float = 0.0
-    wait_s: float = 0.0  # of these, waiting for data
+    wait_s: float = 0.0  # of those, spent waiting for data
 
     @classmethod
     def new(cls, device: torch.device) -> Meter:

@@ -1,4 +1,4 @@
-"""The networks that come with this package, with the parameter names under which their ImageNet weights are published.
+"""The included networks, with the parameter names under which their ImageNet weights are published.
 
 ResNet (He et al., arXiv:1512.03385, with the stride in the 3 x 3 convolution of a bottleneck) and DenseNet (Huang et
 al., arXiv:1608.06993) are named as torchvision names them, SE-ResNeXt-50 32x4d (Hu et al., arXiv:1709.01507) as the

@@ -18,7 +18,7 @@ from ich_train.config import TrainConfig
 
 @dataclass(frozen=True)
 class Scaling:
-    """What is subtracted from window values of 0..1, and what they are then divided by.
+    """The mean and standard deviation that normalize window values of 0..1.
 
     The default is ImageNet's, averaged over its colours: so weights from there get inputs of the scale that they were
     trained on, however many channels there are. For random weights it makes no difference.

@@ -51,7 +51,7 @@ class Ranks:
 
 
 class Stop:
-    """Whether the run was asked to stop, by Ctrl-C or SIGTERM on any rank; a context, in which these do nothing else.
+    """Records a request to stop, by Ctrl-C or SIGTERM on any rank; a context manager that replaces their handlers.
 
     A third signal acts as usual, for a run that does not reach its next step.
     """
@@ -73,7 +73,7 @@ class Stop:
         self._restore()
 
     def agreed(self) -> bool:
-        """Return whether some rank was asked to stop: the same answer on all, which must all call this."""
+        """Return whether any rank was asked to stop: the same answer on all ranks, which must all call this."""
         asked = torch.tensor(float(self._signals), device=self._ranks.device)
         return self._ranks.total(asked).item() > 0
 

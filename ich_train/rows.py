@@ -1,4 +1,4 @@
-"""Which rows of a dataset can be learned from, and which rows lie beside them in their series."""
+"""The labelled rows of a dataset, and their neighbours in the series."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What belongs to the RSNA 2019 competition alone: its six classes, and that ``any`` counts twice."""
+"""Rules of the RSNA 2019 competition: its six classes, of which ``any`` counts twice."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class Session:
 def prepare(dataset: Dataset, settings: TrainConfig, ranks: Ranks, *, weights: Path | None) -> Session:
     """Return a run at its start, on this rank's device, its network initialized from the file ``weights`` if given.
 
-    The file that the settings name is for a run that starts; one that is resumed has a checkpoint of its own.
+    The weights file of the settings is for a new run only; a resumed run loads its checkpoint.
     Raises `UsageError` for settings that do not fit the dataset: folds without slices, windows for a dataset that
     already stores windows, a loss for other classes, too few slices for one batch, a model or weights that
     `build_model` refuses.

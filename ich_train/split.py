@@ -1,4 +1,4 @@
-"""Which rows of a dataset train a model, choose its best epoch, and test it."""
+"""The split of a dataset's rows: to train a model, choose its best epoch, and test it."""
 
 from __future__ import annotations
 

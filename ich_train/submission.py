@@ -99,8 +99,8 @@ def write_submission(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(out, f"ID,Label\n{text}".encode())
-    except OSError as error:  # which names the temporary file
-        raise UsageError(f"Cannot write {out}: {error.strerror}.") from error
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(out)) from error  # not the name of a temporary file
     return Submission(len(values), len(pc.unique(lines.slice_ids)), without_image)
 
 

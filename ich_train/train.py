@@ -76,12 +76,13 @@ def train(
     with join_ranks(settings.device) as ranks, own_stream(ranks.device), Stop(ranks) as stop:
         session = _start_or_resume(dataset, out, settings, evaluation, ranks, resume=resume)
         reporter = Reporter(console, epochs=settings.epochs, silent=not ranks.first)
-        evaluated = evaluation is None or (resume and _is_evaluated(out, dataset, evaluation))
-        if len(session.history) == settings.epochs:
+        finished = len(session.history) == settings.epochs
+        # The metrics of a run that is not finished are those of an earlier best epoch.
+        evaluated = evaluation is None or (finished and _is_evaluated(out, dataset, evaluation))
+        if finished:
             reporter.say(
                 f"{out} is already finished: {'nothing to do' if evaluated else 'only its evaluation is left'}."
             )
-            finished = True
         else:
             reporter.say(_outline(session))
             if resume:

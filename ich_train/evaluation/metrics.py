@@ -230,7 +230,7 @@ class _Ranked:
 
 @dataclass(frozen=True)
 class _PatientSums:
-    """What adds up over cases, summed for each patient: a resample of patients is then a weighted sum of lines."""
+    """Sums over the cases of each patient: a resample of patients is then a weighted sum of rows."""
 
     counted: Floats  # (patient, label x policy x count)
     losses: Floats  # (patient, 2): log loss and its weights

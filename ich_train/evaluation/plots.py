@@ -170,7 +170,7 @@ def example_sheet(groups: Mapping[str, Sequence[Example]], *, columns: int) -> F
 
 
 def feature_maps(windows: npt.NDArray[np.uint8], layers: Sequence[LayerMaps], *, columns: int = 8) -> Figure:
-    """Return the maps that each convolution layer makes of one slice: the slice first, then a block for each layer.
+    """Return the feature maps of each convolution layer for one slice: the slice first, then a block for each layer.
 
     ``windows`` (channel, y, x) are what the network saw. Of each layer the maps with the largest spread are shown, the
     strongest first, each from its own 1st to its 99th percentile: up to 32 in networks of few layers, else one line.

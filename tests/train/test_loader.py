@@ -1,4 +1,4 @@
-"""Batches: what they hold depends on the seed alone; they go on where they were; damage ends them with its name."""
+"""Batches: what they hold depends on the seed alone; they resume where they were; damage is reported by shard."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_each_epoch_has_an_order_of_its_own_and_each_seed(dataset: Dataset) -> N
 
 @given(stop=st.integers(0, 12), epochs=st.integers(0, 2), order=st.sampled_from(["shuffled", "windowed"]))
 @settings(max_examples=20, deadline=None)
-def test_a_loader_goes_on_in_mid_epoch(stop: int, epochs: int, order: str, dataset: Dataset) -> None:
+def test_a_loader_resumes_in_mid_epoch(stop: int, epochs: int, order: str, dataset: Dataset) -> None:
     of: dict[str, Any] = {"batch_size": 16, "order": order, "seed": 2}
     whole = SliceLoader(dataset, **of)
     expected = [taken(whole) for _ in range(epochs + 2)]
@@ -165,7 +165,7 @@ def test_damage_ends_the_epoch_with_its_name(spoil: Any, path: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"threads": 0}, {"prefetch": 0}, {"context": -1}])
-def test_settings_that_cannot_be_meant_are_refused(wrong: dict[str, int], dataset: Dataset) -> None:
+def test_invalid_settings_are_refused(wrong: dict[str, int], dataset: Dataset) -> None:
     with pytest.raises(UsageError, match="1 or more"):
         SliceLoader(dataset, **wrong)  # type: ignore[arg-type]
 

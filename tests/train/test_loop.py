@@ -138,7 +138,7 @@ def test_the_seed_decides_the_run(dataset: Dataset, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "balanced"])
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(path: Path, tmp_path: Path, sampling: str) -> None:
+def test_a_stopped_run_resumes_exactly(path: Path, tmp_path: Path, sampling: str) -> None:
     of = settings(epochs=3, sampling=sampling, order="windowed", model="baseline", seed=4)
     whole, _ = quiet_train(open_dataset(path), tmp_path / "whole", of)
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
@@ -395,7 +395,7 @@ def test_a_compiled_network_learns_the_same(dataset: Dataset, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"batch_size": 5000}, "at least one batch of 5000"),
+        ({"batch_size": 5000}, "at least one batch of 5,000 slices for 1 process; found"),
         ({"windows": ["brain"]}, "Leave them out"),
         ({"model": "resnet19"}, "Did you mean 'resnet18'"),
         ({"val_fold": 7}, "No slices for val"),
@@ -403,7 +403,7 @@ def test_a_compiled_network_learns_the_same(dataset: Dataset, tmp_path: Path) ->
         ({"weights": "nowhere.pth"}, r"nowhere\.pth"),
     ],
 )
-def test_settings_that_cannot_be_meant_leave_no_folder(
+def test_invalid_settings_leave_no_folder(
     dataset: Dataset, tmp_path: Path, changed: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
@@ -411,7 +411,7 @@ def test_settings_that_cannot_be_meant_leave_no_folder(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_loss_that_is_no_number_ends_the_run(dataset: Dataset, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run(dataset: Dataset, tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="lower learning_rate"):
         quiet_train(dataset, tmp_path / "run", settings(learning_rate=1e30, warmup_epochs=0))
 

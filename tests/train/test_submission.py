@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 
 import numpy as np
 import pytest
@@ -99,8 +100,8 @@ def test_without_a_sample_the_label_file_decides_the_order(source, dataset, run,
     [
         ("", "Cannot read"),
         ("ID,Label\n", "has 0 lines of ID, Label"),
-        ("name,value\nID_1_any,0.5\n", "lines of name, value"),
-        ("ID,Label\nID_1_any,0.5\nID_1_all,0.5\n", "1 lines of other names, the first ID_1_all"),
+        ("name,value\nID_1_any,0.5\n", "has 1 line of name, value"),
+        ("ID,Label\nID_1_any,0.5\nID_1_all,0.5\n", "1 line of other names, the first ID_1_all"),
         (None, "Cannot read"),
     ],
 )
@@ -129,8 +130,10 @@ def test_other_classes_than_those_of_the_competition_are_refused(dataset, run, t
 def test_a_submission_is_replaced_at_once_or_not_at_all(source, dataset, run, tmp_path, monkeypatch):
     out = tmp_path / "out.csv"
     out.write_text("before")
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="disk"):
-        patched.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("the disk is full")))
+    with monkeypatch.context() as patched, pytest.raises(OSError, match=r"out\.csv'$"):
+        patched.setattr(
+            "os.fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device", ".out.csv.1"))
+        )
         write_submission(run, dataset, out)
     assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]
     assert out.read_text() == "before"
