@@ -27,7 +27,7 @@ from ich_prep.dataset.schema import OK, shard_path
 from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.storage import clear_leftovers, local_path, size_of, sync_file, write_whole
 from ich_prep.dataset.tables import read_parquet, write_table
-from ich_prep.errors import BuildError, Reason, SourceError
+from ich_prep.errors import BuildError, Reason, SourceError, count
 from ich_prep.execute import Pool, default_workers
 from ich_prep.layouts import check_layout, choose_layout
 from ich_prep.layouts.labels import LabelRules, LabelTable, fill_any
@@ -278,18 +278,19 @@ def _check_labels(plan: Plan, labels: LabelTable, folder: BuildFolder, allow: Al
     names = pa.array(np.repeat(list(problems), [len(keys) for keys, _ in problems.values()]), pa.string())
     write_table(path, pa.table({"problem": names, "key": pa.concat_arrays([k for k, _ in problems.values()])}))
     messages = {
-        "unlabelled": ("slices have no label", "give them labels, or keep them with --allow-unlabelled"),
-        "missing_image": ("labels have no image", "fetch the files, or continue with --allow-missing-images"),
+        "unlabelled": ("slice", "without a label", "give them labels, or keep them with --allow-unlabelled"),
+        "missing_image": ("label", "without an image", "fetch the files, or continue with --allow-missing-images"),
         "contradictory": (
-            "keys have contradictory labels",
+            "key",
+            "with contradictory labels",
             "correct the label file, or take them as unknown with --allow-contradictions",
         ),
     }
     for problem, (keys, allowed) in problems.items():
         if not len(keys):
             continue
-        what, remedy = messages[problem]
-        text = f"{len(keys)} {what} (for example {keys[0].as_py()}; all are listed in {path})"
+        noun, what, remedy = messages[problem]
+        text = f"{count(len(keys), noun)} {what} (for example {keys[0].as_py()}; all are listed in {path})"
         if not allowed:
             raise SourceError(f"Labels and images do not match: {text}. Either {remedy}.")
         progress.say(f"Labels: {text}; allowed.")
@@ -306,7 +307,7 @@ def _check_damage(quarantine: pa.Table, found: int, allow: Allowances, hint: str
     if share > allow.max_quarantined:
         reasons_text = ", ".join(f"{count} {reason}" for reason, count in damaged.most_common())
         raise BuildError(
-            f"{damaged.total()} of {found} files are damaged ({share:.2%}; at most {allow.max_quarantined:.2%} are "
+            f"{damaged.total():,} of {count(found, 'file')} damaged ({share:.2%}; at most {allow.max_quarantined:.2%} are "
             f"allowed): {reasons_text}; for example {lines[-1]['path']}: {lines[-1]['detail']}. {hint}; or raise "
             "--max-quarantined if the source really is like that."
         )
@@ -317,7 +318,7 @@ def _write_plan(folder: BuildFolder, state: State, plan: Plan) -> State:
     if not len(plan.slices):
         counts = Counter(plan.quarantine["reason"].to_pylist())
         raise SourceError(
-            f"No CT slices: all {len(plan.quarantine)} files were quarantined: "
+            f"No CT slices: {count(len(plan.quarantine), 'file')} quarantined: "
             f"{', '.join(f'{count} {reason}' for reason, count in counts.most_common())}. Point --src at axial CT."
         )
     sink = pa.BufferOutputStream()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from ich_prep.command_options import options_from, run_program
-from ich_prep.errors import InterruptError
+from ich_prep.errors import InterruptError, count
 from ich_prep.options import BuildOptions, resolve
 
 if TYPE_CHECKING:
@@ -125,8 +125,8 @@ def _print_outcome(out: Path, outcome: Outcome) -> None:
     if outcome.already_finished:
         typer.echo(f"{out} is already finished, with the same settings: nothing to do.")
     typer.echo(
-        f"{out}: {_count(counts['ok'], 'slice')} in {counts['series']} series of {_count(counts['patients'], 'patient')}; "
-        f"{counts['quarantined']} of {_count(counts['found'], 'file')} quarantined; {_count(counts['shards'], 'shard')}, "
+        f"{out}: {count(counts['ok'], 'slice')} in {counts['series']} series of {count(counts['patients'], 'patient')}; "
+        f"{counts['quarantined']} of {count(counts['found'], 'file')} quarantined; {count(counts['shards'], 'shard')}, "
         f"{counts['bytes'] / 1e6:,.1f} MB."
     )
     work = sum(outcome.seconds.get(stage, 0.0) for stage in ("scan", "plan", "shards", "publish"))
@@ -135,10 +135,6 @@ def _print_outcome(out: Path, outcome: Outcome) -> None:
             f"{work:.1f} s, {counts['planned'] / work:,.0f} slices/s after the workers had started "
             f"({', '.join(f'{stage} {seconds:.1f} s' for stage, seconds in outcome.seconds.items())})."
         )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 @app.command()
@@ -164,10 +160,10 @@ def _show_summary(summary: dict[str, Any]) -> None:
     lines = [
         f"{summary['path']}  ({summary['format']}, layout {spec['layout']})",
         f"  {' x '.join(map(str, summary['shape']))} (slice, channel, y, x), {stored}",
-        f"  {_count(counts['ok'], 'slice')} ok of {counts['planned']:,} planned, {counts['series']:,} series, "
-        f"{_count(counts['patients'], 'patient')}",
-        f"  {_count(counts['found'], 'file')} found, {counts['quarantined']:,} quarantined",
-        f"  {_count(counts['shards'], 'shard')}, {counts['bytes'] / 1e6:,.1f} MB, codec {spec['codec']}",
+        f"  {count(counts['ok'], 'slice')} ok of {counts['planned']:,} planned, {counts['series']:,} series, "
+        f"{count(counts['patients'], 'patient')}",
+        f"  {count(counts['found'], 'file')} found, {counts['quarantined']:,} quarantined",
+        f"  {count(counts['shards'], 'shard')}, {counts['bytes'] / 1e6:,.1f} MB, codec {spec['codec']}",
         f"  digest {summary['digest']}",
         *_label_table(summary),
     ]
@@ -229,13 +225,13 @@ def _print_verification(dataset: Path, result: Verification, *, as_json: bool) -
         typer.echo(f"{problem.culprit}: {problem.what}", err=True)
     if result.problems:
         typer.echo(
-            f"{dataset}: verification failed: {_count(len(result.problems), 'problem')}. Restore the dataset, or build it "
+            f"{dataset}: verification failed: {count(len(result.problems), 'problem')}. Restore the dataset, or build it "
             "again with --overwrite.",
             err=True,
         )
         return
-    compared = f"; {_count(result.compared, 'slice')} compared with the sources" if result.compared else ""
-    typer.echo(f"{dataset}: OK ({_count(result.shards, 'shard')}, {_count(result.slices, 'slice')} verified{compared})")
+    compared = f"; {count(result.compared, 'slice')} compared with the sources" if result.compared else ""
+    typer.echo(f"{dataset}: OK ({count(result.shards, 'shard')}, {count(result.slices, 'slice')} verified{compared})")
 
 
 @app.command()

@@ -136,3 +136,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return the end of a message, " Did you mean 'size'?", or "" if no known name is similar to ``name``."""
     match = nearest(name, known)
     return f" Did you mean {match!r}?" if match else ""
+
+
+def count(number: int, noun: str, plural: str = "") -> str:
+    """Return ``number`` with its noun: "1 label", "1,200 labels"; ``plural`` is for nouns that do not just take an s."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"

@@ -6,6 +6,8 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
+from ich_prep.errors import count
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
@@ -96,7 +98,7 @@ class TerminalProgress:
     def end(self) -> None:
         """Show that the stage is over."""
         self._stop_bar()
-        self.say(f"{self._stage}: {self._done} {self._unit}{self._rate()}.")
+        self.say(f"{self._stage}: {count(self._done, self._unit.removesuffix('s'))}{self._rate()}.")
 
     def _start_bar(self) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 import typer
 
 from ich_prep.command_options import INTERRUPTED, options_from, run_program
-from ich_prep.errors import DatasetError
+from ich_prep.errors import DatasetError, count
 from ich_prep.recipe import read_recipe, validate
 from ich_train.config import EvalConfig, TrainConfig
-from ich_train.wording import count, text_table
+from ich_train.wording import text_table
 
 if TYPE_CHECKING:
     from rich.console import Console

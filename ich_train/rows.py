@@ -9,8 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ich_prep.dataset.schema import OK
-from ich_prep.errors import UsageError
-from ich_train.wording import count
+from ich_prep.errors import UsageError, count
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray

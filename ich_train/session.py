@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ich_prep.dataset.windows import Window, parse_windows
-from ich_prep.errors import UsageError
+from ich_prep.errors import UsageError, count
 from ich_train.loader import SliceLoader
 from ich_train.loss import label_weights
 from ich_train.meters import Meter
@@ -20,7 +20,6 @@ from ich_train.preprocess import Augment, Preprocess
 from ich_train.runs import Epoch
 from ich_train.split import Split, balanced_weights, split_rows
 from ich_train.step import Step
-from ich_train.wording import count
 
 if TYPE_CHECKING:
     from pathlib import Path

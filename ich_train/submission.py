@@ -14,12 +14,11 @@ from pyarrow import csv
 
 from ich_prep.dataset.schema import OK
 from ich_prep.dataset.storage import write_whole
-from ich_prep.errors import UsageError
+from ich_prep.errors import UsageError, count
 from ich_train.predict import Predictor, load_predictor, predict_rows
 from ich_train.rsna import require_rsna
 from ich_train.runs import require_writable
 from ich_train.split import split_rows
-from ich_train.wording import count
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ich_prep.errors import TrainError, UsageError
+from ich_prep.errors import TrainError, UsageError, count
 from ich_train.checkpoint import WEIGHTS, has_checkpoint, load_parameters, load_state, read_meta, save_checkpoint
 from ich_train.config import TrainConfig
 from ich_train.loss import loss_sums
@@ -38,7 +38,6 @@ from ich_train.runs import (
 )
 from ich_train.session import Session, prepare
 from ich_train.to_device import to_device
-from ich_train.wording import count
 
 if TYPE_CHECKING:
     from rich.console import Console

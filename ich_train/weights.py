@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ich_prep.errors import UsageError, describe_os_error
-from ich_train.wording import count
+from ich_prep.errors import UsageError, count, describe_os_error
 
 # torchvision's first DenseNet files have a dot where its networks have none: norm.1 for norm1.
 _OLD_DENSENET = re.compile(r"(denselayer\d+)\.(norm|conv)\.([12])\.")

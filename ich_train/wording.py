@@ -1,13 +1,8 @@
-"""Numbers in messages and tables as plain text."""
+"""Tables as plain text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-
-def count(number: int, noun: str, plural: str = "") -> str:
-    """Return ``number`` with its noun: "1 label", "1,200 labels"; ``plural`` is for nouns that do not just take an s."""
-    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

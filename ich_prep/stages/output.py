@@ -20,7 +20,7 @@ from ich_prep.dataset.schema import IMAGES, LABELS, ROOT, TABLES
 from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.storage import sync_folder
 from ich_prep.dataset.tables import read_parquet
-from ich_prep.errors import BuildError, CorruptionError, DatasetError, UsageError, describe_os_error
+from ich_prep.errors import BuildError, CorruptionError, DatasetError, UsageError, count, describe_os_error
 from ich_prep.sources import Listing, shown
 from ich_prep.stages.state import BuildFolder, State, read_state, readable_state
 
@@ -218,11 +218,11 @@ def _listing_difference(folder: BuildFolder, listing: Listing) -> str:
     added, removed = sorted(now.keys() - before.keys()), sorted(before.keys() - now.keys())
     resized = [path for path in both if now[path][0] != before[path][0]]
     others = [path for path in both if now[path][1] != before[path][1]]
-    damaged = f", {len(others)} are damaged in one of the archives only" if others else ""
+    damaged = f", {len(others):,} damaged in one of the archives only" if others else ""
     example = shown((added or removed or resized or others)[0])
     return (
-        f"of the {len(before)} source files {len(removed)} are gone, {len(resized)} have another size and {len(added)} "
-        f"are new{damaged} (for example {example})"
+        f"of {count(len(before), 'source file')} {len(removed):,} gone, {len(resized):,} of another size, {len(added):,} "
+        f"new{damaged} (for example {example})"
     )
 
 

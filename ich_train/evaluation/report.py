@@ -8,11 +8,11 @@ from importlib.resources import files
 from typing import Any
 
 from ich_prep.dataset.classes import ANY
+from ich_prep.errors import count
 from ich_prep.html import Cell, Row, Tile, render
 from ich_train.evaluation.metrics import DECISION, POLICIES, POLICY_WORDS
 from ich_train.rsna import is_rsna
 from ich_train.runs import Epoch, overfitting_text
-from ich_train.wording import count
 
 TEMPLATE = "report.html.jinja"
 DECISION_WORDS = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1"}

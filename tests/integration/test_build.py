@@ -211,15 +211,15 @@ def test_other_sources_are_refused_and_named(tree: Path, tmp_path: Path) -> None
     before = published(out)
     gone, new = train_file(tree), tree / "stage_2_train" / "ID_new.dcm"
     shutil.copy(gone, new)
-    with pytest.raises(BuildError, match=r"0 are gone, 0 have another size and 1 are new \(for example .*ID_new\.dcm"):
+    with pytest.raises(BuildError, match=r"0 gone, 0 of another size, 1 new \(for example .*ID_new\.dcm"):
         build(tree, out, SMALL, workers=0)
     gone.rename(tmp_path / "aside.dcm")
     new.unlink()
-    with pytest.raises(BuildError, match=f"1 are gone, 0 have another size and 0 are new.*{gone.name}"):
+    with pytest.raises(BuildError, match=f"1 gone, 0 of another size, 0 new.*{gone.name}"):
         build(tree, out, SMALL, workers=0)
     (tmp_path / "aside.dcm").rename(gone)
     gone.write_bytes(gone.read_bytes() + b"\0\0")
-    with pytest.raises(BuildError, match=f"0 are gone, 1 have another size and 0 are new.*{gone.name}"):
+    with pytest.raises(BuildError, match=f"0 gone, 1 of another size, 0 new.*{gone.name}"):
         build(tree, out, SMALL, workers=0)
     assert published(out) == before
 

@@ -111,9 +111,7 @@ def test_an_archive_with_an_unreadable_member_is_another_source(tree: Path, unfi
     at = data.index(b"stage_2_test/ID_", data.index(b"PK\x01\x02")) - 46
     data[at + 8] |= 1  # the first slice is encrypted now
     src.write_bytes(data)
-    with pytest.raises(
-        BuildError, match=r"0 have another size and 0 are new, 1 are damaged in one of the archives only"
-    ):
+    with pytest.raises(BuildError, match=r"0 of another size, 0 new, 1 damaged in one of the archives only"):
         build(src, unfinished, SMALL, workers=0)
 
 

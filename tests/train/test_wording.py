@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from ich_train.wording import count, text_table
+from ich_prep.errors import count
+from ich_train.wording import text_table
 
 
 @pytest.mark.parametrize(
