@@ -15,6 +15,8 @@ from ich_prep.errors import UsageError
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):/{1,2}")  # pathlib turns s3://bucket into s3:/bucket
 
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{32}")
+
 
 def local_path(given: str | Path, what: str) -> Path:
     """Return ``given`` as a local path; ``what`` names it in the error, such as ``--out``.
@@ -48,6 +50,12 @@ def renamed_when_whole(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def whole_name(name: str) -> str:
+    """Return the name of a file, or the one that a temporary file of ``renamed_when_whole`` would have got."""
+    temporary = _TEMPORARY.fullmatch(name)
+    return temporary[1] if temporary else name
 
 
 def clear_leftovers(path: Path) -> None:

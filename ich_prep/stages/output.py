@@ -18,14 +18,13 @@ import pyarrow as pa
 from ich_prep.dataset.dataset import open_dataset, read_attributes, working_folder
 from ich_prep.dataset.schema import IMAGES, LABELS, ROOT, TABLES
 from ich_prep.dataset.spec import Spec
-from ich_prep.dataset.storage import sync_folder
+from ich_prep.dataset.storage import sync_folder, whole_name
 from ich_prep.dataset.tables import read_parquet
 from ich_prep.errors import BuildError, CorruptionError, DatasetError, UsageError, count, describe_os_error
 from ich_prep.sources import Listing, shown
 from ich_prep.stages.state import BuildFolder, State, read_state, readable_state
 
-# What a build puts into a dataset, relative to it; temporary names are those of ``renamed_when_whole``.
-_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{32}")
+# What a build puts into a dataset, relative to it.
 _OURS = re.compile(
     rf"{ROOT}|{IMAGES}/{ROOT}|{IMAGES}/c/[0-9]+/0/0/0|{LABELS}/{ROOT}|{LABELS}/({'|'.join(TABLES)})(\.[0-9]+)?\.parquet"
 )
@@ -118,23 +117,21 @@ def _check_dataset(out: Path, *, overwrite: bool) -> None:
 def own_files(out: Path, *, shards_only: bool = False) -> list[Path]:
     """Return the files of ``out`` that a build puts into a dataset, or only its shards; temporary ones too."""
     pattern = re.compile(rf"{IMAGES}/c/[0-9]+/0/0/0") if shards_only else _OURS
-    return [path for path in _files_of(out) if pattern.fullmatch(_whole_name(path, out))]
+    return [path for path in _files_of(out) if pattern.fullmatch(_name_in(out, path))]
 
 
 def foreign_files(out: Path) -> list[Path]:
     """Return the files of ``out`` that no build puts into a dataset."""
-    return [path for path in _files_of(out) if not _OURS.fullmatch(_whole_name(path, out))]
+    return [path for path in _files_of(out) if not _OURS.fullmatch(_name_in(out, path))]
 
 
 def _files_of(out: Path) -> list[Path]:
     return sorted(path for path in out.rglob("*") if path.is_symlink() or not path.is_dir()) if out.is_dir() else []
 
 
-def _whole_name(path: Path, out: Path) -> str:
-    """Return the path relative to ``out`` that a file has, or that a temporary file will have."""
-    relative = path.relative_to(out)
-    temporary = _TEMPORARY.fullmatch(path.name)
-    return str(relative.with_name(temporary[1]) if temporary else relative)
+def _name_in(out: Path, path: Path) -> str:
+    """Return the path of a file relative to ``out``, of a temporary file the one that it would have got."""
+    return str(path.relative_to(out).with_name(whole_name(path.name)))
 
 
 def check_existing(out: Path, folder: BuildFolder, state: State, listing: Listing) -> bool:

@@ -15,10 +15,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ich_prep.dataset.dataset import STATE, working_folder
 from ich_prep.dataset.schema import FORMAT
 from ich_prep.dataset.spec import Spec
-from ich_prep.dataset.storage import local_path, write_whole
+from ich_prep.dataset.storage import local_path, whole_name, write_whole
 from ich_prep.errors import DatasetError
 
-_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{32}")
 _BATCH, _ENTRY = re.compile(r"[0-9]{5,}\.parquet"), re.compile(r"[0-9]{5,}\.json")
 
 
@@ -108,8 +107,7 @@ class BuildFolder:
         return sorted(path for path in self.path.rglob("*") if path.is_symlink() or not path.is_dir())
 
     def _is_own(self, path: Path) -> bool:
-        temporary = _TEMPORARY.fullmatch(path.name)
-        name = temporary[1] if temporary else path.name
+        name = whole_name(path.name)
         if path.parent == self.scan:
             return _BATCH.fullmatch(name) is not None
         if path.parent == self.done:
