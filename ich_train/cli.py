@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
-from ich_prep.command_options import INTERRUPTED, options_from, run_program
-from ich_prep.errors import DatasetError, count
+from ich_prep.command_options import options_from, run_program
+from ich_prep.errors import DatasetError, InterruptError, count
 from ich_prep.recipe import read_recipe, validate
 from ich_train.config import EvalConfig, TrainConfig
 from ich_train.wording import text_table
@@ -85,8 +85,7 @@ def run_command(*, given: dict[str, Any], out: Out = None, recipe: RecipeFile = 
         console.print(difference, soft_wrap=True, style="bold")
     result = train(dataset, out, settings, evaluation, console=console, resume=resume)
     if not result.finished:
-        console.print(f"Stopped. Resume with: ich-train run --resume --out {out}", soft_wrap=True)
-        raise typer.Exit(INTERRUPTED)
+        raise InterruptError(f"Resume with: ich-train run --resume --out {out}")
     if result.metrics is not None:
         _print_metrics(console, result.metrics, out)
 

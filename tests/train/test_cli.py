@@ -90,7 +90,7 @@ def test_ctrl_c_prints_the_command_that_resumes(
         patched.setattr("ich_prep.dataset.dataset.open_dataset", lambda _: stopping)
         assert call("run", "--recipe", "quick.toml", "--data", path, "--out", "runs/mine") == 130
     run = tmp_path / "runs" / "mine"
-    assert "Stopped. Resume with: ich-train run --resume --out runs/mine\n" in capsys.readouterr().err
+    assert "Interrupted. Resume with: ich-train run --resume --out runs/mine\n" in capsys.readouterr().err
     assert len(read_history(run)) < 3
     assert call("run", "--resume", "--out", "runs/mine") == 0
     assert len(read_history(run)) == 3
