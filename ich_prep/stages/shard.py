@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,7 +148,9 @@ def _keys(folder: str, number: int) -> list[bytes]:
 
 @cache
 def _decoder() -> Decoder:
-    return Decoder()
+    decoder = Decoder()
+    atexit.register(decoder.close)
+    return decoder
 
 
 # --- one slice: a line of the plan or the scan -> typed values --------------------------------------------------------

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ from hypothesis import strategies as st
 
 from ich_prep.dataset import open_dataset, shard_format
 from ich_prep.dataset.schema import OK, shard_path
+from ich_prep.dicom.elements import DEFLATED_LE
 from ich_prep.stages.shard import RowReport, ShardReport
 from tests.support.cli import working
 
@@ -72,3 +76,19 @@ def test_the_report_of_a_build_matches_its_shard(dataset_path: Path) -> None:
         assert all(row.status == OK for row in report.rows)
         assert sum(report.hu_histogram) == len(report.rows) * 16 * 16
         assert dataset.read_table("shards")["hu_histogram"][number].as_py() == list(report.hu_histogram)
+
+
+def test_a_build_in_process_leaves_no_decoding_process(slice_bytes: Callable[..., bytes], tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "slice.dcm").write_bytes(slice_bytes(syntax=DEFLATED_LE))
+    lines = f"""
+from ich_prep import Spec, build
+from ich_prep.build_dataset import Allowances
+from ich_prep.stages.shard import _decoder
+build("{tmp_path}/source", "{tmp_path}/data.zarr", Spec(size=16), workers=0, allow=Allowances(unlabelled=True))
+print(_decoder()._child is not None)
+"""
+    command = [sys.executable, "-W", "always::ResourceWarning", "-c", lines]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "True"), done.stderr
+    assert "ResourceWarning" not in done.stderr
