@@ -11,11 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from ich_prep.build_dataset import build
-from ich_prep.dataset.spec import Spec
-from ich_prep.phantom import synthesize
 from ich_train.checkpoint import load_model
-from ich_train.cli import main
 from tests.support.training_runs import with_classes
 
 CLASSES = ("fracture", "mass", "any")
@@ -23,34 +19,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def six(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("twelve")
-    synthesize(folder / "rsna", series=12, size=32, workers=0)
-    build(folder / "rsna", folder / "data.zarr", Spec(size=32, slices_per_shard=16, folds=3), workers=0)
-    return folder / "data.zarr"
+def three(twelve: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return with_classes(twelve, tmp_path_factory.mktemp("three") / "data.zarr", CLASSES).path
 
 
-@pytest.fixture(scope="module")
-def three(six: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return with_classes(six, tmp_path_factory.mktemp("three") / "data.zarr", CLASSES).path
-
-
-@pytest.fixture
-def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(autouse=True)
+def recipe(tmp_path: Path) -> None:
     (tmp_path / "quick.toml").write_text("[train]\nepochs = 1\nbatch_size = 8\n[eval]\nbootstrap = 5\n")
-
-    def run(*words: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["ich-train", *map(str, words)])
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        return int(exit_.value.code or 0)
-
-    return run
 
 
 def test_training_metrics_report_and_predictions_follow_the_dataset(
-    call: Callable[..., int], three: Path, six: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    call: Callable[..., int], three: Path, twelve: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call("run", "--recipe", "quick.toml", "--data", three, "--device", "cpu") == 0
     printed = capsys.readouterr().err
@@ -72,12 +51,12 @@ def test_training_metrics_report_and_predictions_follow_the_dataset(
 
     assert call("predict", run, "--out", "submission.csv") == 2
     assert "A submission needs the six classes of RSNA 2019" in capsys.readouterr().err
-    assert call("eval", run, "--data", six) == 2
+    assert call("eval", run, "--data", twelve) == 2
     assert "was trained on other classes than those of" in capsys.readouterr().err
 
 
-def test_any_is_not_asked_for(call: Callable[..., int], six: Path, tmp_path: Path) -> None:
-    with_classes(six, tmp_path / "two.zarr", ("fracture", "mass"))
+def test_any_is_not_asked_for(call: Callable[..., int], twelve: Path, tmp_path: Path) -> None:
+    with_classes(twelve, tmp_path / "two.zarr", ("fracture", "mass"))
     assert call("run", "--recipe", "quick.toml", "--data", "two.zarr", "--device", "cpu") == 0
     assert "of any" not in (tmp_path / "runs" / "quick" / "report.html").read_text()
 

@@ -8,11 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ich_prep.build_dataset import build
 from ich_prep.dataset.dataset import open_dataset
-from ich_prep.dataset.spec import Spec
-from ich_prep.phantom import synthesize
-from ich_train.cli import main
 from ich_train.config import MODELS, TrainConfig
 from ich_train.runs import read_history, settings_of
 from tests.support.slow_reads import interrupt_at_read
@@ -22,32 +18,10 @@ Call = Callable[..., int]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
-    """A function: what stands after ``ich-train`` -> its exit code; in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["ich-train", *map(str, words)])
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        return int(exit_.value.code or 0)
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("twelve")
-    synthesize(folder / "rsna", series=12, size=32, workers=0)
-    build(folder / "rsna", folder / "data.zarr", Spec(size=32, slices_per_shard=16, folds=3), workers=0)
-    return folder / "data.zarr"
-
-
 def test_run_eval_and_predict_in_the_folder_of_a_build(
-    call: Call, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    call: Call, twelve: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "data.zarr").symlink_to(path)
+    (tmp_path / "data.zarr").symlink_to(twelve)
     (tmp_path / "quick.toml").write_text("[train]\nepochs = 7\nseed = 5\n[eval]\nbootstrap = 20\n", encoding="utf-8")
     assert call("run", "--recipe", "quick.toml", "--epochs", 2, "--batch-size", 8, "--device", "cpu") == 0
     run = tmp_path / "runs" / "quick"
@@ -75,20 +49,20 @@ def test_run_eval_and_predict_in_the_folder_of_a_build(
 
     assert call("predict", "runs/quick", "--out", "submission.csv") == 0
     lines = (tmp_path / "submission.csv").read_text(encoding="utf-8").splitlines()
-    listed = (path.parent / "rsna" / "stage_2_sample_submission.csv").read_text(encoding="utf-8").splitlines()
+    listed = (twelve.parent / "rsna" / "stage_2_sample_submission.csv").read_text(encoding="utf-8").splitlines()
     assert [line.split(",")[0] for line in lines] == [line.split(",")[0] for line in listed]
 
 
 def test_ctrl_c_prints_the_command_that_resumes(
-    call: Call, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    call: Call, twelve: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = "[train]\nepochs = 3\nbatch_size = 8\ndevice = 'cpu'\n[eval]\nbootstrap = 20\n"
     (tmp_path / "quick.toml").write_text(recipe, encoding="utf-8")
-    stopping = open_dataset(path)
+    stopping = open_dataset(twelve)
     interrupt_at_read(stopping, 50)
     with monkeypatch.context() as patched:
         patched.setattr("ich_prep.dataset.dataset.open_dataset", lambda _: stopping)
-        assert call("run", "--recipe", "quick.toml", "--data", path, "--out", "runs/mine") == 130
+        assert call("run", "--recipe", "quick.toml", "--data", twelve, "--out", "runs/mine") == 130
     run = tmp_path / "runs" / "mine"
     assert "Interrupted. Resume with: ich-train run --resume --out runs/mine\n" in capsys.readouterr().err
     assert len(read_history(run)) < 3
@@ -98,13 +72,13 @@ def test_ctrl_c_prints_the_command_that_resumes(
 
 
 def test_a_dataset_that_the_recipe_does_not_build_is_remarked_on(
-    call: Call, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    call: Call, twelve: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = '[build]\nsize = 512\nstore = "hu"\nwindows = ["brain"]\n[train]\nwindows = ["stroke"]\n'
     (tmp_path / "large.toml").write_text(recipe, encoding="utf-8")
-    assert call("run", "--recipe", "large.toml", "--data", path) == 2
+    assert call("run", "--recipe", "large.toml", "--data", twelve) == 2
     printed = capsys.readouterr().err
-    assert f"Note: {path} was not built with large.toml: size is 32, not 512; store is windows, not hu;" in printed
+    assert f"Note: {twelve} was not built with large.toml: size is 32, not 512; store is windows, not hu;" in printed
     assert "windows is brain, subdural, bone, not brain." in printed
     assert "Expected no windows in [train]" in printed
 
@@ -166,9 +140,9 @@ def test_an_option_given_twice_is_refused(call: Call, capsys: pytest.CaptureFixt
 
 
 def test_a_dataset_that_was_moved_is_asked_for(
-    call: Call, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    call: Call, twelve: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "here.zarr").symlink_to(path)
+    (tmp_path / "here.zarr").symlink_to(twelve)
     (tmp_path / "quick.toml").write_text("[train]\nepochs = 1\nbatch_size = 8\ndevice = 'cpu'\n[eval]\nbootstrap = 5\n")
     assert call("run", "--recipe", "quick.toml", "--data", "here.zarr") == 0
     (tmp_path / "here.zarr").rename(tmp_path / "there.zarr")
@@ -188,10 +162,10 @@ def test_a_dataset_that_was_moved_is_asked_for(
 
 
 def test_what_cannot_be_written_is_refused_before_the_work(
-    call: Call, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    call: Call, twelve: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "quick.toml").write_text("[train]\nepochs = 1\nbatch_size = 8\ndevice = 'cpu'\n[eval]\nbootstrap = 5\n")
-    assert call("run", "--recipe", "quick.toml", "--data", path) == 0
+    assert call("run", "--recipe", "quick.toml", "--data", twelve) == 0
     capsys.readouterr()
     (tmp_path / "file").write_text("", encoding="utf-8")
     (tmp_path / "runs" / "quick" / "best" / "model.safetensors").unlink()  # a network that was loaded would be an error
@@ -204,7 +178,10 @@ def test_what_cannot_be_written_is_refused_before_the_work(
         (["eval", "runs/quick", "--out", "file"], "file is a file, not a folder. Name another folder with --out."),
         (["eval", "runs/quick", "--out", "/proc/new"], "Cannot write to /proc: "),
         (["predict", "runs/quick", "--out", "/proc/x.csv"], "Cannot write to /proc: "),
-        (["run", "--data", path, "--device", "cpu", "--batch-size", 8, "--out", "file"], "file is a file; a run needs"),
+        (
+            ["run", "--data", twelve, "--device", "cpu", "--batch-size", 8, "--out", "file"],
+            "file is a file; a run needs",
+        ),
     ):
         if "/proc" in str(words[-1]) and not Path("/proc/self").exists():
             continue
@@ -213,7 +190,7 @@ def test_what_cannot_be_written_is_refused_before_the_work(
 
 
 def test_a_network_that_cannot_be_trained_leaves_no_folder(
-    call: Call, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    call: Call, twelve: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = (
         "from torch import nn\n"
@@ -225,7 +202,7 @@ def test_a_network_that_cannot_be_trained_leaves_no_folder(
         "        return images.mean(dim=(2, 3))[:, :1].expand(-1, self.classes)\n"
     )
     (tmp_path / "no_weights_net.py").write_text(source, encoding="utf-8")
-    assert call("run", "--model", "no_weights_net:Net", "--data", path, "--device", "cpu", "--batch-size", 8) == 2
+    assert call("run", "--model", "no_weights_net:Net", "--data", twelve, "--device", "cpu", "--batch-size", 8) == 2
     monkeypatch.delitem(sys.modules, "no_weights_net")
     printed = capsys.readouterr().err
     assert "has nothing to train: it needs a parameter with requires_grad." in printed
@@ -234,10 +211,10 @@ def test_a_network_that_cannot_be_trained_leaves_no_folder(
 
 
 def test_what_the_operating_system_refuses_is_one_message(
-    call: Call, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    call: Call, twelve: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "runs").write_text("a file")
-    assert call("run", "--data", path, "--device", "cpu", "--epochs", 1, "--batch-size", 8) == 1
+    assert call("run", "--data", twelve, "--device", "cpu", "--epochs", 1, "--batch-size", 8) == 1
     printed = capsys.readouterr().err
     assert "Error: Not a directory (runs/baseline). Fix this, then run the same command again." in printed
     assert "Traceback" not in printed

@@ -54,23 +54,9 @@ STILL = {
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tree = tmp_path_factory.mktemp("twelve") / "rsna"
-    synthesize(tree, series=12, size=32, workers=0)
-    return tree
-
-
-@pytest.fixture(scope="module")
-def path(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("built") / "data.zarr"
-    build(tree, out, Spec(size=32, slices_per_shard=16, folds=3), workers=0)
-    return out
-
-
 @pytest.fixture
-def dataset(path: Path) -> Dataset:
-    return open_dataset(path)
+def dataset(twelve: Path) -> Dataset:
+    return open_dataset(twelve)
 
 
 def settings(**changed: Any) -> TrainConfig:
@@ -138,11 +124,11 @@ def test_the_seed_decides_the_run(dataset: Dataset, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "balanced"])
-def test_a_stopped_run_resumes_exactly(path: Path, tmp_path: Path, sampling: str) -> None:
+def test_a_stopped_run_resumes_exactly(twelve: Path, tmp_path: Path, sampling: str) -> None:
     of = settings(epochs=3, sampling=sampling, order="windowed", model="baseline", seed=4)
-    whole, _ = quiet_train(open_dataset(path), tmp_path / "whole", of)
+    whole, _ = quiet_train(open_dataset(twelve), tmp_path / "whole", of)
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    stopping = open_dataset(path)
+    stopping = open_dataset(twelve)
     interrupt_at_read(stopping, 50)
     stopped, _ = quiet_train(stopping, tmp_path / "stopped", of)
     assert not stopped.finished
@@ -150,35 +136,35 @@ def test_a_stopped_run_resumes_exactly(path: Path, tmp_path: Path, sampling: str
     state = torch.load(tmp_path / "stopped" / "last" / "state.pt", weights_only=True)
     assert state["step"] > 0, "the stop was meant to fall into the middle of an epoch"
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
-    resumed, printed = quiet_train(open_dataset(path), tmp_path / "stopped", of, resume=True)
+    resumed, printed = quiet_train(open_dataset(twelve), tmp_path / "stopped", of, resume=True)
     assert f"in epoch {len(stopped.history) + 1}, after {state['step']} of its steps" in printed
     assert resumed.finished
     assert lessons(resumed.history) == lessons(whole.history)
     for folder in ("best", "last"):
         name = f"{folder}/model.safetensors"
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
-    again, _ = quiet_train(open_dataset(path), tmp_path / "stopped", of, resume=True)
+    again, _ = quiet_train(open_dataset(twelve), tmp_path / "stopped", of, resume=True)
     assert again.finished
     assert again.history == resumed.history
 
 
-def test_an_unfinished_run_that_was_evaluated_is_evaluated_again_at_its_end(path: Path, tmp_path: Path) -> None:
-    stopping = open_dataset(path)
+def test_an_unfinished_run_that_was_evaluated_is_evaluated_again_at_its_end(twelve: Path, tmp_path: Path) -> None:
+    stopping = open_dataset(twelve)
     interrupt_at_read(stopping, 50)
     assert not quiet_train(stopping, tmp_path / "run", settings(epochs=3))[0].finished
     (tmp_path / "run" / "metrics.json").write_text('{"evaluated": {"subset": "val"}}', encoding="utf-8")
     console = Console(file=io.StringIO())
-    result = train(open_dataset(path), tmp_path / "run", settings(epochs=3), QUICK, console=console, resume=True)
+    result = train(open_dataset(twelve), tmp_path / "run", settings(epochs=3), QUICK, console=console, resume=True)
     assert result.metrics is not None
     assert result.metrics["evaluated"]["subset"] == "test"
 
 
 def test_a_run_last_evaluated_on_another_dataset_is_evaluated_again_on_its_own(
-    tree: Path, dataset: Dataset, tmp_path: Path
+    twelve_tree: Path, dataset: Dataset, tmp_path: Path
 ) -> None:
     run, console = tmp_path / "run", Console(file=io.StringIO())
     train(dataset, run, settings(epochs=1), QUICK, console=console)
-    build(tree, tmp_path / "other.zarr", Spec(size=32, slices_per_shard=32, folds=3), workers=0)
+    build(twelve_tree, tmp_path / "other.zarr", Spec(size=32, slices_per_shard=32, folds=3), workers=0)
     evaluate_run(run, open_dataset(tmp_path / "other.zarr"), QUICK)
     resumed = train(dataset, run, settings(epochs=1), QUICK, console=console, resume=True)
     assert resumed.metrics is not None
@@ -187,36 +173,36 @@ def test_a_run_last_evaluated_on_another_dataset_is_evaluated_again_on_its_own(
     assert again.metrics is None, "there was nothing left to evaluate"
 
 
-def test_a_run_goes_on_without_the_weights_that_it_began_with(path: Path, tmp_path: Path) -> None:
-    quiet_train(open_dataset(path), tmp_path / "first", settings(epochs=1))
+def test_a_run_goes_on_without_the_weights_that_it_began_with(twelve: Path, tmp_path: Path) -> None:
+    quiet_train(open_dataset(twelve), tmp_path / "first", settings(epochs=1))
     weights = tmp_path / "weights.safetensors"
     shutil.copy(tmp_path / "first" / "best" / "model.safetensors", weights)
     of = settings(epochs=3, weights=weights)
-    whole, _ = quiet_train(open_dataset(path), tmp_path / "whole", of)
-    stopping = open_dataset(path)
+    whole, _ = quiet_train(open_dataset(twelve), tmp_path / "whole", of)
+    stopping = open_dataset(twelve)
     interrupt_at_read(stopping, 50)
     assert not quiet_train(stopping, tmp_path / "stopped", of)[0].finished
     weights.unlink()
-    resumed, _ = quiet_train(open_dataset(path), tmp_path / "stopped", of, resume=True)
+    resumed, _ = quiet_train(open_dataset(twelve), tmp_path / "stopped", of, resume=True)
     assert lessons(resumed.history) == lessons(whole.history)
 
 
-def test_a_run_goes_on_in_the_precision_of_another_device(path: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_in_the_precision_of_another_device(twelve: Path, tmp_path: Path) -> None:
     """A run of ``precision = "auto"`` has no loss scaling in bfloat16, and has it on a GPU that knows float16 alone."""
-    stopping = open_dataset(path)
+    stopping = open_dataset(twelve)
     interrupt_at_read(stopping, 50)
     assert not quiet_train(stopping, tmp_path / "run", settings(epochs=3))[0].finished
     alone = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
-    session = prepare(open_dataset(path), settings(epochs=3, precision="float16"), alone, weights=None)
+    session = prepare(open_dataset(twelve), settings(epochs=3, precision="float16"), alone, weights=None)
     restore(session, torch.load(tmp_path / "run" / "last" / "state.pt", weights_only=True))
     assert session.step.scaler.is_enabled()
     assert session.history
 
 
-def test_a_run_that_was_stopped_on_a_gpu_goes_on_without_one(path: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_stopped_on_a_gpu_goes_on_without_one(twelve: Path, tmp_path: Path) -> None:
     of = settings(epochs=3, seed=4)
-    whole, _ = quiet_train(open_dataset(path), tmp_path / "whole", of)
-    stopping = open_dataset(path)
+    whole, _ = quiet_train(open_dataset(twelve), tmp_path / "whole", of)
+    stopping = open_dataset(twelve)
     interrupt_at_read(stopping, 50)
     assert not quiet_train(stopping, tmp_path / "stopped", of)[0].finished
     place = tmp_path / "stopped" / "last" / "state.pt"
@@ -225,7 +211,7 @@ def test_a_run_that_was_stopped_on_a_gpu_goes_on_without_one(path: Path, tmp_pat
     for group in state["optimizer"]["param_groups"]:  # as a recorded step leaves them
         group |= {"lr": torch.tensor(group["lr"]), "capturable": True}
     torch.save(state, place)
-    resumed, _ = quiet_train(open_dataset(path), tmp_path / "stopped", of, resume=True)
+    resumed, _ = quiet_train(open_dataset(twelve), tmp_path / "stopped", of, resume=True)
     assert lessons(resumed.history) == lessons(whole.history)
 
 
@@ -242,9 +228,9 @@ def recipe_of(tmp_path: Path, **changed: Any) -> Path:
     return recipe
 
 
-def test_a_killed_run_goes_on_from_its_last_epoch(path: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(tmp_path, epochs=4, data=path)
-    whole, _ = quiet_train(open_dataset(path), tmp_path / "whole", settings(epochs=4, data=path))
+def test_a_killed_run_goes_on_from_its_last_epoch(twelve: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, epochs=4, data=twelve)
+    whole, _ = quiet_train(open_dataset(twelve), tmp_path / "whole", settings(epochs=4, data=twelve))
     killed = tmp_path / "killed"
     with subprocess.Popen(
         [sys.executable, *command("--recipe", recipe, "--out", killed)],
@@ -260,7 +246,7 @@ def test_a_killed_run_goes_on_from_its_last_epoch(path: Path, tmp_path: Path) ->
         process.stderr.read()
     assert process.returncode == -signal.SIGKILL
     assert 2 <= len(read_history(killed)) < 4
-    resumed, _ = quiet_train(open_dataset(path), killed, settings(epochs=4, data=path), resume=True)
+    resumed, _ = quiet_train(open_dataset(twelve), killed, settings(epochs=4, data=twelve), resume=True)
     assert lessons(resumed.history) == lessons(whole.history)
 
 
@@ -327,9 +313,8 @@ def with_unknown_labels(path: Path, copy: Path) -> Path:
 
 
 @pytest.mark.parametrize("unknown", [False, True])
-def test_two_processes_learn_what_one_learns_from_both_shares(path: Path, tmp_path: Path, unknown: bool) -> None:
-    if unknown:
-        path = with_unknown_labels(path, tmp_path / "data.zarr")
+def test_two_processes_learn_what_one_learns_from_both_shares(twelve: Path, tmp_path: Path, unknown: bool) -> None:
+    path = with_unknown_labels(twelve, tmp_path / "data.zarr") if unknown else twelve
     one, _ = quiet_train(open_dataset(path), tmp_path / "one", settings(batch_size=16, data=path, **STILL))
     recipe = recipe_of(tmp_path, batch_size=8, data=path, **STILL)
     with torchrun("--recipe", recipe, "--out", tmp_path / "two") as process:
@@ -342,8 +327,8 @@ def test_two_processes_learn_what_one_learns_from_both_shares(path: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_two_processes_stop_together_and_go_on(path: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(tmp_path, epochs=4, batch_size=4, data=path)
+def test_two_processes_stop_together_and_go_on(twelve: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, epochs=4, batch_size=4, data=twelve)
     with torchrun("--recipe", recipe, "--out", tmp_path / "whole") as process:
         process.communicate(timeout=240)
     with torchrun("--recipe", recipe, "--out", tmp_path / "stopped") as process:
@@ -363,8 +348,10 @@ def test_two_processes_stop_together_and_go_on(path: Path, tmp_path: Path) -> No
         assert resumed == pytest.approx(whole, rel=1e-9)
 
 
-def test_hu_windowed_on_the_device_teach_what_windows_teach(tree: Path, dataset: Dataset, tmp_path: Path) -> None:
-    build(tree, tmp_path / "hu.zarr", Spec(size=32, store="hu", slices_per_shard=16, folds=3), workers=0)
+def test_hu_windowed_on_the_device_teach_what_windows_teach(
+    twelve_tree: Path, dataset: Dataset, tmp_path: Path
+) -> None:
+    build(twelve_tree, tmp_path / "hu.zarr", Spec(size=32, store="hu", slices_per_shard=16, folds=3), workers=0)
     of = settings(epochs=1, context=1, **STILL)
     windows, _ = quiet_train(dataset, tmp_path / "windows", of)
     hu, _ = quiet_train(open_dataset(tmp_path / "hu.zarr"), tmp_path / "hu", of)
@@ -416,9 +403,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(dataset: Dataset, tmp_path: Path
         quiet_train(dataset, tmp_path / "run", settings(learning_rate=1e30, warmup_epochs=0))
 
 
-def test_a_run_does_not_go_on_with_another_dataset(tree: Path, dataset: Dataset, tmp_path: Path) -> None:
+def test_a_run_does_not_go_on_with_another_dataset(twelve_tree: Path, dataset: Dataset, tmp_path: Path) -> None:
     quiet_train(dataset, tmp_path / "run", settings(epochs=1))
-    build(tree, tmp_path / "other.zarr", Spec(size=32, slices_per_shard=32, folds=3), workers=0)
+    build(twelve_tree, tmp_path / "other.zarr", Spec(size=32, slices_per_shard=32, folds=3), workers=0)
     with pytest.raises(TrainError, match="--data"):
         quiet_train(open_dataset(tmp_path / "other.zarr"), tmp_path / "run", settings(epochs=1), resume=True)
 
