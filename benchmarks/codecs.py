@@ -79,7 +79,7 @@ def slices_of(tree: Path, out: Path, store: str, size: int, layout: str) -> np.n
         spec = Spec(layout=layout, size=size, store=store, codec="none")  # type: ignore[arg-type]
         build(tree, out, spec, allow=Allowances(unlabelled=True, max_quarantined=1.0))
     dataset = open_dataset(out)
-    ok = np.flatnonzero(dataset.slices["status"].to_numpy() == "ok")
+    ok = np.flatnonzero(dataset.is_ok)
     return dataset.read(ok[:: max(1, len(ok) // SLICES)][:SLICES])
 
 

@@ -65,7 +65,7 @@ def main(
     if slices < MANY_SHARDS:
         raise SystemExit(f"Expected at least {MANY_SHARDS:,} --slices, one per shard; got {slices:,}.")
     tree = cohort(data, slices=slices)
-    folder, _ = prepare(data, tree, size=256, store="windows")
+    folder, _ = prepare(data, tree, size=256, store="windows", only={LZ4})
     dataset = open_dataset(folder / LZ4)
     shares: dict[int, list[float]] = {gpus: [] for gpus in GPUS}
     for _ in range(repeats):

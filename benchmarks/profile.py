@@ -16,7 +16,7 @@ from pathlib import Path
 import typer
 
 from benchmarks.files import cohort
-from benchmarks.forms import prepare
+from benchmarks.forms import LZ4, prepare
 from benchmarks.measure import ROOT
 from ich_prep.execute import MALLOC_ENVIRONMENT, ONE_THREAD
 
@@ -45,7 +45,7 @@ def main(slices: int = 4096, data: Path = Path("bench-data")) -> None:
     shutil.rmtree(out, ignore_errors=True)
     record("build", "ich_prep.cli", "build", "--src", tree, "--out", out, "--workers", 2)
     shutil.rmtree(out, ignore_errors=True)
-    folder, _ = prepare(data, tree, size=256, store="windows")
+    folder, _ = prepare(data, tree, size=256, store="windows", only={LZ4})
     record("loader", "benchmarks.loader_contenders", "race", folder, "SliceLoader, lz4", 5, 0)
 
 

@@ -26,7 +26,7 @@ from ich_prep.dataset import native, open_dataset
 from ich_prep.dataset.schema import OK, shard_path
 from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.storage import clear_leftovers, local_path, size_of, sync_file, write_whole
-from ich_prep.dataset.tables import read_parquet, write_table
+from ich_prep.dataset.tables import parquet_bytes, read_parquet, write_table
 from ich_prep.errors import BuildError, Reason, SourceError, count
 from ich_prep.execute import Pool, default_workers
 from ich_prep.layouts import check_layout, choose_layout
@@ -226,9 +226,7 @@ def _start_or_resume(out: Path, folder: BuildFolder, state: State, listing: List
         _drop_stale_headers(folder, listing, drop_all=before.versions != state.versions)
     else:
         reset(out, folder)
-    sink = pa.BufferOutputStream()
-    pq.write_table(listing.files, sink, row_group_size=FILES_PER_BATCH)
-    write_whole(folder.files, sink.getvalue().to_pybytes())
+    write_whole(folder.files, parquet_bytes(listing.files, row_group_size=FILES_PER_BATCH))
     write_state(folder, state)
     return state
 
@@ -321,9 +319,7 @@ def _write_plan(folder: BuildFolder, state: State, plan: Plan) -> State:
             f"No CT slices: {count(len(plan.quarantine), 'file')} quarantined: "
             f"{', '.join(f'{count} {reason}' for reason, count in counts.most_common())}. Point --src at axial CT."
         )
-    sink = pa.BufferOutputStream()
-    pq.write_table(plan.slices, sink, row_group_size=state.spec.slices_per_shard, write_statistics=False)
-    data = sink.getvalue().to_pybytes()
+    data = parquet_bytes(plan.slices, row_group_size=state.spec.slices_per_shard, write_statistics=False)
     write_whole(folder.plan, data)
     write_table(folder.series, plan.series)
     write_table(folder.quarantine, plan.quarantine)
@@ -343,9 +339,8 @@ def _write_keys(folder: BuildFolder, listing: Listing) -> None:
         paths = plan.read(["path"])["path"].cast(pa.binary())
     readable = listing.files.filter(pc.is_null(listing.files["reason"]))
     keys = readable.select(["key"]).take(pc.index_in(paths, value_set=readable["path"]))
-    sink = pa.BufferOutputStream()
-    pq.write_table(keys, sink, row_group_size=metadata.row_group(0).num_rows, write_statistics=False)
-    write_whole(folder.keys, sink.getvalue().to_pybytes())
+    data = parquet_bytes(keys, row_group_size=metadata.row_group(0).num_rows, write_statistics=False)
+    write_whole(folder.keys, data)
 
 
 def _write_shards(

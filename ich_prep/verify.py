@@ -20,7 +20,6 @@ import pyarrow.compute as pc
 from ich_prep.dataset import open_dataset, shard_format
 from ich_prep.dataset.classes import SUBTYPES, is_rsna
 from ich_prep.dataset.codecs import CODECS
-from ich_prep.dataset.native import crc32c
 from ich_prep.dataset.schema import IMAGES, ROOT, TABLES, shard_path
 from ich_prep.dataset.storage import local_path
 from ich_prep.dataset.tables import read_parquet
@@ -263,10 +262,9 @@ def _check_shard(
             continue
         chunk = data[offset : offset + length]
         try:
-            shard_format.decode_chunk(chunk, codec=CODECS[dataset.spec.codec], out=buffer)
+            checksums.append(shard_format.decode_chunk(chunk, codec=CODECS[dataset.spec.codec], out=buffer))
         except CorruptionError as error:
             raise CorruptionError(f"row {row}: {error}") from None
-        checksums.append(crc32c(chunk[: -shard_format.CRC_BYTES]))
     if shard_format.fingerprint(np.array(checksums, np.uint32), tail) != line["fingerprint"]:
         raise CorruptionError("valid, but not the shard written here (fingerprint differs): were shards swapped?")
 
@@ -275,7 +273,7 @@ def _check_ledger(dataset: Dataset, folder: BuildFolder) -> Iterator[Problem]:
     """Yield the shards whose ledger entry in the working folder differs from the tables."""
     status = dataset.slices["status"].to_pylist()
     for line in dataset.read_table("shards").to_pylist():
-        path = folder.done / f"{line['shard']:05d}.json"
+        path = ledger.entry_path(folder.done, line["shard"])
         try:
             report = ShardReport.from_json(ledger.read(folder.done, line["shard"]))
             recorded = [row.status for row in report.rows]
@@ -315,7 +313,7 @@ def _compare(
         try:
             dataset.read([line["row"]], stored)
             if line["path"] not in keys:
-                raise SourceError("it is no longer in the sources")
+                raise SourceError("not found in the sources")
             data = read_whole(source, keys[line["path"]], limit=LARGEST_MEMBER)
             expected = reference_pixels(data, line, dataset)
         except SliceError as error:

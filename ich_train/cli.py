@@ -212,11 +212,10 @@ def _console() -> Console:
 
 def _print_metrics(console: Console, metrics: dict[str, Any], run: Path) -> None:
     from ich_train.evaluation.evaluate import REPORT
-    from ich_train.evaluation.report import log_loss_name
+    from ich_train.evaluation.report import log_loss_name, part_words
 
     evaluated, view = metrics["evaluated"], metrics["by_slice"]
-    part = "all parts" if evaluated["subset"] == "all" else f"the part {evaluated['subset']}"
-    title = f"{count(evaluated['slices'], 'slice')} of {part}"
+    title = f"{count(evaluated['slices'], 'slice')} of {part_words(evaluated['subset'])}"
     if evaluated["series_labels"] and metrics["by_series_max"]:
         title, view = f"Series of {title}, by their highest slice", metrics["by_series_max"]
     rows = [

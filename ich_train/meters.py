@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ich_train.ranks import Ranks
-from ich_train.runs import Epoch, overfitting_text
+from ich_train.runs import Epoch, best_of, overfitting_text
 from ich_train.wording import text_table
 
 if TYPE_CHECKING:
@@ -116,13 +116,11 @@ class Reporter:
         """Print the whole history as a table, the epoch of the lowest validation loss marked."""
         if self._silent:
             return
-        best = min(history, key=lambda line: line.val_loss)
+        best = best_of(history)
         rows = [
             (
                 f"{line.epoch}{' *' if line is best else ''}",
-                *(f"{value:.4f}" for value in (line.train_loss, line.train_accuracy, line.val_loss, line.val_accuracy)),
-                f"{line.slices_per_s:,.0f}",
-                f"{line.wait_share:.1%}",
+                *line.cells(),
             )
             for line in history
         ]

@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ich_prep.dataset.schema import OK
 from ich_prep.errors import UsageError, count
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ def labelled_rows(dataset: Dataset, *, allow_series_labels: bool = False) -> NDA
     slices, unless allowed.
     """
     levels = dataset.slices["label_level"]
-    ok = _equal(dataset.slices["status"], OK)
+    ok = dataset.is_ok
     by_series = _equal(levels, "series")
     if by_series.any() and not allow_series_labels:
         raise UsageError(
@@ -67,7 +66,7 @@ def neighbours(dataset: Dataset, rows: NDArray[np.int64], context: int) -> NDArr
 
     A neighbour that is missing, or whose status is not ok, is replaced by the nearest one towards the slice.
     """
-    ok = _equal(dataset.slices["status"], OK)
+    ok = dataset.is_ok
     series = dataset.slices["series_row"].to_numpy()
     taken = np.repeat(rows[:, np.newaxis], 2 * context + 1, axis=1)
     for sign in (-1, 1):

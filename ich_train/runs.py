@@ -47,6 +47,16 @@ class Epoch:
     slices_per_s: float  # of training, all ranks together
     wait_share: float  # share of the training time spent waiting for data
 
+    def cells(self) -> tuple[str, ...]:
+        """Return the losses, accuracies, speed and waiting as a table shows them."""
+        measures = (self.train_loss, self.train_accuracy, self.val_loss, self.val_accuracy)
+        return (*(f"{value:.4f}" for value in measures), f"{self.slices_per_s:,.0f}", f"{self.wait_share:.1%}")
+
+
+def best_of(history: Sequence[Epoch]) -> Epoch:
+    """Return the epoch of the lowest validation loss, the first of equals."""
+    return min(history, key=lambda line: line.val_loss)
+
 
 def new_folder(root: Path, name: str) -> Path:
     """Return ``root/name``, or if it is taken ``root/name-k``: k is one more than the highest, from 2 on."""

@@ -17,7 +17,7 @@ from ich_train.loss import label_weights
 from ich_train.meters import Meter
 from ich_train.model import build_model
 from ich_train.preprocess import Augment, Preprocess
-from ich_train.runs import Epoch
+from ich_train.runs import Epoch, best_of
 from ich_train.split import Split, balanced_weights, split_rows
 from ich_train.step import Step
 
@@ -56,7 +56,7 @@ class Session:
     @property
     def best(self) -> Epoch:
         """The epoch of the lowest validation loss so far."""
-        return min(self.history, key=lambda line: line.val_loss)
+        return best_of(self.history)
 
 
 def prepare(dataset: Dataset, settings: TrainConfig, ranks: Ranks, *, weights: Path | None) -> Session:

@@ -12,7 +12,6 @@ import pyarrow.compute as pc
 import torch
 from pyarrow import csv
 
-from ich_prep.dataset.schema import OK
 from ich_prep.dataset.storage import write_whole
 from ich_prep.errors import UsageError, count
 from ich_train.predict import Predictor, load_predictor, predict_rows
@@ -71,7 +70,7 @@ def write_submission(
         raise UsageError(
             f"No slices of the subset test in {dataset.path}. Build from a tree that holds the competition's test files."
         )
-    usable = test[pc.equal(slices["status"], OK).to_numpy()[test]]
+    usable = test[dataset.is_ok[test]]
     lines = _lines_of_sample(sample, dataset.classes) if sample is not None else _lines_of(dataset, test)
     # One row more than there are usable slices: for those without an image, at index -1.
     place = pc.fill_null(pc.index_in(lines.slice_ids, slices["sop_instance_uid"].take(pa.array(usable))), -1).to_numpy()

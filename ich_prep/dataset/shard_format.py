@@ -138,9 +138,10 @@ def parse_index(data: bytes, *, chunks: int, body: int) -> NDArray[np.uint64]:
     return index
 
 
-def decode_chunk(data: NDArray[np.uint8], *, codec: Codec, out: NDArray[np.uint8]) -> None:
+def decode_chunk(data: NDArray[np.uint8], *, codec: Codec, out: NDArray[np.uint8]) -> int:
     """Decode one chunk, ``data`` (its bytes, checksum included), into ``out``: the bytes of one slice, uint8 (n,).
 
+    Returns the checksum, of which the shard's fingerprint is made.
     Raises ``CorruptionError`` for a checksum mismatch, and for a payload that is invalid or of another length.
     """
     payload = data[:-CRC_BYTES]
@@ -148,3 +149,4 @@ def decode_chunk(data: NDArray[np.uint8], *, codec: Codec, out: NDArray[np.uint8
     if stored != computed:
         raise CorruptionError(mismatch(stored, computed))
     codec.decode(payload, out=out)
+    return computed

@@ -1,11 +1,9 @@
-"""File system operations: write atomically, sync, size, delete. The only module that knows fsync and rename."""
+"""File system operations: write atomically, sync, list. The only module that knows fsync and rename."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,10 +62,11 @@ def clear_leftovers(path: Path) -> None:
         leftover.unlink()
 
 
-def remove_tree(folder: Path) -> None:
-    """Delete ``folder`` and its contents, if it exists."""
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(folder)
+def files_below(folder: Path) -> list[Path]:
+    """Return all files and links in ``folder`` and below, sorted; none if it is no folder."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
 
 
 def size_of(path: Path) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +20,12 @@ def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
 
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a published table: equal tables give equal bytes."""
+    write_whole(path, parquet_bytes(table, compression="zstd", row_group_size=1 << 16, write_page_checksum=True))
+
+
+def parquet_bytes(table: pa.Table, **options: Any) -> bytes:
+    """Return ``table`` as the bytes of a Parquet file; ``options`` are those of ``pq.write_table``."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", row_group_size=1 << 16, write_page_checksum=True)
-    write_whole(path, sink.getvalue().to_pybytes())
+    pq.write_table(table, sink, **options)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data

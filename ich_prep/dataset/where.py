@@ -282,8 +282,7 @@ class _Parser:
             hint = f" Write: {other.token if other.column_type is None else repr('text')} in {column.token.value}"
         else:
             hint = " Quotes make text; numbers have none." if {left.type, right.type} == {_NUMBER, _TEXT} else ""
-        described = other.described if other.column_type is not None else str(other)
-        return self._error(f"{column.described} and cannot be compared with {described}.{hint}", other.token)
+        return self._error(f"{column.described} and cannot be compared with {other.described}.{hint}", other.token)
 
     def _regex(self, value: _Value) -> pc.Expression:
         pattern = self._advance()

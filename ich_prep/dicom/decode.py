@@ -7,7 +7,6 @@ runs out of memory costs one slice, not the build.
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import os
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from ich_prep.dataset.native import crc32c
+from ich_prep.dicom import jpeg_plugin
 from ich_prep.dicom.elements import DEFLATED_LE, EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE
 from ich_prep.dicom.header import INFLATED_LIMIT, inflate, walk_meta
 from ich_prep.errors import Reason, SliceError
@@ -42,12 +42,7 @@ PLUGINS: Final[dict[str, str]] = {
     "1.2.840.10008.1.2.5": "pylibjpeg",  # RLE lossless
     "1.2.840.10008.1.2.4.90": "pylibjpeg",  # JPEG 2000 lossless
     "1.2.840.10008.1.2.4.91": "pylibjpeg",  # JPEG 2000
-    "1.2.840.10008.1.2.4.50": JPEG_PLUGIN,  # JPEG baseline, 8 bits
-    "1.2.840.10008.1.2.4.51": JPEG_PLUGIN,  # JPEG extended, 12 bits
-    "1.2.840.10008.1.2.4.57": JPEG_PLUGIN,  # JPEG lossless
-    "1.2.840.10008.1.2.4.70": JPEG_PLUGIN,  # JPEG lossless, first-order prediction
-    "1.2.840.10008.1.2.4.80": JPEG_PLUGIN,  # JPEG-LS lossless
-    "1.2.840.10008.1.2.4.81": JPEG_PLUGIN,  # JPEG-LS near-lossless
+    **dict.fromkeys(jpeg_plugin.DECODER_DEPENDENCIES, JPEG_PLUGIN),
 }
 SECONDS_PER_SLICE: Final = 30.0
 MEMORY_LIMIT: Final = 1 << 30
@@ -88,7 +83,7 @@ def missing_decoder(transfer_syntax: str) -> str | None:
     plugin = PLUGINS.get(transfer_syntax)
     if plugin is None:
         return f"transfer syntax {transfer_syntax} has no decoder here"
-    if plugin == JPEG_PLUGIN and importlib.util.find_spec("imagecodecs") is None:
+    if plugin == JPEG_PLUGIN and not jpeg_plugin.is_available(transfer_syntax):
         return f"transfer syntax {transfer_syntax} needs imagecodecs: pip install imagecodecs"
     return None
 

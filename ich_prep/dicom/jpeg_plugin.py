@@ -5,6 +5,8 @@ Follows pydicom's decoder plugin interface: a module and the name of a function 
 
 from __future__ import annotations
 
+import importlib.util
+from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,12 +14,12 @@ if TYPE_CHECKING:
 
 DECODER_DEPENDENCIES = dict.fromkeys(
     (
-        "1.2.840.10008.1.2.4.50",
-        "1.2.840.10008.1.2.4.51",
-        "1.2.840.10008.1.2.4.57",
-        "1.2.840.10008.1.2.4.70",
-        "1.2.840.10008.1.2.4.80",
-        "1.2.840.10008.1.2.4.81",
+        "1.2.840.10008.1.2.4.50",  # JPEG baseline, 8 bits
+        "1.2.840.10008.1.2.4.51",  # JPEG extended, 12 bits
+        "1.2.840.10008.1.2.4.57",  # JPEG lossless
+        "1.2.840.10008.1.2.4.70",  # JPEG lossless, first-order prediction
+        "1.2.840.10008.1.2.4.80",  # JPEG-LS lossless
+        "1.2.840.10008.1.2.4.81",  # JPEG-LS near-lossless
     ),
     ("imagecodecs",),
 )
@@ -25,10 +27,9 @@ _END_OF_IMAGE = b"\xff\xd9"
 _JPEG_LS = ("1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.81")
 
 
+@cache  # a scan asks once per file, and the lookup searches the whole path
 def is_available(uid: str) -> bool:
     """Return whether frames of the transfer syntax ``uid`` can be decoded here."""
-    import importlib.util
-
     return uid in DECODER_DEPENDENCIES and importlib.util.find_spec("imagecodecs") is not None
 
 

@@ -9,10 +9,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ich_prep.dataset.classes import UNKNOWN
 from ich_prep.errors import SourceError
 from ich_prep.layouts.assignment import Assignment, header_of, no_repairs, nulls, read_csv, require_single
-from ich_prep.layouts.labels import DEFAULT_RULES, Key, LabelRules, LabelTable, labels_from_long_table, no_labels
+from ich_prep.layouts.labels import (
+    DEFAULT_RULES,
+    Key,
+    LabelRules,
+    LabelTable,
+    join_labels,
+    labels_from_long_table,
+    no_labels,
+)
 from ich_prep.recipe import refuse_unknown
 
 if TYPE_CHECKING:
@@ -43,7 +50,6 @@ def read_labels(listing: Listing, given: TableFile | None, rules: LabelRules = D
             )
             return replace(no_labels(rules.classes), notes=others)
         given = require_single(with_key, "CSV of labels")
-    given.read(0)  # raises if it cannot be read, which header_of does not
     header = header_of(given)
     repeated = sorted({name for name in header if header.count(name) > 1})
     if repeated:
@@ -76,9 +82,7 @@ def read_labels(listing: Listing, given: TableFile | None, rules: LabelRules = D
     )
     # In the order of the file: `labels` is sorted by column first.
     order = pc.unique(table[key].combine_chunks())
-    index = pc.index_in(order, value_set=labels.keys).fill_null(-1).to_numpy(zero_copy_only=False)
-    padded = np.concatenate([labels.values, np.full((1, len(rules.classes)), UNKNOWN, np.int8)])
-    return replace(labels, key=key, keys=order, values=padded[index])
+    return replace(labels, key=key, keys=order, values=join_labels(labels, order).values)
 
 
 def _key_of(columns: tuple[str, ...]) -> Key | None:

@@ -7,14 +7,19 @@ from pathlib import Path
 from ich_prep.dataset.storage import write_whole
 
 
+def entry_path(folder: Path, key: int) -> Path:
+    """Return the path of the entry of task ``key``, whether it has one or not."""
+    return folder / f"{key:05d}.json"
+
+
 def record(folder: Path, key: int, entry: str) -> None:
     """Record that task ``key`` is done: write ``entry``, its report as JSON, as ``<key>.json`` in ``folder``."""
-    write_whole(folder / f"{key:05d}.json", entry.encode())
+    write_whole(entry_path(folder, key), entry.encode())
 
 
 def read(folder: Path, key: int) -> str:
     """Return the entry of task ``key``."""
-    return (folder / f"{key:05d}.json").read_text(encoding="utf-8")
+    return entry_path(folder, key).read_text(encoding="utf-8")
 
 
 def done(folder: Path, *, suffix: str = ".json") -> set[int]:

@@ -18,7 +18,7 @@ import pyarrow as pa
 from ich_prep.dataset.dataset import open_dataset, read_attributes, working_folder
 from ich_prep.dataset.schema import IMAGES, LABELS, ROOT, TABLES
 from ich_prep.dataset.spec import Spec
-from ich_prep.dataset.storage import sync_folder, whole_name
+from ich_prep.dataset.storage import files_below, sync_folder, whole_name
 from ich_prep.dataset.tables import read_parquet
 from ich_prep.errors import BuildError, CorruptionError, DatasetError, UsageError, count, describe_os_error
 from ich_prep.sources import Listing, shown
@@ -117,16 +117,12 @@ def _check_dataset(out: Path, *, overwrite: bool) -> None:
 def own_files(out: Path, *, shards_only: bool = False) -> list[Path]:
     """Return the files of ``out`` that a build puts into a dataset, or only its shards; temporary ones too."""
     pattern = re.compile(rf"{IMAGES}/c/[0-9]+/0/0/0") if shards_only else _OURS
-    return [path for path in _files_of(out) if pattern.fullmatch(_name_in(out, path))]
+    return [path for path in files_below(out) if pattern.fullmatch(_name_in(out, path))]
 
 
 def foreign_files(out: Path) -> list[Path]:
     """Return the files of ``out`` that no build puts into a dataset."""
-    return [path for path in _files_of(out) if not _OURS.fullmatch(_name_in(out, path))]
-
-
-def _files_of(out: Path) -> list[Path]:
-    return sorted(path for path in out.rglob("*") if path.is_symlink() or not path.is_dir()) if out.is_dir() else []
+    return [path for path in files_below(out) if not _OURS.fullmatch(_name_in(out, path))]
 
 
 def _name_in(out: Path, path: Path) -> str:

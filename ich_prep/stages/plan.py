@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from ich_prep.dataset.classes import UNKNOWN
 from ich_prep.dataset.schema import QUARANTINE_SCHEMA, series_schema, slice_schema
+from ich_prep.dicom.decode import PIXEL_FIELDS
 from ich_prep.errors import Reason
 from ich_prep.layouts.labels import Joined, LabelTable, join_labels
 from ich_prep.stages.folds import assign_folds
@@ -32,10 +33,7 @@ SCANNED_COLUMNS = (
 )  # fmt: skip
 
 # Columns of the plan that the slice table does not have: where a slice's pixels are and how they are stored.
-PIXEL_COLUMNS = (
-    "path", "transfer_syntax", "file_size", "header_bytes", "crc32c", "pixel_offset", "rows", "columns",
-    "bits_allocated", "bits_stored", "signed", "padding_low", "padding_high",
-)  # fmt: skip
+PIXEL_COLUMNS = ("path", *PIXEL_FIELDS, "padding_low", "padding_high")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ich_prep.dataset.dataset import STATE, working_folder
 from ich_prep.dataset.schema import FORMAT
 from ich_prep.dataset.spec import Spec
-from ich_prep.dataset.storage import local_path, whole_name, write_whole
+from ich_prep.dataset.storage import files_below, local_path, whole_name, write_whole
 from ich_prep.errors import DatasetError
 
 _BATCH, _ENTRY = re.compile(r"[0-9]{5,}\.parquet"), re.compile(r"[0-9]{5,}\.json")
@@ -95,16 +95,11 @@ class BuildFolder:
 
     def own_files(self) -> list[Path]:
         """Return the files in the folder that builds put there, temporary files of killed builds too."""
-        return [path for path in self._files() if self._is_own(path)]
+        return [path for path in files_below(self.path) if self._is_own(path)]
 
     def unknown_files(self) -> list[Path]:
         """Return the files in the folder that no build put there."""
-        return [path for path in self._files() if not self._is_own(path)]
-
-    def _files(self) -> list[Path]:
-        if not self.path.is_dir():
-            return []
-        return sorted(path for path in self.path.rglob("*") if path.is_symlink() or not path.is_dir())
+        return [path for path in files_below(self.path) if not self._is_own(path)]
 
     def _is_own(self, path: Path) -> bool:
         name = whole_name(path.name)

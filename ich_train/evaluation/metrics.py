@@ -82,7 +82,7 @@ def roc_aucs(labels: LabelArray, scores: Probabilities, classes: Sequence[str]) 
     areas: dict[str, float | None] = {}
     for j, name in enumerate(classes):
         truth, score = _known(labels[:, j], scores[:, j])
-        areas[name] = None if np.isnan(score).any() else _plain(_ranking(truth, score)[0])
+        areas[name] = None if np.isnan(score).any() else _plain(_roc_auc(truth, score))
     return areas
 
 
@@ -288,9 +288,12 @@ def _decisions(counts: Floats) -> Floats:
 
 
 def _ranking(truth: LabelArray, score: Floats) -> tuple[float, float]:
-    if not truth.any() or truth.all():
-        return np.nan, np.nan
-    return float(roc_auc_score(truth, score)), float(average_precision_score(truth, score))
+    area = _roc_auc(truth, score)
+    return area, np.nan if np.isnan(area) else float(average_precision_score(truth, score))
+
+
+def _roc_auc(truth: LabelArray, score: Floats) -> float:
+    return np.nan if not truth.any() or truth.all() else float(roc_auc_score(truth, score))
 
 
 def _two_class_columns(

@@ -118,7 +118,7 @@ def _tiles(metrics: Mapping[str, Any]) -> list[Tile]:
         Tile(
             Cell(f"{evaluated['slices']:,}"),
             f"{noun} of {count(view['patients'], 'patient')} evaluated",
-            _part_words(evaluated["subset"]),
+            part_words(evaluated["subset"]),
         ),
     ]
     if ANY in labels:
@@ -136,7 +136,7 @@ def _notes(metrics: Mapping[str, Any], history: Sequence[Epoch]) -> list[str]:
         notes.append(f"{overfitting} The weights of epoch {metrics['model']['epoch']} were kept.")
     if data["trained_on"] and evaluated["subset"] in ("train", "val", "all"):
         notes.append(
-            f"The slices evaluated are those of {_part_words(evaluated['subset'])}: the network, its best epoch or its "
+            f"The slices evaluated are those of {part_words(evaluated['subset'])}: the network, its best epoch or its "
             "thresholds were chosen on some of them. Only the part test is unseen."
         )
     if evaluated["series_labels"]:
@@ -149,7 +149,7 @@ def _notes(metrics: Mapping[str, Any], history: Sequence[Epoch]) -> list[str]:
         )
     if metrics["by_series_max"] is None:
         notes.append(
-            f"Only {count(evaluated['slices'], 'slice')} of {_part_words(evaluated['subset'])}, drawn with seed "
+            f"Only {count(evaluated['slices'], 'slice')} of {part_words(evaluated['subset'])}, drawn with seed "
             f"{evaluated['seed']}: these are not whole series, so there are no results by series."
         )
     if not data["trained_on"]:
@@ -157,7 +157,8 @@ def _notes(metrics: Mapping[str, Any], history: Sequence[Epoch]) -> list[str]:
     return notes
 
 
-def _part_words(part: str) -> str:
+def part_words(part: str) -> str:
+    """Return the words for the evaluated part of a dataset, such as "the part val"."""
     return "all parts" if part == "all" else f"the part {part}"
 
 
@@ -188,7 +189,7 @@ def _facts(metrics: Mapping[str, Any]) -> list[Row]:
         "dataset": f"{data['name']}: {count(data['slices'], 'slice')}, {data['series']:,} series, "
         f"{count(data['patients'], 'patient')}",
         "digest": data["digest"],
-        "evaluated": f"{_part_words(evaluated['subset'])}: {count(evaluated['slices'], 'slice')}{drawn}",
+        "evaluated": f"{part_words(evaluated['subset'])}: {count(evaluated['slices'], 'slice')}{drawn}",
         "intervals": f"{count(evaluated['bootstrap'], 'bootstrap resample')} of the patients, seed {evaluated['seed']}",
     }
     return [Row(fact) for fact in facts.items()]
@@ -270,9 +271,7 @@ def _history(history: Sequence[Epoch], model: Mapping[str, Any]) -> Table:
         Row(
             [
                 f"{line.epoch} (kept)" if line.epoch == model["epoch"] else str(line.epoch),
-                *(f"{value:.4f}" for value in (line.train_loss, line.train_accuracy, line.val_loss, line.val_accuracy)),
-                f"{line.slices_per_s:,.0f}",
-                f"{line.wait_share:.1%}",
+                *line.cells(),
             ]
         )
         for line in history
