@@ -105,6 +105,7 @@ def build(
                     unlabelled=options.allow_unlabelled,
                     missing_images=options.allow_missing_images,
                     contradictions=options.allow_contradictions,
+                    lost_labels=options.allow_lost_labels,
                     max_quarantined=options.max_quarantined,
                 ),
                 progress=progress,
@@ -121,6 +122,9 @@ def build(
 
 
 def _print_outcome(out: Path, outcome: Outcome) -> None:
+    from ich_prep.dataset.dataset import open_dataset
+    from ich_prep.summary import closing_lines
+
     counts = outcome.counts
     if outcome.already_finished:
         typer.echo(f"{out} is already finished, with the same settings: nothing to do.")
@@ -135,6 +139,8 @@ def _print_outcome(out: Path, outcome: Outcome) -> None:
             f"{work:.1f} s, {counts['planned'] / work:,.0f} slices/s after the workers had started "
             f"({', '.join(f'{stage} {seconds:.1f} s' for stage, seconds in outcome.seconds.items())})."
         )
+    for line in closing_lines(open_dataset(out)):
+        typer.echo(line)
 
 
 @app.command()

@@ -26,6 +26,9 @@ class BuildOptions(Spec):
     max_quarantined: float = Field(default=0.01, ge=0, le=1, description="Largest share of damaged files.")
     allow_unlabelled: bool = Field(default=False, description="Keep slices without a label.")
     allow_missing_images: bool = Field(default=False, description="Continue when labels have no image.")
+    allow_lost_labels: bool = Field(
+        default=False, description="Continue when a rule of the build removes all images of a label."
+    )
     allow_contradictions: bool = Field(default=False, description="Take contradictory labels as unknown.")
 
     def spec(self) -> Spec:

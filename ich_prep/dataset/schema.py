@@ -181,6 +181,7 @@ class Counts(BaseModel):
     quarantined: Count = 0
     series: Count = 0
     patients: Count = 0
+    fold_groups: Count = 0
     shards: Count = 0
     bytes: Count = 0
 
@@ -194,6 +195,15 @@ class TableNames(BaseModel):
     series: str
     shards: str
     quarantine: str
+
+
+class LostLabels(BaseModel):
+    """The labels that had images in the source and have none in the dataset, for one reason."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    labels: Count
+    positive: Count
 
 
 class Event(BaseModel):
@@ -216,6 +226,7 @@ class Root(BaseModel):
     spec: Stored
     classes: tuple[str, ...]
     counts: Counts
+    lost_labels: dict[str, LostLabels] = {}
     tables: TableNames
     digests: dict[str, str] = {}
     generation: Annotated[int, Field(ge=1)] = 1
