@@ -66,8 +66,8 @@ def make_plan(scanned: pa.Table, *, assignment: Assignment, labels: LabelTable, 
     duplicates, slices = slices.filter(pa.array(repeated)), slices.filter(pa.array(~repeated))
 
     slices = _sort_slices(slices)
-    joined = join_labels(labels, slices[labels.key])
-    slices, series = _build_tables(slices, _label_level(labels), joined, spec)
+    joined = join_labels(labels, _label_keys(labels, slices))
+    slices, series = _build_tables(slices, labels.level, joined, spec)
     quarantine = pa.concat_tables(
         [
             _quarantine(refused, "scan", refused["reason"], refused["detail"]),
@@ -122,9 +122,9 @@ def _quarantine(files: pa.Table, stage: str, reason: object, detail: object) -> 
     return pa.table(columns, schema=QUARANTINE_SCHEMA)
 
 
-def _label_level(labels: LabelTable) -> str:
-    """Return what one label describes: a slice, or a whole series."""
-    return "slice" if labels.key == "sop_instance_uid" else "series"
+def _label_keys(labels: LabelTable, slices: pa.Table) -> pa.ChunkedArray | pa.Array:
+    """Return each slice's own key of the kind that the labels have, null where its header has none."""
+    return slices[labels.key] if labels.key in slices.column_names else pa.nulls(len(slices), pa.string())
 
 
 def _label_keys_of_excluded(labels: LabelTable, *excluded: pa.Table) -> pa.Array:
@@ -181,7 +181,9 @@ def _build_tables(slices: pa.Table, level: str, joined: Joined, spec: Spec) -> t
         "source_columns": slices["columns"],
         "flags": _flag_column(slices, spacing),
     }
-    table = _table_of(columns, slice_schema(spec.classes))
+    extra = pa.table({}) if joined.extra is None else joined.extra
+    columns |= {name: extra[name] for name in extra.column_names}
+    table = _table_of(columns, slice_schema(spec.classes, extra.schema))
     planned = table
     for name in PIXEL_COLUMNS:
         planned = planned.append_column(name, slices[name])
