@@ -30,9 +30,10 @@ from ich_prep.dataset.tables import parquet_bytes, read_parquet, write_table
 from ich_prep.errors import Reason, SourceError, count
 from ich_prep.execute import Pool, default_workers
 from ich_prep.layouts import check_layout, choose_layout
-from ich_prep.layouts.labels import LabelRules, LabelTable, fill_any
+from ich_prep.layouts.label_keys import choose_key
+from ich_prep.layouts.labels import LabelOptions, LabelRules, LabelTable, fill_any
 from ich_prep.progress import NoProgress, Progress
-from ich_prep.sources import Listing, TableFile, local_table, open_source, shown
+from ich_prep.sources import Listing, TableFile, check_table_path, local_table, open_source, shown
 from ich_prep.stages import ledger
 from ich_prep.stages.checks import Allowances, check_damage, check_labels, check_lost
 from ich_prep.stages.copies import hash_images, sharing_uid
@@ -74,6 +75,7 @@ def build(
     spec: Spec | None = None,
     *,
     labels: str | Path | None = None,
+    label_options: LabelOptions | None = None,
     build_dir: str | Path | None = None,
     workers: int | None = None,
     scheduler: str | None = None,
@@ -84,10 +86,10 @@ def build(
     """Build the dataset ``out`` from the DICOM files in ``src``, or resume an interrupted build.
 
     ``src`` is a folder or a zip archive, or several of them: then each path starts with the name of its folder or archive.
-    ``labels`` is a label file instead of the one in the tree. ``build_dir`` is the working folder, which keeps what a
-    resume needs (default: ``out`` with ``.build`` appended). ``workers`` are local processes (default: one per core;
-    0: all in this process), ``scheduler`` the address of a Dask cluster whose workers see all folders under the same
-    paths. Raises ``SourceError``, ``BuildError`` or ``UsageError``; finished work is kept for the next run.
+    ``labels`` is a label file instead of the one in the tree, ``label_options`` how to read it. ``build_dir`` is the
+    working folder, which keeps what a resume needs (default: ``out`` with ``.build`` appended). ``workers`` are local
+    processes (default: one per core; 0: all in this process), ``scheduler`` the address of a Dask cluster whose workers
+    see all folders under the same paths. Raises ``SourceError``, ``BuildError`` or ``UsageError``; finished work is kept for the next run.
     """
     paths = [src] if isinstance(src, str | Path) else src
     sources, out = [local_path(path, "--src").absolute() for path in paths], local_path(out, "--out").absolute()
@@ -98,6 +100,8 @@ def build(
     check_layout(spec)
     native.require()
     source = open_source(sources)
+    if labels is not None:
+        check_table_path(local_path(labels, "--labels"))
     check_output_folder(out, folder, sources, overwrite=overwrite)
     with Pool(workers=count, scheduler=scheduler, modules=TASK_MODULES) as pool:
         with _timed(seconds, "list"):
@@ -107,12 +111,10 @@ def build(
                 layout.read_labels(
                     listing,
                     None if labels is None else _label_file(labels, listing),
-                    LabelRules(spec.classes, allow.contradictions, allow.unlabelled),
+                    LabelRules(spec.classes, allow.contradictions, allow.unlabelled, label_options or LabelOptions()),
                 )
             )
-        state = State(
-            spec=spec, sources=_digest_listing(listing), labels=_digest_labels(table), versions=all_versions()
-        )
+        state = State(spec=spec, sources=_digest_listing(listing), labels=table.digest(), versions=all_versions())
         if not overwrite and check_existing(out, folder, state, listing):
             counts = open_dataset(out).counts.model_dump()
             return Outcome(counts=counts, already_finished=True, seconds=seconds)
@@ -132,6 +134,9 @@ def build(
                 with _timed(seconds, "scan"):
                     scanned = _scan(pool, folder, sources, listing, progress)
                 with _timed(seconds, "plan"):
+                    table = choose_key(table, scanned, own_patients=spec.patients == "column")
+                    for note in table.notes:
+                        progress.say(f"Labels: {note}.")
                     plan = make_plan(
                         scanned,
                         assignment=layout.assign(scanned, listing.name),
@@ -170,7 +175,6 @@ def build(
 
 def _label_file(given: str | Path, listing: Listing) -> TableFile:
     """Return the label file ``given``: one of the source, as messages name it (also inside an archive), or any other."""
-    local_path(given, "--labels")
     inside = (table for table in listing.tables if Path(table.path) == Path(given).absolute())
     return next(inside, None) or local_table(Path(given))
 
@@ -192,13 +196,6 @@ def _digest_listing(listing: Listing) -> str:
     unreadable = files.filter(pc.is_valid(files["reason"]))
     for path, reason in zip(unreadable["path"].to_pylist(), unreadable["reason"].to_pylist(), strict=True):
         digest.update(b"%s %d " % (reason.encode(), len(path)) + path)
-    return digest.hexdigest()
-
-
-def _digest_labels(labels: LabelTable) -> str:
-    digest = hashlib.sha256(labels.key.encode() + labels.values.tobytes())
-    for keys in (labels.keys, labels.listed):
-        digest.update(b"%d " % len(keys) + "\n".join(keys.to_pylist()).encode())
     return digest.hexdigest()
 
 

@@ -88,6 +88,7 @@ def build(
     options = resolve(recipe, given)
 
     from ich_prep import build_dataset
+    from ich_prep.layouts.labels import LabelOptions
     from ich_prep.progress import TerminalProgress
 
     try:
@@ -97,6 +98,12 @@ def build(
                 out,
                 options.spec(),
                 labels=options.labels,
+                label_options=LabelOptions(
+                    key=options.label_key,
+                    column=options.label_column,
+                    ignore=options.ignore_columns,
+                    keep=options.keep_columns,
+                ),
                 build_dir=options.build_dir,
                 workers=options.workers,
                 scheduler=options.scheduler,

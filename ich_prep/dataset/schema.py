@@ -18,7 +18,7 @@ Readers are tolerant: they require what they use, and ignore keys, columns and w
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,8 +51,11 @@ def table_name(table: str, generation: int) -> str:
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def slice_schema(classes: Sequence[str] = RSNA_CLASSES) -> pa.Schema:
-    """Return the columns of the slice table of a dataset with these ``classes``."""
+def slice_schema(classes: Sequence[str] = RSNA_CLASSES, extra: Iterable[pa.Field] = ()) -> pa.Schema:
+    """Return the columns of the slice table of a dataset with these ``classes``.
+
+    ``extra`` are the columns ``x_...`` from a user's label table, at the end.
+    """
     return pa.schema(
         [
             ("row", pa.int64()),
@@ -91,6 +94,7 @@ def slice_schema(classes: Sequence[str] = RSNA_CLASSES) -> pa.Schema:
             ("share_bone", pa.float32()),
             ("content_hash", pa.string()),
             ("chunk_crc32c", pa.uint32()),
+            *extra,
         ]
     )
 

@@ -102,5 +102,7 @@ class Spec(Stored):
 
 
 def _words(value: Any) -> Any:
-    """Split a text at its commas; return anything else unchanged."""
+    """Split a text at its commas, also each text of a list: an option may be repeated. Return anything else unchanged."""
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        value = ",".join(value) if value else value
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value

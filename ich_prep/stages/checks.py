@@ -76,7 +76,10 @@ def check_labels(plan: Plan, labels: LabelTable, folder: BuildFolder, allow: All
         if not len(keys):
             continue
         noun, what, remedy = messages[problem]
-        text = f"{count(len(keys), noun)} {what} (for example {keys[0].as_py()}; all are listed in {path})"
+        example = keys[0].as_py() if problem == "unlabelled" else labels.examples(keys[:1])
+        text = (
+            f"{count(len(keys), noun)} {what} ({f'for example {example}; ' if example else ''}all are listed in {path})"
+        )
         if not allowed:
             raise SourceError(f"Labels and images do not match: {text}. Either {remedy}.")
         progress.say(f"Labels: {text}; allowed.")

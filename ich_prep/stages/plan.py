@@ -70,7 +70,7 @@ def make_plan(
 
     slices, notes = _with_identities(slices, spec)
     slices = _sort_slices(slices)
-    joined = join_labels(labels, slices[labels.key])
+    joined = join_labels(labels, _label_keys(labels, slices))
     tables = build_tables(slices, labels, joined, spec)
     left = pa.concat_tables([refused, excluded, copied])
     lost = lost_labels(labels, joined.without_image, _images_of(left, labels))
@@ -123,11 +123,16 @@ def _images_of(left: pa.Table, labels: LabelTable) -> pa.Table:
 
     A file whose header has no SOP Instance UID may still have it as its name.
     """
-    keys = left[labels.key]
+    keys = _label_keys(labels, left)
     if labels.key == "sop_instance_uid":
         names = [path.rsplit("/", 1)[-1].removesuffix(".dcm").strip() for path in left["path"].to_pylist()]
         keys = pc.coalesce(keys, pa.array(names, pa.string()))
     return pa.table({"key": keys, "reason": left["reason"], "path": left["path"]})
+
+
+def _label_keys(labels: LabelTable, slices: pa.Table) -> pa.ChunkedArray | pa.Array:
+    """Return each slice's own key of the kind that the labels have, null where its header has none."""
+    return slices[labels.key] if labels.key in slices.column_names else pa.nulls(len(slices), pa.string())
 
 
 def _with_identities(slices: pa.Table, spec: Spec) -> tuple[pa.Table, tuple[str, ...]]:

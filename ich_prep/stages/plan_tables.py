@@ -68,7 +68,7 @@ class PlanTables:
 def build_tables(slices: pa.Table, labels: LabelTable, joined: Joined, spec: Spec) -> PlanTables:
     """Return the tables of the sorted ``slices``, of which ``joined`` are the ``labels``."""
     count = len(slices)
-    level = _label_level(labels)
+    level = labels.level
     starts = group_starts(slices["volume"].to_numpy())
     lengths = np.diff(np.r_[starts, count])
     series_row = np.repeat(np.arange(len(starts)), lengths)
@@ -87,11 +87,13 @@ def build_tables(slices: pa.Table, labels: LabelTable, joined: Joined, spec: Spe
         "source_columns": slices["columns"],
         "flags": _flag_column(slices, spacing),
     }
-    table = _table_of(columns, slice_schema(spec.classes))
+    extra = pa.table({}) if joined.extra is None else joined.extra
+    columns |= {name: extra[name] for name in extra.column_names}
+    table = _table_of(columns, slice_schema(spec.classes, extra.schema))
     planned = table
     for name in PIXEL_COLUMNS:
         planned = planned.append_column(name, slices[name])
-    label_key = pc.if_else(pa.array(joined.unlabelled), pa.scalar(None, pa.string()), slices[labels.key])
+    label_key = pc.if_else(pa.array(joined.unlabelled), pa.scalar(None, pa.string()), slices["label_key"])
     unlabelled = np.logical_and.reduceat(joined.unlabelled, starts) if count else joined.unlabelled
     series = {
         "label_level": _label_levels(unlabelled, level),
@@ -103,11 +105,6 @@ def build_tables(slices: pa.Table, labels: LabelTable, joined: Joined, spec: Spe
         **_header_columns(slices, starts),
     }
     return PlanTables(planned.append_column("label_key", label_key), _series_table(table, series, starts, spec.classes))
-
-
-def _label_level(labels: LabelTable) -> str:
-    """Return what one label describes: a slice, or a whole series."""
-    return "slice" if labels.key == "sop_instance_uid" else "series"
 
 
 def planned_folds(
