@@ -18,7 +18,7 @@ from ich_prep.dicom.decode import PIXEL_FIELDS
 from ich_prep.errors import Reason
 from ich_prep.layouts.labels import Joined, LabelTable, join_labels
 from ich_prep.stages.folds import assign_folds
-from ich_prep.stages.geometry import Spacing, group_starts, measure_spacing, order_slices, tilt_degrees
+from ich_prep.stages.geometry import Spacing, group_starts, measure_spacing, order_slices, slice_turns, tilt_degrees
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -65,7 +65,7 @@ def make_plan(scanned: pa.Table, *, assignment: Assignment, labels: LabelTable, 
     repeated, kept_path = _repeats(slices)
     duplicates, slices = slices.filter(pa.array(repeated)), slices.filter(pa.array(~repeated))
 
-    slices = _sort_slices(slices)
+    slices = _sort_slices(slices, upright=spec.orientation == "patient")
     joined = join_labels(labels, slices[labels.key])
     slices, series = _build_tables(slices, _label_level(labels), joined, spec)
     quarantine = pa.concat_tables(
@@ -137,23 +137,28 @@ def _label_keys_of_excluded(labels: LabelTable, *excluded: pa.Table) -> pa.Array
     return pa.array(keys, pa.string())
 
 
-def _sort_slices(slices: pa.Table) -> pa.Table:
+def _sort_slices(slices: pa.Table, *, upright: bool) -> pa.Table:
     """Return the slices in the order of their rows: by subset, series and position, as ``order_slices`` says.
 
-    Adds ``position_mm``, ``other_orientation`` and ``no_position``, and the orientation of the series' reference slice.
+    Adds ``position_mm``, ``turn``, ``other_orientation`` and ``no_position``, and the orientation of the series' reference
+    slice. ``upright``: slices from foot to head, each turned upright.
     """
+    orientation = _matrix(slices["orientation"], 6)
     result = order_slices(
         _matrix(slices["position"], 3),
-        _matrix(slices["orientation"], 6),
+        orientation,
         slices["instance_number"].cast(pa.float64()).fill_null(np.nan).to_numpy(),
         series=_rank(slices["series_instance_uid"]) + _rank(slices["subset"]) * len(slices),
         uid=_rank(slices["sop_instance_uid"]),
+        foot_to_head=upright,
     )
+    turns = slice_turns(orientation, result.reference) if upright else np.full(len(slices), "")
     return (
         slices.append_column("position_mm", _nullable(result.position_mm))
         .append_column(
             "series_orientation", slices["orientation"].take(pa.array(result.reference, mask=result.reference < 0))
         )
+        .append_column("turn", pa.array(turns, pa.string(), mask=turns == ""))
         .append_column("other_orientation", pa.array(result.other_orientation))
         .append_column("no_position", pa.array(result.no_position))
         .take(pa.array(result.order))
@@ -176,6 +181,7 @@ def _build_tables(slices: pa.Table, level: str, joined: Joined, spec: Spec) -> t
         "series_row": series_row,
         "slice_index": np.arange(count) - starts[series_row],
         **_position_columns(slices),
+        "turn": slices["turn"],
         "slice_spacing_mm": _nullable(spacing.slice_spacing_mm),
         "source_rows": slices["rows"],
         "source_columns": slices["columns"],
