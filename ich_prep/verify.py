@@ -8,7 +8,7 @@ the definitions.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,19 @@ if TYPE_CHECKING:
 
     from ich_prep.dataset import Dataset
     from ich_prep.progress import Progress
+
+
+# The turns, independently of ``TURNS``: a slice (rows, columns) -> as it is stored.
+_TURNED: dict[str, Callable[[NDArray[np.int16]], NDArray[np.int16]]] = {
+    "": lambda hu: hu,
+    "flip_x": np.fliplr,
+    "flip_y": np.flipud,
+    "rotate_180": lambda hu: np.rot90(hu, 2),
+    "transpose": np.transpose,
+    "rotate_90_left": np.rot90,
+    "rotate_90_right": lambda hu: np.rot90(hu, -1),
+    "transverse": lambda hu: np.rot90(hu, 2).T,
+}
 
 
 @dataclass(frozen=True)
@@ -342,7 +355,8 @@ def _compare(
 def reference_pixels(data: bytes, line: dict[str, Any], dataset: Dataset) -> NDArray[Any]:
     """Return the pixels (channel, y, x) of one DICOM file computed independently of the build: pydicom, then float64.
 
-    ``line`` is the file's line of the plan, whose repairs are applied. Raises ``SliceError`` if pydicom cannot decode it.
+    ``line`` is the file's line of the plan, whose repairs and turn are applied. Raises ``SliceError`` if pydicom
+    cannot decode it.
     """
     stored = decode_with_pydicom(data).astype(np.int64)
     bits, signed, intercept = line["bits_stored"], line["signed"], line["rescale_intercept"]
@@ -357,7 +371,7 @@ def reference_pixels(data: bytes, line: dict[str, Any], dataset: Dataset) -> NDA
         exact[(stored >= line["padding_low"]) & (stored <= line["padding_high"])] = MIN_HU
     size = dataset.spec.size
     hu = np.empty((size, size), np.int16)
-    resize_hu(exact.astype(np.int16), out=hu)
+    resize_hu(np.ascontiguousarray(_TURNED[line["turn"] or ""](exact.astype(np.int16))), out=hu)
     if dataset.spec.store == "hu":
         return hu[np.newaxis]
     return np.stack([window_codes(hu, window) for window in dataset.spec.windows])

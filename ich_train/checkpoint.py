@@ -46,14 +46,16 @@ class Images(BaseModel):
     size: int
     pixels: Literal["windows", "hu"]
     windows: tuple[Window, ...]  # stored; of HU, those that the dataset names as its default
+    orientation: Literal["patient", "as-stored"] = "as-stored"  # of the first runs, which did not record it
 
     @classmethod
     def of(cls, dataset: Dataset) -> Self:
         """Return what ``dataset`` stores."""
-        return cls(size=dataset.spec.size, pixels=dataset.spec.store, windows=tuple(dataset.spec.windows))
+        spec = dataset.spec
+        return cls(size=spec.size, pixels=spec.store, windows=tuple(spec.windows), orientation=spec.orientation)
 
     def describe(self) -> str:
-        """Describe it; equal text means equal images, because any windows can be computed from HU."""
+        """Describe its pixels; equal text means equal pixels, because any windows can be computed from HU."""
         if self.pixels == "hu":
             return f"HU at {self.size} x {self.size}"
         names = ", ".join(f"{window.name} {window.center:g}/{window.width:g}" for window in self.windows)

@@ -38,6 +38,7 @@ HISTOGRAM_BINS = 64
 # The statuses of a row that are not quarantine reasons. Readers treat any other word as a row without pixels.
 OK = "ok"
 UNUSED = "unused"  # a row between two generations that belongs to no slice
+AS_STORED = "as-stored"  # the orientation of a dataset whose spec names none
 WITHDRAWN = "withdrawn"  # a slice that was dropped from the dataset
 
 _FORMAT = re.compile(r"ich/1(\.[0-9]+)?")  # a later 1.x may add keys and columns
@@ -243,7 +244,9 @@ class Root(BaseModel):
     @field_validator("spec", mode="before")
     @classmethod
     def _complete(cls, value: Any) -> Any:
-        # The defaults are a build's; a reader must not assume them.
+        # The defaults are a build's; a reader must not assume them. The first builds had no orientation, and turned nothing.
+        if isinstance(value, dict):
+            value = {"orientation": AS_STORED, **value}
         missing = [name for name in Stored.model_fields if not isinstance(value, dict) or name not in value]
         if missing:
             raise ValueError(f"the spec lacks {', '.join(missing)}")

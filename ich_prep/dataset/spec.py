@@ -31,6 +31,9 @@ class Stored(BaseModel):
     )
     slices_per_shard: int = Field(default=256, ge=1, le=65536, description="Slices in one file.")
     codec: Literal["lz4", "zstd", "none"] = Field(default="lz4", description="lz4, zstd or none.")
+    orientation: Literal["patient", "as-stored"] = Field(
+        default="patient", description="patient (slices turned upright, foot to head) or as-stored (as in the files)."
+    )
 
     @field_validator("windows", mode="before")
     @classmethod

@@ -26,8 +26,9 @@ _SEPARATOR = "\0"  # in no key
 def choose_key(labels: LabelTable, scanned: pa.Table, *, own_patients: bool = False) -> LabelTable:
     """Return ``labels`` by the finest of their keys that matches a file; its notes are those of the choice.
 
-    ``own_patients``: the table's patient ids are not those of the files, and nothing to join by. ``scanned`` are the headers of the files, one line each, with a column for each key that the scan reads. Labels that are
-    not from a user's table are returned as they are, without notes.
+    ``own_patients``: the table's patient ids are not those of the files, and nothing to join by. ``scanned`` are the
+    headers of the files, one line each, with a column for each key that the scan reads. Labels that are not from a
+    user's table are returned as they are, without notes.
 
     Raises ``SourceError`` if a line has the key of a file and a coarser key that is not that file's, and as
     ``labels_from_lines``.

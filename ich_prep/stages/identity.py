@@ -111,14 +111,14 @@ def divide_series(
     study, patient = _filled(series, study), _filled(series, patient)
     part, undecided = np.full(len(series), -1), np.ones(len(series), bool)
     slices = np.bincount(series, minlength=1)
-    for whose in (_join(study, patient), study, patient):
+    for whose in (join(study, patient), study, patient):
         owners, _ = _pairs(series, whose)
         parts = np.bincount(owners, minlength=len(slices))
         divides = (parts > 1) & (parts * SLICES_PER_IDENTITY <= slices)
         chosen = undecided & divides[series]
         part[chosen] = whose[chosen]
         undecided &= ~chosen
-    return _join(series, part), ~undecided
+    return join(series, part), ~undecided
 
 
 def connect(volume: NDArray[np.int64], links: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
@@ -159,7 +159,7 @@ def study_units(series: NDArray[np.int64], study: NDArray[np.int64], patient: ND
     """
     first = np.full(int(series.max(initial=-1)) + 1, np.iinfo(np.int64).max)
     np.minimum.at(first, series, patient)
-    return _join(np.where(study < 0, study.max(initial=-1) + 1 + series, study), first[series])
+    return join(np.where(study < 0, study.max(initial=-1) + 1 + series, study), first[series])
 
 
 def group_names(group: NDArray[np.int64], identity: pa.Array | pa.ChunkedArray) -> pa.Array:
@@ -231,7 +231,7 @@ def _pairs(first: NDArray[np.int64], second: NDArray[np.int64]) -> tuple[NDArray
     return distinct // radix, distinct % radix
 
 
-def _join(first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.int64]:
+def join(first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return one code for each pair of codes, (n,), in the order of the pairs; -1 counts as a value."""
     joined = (first + 1) * (int(second.max(initial=0)) + 2) + second + 1
     codes: NDArray[np.int64] = np.unique(joined, return_inverse=True)[1].reshape(-1)

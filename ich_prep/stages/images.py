@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from ich_prep.stages import identity
+from ich_prep.stages.patients import agreed
 from ich_prep.stages.plan_tables import planned_folds
 
 if TYPE_CHECKING:
@@ -26,10 +27,11 @@ def equal_images(slices: pa.Table) -> NDArray[np.int64]:
     return np.where((codes >= 0) & (numbers[codes + 1] > 1), codes, -1)
 
 
-def link_images(slices: pa.Table, image: NDArray[np.int64], spec: Spec) -> pa.Table:
+def link_images(slices: pa.Table, given_fold: pa.ChunkedArray, image: NDArray[np.int64], spec: Spec) -> pa.Table:
     """Return ``slices`` with fold groups, and so folds, that also join rows of one ``image`` (codes, (n,)).
 
-    Blank images link nobody. Raises ``BuildError`` if one group then has too many of the studies.
+    Blank images link nobody. ``given_fold``: int8 (n,), -1 where the label table gives none. Raises ``BuildError`` if one
+    group then has too many of the studies, or folds of the table that differ.
     """
     image = np.where(_is_blank(slices), -1, image)
     if "image" not in spec.link or not (image >= 0).any():
@@ -43,7 +45,9 @@ def link_images(slices: pa.Table, image: NDArray[np.int64], spec: Spec) -> pa.Ta
     links = {"patient": (before, slices["fold_group"]), "image": (image, slices["content_hash"])}
     identity.check_group_sizes(group, unit, links, folds=spec.folds)
     names = identity.group_names(group, slices["fold_group"])
-    fold = planned_folds(names, slices["patient_id"], slices["subset"], folds=spec.folds)
+    given = agreed(given_fold.to_numpy().astype(np.int64), group, names, "folds", spec).astype(np.int8)
+    planned = slices.append_column("given_fold", pa.array(given))
+    fold = planned_folds(planned, names, slices["patient_id"], folds=spec.folds)
     for name, values in (("fold_group", names), ("fold", fold)):
         slices = slices.set_column(slices.column_names.index(name), slices.schema.field(name), values)
     return slices

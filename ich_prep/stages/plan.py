@@ -14,14 +14,20 @@ import pyarrow.compute as pc
 
 from ich_prep.dataset.schema import QUARANTINE_SCHEMA
 from ich_prep.errors import Reason
+from ich_prep.layouts.label_keys import patients_of_table
 from ich_prep.layouts.labels import LabelTable, join_labels
 from ich_prep.stages import identity
 from ich_prep.stages.copies import settle
-from ich_prep.stages.geometry import order_slices
+from ich_prep.stages.geometry import SliceOrder, order_slices, slice_turns
 from ich_prep.stages.losses import lost_labels
-from ich_prep.stages.plan_tables import build_tables, constant, matrix, nullable
+from ich_prep.stages.patients import Given, with_identities
+from ich_prep.stages.plan_tables import build_tables, matrix, nullable
+from ich_prep.stages.selection import select
+from ich_prep.stages.volumes import overlapping_groups
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from ich_prep.dataset.spec import Spec
     from ich_prep.layouts.assignment import Assignment
 
@@ -54,25 +60,22 @@ def make_plan(
     """
     if image is None:
         image = pa.nulls(len(scanned), pa.string())
-    placed = _with_assignment(scanned, assignment).append_column("image", image)
+    placed = select(_with_assignment(scanned, assignment).append_column("image", image), spec)
     is_slice = pc.is_null(placed["reason"])
-    refused, slices = placed.filter(pc.invert(is_slice)), placed.filter(is_slice)
+    left, slices = placed.filter(pc.invert(is_slice)), placed.filter(is_slice)
 
-    has_reason = pc.is_valid(slices["excluded_because"])
-    excluded, slices = slices.filter(has_reason), slices.filter(pc.invert(has_reason))
-    excluded = _with_reason(excluded, constant(len(excluded), str(Reason.SCAN_TYPE)), excluded["excluded_because"])
-    copies = settle(
-        slices, slices["image"].combine_chunks(), keyed_by_uid=labels.key == "sop_instance_uid" and len(labels.keys) > 0
-    )
+    keyed_by_uid = labels.key == "sop_instance_uid" and len(labels.keys) > 0
+    copies = settle(slices, slices["image"].combine_chunks(), keyed_by_uid=keyed_by_uid)
     leaves = pc.is_valid(copies.reason)
     copied = _with_reason(slices.filter(leaves), copies.reason.filter(leaves), copies.detail.filter(leaves))
+    left = pa.concat_tables([left, copied])
     slices = slices.append_column("sop_uid_shared", pa.array(copies.shared)).filter(pc.invert(leaves))
 
-    slices, notes = _with_identities(slices, spec)
-    slices = _sort_slices(slices)
-    joined = join_labels(labels, _label_keys(labels, slices))
+    slices = slices.append_column("label_key", _label_keys(labels, slices))
+    slices, notes = with_identities(slices, _given(labels, slices["label_key"], spec), spec)
+    slices = _sort_slices(_with_acquisitions(slices), upright=spec.orientation == "patient")
+    joined = join_labels(labels, slices["label_key"])
     tables = build_tables(slices, labels, joined, spec)
-    left = pa.concat_tables([refused, excluded, copied])
     lost = lost_labels(labels, joined.without_image, _images_of(left, labels))
     train = pc.equal(slices["subset"], "train")
     return Plan(
@@ -86,18 +89,39 @@ def make_plan(
     )
 
 
-_PLAN_REASONS = frozenset(map(str, (Reason.SCAN_TYPE, Reason.DUPLICATE, Reason.SOP_CONFLICT)))
+_PLAN_REASONS = frozenset(
+    map(str, (Reason.SCAN_TYPE, Reason.FILTERED, Reason.DUPLICATE, Reason.SOP_CONFLICT))
+)  # what the scan of a header alone cannot tell
+# Attributes of which the first that divides a series names its acquisitions.
+ACQUISITIONS = {
+    "acquisition_number": "AcquisitionNumber",
+    "temporal_position_identifier": "TemporalPositionIdentifier",
+    "acquisition_time": "AcquisitionTime",
+}
 
 
 def _with_assignment(scanned: pa.Table, assignment: Assignment) -> pa.Table:
-    """Return ``scanned`` with the layout's columns; the assigned patient is the column ``assigned_patient``."""
+    """Return ``scanned`` with the layout's columns; the assigned patient is the column ``assigned_patient``.
+
+    Slices that the layout excludes have the reason SCAN_TYPE.
+    """
+    excluded = pc.and_(pc.is_null(scanned["reason"]), pc.is_valid(assignment.excluded_because))
+    reason = pc.if_else(excluded, str(Reason.SCAN_TYPE), scanned["reason"])
+    detail = pc.if_else(excluded, assignment.excluded_because, scanned["detail"])
     return (
-        scanned.append_column("subset", assignment.subset)
+        _with_reason(scanned, reason, detail)
+        .append_column("subset", assignment.subset)
         .append_column("assigned_patient", assignment.patient_id)
         .append_column("subject", assignment.subject)
         .append_column("repairs", assignment.repairs)
-        .append_column("excluded_because", assignment.excluded_because)
     )
+
+
+def _given(labels: LabelTable, keys: pa.ChunkedArray, spec: Spec) -> Given:
+    """Return what the label table says about slices with these label ``keys`` beside their labels."""
+    joined = join_labels(labels, keys)
+    patient = patients_of_table(labels, keys) if spec.patients == "column" else None
+    return Given(joined.subset, joined.fold, patient)
 
 
 def _with_reason(files: pa.Table, reason: pa.Array | pa.ChunkedArray, detail: pa.Array | pa.ChunkedArray) -> pa.Table:
@@ -135,83 +159,75 @@ def _label_keys(labels: LabelTable, slices: pa.Table) -> pa.ChunkedArray | pa.Ar
     return slices[labels.key] if labels.key in slices.column_names else pa.nulls(len(slices), pa.string())
 
 
-def _with_identities(slices: pa.Table, spec: Spec) -> tuple[pa.Table, tuple[str, ...]]:
-    """Return the slices with their patient, volume and fold group, and notes for the user.
+def _with_acquisitions(slices: pa.Table) -> pa.Table:
+    """Return the slices with volumes that are divided by acquisition, as ``overlapping_groups`` says.
 
-    Adds ``patient`` (the study or else the series stands in for a missing patient id), ``unnamed_patient``,
-    ``patient_conflict``, ``volume``, ``series_uid_shared`` and ``fold_group``. Raises ``BuildError`` as
-    ``identity.check_group_sizes``.
+    Adds ``acquisition``, what separates a volume from the others of its series, as text: null if nothing does.
     """
-    patient_id = identity.usable(slices["assigned_patient"])
-    if spec.patients == "study":
-        patient_id = pa.nulls(len(slices), pa.string())
-    study_uid = identity.usable(slices["study_instance_uid"])
-    series = identity.codes_of(slices["series_instance_uid"])
-    study = identity.codes_of(study_uid)
-    by_subset = series + identity.codes_of(slices["subset"]) * (len(slices) + 1)
-    by_subset = np.unique(by_subset, return_inverse=True)[1].reshape(-1)
-    issuer = slices["issuer_of_patient_id"]
-    person = identity.codes_of(identity.with_issuer(patient_id, issuer))
-    unit = identity.study_units(by_subset, study, person)
-    notes, common = [], identity.too_common(person, unit)
-    for code in common:
-        value = patient_id[int(np.argmax(person == code))].as_py()
-        studies = len(np.unique(unit[person == code]))
-        notes.append(
-            f"PatientID {value!r} is on {studies:,} of {len(np.unique(unit)):,} studies: it is taken for a placeholder, "
-            "and each study for a patient"
-        )
-    patient_id = pc.if_else(pa.array(np.isin(person, common)), pa.scalar(None, pa.string()), patient_id)
-    person = np.where(np.isin(person, common), -1, person)
-    volume, shared = identity.divide_series(by_subset, study, person)
-    stand_in = pc.coalesce(study_uid, slices["series_instance_uid"])
-    links = {
-        "patient": (person, patient_id),
-        "study": (study, study_uid),
-        "series": (series, slices["series_instance_uid"]),
-    }
-    links = {name: link for name, link in links.items() if name in spec.link}
-    group = identity.connect(volume, [codes for codes, _ in links.values()])
-    identity.check_group_sizes(group, unit, links, folds=spec.folds)
-    patient = pc.coalesce(patient_id, stand_in)
-    named = pc.coalesce(identity.with_issuer(patient_id, issuer), stand_in)
-    conflict = identity.contradictions(study, person)
-    for name, length in (("patient_sex", None), ("patient_birth_date", 4)):
-        value = pc.utf8_slice_codeunits(slices[name], 0, length) if length else slices[name]
-        conflict |= identity.contradictions(person, identity.codes_of(_stated(value)))
-    return (
-        slices.append_column("patient", patient)
-        .append_column("unnamed_patient", pc.is_null(patient_id))
-        .append_column("patient_conflict", pa.array(conflict))
-        .append_column("volume", pa.array(volume))
-        .append_column("series_uid_shared", pa.array(shared))
-        .append_column("fold_group", identity.group_names(group, named))
-    ), tuple(notes)
+    volume = slices["volume"].to_numpy()
+    keys = [_codes(slices[name]) for name in ACQUISITIONS]
+    position_mm = _order(slices, foot_to_head=False).position_mm
+    split = overlapping_groups(position_mm, volume, keys)
+    texts: list[str | None] = [None] * len(slices)
+    for number, (column, keyword) in enumerate(ACQUISITIONS.items()):
+        value_of: dict[int, str] = {}
+        codes, values = keys[number], slices[column]
+        for index in np.flatnonzero(split.attribute == number).tolist():
+            key = int(split.key[index])
+            if key not in value_of:
+                value_of[key] = f"{keyword} {values[int(np.argmax(codes == key))].as_py()}"
+            texts[index] = value_of[key]
+    return slices.set_column(
+        slices.column_names.index("volume"), "volume", pa.array(identity.join(volume, split.volume))
+    ).append_column("acquisition", pa.array(texts, pa.string()))
 
 
-def _stated(values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return sexes or birth years with null where they state nothing."""
-    return pc.if_else(pc.match_substring_regex(values, r"^([MF]|[0-9]{4})$"), values, pa.scalar(None, pa.string()))
+def _codes(values: pa.ChunkedArray) -> NDArray[np.int64]:
+    """Return the rank of each value among the distinct ones, (n,), -1 for null; of numbers by size, of text as it sorts."""
+    if pa.types.is_string(values.type):
+        return identity.codes_of(values)
+    known = values.is_valid().to_numpy()
+    codes = np.full(len(values), -1, np.int64)
+    codes[known] = np.unique(values.drop_null().to_numpy(), return_inverse=True)[1]
+    return codes
 
 
-def _sort_slices(slices: pa.Table) -> pa.Table:
-    """Return the slices in the order of their rows: by subset, volume and position, as ``order_slices`` says.
-
-    Adds ``position_mm``, ``other_orientation`` and ``no_position``, and the orientation of the volume's reference slice.
-    """
-    result = order_slices(
+def _order(slices: pa.Table, *, foot_to_head: bool) -> SliceOrder:
+    instance_number, acquisition_number, slice_location = (
+        slices[name].cast(pa.float64()).fill_null(np.nan).to_numpy()
+        for name in ("instance_number", "acquisition_number", "slice_location")
+    )
+    return order_slices(
         matrix(slices["position"], 3),
         matrix(slices["orientation"], 6),
-        slices["instance_number"].cast(pa.float64()).fill_null(np.nan).to_numpy(),
+        instance_number,
         series=slices["volume"].to_numpy(),
         uid=identity.codes_of(slices["sop_instance_uid"]),
+        acquisition_number=acquisition_number,
+        slice_location=slice_location,
+        foot_to_head=foot_to_head,
     )
-    return (
-        slices.append_column("position_mm", nullable(result.position_mm))
-        .append_column(
-            "series_orientation", slices["orientation"].take(pa.array(result.reference, mask=result.reference < 0))
-        )
-        .append_column("other_orientation", pa.array(result.other_orientation))
-        .append_column("no_position", pa.array(result.no_position))
-        .take(pa.array(result.order))
-    )
+
+
+def _sort_slices(slices: pa.Table, *, upright: bool) -> pa.Table:
+    """Return the slices in the order of their rows: by subset, volume and position, as ``order_slices`` says.
+
+    Adds ``position_mm``, ``order_mm``, ``turn``, ``other_orientation``, ``no_position`` and ``direction_unknown``, and the
+    orientation of the volume's reference slice. ``upright``: slices from foot to head, each turned upright.
+    """
+    result = _order(slices, foot_to_head=upright)
+    turns = np.full(len(slices), "")
+    if upright:
+        turns = slice_turns(matrix(slices["orientation"], 6), result.reference)
+    columns = {
+        "position_mm": nullable(result.position_mm),
+        "order_mm": nullable(result.order_mm),
+        "series_orientation": slices["orientation"].take(pa.array(result.reference, mask=result.reference < 0)),
+        "turn": pa.array(turns, pa.string(), mask=turns == ""),
+        "other_orientation": pa.array(result.other_orientation),
+        "no_position": pa.array(result.no_position),
+        "direction_unknown": pa.array(result.direction_unknown),
+    }
+    for name, values in columns.items():
+        slices = slices.append_column(name, values)
+    return slices.take(pa.array(result.order))

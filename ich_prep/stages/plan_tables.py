@@ -29,13 +29,15 @@ SCANNED_COLUMNS = (
 
 # Columns of the plan that the slice table does not have: where a slice's pixels are and how they are stored.
 PIXEL_COLUMNS = ("path", *PIXEL_FIELDS, "padding_low", "padding_high")
-# Also the key of the label of each labelled slice: when pixels do not decode, it shows which labels are lost.
-PLAN_COLUMNS = (*PIXEL_COLUMNS, "label_key")
+# Also the key of the label of each labelled slice: when pixels do not decode, it shows which labels are lost. And the fold
+# that the label table gives, -1 where it gives none: equal images, found later, may join fold groups.
+PLAN_COLUMNS = (*PIXEL_COLUMNS, "label_key", "given_fold")
 
 # Flags that a column of the slices states, by the column's name.
 _COLUMN_FLAGS = {
     "other_orientation": "other_orientation",
     "no_position": "no_position",
+    "direction_unknown": "direction_unknown",
     "unnamed_patient": "patient_is_study",
     "monochrome1": "monochrome1",
     "patient_conflict": "patient_conflict",
@@ -72,17 +74,18 @@ def build_tables(slices: pa.Table, labels: LabelTable, joined: Joined, spec: Spe
     starts = group_starts(slices["volume"].to_numpy())
     lengths = np.diff(np.r_[starts, count])
     series_row = np.repeat(np.arange(len(starts)), lengths)
-    spacing = measure_spacing(slices["position_mm"].to_numpy(), starts)
+    spacing = measure_spacing(slices["order_mm"].to_numpy(), starts)
     columns = {
         **{name: slices[name] for name in SCANNED_COLUMNS},
         "patient_id": slices["patient"],
         "row": np.arange(count),
-        "fold": planned_folds(slices["fold_group"], slices["patient"], slices["subset"], folds=spec.folds),
+        "fold": planned_folds(slices, slices["fold_group"], slices["patient"], folds=spec.folds),
         **_label_columns(joined, level, spec.classes),
         "series_row": series_row,
         "slice_index": np.arange(count) - starts[series_row],
         **_position_columns(slices),
         "slice_spacing_mm": nullable(spacing.slice_spacing_mm),
+        "turn": slices["turn"],
         "source_rows": slices["rows"],
         "source_columns": slices["columns"],
         "flags": _flag_column(slices, spacing),
@@ -102,17 +105,20 @@ def build_tables(slices: pa.Table, labels: LabelTable, joined: Joined, spec: Spe
         "orientation": slices["series_orientation"].take(pa.array(starts, pa.int64())),
         "slice_spacing_mm": nullable(spacing.series_spacing_mm),
         "volume_in_series": _number_in_series(slices["series_instance_uid"].take(pa.array(starts, pa.int64()))),
+        "acquisition": slices["acquisition"].take(pa.array(starts, pa.int64())),
         **_header_columns(slices, starts),
     }
-    return PlanTables(planned.append_column("label_key", label_key), _series_table(table, series, starts, spec.classes))
+    planned = planned.append_column("label_key", label_key).append_column("given_fold", slices["given_fold"])
+    return PlanTables(planned, _series_table(table, series, starts, spec.classes))
 
 
 def planned_folds(
-    fold_group: pa.ChunkedArray, patient_id: pa.ChunkedArray, subset: pa.ChunkedArray, *, folds: int
+    slices: pa.Table, fold_group: pa.Array | pa.ChunkedArray, patient_id: pa.ChunkedArray, *, folds: int
 ) -> pa.Array:
-    """Return the fold of each slice, int8 (n,), null in the test set."""
-    test = pc.equal(subset, "test").to_numpy()
-    return pa.array(folds_of_groups(fold_group, patient_id, folds=folds), mask=test)
+    """Return the fold of each slice, int8 (n,): the one given, else that of its group; null in the test set."""
+    given = slices["given_fold"].to_numpy()
+    fold = np.where(given >= 0, given, folds_of_groups(fold_group, patient_id, folds=folds))
+    return pa.array(fold.astype(np.int8), mask=pc.equal(slices["subset"], "test").to_numpy())
 
 
 def _number_in_series(series: pa.ChunkedArray) -> NDArray[np.int64]:

@@ -83,7 +83,7 @@ def collect_tables(out: Path, folder: BuildFolder, state: State) -> Tables:
         pa.array([line.detail for line in lines if line.status != OK], pa.string()),
     ]
     slices = _with_results(plan.drop_columns(list(PLAN_COLUMNS)), lines, status)
-    slices = link_images(slices, equal_images(slices), state.spec)
+    slices = link_images(slices, plan["given_fold"], equal_images(slices), state.spec)
     shards = [
         pa.array(np.arange(len(starts))),
         pa.array(starts),

@@ -24,6 +24,7 @@ from ich_prep.pixels.audit import Audit, HuHistogram, Tissues, audit
 from ich_prep.pixels.hounsfield import Rescale
 from ich_prep.pixels.render import Scratch, render
 from ich_prep.pixels.stored import mask_unused_bits
+from ich_prep.pixels.turn import turn
 from ich_prep.sources import open_source, read_ahead
 from ich_prep.stages.plan_tables import PIXEL_COLUMNS
 from ich_prep.stages.state import BuildFolder, read_state
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from ich_prep.sources import Source
 
 FILES_AHEAD = 8
-COLUMNS = [*PIXEL_COLUMNS, "rescale_slope", "rescale_intercept", "repairs"]  # of the plan that rendering needs
+COLUMNS = [*PIXEL_COLUMNS, "rescale_slope", "rescale_intercept", "repairs", "turn"]  # of the plan that rendering needs
 
 
 class RowReport(BaseModel):
@@ -198,7 +199,10 @@ class SliceRenderer:
         self._scratch = Scratch()
 
     def render(self, stored: NDArray[np.uint16], line: Mapping[str, Any]) -> Audit:
-        """Fill ``out`` from the ``stored`` values (rows, columns) of the slice that a plan's ``line`` describes."""
+        """Fill ``out`` from the ``stored`` values (rows, columns) of the slice that a plan's ``line`` describes.
+
+        The audit and the histogram are of the values as the file stores them, before the turn.
+        """
         content_hash = xxhash.xxh3_128_hexdigest(stored.data)
         bits_stored = line["bits_stored"]
         repaired, rescale = repairs.apply(stored, rescale_of(line), line["repairs"])
@@ -212,5 +216,5 @@ class SliceRenderer:
             content_hash=content_hash,
             flags=() if masked is repaired else ("unused_bits",),
         )
-        render(masked, rescale, windows=self._windows, out=self.out, scratch=self._scratch)
+        render(turn(masked, line["turn"]), rescale, windows=self._windows, out=self.out, scratch=self._scratch)
         return result

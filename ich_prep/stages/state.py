@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from ich_prep.dataset.dataset import STATE, working_folder
-from ich_prep.dataset.schema import FORMAT
+from ich_prep.dataset.schema import AS_STORED, FORMAT
 from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.storage import files_below, local_path, whole_name, write_whole
 from ich_prep.errors import DatasetError
@@ -144,6 +145,11 @@ class State(BaseModel):
     versions: dict[str, str | None]
     plan: str | None = None
     published: str | None = None
+
+    @field_validator("spec", mode="before")
+    @classmethod
+    def _complete(cls, value: Any) -> Any:
+        return {"orientation": AS_STORED, **value} if isinstance(value, dict) else value
 
 
 def read_state(folder: BuildFolder) -> State:
