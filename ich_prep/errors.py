@@ -43,6 +43,8 @@ class Reason(StrEnum):
     TOO_LARGE = "too_large"  # dimensions or an inflated size beyond what a CT slice can be
     # Found while planning.
     DUPLICATE = "duplicate"  # a second file with the same SOP Instance UID
+    SOP_CONFLICT = "sop_conflict"  # another image has the same SOP Instance UID, and labels are by that UID
+    FILTERED = "filtered"  # excluded by an option of the build
     SCAN_TYPE = "scan_type"  # a contrast, bone or reformatted series that the layout excludes
     # Found while decoding.
     CHANGED = "changed"  # the file is not the one whose header was read
@@ -55,6 +57,16 @@ class Reason(StrEnum):
         return self not in _NO_DAMAGE
 
     @property
+    def is_rule(self) -> bool:
+        """Whether a rule of the build, not damage and not an option, removes such slices: their labels are lost by it."""
+        return self in _RULES
+
+    @property
+    def is_filter(self) -> bool:
+        """Whether the user's options, or the layout's scan types, remove such slices."""
+        return self in _FILTERS
+
+    @property
     def is_transient(self) -> bool:
         """True for transient failures (machine, missing decoder): the next run retries them."""
         return self in _TRANSIENT
@@ -62,8 +74,10 @@ class Reason(StrEnum):
 
 _NO_DAMAGE = frozenset(
     (Reason.NOT_CT, Reason.LOCALIZER, Reason.DERIVED, Reason.MULTI_FRAME, Reason.NOT_MONOCHROME)
-    + (Reason.DUPLICATE, Reason.SCAN_TYPE)
+    + (Reason.DUPLICATE, Reason.SCAN_TYPE, Reason.FILTERED)
 )
+_RULES = frozenset((Reason.DERIVED, Reason.SOP_CONFLICT))
+_FILTERS = frozenset((Reason.SCAN_TYPE, Reason.FILTERED))
 _TRANSIENT = frozenset((Reason.UNREADABLE, Reason.UNSUPPORTED_SYNTAX, Reason.DECODER_DIED))
 
 

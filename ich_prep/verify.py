@@ -185,17 +185,28 @@ def _check_tables(dataset: Dataset) -> Iterator[Problem]:
                 str(dataset.table_path("series")), f"series {number} is not rows {first}..{first + length - 1}"
             )
     yield from _check_any(dataset)
-    folds = slices.filter(pc.is_valid(slices["fold"])).group_by("patient_id").aggregate([("fold", "count_distinct")])
-    split = folds.filter(pc.greater(folds["fold_count_distinct"], 1))
-    if len(split):
-        yield Problem(
-            culprit, f"patient {split['patient_id'][0].as_py()} is in {split['fold_count_distinct'][0]} folds"
-        )
+    yield from _check_folds(dataset)
     quarantine = dataset.read_table("quarantine")
     if len(quarantine) != counts.quarantined or counts.found != counts.ok + counts.quarantined:
         yield Problem(
             str(dataset.table_path("quarantine")),
             f"{counts.found} files were found; {counts.ok} slices are ok and {len(quarantine)} quarantined",
+        )
+
+
+def _check_folds(dataset: Dataset) -> Iterator[Problem]:
+    """Yield the first fold group, or in a dataset without groups the first patient, that is in several folds."""
+    slices = dataset.slices
+    if dataset.attributes["spec"].get("split_groups"):
+        return
+    group = pc.coalesce(slices["fold_group"], slices["patient_id"])
+    table = pa.table({"group": group, "fold": slices["fold"]}).filter(pc.is_valid(slices["fold"]))
+    folds = table.group_by("group").aggregate([("fold", "count_distinct")])
+    split = folds.filter(pc.greater(folds["fold_count_distinct"], 1))
+    if len(split):
+        yield Problem(
+            str(dataset.table_path("slices")),
+            f"fold group {split['group'][0].as_py()} is in {split['fold_count_distinct'][0]} folds",
         )
 
 

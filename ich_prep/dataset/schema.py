@@ -18,7 +18,7 @@ Readers are tolerant: they require what they use, and ignore keys, columns and w
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,8 +52,11 @@ def table_name(table: str, generation: int) -> str:
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def slice_schema(classes: Sequence[str] = RSNA_CLASSES) -> pa.Schema:
-    """Return the columns of the slice table of a dataset with these ``classes``."""
+def slice_schema(classes: Sequence[str] = RSNA_CLASSES, extra: Iterable[pa.Field] = ()) -> pa.Schema:
+    """Return the columns of the slice table of a dataset with these ``classes``.
+
+    ``extra`` are the columns ``x_...`` from a user's label table, at the end.
+    """
     return pa.schema(
         [
             ("row", pa.int64()),
@@ -92,6 +95,7 @@ def slice_schema(classes: Sequence[str] = RSNA_CLASSES) -> pa.Schema:
             ("share_bone", pa.float32()),
             ("content_hash", pa.string()),
             ("chunk_crc32c", pa.uint32()),
+            *extra,
         ]
     )
 
@@ -182,6 +186,7 @@ class Counts(BaseModel):
     quarantined: Count = 0
     series: Count = 0
     patients: Count = 0
+    fold_groups: Count = 0
     shards: Count = 0
     bytes: Count = 0
 
@@ -195,6 +200,15 @@ class TableNames(BaseModel):
     series: str
     shards: str
     quarantine: str
+
+
+class LostLabels(BaseModel):
+    """The labels that had images in the source and have none in the dataset, for one reason."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    labels: Count
+    positive: Count
 
 
 class Event(BaseModel):
@@ -217,6 +231,7 @@ class Root(BaseModel):
     spec: Stored
     classes: tuple[str, ...]
     counts: Counts
+    lost_labels: dict[str, LostLabels] = {}
     tables: TableNames
     digests: dict[str, str] = {}
     generation: Annotated[int, Field(ge=1)] = 1

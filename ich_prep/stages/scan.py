@@ -50,6 +50,29 @@ SCHEMA = pa.schema(
         ("monochrome1", pa.bool_()),
         ("padding_low", pa.int32()),
         ("padding_high", pa.int32()),
+        # TEMP
+        *(
+            (n, pa.string())
+            for n in (
+                "patient_sex",
+                "manufacturer",
+                "convolution_kernel",
+                "series_description",
+                "protocol_name",
+                "body_part",
+                "contrast_agent",
+                "accession_number",
+                "issuer_of_patient_id",
+                "patient_birth_date",
+                "study_date",
+                "patient_age",
+                "acquisition_time",
+                "rescale_type",
+            )
+        ),
+        *((n, pa.float64()) for n in ("kvp", "slice_thickness", "slice_location")),
+        *((n, pa.int64()) for n in ("acquisition_number", "temporal_position_identifier")),
+        ("flags", pa.list_(pa.string())),
     ]
 )
 

@@ -68,6 +68,16 @@ class BuildFolder:
         return self.path / "quarantine.parquet"
 
     @property
+    def lost(self) -> Path:
+        """The labels whose images all left before any pixel was decoded."""
+        return self.path / "lost_labels.parquet"
+
+    @property
+    def copies(self) -> Path:
+        """The files that share a SOP Instance UID, one row group per task that hashes their images."""
+        return self.path / "copies.parquet"
+
+    @property
     def done(self) -> Path:
         """The folder of the ledger: one entry per finished shard."""
         return self.path / "shards"
@@ -90,7 +100,8 @@ class BuildFolder:
     def members(self) -> tuple[Path, ...]:
         """All that a build may keep in the folder."""
         return (
-            self.state, self.files, self.scan, self.plan, self.keys, self.series, self.quarantine, self.done,
+            self.state, self.files, self.scan, self.plan, self.keys, self.series, self.quarantine, self.lost,
+            self.copies, self.done,
             self.label_problems, self.log, self.lock,
         )  # fmt: skip
 
