@@ -127,8 +127,6 @@ def slice_turns(orientation: NDArray[np.float64], reference: NDArray[np.int64]) 
     orientation get their own.
     """
     own = upright_turns(orientation)
-    if not len(own):
-        return own
     shared = np.where(reference < 0, "", own[reference])
     differs = ~np.isnan(orientation).any(axis=1) & ~_same_orientation(orientation, orientation[reference])
     turns: NDArray[np.str_] = np.where(differs, own, shared)
