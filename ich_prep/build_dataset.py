@@ -45,14 +45,16 @@ from ich_prep.stages.output import (
 )
 from ich_prep.stages.plan import Plan, make_plan
 from ich_prep.stages.publish import collect_tables, publish
+from ich_prep.stages.rules import apply_rules
 from ich_prep.stages.scan import FILES_PER_BATCH, scan_batch
 from ich_prep.stages.shard import ShardReport, write_shard
 from ich_prep.stages.state import BuildFolder, State, build_folder, read_state, write_state
+from ich_prep.stages.units import refuse_other_units
 from ich_prep.versions import all_versions
 
 SYNC_THREADS = 4
 # What tasks import, loaded while files are listed; pyarrow imports pandas when it first sees a Python list.
-TASK_MODULES = ("ich_prep.stages.scan", "ich_prep.stages.shard", "pandas")
+TASK_MODULES = ("ich_prep.stages.scan", "ich_prep.stages.shard", "ich_prep.stages.units", "pandas")
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,10 @@ def build(
                 with _timed(seconds, "scan"):
                     scanned = _scan(pool, folder, sources, listing, progress)
                 with _timed(seconds, "plan"):
+                    scanned = apply_rules(scanned, spec)
+                    scanned = refuse_other_units(
+                        scanned, listing.files, folder=folder, sources=sources, run=pool.map, spec=spec
+                    )
                     plan = make_plan(scanned, assignment=layout.assign(scanned, listing.name), labels=table, spec=spec)
                     hint = f"{folder.scan} lists them. Fix what can be fixed and run the same command again"
                     _check_damage(plan.quarantine, len(listing.files), allow, hint)

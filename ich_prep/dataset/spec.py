@@ -55,9 +55,16 @@ class Spec(Stored):
 
     layout: str = Field(default="auto", description="auto, rsna, cq500 or folder.")
     classes: tuple[str, ...] = Field(default=RSNA_CLASSES, description="Label columns of the folder layout, as a,b,c.")
+    image_types: Literal["all", "original"] = Field(
+        default="all", description="all, or original: without derived and reformatted slices."
+    )
+    rescale_types: tuple[str, ...] = Field(
+        default=(), description="RescaleTypes to take as HU, as a,b, besides those that say so."
+    )
+    allow_burned_in: bool = Field(default=False, description="Keep slices with burned-in text.")
     folds: int = Field(default=5, ge=2, le=127, description="Number of folds, by patient.")
 
-    @field_validator("classes", mode="before")
+    @field_validator("classes", "rescale_types", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return _words(value)

@@ -75,6 +75,16 @@ def is_reformatted(image_type: tuple[str, ...]) -> bool:
     return any(_REFORMATTED.search(_plain(value)) for value in image_type)
 
 
+def is_original(image_type: str | None, lossy: str | None) -> bool:
+    """Return whether an image type, its values joined by backslashes, is that of an original slice, or unknown.
+
+    A lossy copy of an original slice is DERIVED by PS3.3 C.7.6.1.1.2, and still that slice.
+    """
+    values = tuple((image_type or "").upper().split("\\"))
+    is_copy = values[:2] == ("DERIVED", "PRIMARY") and lossy == "01"
+    return (values[0] in ("", "ORIGINAL") or is_copy) and not is_reformatted(values)
+
+
 def _refuse(reason: Reason, expected: str, found: object) -> SliceError:
     return SliceError(reason, _sentence(expected, found))
 

@@ -25,9 +25,11 @@ class SliceOrder:
     """The order of slices; every array has n elements and, except ``order``, is in the order of the input.
 
     ``order``: int64, the indices that sort the slices. ``position_mm``: float64, the distance along the
-    normal of the reference slice, NaN if a slice is ordered by its number. ``reference``: int64, the index of the slice
+    normal of the reference slice, or the slice location in a series that is ordered by it, NaN if a slice is ordered by its
+    number. ``reference``: int64, the index of the slice
     whose orientation is that of the series, -1 if no slice of the series has one. ``other_orientation``: bool, has
     a position, but another orientation than the reference. ``no_position``: bool, ordered by instance number.
+    ``direction_unknown``: bool, ordered by slice location or instance number: they may count towards the feet.
     """
 
     order: NDArray[np.int64]
@@ -35,6 +37,7 @@ class SliceOrder:
     reference: NDArray[np.int64]
     other_orientation: NDArray[np.bool_]
     no_position: NDArray[np.bool_]
+    direction_unknown: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -60,13 +63,15 @@ def order_slices(
     *,
     series: NDArray[Any],
     uid: NDArray[Any],
+    slice_location: NDArray[np.float64] | None = None,
 ) -> SliceOrder:
     """Return the order of n slices: by series, then by position along the normal that most slices of the series share.
 
     ``position`` (n, 3) and ``orientation`` (n, 6) are NaN where unknown, ``instance_number`` (n,) likewise. ``series`` and
-    ``uid``, (n,), are UIDs or their ranks. Slices without a position or orientation follow those with
-    one, by instance number, unless every slice of their series has a number: then that orders the whole series. Ties are
-    broken by instance number, then ``uid``, so the result does not depend on the order of the input.
+    ``uid``, (n,), are UIDs or their ranks. A series in which a slice has no position or orientation is ordered by
+    ``slice_location`` (n,), in mm, if each of its slices has one; else by instance number, if each has one; else the
+    slices without a position follow the others. Ties are broken by instance number, then ``uid``, so the result does not
+    depend on the order of the input.
     """
     normal = normals(orientation)
     group = _group_ids(series)
@@ -78,6 +83,12 @@ def order_slices(
 
     no_number = np.isnan(instance_number)
     no_position = np.isnan(position_mm) | np.isnan(normal[:, 0])
+    direction_unknown = no_position.copy()
+    if slice_location is not None and no_position.any():
+        by_location = _any_in_group(no_position, group) & ~_any_in_group(np.isnan(slice_location), group)
+        position_mm = np.where(by_location, slice_location, position_mm)
+        no_position &= ~by_location
+        direction_unknown |= by_location
     no_position |= _any_in_group(no_position, group) & ~_any_in_group(no_number, group)
     number = np.where(no_number, np.inf, instance_number)
     position_mm = np.where(no_position, np.nan, position_mm)
@@ -86,9 +97,20 @@ def order_slices(
         order=np.lexsort((uid, number, key, no_position, group)),
         position_mm=position_mm,
         reference=reference,
-        other_orientation=other_orientation & ~no_position,
+        other_orientation=other_orientation & ~direction_unknown & ~no_position,
         no_position=no_position,
+        direction_unknown=direction_unknown | no_position,
     )
+
+
+def number_ranks(numbers: NDArray[np.int64], known: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Return each number's rank among the ``known`` ones, (n,) float64, NaN where not known.
+
+    As float64, numbers beyond 2**53, such as time stamps, would no longer be distinct.
+    """
+    ranks = np.full(len(numbers), np.nan)
+    ranks[known] = _group_ids(numbers[known])
+    return ranks
 
 
 def measure_spacing(position_mm: NDArray[np.float64], starts: NDArray[np.int64]) -> Spacing:

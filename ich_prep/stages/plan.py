@@ -18,7 +18,14 @@ from ich_prep.dicom.decode import PIXEL_FIELDS
 from ich_prep.errors import Reason
 from ich_prep.layouts.labels import Joined, LabelTable, join_labels
 from ich_prep.stages.folds import assign_folds
-from ich_prep.stages.geometry import Spacing, group_starts, measure_spacing, order_slices, tilt_degrees
+from ich_prep.stages.geometry import (
+    Spacing,
+    group_starts,
+    measure_spacing,
+    number_ranks,
+    order_slices,
+    tilt_degrees,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -145,9 +152,12 @@ def _sort_slices(slices: pa.Table) -> pa.Table:
     result = order_slices(
         _matrix(slices["position"], 3),
         _matrix(slices["orientation"], 6),
-        slices["instance_number"].cast(pa.float64()).fill_null(np.nan).to_numpy(),
+        number_ranks(
+            slices["instance_number"].fill_null(0).to_numpy(), pc.is_valid(slices["instance_number"]).to_numpy()
+        ),
         series=_rank(slices["series_instance_uid"]) + _rank(slices["subset"]) * len(slices),
         uid=_rank(slices["sop_instance_uid"]),
+        slice_location=slices["slice_location"].fill_null(np.nan).to_numpy(),
     )
     return (
         slices.append_column("position_mm", _nullable(result.position_mm))
@@ -156,6 +166,7 @@ def _sort_slices(slices: pa.Table) -> pa.Table:
         )
         .append_column("other_orientation", pa.array(result.other_orientation))
         .append_column("no_position", pa.array(result.no_position))
+        .append_column("direction_unknown", pa.array(result.direction_unknown))
         .take(pa.array(result.order))
     )
 
@@ -232,13 +243,16 @@ def _flag_column(slices: pa.Table, spacing: Spacing) -> pa.Array:
         "gap_before": spacing.gap_before,
         "other_orientation": slices["other_orientation"].to_numpy(),
         "no_position": slices["no_position"].to_numpy(),
+        "direction_unknown": slices["direction_unknown"].to_numpy(),
         "patient_is_study": slices["unnamed_patient"].to_numpy(),
         "monochrome1": slices["monochrome1"].to_numpy(),
     }
-    lists: list[list[str]] = [[] for _ in range(len(slices))]
-    for name in sorted(flags):
-        for index in np.flatnonzero(flags[name]).tolist():
+    lists: list[list[str]] = [list(scanned or ()) for scanned in slices["flags"].to_pylist()]
+    for name, carries in flags.items():
+        for index in np.flatnonzero(carries).tolist():
             lists[index].append(name)
+    for names in lists:
+        names.sort()
     return pa.array(lists, pa.list_(pa.string()))
 
 
