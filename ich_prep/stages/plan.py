@@ -193,10 +193,9 @@ def _codes(values: pa.ChunkedArray) -> NDArray[np.int64]:
 
 
 def _order(slices: pa.Table, *, foot_to_head: bool) -> SliceOrder:
-    instance_number, acquisition_number, slice_location = (
-        slices[name].cast(pa.float64()).fill_null(np.nan).to_numpy()
-        for name in ("instance_number", "acquisition_number", "slice_location")
-    )
+    numbers = (_codes(slices[name]) for name in ("instance_number", "acquisition_number"))
+    # Ranks: as float64, numbers beyond 2**53, such as time stamps, would no longer be distinct.
+    instance_number, acquisition_number = (np.where(codes < 0, np.nan, codes) for codes in numbers)
     return order_slices(
         matrix(slices["position"], 3),
         matrix(slices["orientation"], 6),
@@ -204,7 +203,7 @@ def _order(slices: pa.Table, *, foot_to_head: bool) -> SliceOrder:
         series=slices["volume"].to_numpy(),
         uid=identity.codes_of(slices["sop_instance_uid"]),
         acquisition_number=acquisition_number,
-        slice_location=slice_location,
+        slice_location=slices["slice_location"].fill_null(np.nan).to_numpy(),
         foot_to_head=foot_to_head,
     )
 
