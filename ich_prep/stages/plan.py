@@ -175,7 +175,8 @@ def _with_acquisitions(slices: pa.Table) -> pa.Table:
         for index in np.flatnonzero(split.attribute == number).tolist():
             key = int(split.key[index])
             if key not in value_of:
-                value_of[key] = f"{keyword} {values[int(np.argmax(codes == key))].as_py()}"
+                known = np.flatnonzero(codes == key)
+                value_of[key] = f"{keyword} {values[int(known[0])].as_py()}" if len(known) else f"no {keyword}"
             texts[index] = value_of[key]
     return slices.set_column(
         slices.column_names.index("volume"), "volume", pa.array(identity.join(volume, split.volume))
