@@ -166,6 +166,8 @@ def _with_acquisitions(slices: pa.Table) -> pa.Table:
     """
     volume = slices["volume"].to_numpy()
     keys = [_codes(slices[name]) for name in ACQUISITIONS]
+    if not any((codes >= 0).any() for codes in keys):
+        return slices.append_column("acquisition", pa.nulls(len(slices), pa.string()))
     position_mm = _order(slices, foot_to_head=False).position_mm
     split = overlapping_groups(position_mm, volume, keys)
     texts: list[str | None] = [None] * len(slices)
