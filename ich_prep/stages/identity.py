@@ -49,7 +49,7 @@ PLACEHOLDER_WORDS: Final = frozenset(
     + ("patient", "patientid", "id", "name", "noname", "test", "empty", "default", "pseudonym", "confidential")
 )
 _NO_SIGN: Final = re.compile(r"[\W_]+")
-_ONE_SIGN: Final = re.compile(r"(0+|x+)")
+_ONE_SIGN: Final = re.compile(r"(0+|x{2,})")
 # One value on more than half of the studies identifies nobody. Below this number it may be one patient's follow-ups.
 FEWEST_PLACEHOLDER_STUDIES: Final = 3
 # A cohort of so few studies may have any number of them in one fold group.
