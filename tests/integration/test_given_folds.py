@@ -76,7 +76,7 @@ def test_splitting_a_patient_needs_an_option(column: dict[str, list[object]], tm
 
 def test_a_fold_beyond_the_number_of_folds_is_refused(tmp_path: Path) -> None:
     src = write_files(tmp_path / "src", scans("AB"))
-    with pytest.raises(UsageError, match="fold 7; with --folds 5 they are 0 to 4. Give --folds 8"):
+    with pytest.raises(UsageError, match=r"fold 7; with --folds 5 they are 0 to 4. Give --folds 8"):
         built(src, tmp_path / "data.zarr", labels=table(tmp_path / "labels.csv", fold=[7, 0]))
 
 
@@ -94,5 +94,5 @@ def test_patients_of_the_table_need_its_column(tmp_path: Path) -> None:
     spec = TINY.model_copy(update={"patients": "column"})
     with pytest.raises(SourceError, match="expected a column patient_id beside another key"):
         built(src, tmp_path / "data.zarr", labels=table(tmp_path / "labels.csv", fold=[0, 1]), spec=spec)
-    with pytest.raises(SourceError, match="takes the patients from a label table. Give one with --labels"):
+    with pytest.raises(SourceError, match=r"takes the patients from a label table. Give one with --labels"):
         built(src, tmp_path / "data.zarr", spec=spec)
