@@ -48,16 +48,18 @@ from ich_prep.stages.output import (
 )
 from ich_prep.stages.plan import Plan, make_plan
 from ich_prep.stages.publish import collect_tables, publish
+from ich_prep.stages.rules import apply_rules
 from ich_prep.stages.scan import FILES_PER_BATCH, scan_batch
 from ich_prep.stages.shard import ShardReport, write_shard
 from ich_prep.stages.state import BuildFolder, State, build_folder, read_state, write_state
+from ich_prep.stages.units import refuse_other_units
 from ich_prep.versions import all_versions
 
 __all__ = ["Allowances", "Outcome", "build"]
 
 SYNC_THREADS = 4
 # What tasks import, loaded while files are listed; pyarrow imports pandas when it first sees a Python list.
-TASK_MODULES = ("ich_prep.stages.scan", "ich_prep.stages.shard", "pandas")
+TASK_MODULES = ("ich_prep.stages.scan", "ich_prep.stages.shard", "ich_prep.stages.units", "pandas")
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,10 @@ def build(
                 with _timed(seconds, "scan"):
                     scanned = _scan(pool, folder, sources, listing, progress)
                 with _timed(seconds, "plan"):
+                    scanned = apply_rules(scanned, spec)
+                    scanned = refuse_other_units(
+                        scanned, listing.files, folder=folder, sources=sources, run=pool.map, spec=spec
+                    )
                     table = choose_key(table, scanned, own_patients=spec.patients == "column")
                     for note in table.notes:
                         progress.say(f"Labels: {note}.")

@@ -61,6 +61,13 @@ class Spec(Stored):
 
     layout: str = Field(default="auto", description="auto, rsna, cq500 or folder.")
     classes: tuple[str, ...] = Field(default=RSNA_CLASSES, description="Label columns of the folder layout, as a,b,c.")
+    image_types: Literal["all", "original"] = Field(
+        default="all", description="all, or original: without derived and reformatted slices."
+    )
+    rescale_types: tuple[str, ...] = Field(
+        default=(), description="RescaleTypes to take as HU, as a,b, besides those that say so."
+    )
+    allow_burned_in: bool = Field(default=False, description="Keep slices with burned-in text.")
     folds: int = Field(default=5, ge=2, le=127, description="Number of folds, by groups of linked patients.")
     patients: Literal["header", "study", "column"] = Field(
         default="header",
@@ -90,7 +97,7 @@ class Spec(Stored):
         refuse_unknown(value, LINKS, where="--link")
         return tuple(name for name in LINKS if name in value)
 
-    @field_validator("classes", "link", mode="before")
+    @field_validator("classes", "link", "rescale_types", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return _words(value)

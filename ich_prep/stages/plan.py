@@ -166,6 +166,8 @@ def _with_acquisitions(slices: pa.Table) -> pa.Table:
     """
     volume = slices["volume"].to_numpy()
     keys = [_codes(slices[name]) for name in ACQUISITIONS]
+    if not any((codes >= 0).any() for codes in keys):
+        return slices.append_column("acquisition", pa.nulls(len(slices), pa.string()))
     position_mm = _order(slices, foot_to_head=False).position_mm
     split = overlapping_groups(position_mm, volume, keys)
     texts: list[str | None] = [None] * len(slices)
@@ -175,7 +177,8 @@ def _with_acquisitions(slices: pa.Table) -> pa.Table:
         for index in np.flatnonzero(split.attribute == number).tolist():
             key = int(split.key[index])
             if key not in value_of:
-                value_of[key] = f"{keyword} {values[int(np.argmax(codes == key))].as_py()}"
+                known = np.flatnonzero(codes == key)
+                value_of[key] = f"{keyword} {values[int(known[0])].as_py()}" if len(known) else f"no {keyword}"
             texts[index] = value_of[key]
     return slices.set_column(
         slices.column_names.index("volume"), "volume", pa.array(identity.join(volume, split.volume))
@@ -193,10 +196,9 @@ def _codes(values: pa.ChunkedArray) -> NDArray[np.int64]:
 
 
 def _order(slices: pa.Table, *, foot_to_head: bool) -> SliceOrder:
-    instance_number, acquisition_number, slice_location = (
-        slices[name].cast(pa.float64()).fill_null(np.nan).to_numpy()
-        for name in ("instance_number", "acquisition_number", "slice_location")
-    )
+    numbers = (_codes(slices[name]) for name in ("instance_number", "acquisition_number"))
+    # Ranks: as float64, numbers beyond 2**53, such as time stamps, would no longer be distinct.
+    instance_number, acquisition_number = (np.where(codes < 0, np.nan, codes) for codes in numbers)
     return order_slices(
         matrix(slices["position"], 3),
         matrix(slices["orientation"], 6),
@@ -204,7 +206,7 @@ def _order(slices: pa.Table, *, foot_to_head: bool) -> SliceOrder:
         series=slices["volume"].to_numpy(),
         uid=identity.codes_of(slices["sop_instance_uid"]),
         acquisition_number=acquisition_number,
-        slice_location=slice_location,
+        slice_location=slices["slice_location"].fill_null(np.nan).to_numpy(),
         foot_to_head=foot_to_head,
     )
 

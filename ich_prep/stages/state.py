@@ -48,6 +48,11 @@ class BuildFolder:
         return self.scan / f"{number:05d}.parquet"
 
     @property
+    def middles(self) -> Path:
+        """The middle slices of series whose unit is not known, one row group per series."""
+        return self.path / "middles.parquet"
+
+    @property
     def plan(self) -> Path:
         """The plan, one row group per shard."""
         return self.path / "plan.parquet"
@@ -100,7 +105,7 @@ class BuildFolder:
     def members(self) -> tuple[Path, ...]:
         """All that a build may keep in the folder."""
         return (
-            self.state, self.files, self.scan, self.plan, self.keys, self.series, self.quarantine, self.lost,
+            self.state, self.files, self.scan, self.middles, self.plan, self.keys, self.series, self.quarantine, self.lost,
             self.copies, self.done,
             self.label_problems, self.log, self.lock,
         )  # fmt: skip

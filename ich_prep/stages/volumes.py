@@ -49,16 +49,20 @@ def overlapping_groups(
     to the first volume in which they overlap with none. So acquisitions that tile the body, as in step and shoot, stay one
     volume, and the second of two passes that each consist of tiles becomes the second volume as a whole.
 
-    A slice of a smaller group (one that was scanned again), and one without a value, goes to the volume whose extent it is
-    in or nearest to; of several, to the one that has no slice close to it. Slices that have the same position and value
-    are taken in the order of the input. A slice without a position goes to the volume of its group, else to the first.
+    Slices without a value are a group of their own if most of them lie where slices with one do: a second pass whose
+    number was lost, or never written.
+
+    A slice of a smaller group (one that was scanned again), and any other without a value, goes to the volume whose extent
+    it is in or nearest to; of several, to the one that has no slice close to it. Slices that have the same position and
+    value are taken in the order of the input. A slice without a position goes to the volume of its group, else to the
+    first.
     """
     split = VolumeSplit(
         volume=np.zeros(len(series), np.int64),
         attribute=np.full(len(series), -1, np.int64),
         key=np.full(len(series), -1, np.int64),
     )
-    for number, keys in enumerate(attributes):
+    for number, keys in enumerate(_missing_named(position_mm, series, one) for one in attributes):
         for members in _candidates(position_mm, series, keys):
             if split.attribute[members[0]] >= 0:
                 continue
@@ -69,6 +73,29 @@ def overlapping_groups(
                 names = np.array([volume[0].key for volume in volumes])
                 split.key[members] = names[split.volume[members]]
     return split
+
+
+def _missing_named(
+    position_mm: NDArray[np.float64], series: NDArray[np.int64], keys: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Return ``keys``, above those given, where slices without one repeat the positions of slices that have one."""
+    missing = keys < 0
+    order = np.argsort(series, kind="stable")
+    concerned = np.isin(series[order], np.intersect1d(series[missing], series[~missing]))
+    members = order[concerned]
+    named = keys.copy()
+    for one in np.split(members, group_starts(series[members])[1:]) if len(members) else []:
+        known = np.sort(position_mm[one[~missing[one]]])
+        known = known[~np.isnan(known)]
+        lost = one[missing[one]]
+        if not len(known):
+            continue
+        at = np.searchsorted(known, position_mm[lost])
+        before, after = known[np.maximum(at - 1, 0)], known[np.minimum(at, len(known) - 1)]
+        nearest = np.minimum(np.abs(before - position_mm[lost]), np.abs(after - position_mm[lost]))
+        if 2 * np.count_nonzero(nearest < SAME_POSITION_MM) > len(lost):
+            named[lost] = keys.max() + 1
+    return named
 
 
 @dataclass(frozen=True)

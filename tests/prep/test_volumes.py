@@ -190,3 +190,16 @@ def test_the_split_does_not_depend_on_how_slices_are_given(
     before, after = of(list(range(len(lines)))), of(shuffled)
     for name in ("volume", "attribute", "key"):
         np.testing.assert_array_equal(getattr(after, name), getattr(before, name)[shuffled])
+
+
+def test_a_pass_without_a_number_over_one_with_a_number_is_a_volume() -> None:
+    position = np.r_[np.arange(8) * 5.0, np.arange(8) * 5.0 + 0.0003]
+    keys = np.r_[np.full(8, -1), np.full(8, 0)]
+    split = overlapping_groups(position, np.zeros(16, np.int64), [keys])
+    assert len(set(split.volume[:8].tolist())) == len(set(split.volume[8:].tolist())) == 1
+    assert split.volume[0] != split.volume[8]
+
+
+def test_numbers_lost_here_and_there_divide_no_head() -> None:
+    keys = np.where(np.arange(16) % 2, 0, -1)
+    assert not overlapping_groups(np.arange(16) * 5.0, np.zeros(16, np.int64), [keys]).volume.any()
