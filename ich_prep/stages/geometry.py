@@ -126,10 +126,11 @@ def slice_turns(orientation: NDArray[np.float64], reference: NDArray[np.int64]) 
     turn of its reference, so that a volume rotated by about 45 degrees is not torn apart by rounding; only those of another
     orientation get their own.
     """
-    own = upright_turns(orientation)
-    shared = np.where(reference < 0, "", own[reference])
+    references, number = np.unique(reference, return_inverse=True)
+    shared = np.where(references < 0, "", upright_turns(orientation[references]))
+    turns: NDArray[np.str_] = shared[number.reshape(-1)]
     differs = ~np.isnan(orientation).any(axis=1) & ~_same_orientation(orientation, orientation[reference])
-    turns: NDArray[np.str_] = np.where(differs, own, shared)
+    turns[differs] = upright_turns(orientation[differs])
     return turns
 
 
