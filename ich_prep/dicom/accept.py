@@ -96,7 +96,9 @@ def _sentence(expected: str, found: object) -> str:
 def _check_kind(header: Header) -> None:
     storage, modality = header.sop_class_uid, header.modality
     if storage in ENHANCED_CT:
-        found = f"an enhanced CT object of {header.frames} frames. Convert it to one file per slice, such as with emf2sf"
+        found = (
+            f"an enhanced CT object of {header.frames} frames. Convert it to one file per slice, such as with emf2sf"
+        )
         raise _refuse(Reason.MULTI_FRAME, "one slice a file", f"{found} of dcm4che")
     if storage is not None and storage.startswith(SECONDARY_CAPTURE):
         raise _refuse(Reason.DERIVED, "CT Image Storage", "a secondary capture")
@@ -175,7 +177,12 @@ def _missing(header: Header) -> list[str]:
 
 def _impossible(header: Header) -> list[str]:
     """Return a sentence for each group of attributes whose values cannot be those of a CT slice."""
-    allocated, stored, high, sign = header.bits_allocated, header.bits_stored, header.high_bit, header.pixel_representation
+    allocated, stored, high, sign = (
+        header.bits_allocated,
+        header.bits_stored,
+        header.high_bit,
+        header.pixel_representation,
+    )
     slope, intercept = header.rescale_slope, header.rescale_intercept
     sentences = []
     if allocated and stored and not (allocated in (8, 16) and stored <= allocated and high in (None, stored - 1)):

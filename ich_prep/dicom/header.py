@@ -108,9 +108,7 @@ def read_with_faults(source: Source, key: bytes) -> tuple[Header, tuple[str, ...
 
 def _check_end(elements: Elements, data: bytes) -> None:
     """Raise NOT_DICOM if a file that may be CT ends before its modality."""
-    if elements.pixel_offset is not None or any(
-        one.tag > MODALITY and one.name in elements.values for one in ELEMENTS
-    ):
+    if elements.pixel_offset is not None or any(one.tag > MODALITY and one.name in elements.values for one in ELEMENTS):
         return
     known = elements.values.get("sop_class_uid") or media_class(data)
     if known in (None, CT_IMAGE_STORAGE):

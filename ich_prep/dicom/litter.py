@@ -59,7 +59,17 @@ _SIGNATURES: Final[tuple[tuple[int, bytes, str], ...]] = (
 )
 _LITTER_NAMES: Final = frozenset(
     (".ds_store", "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "autorun.inf", ".localized")
-    + (".gitkeep", ".gitignore", ".gitattributes", ".keep", ".nomedia", ".directory", "icon\r", ".picasa.ini", "picasa.ini")
+    + (
+        ".gitkeep",
+        ".gitignore",
+        ".gitattributes",
+        ".keep",
+        ".nomedia",
+        ".directory",
+        "icon\r",
+        ".picasa.ini",
+        "picasa.ini",
+    )
 )
 _LITTER_FOLDERS: Final = frozenset(("@eadir", "__macosx", ".appledouble", ".trashes", ".spotlight-v100", ".fseventsd"))
 _DICOM_ENDINGS: Final = (".dcm", ".dicom", ".ima")

@@ -13,8 +13,10 @@ LARGEST_HEAD_MM: Final = 350.0
 
 _AGENT: Final = r"(?:contrast\w*|kontrast\w*|contr|km|iv|inj\w*|gad\w*|dye|c)"
 _PLAIN: Final = re.compile(
-    rf"""\b(?:pre|no|non|not|wo|without|with\s?out|w/o|ohne|sans|sin|senza|zonder|s/)[\s./-]*(?:(?:iv|i\.v\.)\s*)?{_AGENT}\b
-    | \b(?:without|wo|w/o)(?!\w) | \b(?:non|un|not)[\s-]*enhanced\b | \bnon?[\s-]*con\b | \bs/c(?!\w) | \bnativ[eo]?\b | \bplain\b | \bn[ce]ct\b
+    rf"""\b(?:pre|no|non|not|wo|without|with\s?out|w/o|ohne|sans|sin|senza|zonder|s/)
+      [\s./-]*(?:(?:iv|i\.v\.)\s*)?{_AGENT}\b
+    | \b(?:without|wo|w/o)(?!\w) | \b(?:non|un|not)[\s-]*enhanced\b | \bnon?[\s-]*con\b | \bs/c(?!\w)
+    | \bnativ[eo]?\b | \bplain\b | \bn[ce]ct\b
     | \bc-(?!\s*spine)(?!\w) | (?<![\w-])-\s?c\b(?![\s-]*spine)""",
     re.VERBOSE,
 )
@@ -36,7 +38,9 @@ _SHARP_KERNEL: Final = re.compile(
     r"bone|edge|lung|sharp|detail|hrct|^(?:b|h|u|v)[6-9][0-9][a-z]*$|^[hbju][rfnlp](?:6[0-9]|7[0-9]|8[0-9])[a-z]*\b"
     r"|^fc(?:3[0-9]|8[0-9])$|^(?:c|d|e|yc|yd|ye)$"
 )
-_NO_AGENT: Final = re.compile(r"^(?:no(?:ne|n|t)?\b.*|n|0+|-+|without.*|ohne.*|sans.*|sin.*|nil|na|n/a|plain|false|unknown)$")
+_NO_AGENT: Final = re.compile(
+    r"^(?:no(?:ne|n|t)?\b.*|n|0+|-+|without.*|ohne.*|sans.*|sin.*|nil|na|n/a|plain|false|unknown)$"
+)
 
 _HEAD: Final = re.compile(
     r"head|brain|skull|crani|cran[eo]|crane|kopf|sch(?:a|ae|ä)del|gehirn|hirn|cereb|cerv(?:eau|ello)|cabez|testa|t[eê]te|"

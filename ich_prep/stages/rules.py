@@ -52,6 +52,8 @@ def _are_original(scanned: pa.Table) -> NDArray[np.bool_]:
     """Return which lines have an image type of an original slice, or none."""
     kinds = scanned.select(["image_type", "lossy"])
     distinct = kinds.group_by(["image_type", "lossy"]).aggregate([]).to_pylist()
-    original = {(kind["image_type"], kind["lossy"]): is_original(kind["image_type"], kind["lossy"]) for kind in distinct}
+    original = {
+        (kind["image_type"], kind["lossy"]): is_original(kind["image_type"], kind["lossy"]) for kind in distinct
+    }
     pairs = zip(kinds["image_type"].to_pylist(), kinds["lossy"].to_pylist(), strict=True)
     return np.fromiter((original[pair] for pair in pairs), bool, len(kinds))

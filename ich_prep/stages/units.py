@@ -18,11 +18,10 @@ from ich_prep.dataset.tables import parquet_bytes
 from ich_prep.dicom.accept import is_hounsfield
 from ich_prep.dicom.decode import PIXEL_FIELDS, Decoder
 from ich_prep.errors import Reason, SliceError
-from ich_prep.pixels.hounsfield import rescale_table
 from ich_prep.pixels.stored import mask_unused_bits
 from ich_prep.sources import open_source
 from ich_prep.stages.rules import refuse
-from ich_prep.stages.shard import pixel_source, rescale_of
+from ich_prep.stages.shard import pixel_source
 from ich_prep.stages.state import BuildFolder
 
 if TYPE_CHECKING:
@@ -134,7 +133,9 @@ def _by_unit(scanned: pa.Table, spec: Spec) -> tuple[dict[tuple[Any, ...], list[
     chosen = np.array([*other, False])[types.indices.fill_null(len(other)).to_numpy()]
     chosen &= pc.is_null(scanned["reason"]).to_numpy()
     lines = np.flatnonzero(chosen)
-    for index, identity in zip(lines.tolist(), scanned.select(_IDENTITY).take(pa.array(lines)).to_pylist(), strict=True):
+    for index, identity in zip(
+        lines.tolist(), scanned.select(_IDENTITY).take(pa.array(lines)).to_pylist(), strict=True
+    ):
         if _plain(identity["rescale_type"]) in OTHER_UNITS:
             refused.append(index)
         else:

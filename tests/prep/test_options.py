@@ -33,7 +33,9 @@ def test_a_recipe_may_set_every_option(tmp_path: Path) -> None:
         "[build]\n"
         'layout = "folder"\nclasses = ["any", "mass"]\nlabels = "labels.csv"\n'
         'build_dir = "work"\nsize = 256\nstore = "hu"\nwindows = "brain"\n'
-        'slices_per_shard = 64\ncodec = "none"\nfolds = 3\nworkers = 0\nscheduler = "tcp://127.0.0.1:8786"\n'
+        'slices_per_shard = 64\ncodec = "none"\nfolds = 3\n'
+        'image_types = "original"\nrescale_types = "US"\nallow_burned_in = true\n'
+        'workers = 0\nscheduler = "tcp://127.0.0.1:8786"\n'
         "max_quarantined = 0.5\nallow_unlabelled = true\nallow_missing_images = true\nallow_contradictions = true\n",
         encoding="utf-8",
     )

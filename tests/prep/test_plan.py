@@ -186,7 +186,8 @@ def test_a_series_in_which_a_position_is_missing_goes_by_instance_number(lost: F
     plan = planned(files)
     assert names(plan) == ["b", "c", "a", "z"]
     assert plan.slices["position_mm"].to_pylist() == [None, None, None, 1.0]
-    assert flags(plan) == {"a": ["no_position"], "b": ["no_position"], "c": ["no_position"], "z": []}
+    by_number = ["direction_unknown", "no_position"]
+    assert flags(plan) == {"a": by_number, "b": by_number, "c": by_number, "z": []}
 
 
 @pytest.mark.parametrize("lost", [{"position": None}, {"orientation": None}])
@@ -195,7 +196,8 @@ def test_without_all_numbers_a_slice_without_a_position_comes_last(lost: File) -
     plan = planned(files)
     assert names(plan) == ["c", "a", "b", "d"]
     assert plan.slices["position_mm"].to_pylist() == [0.0, 10.0, None, None]
-    assert flags(plan) == {"a": [], "b": ["no_position"], "c": [], "d": ["no_position"]}
+    last = ["direction_unknown", "no_position"]
+    assert flags(plan) == {"a": [], "b": last, "c": [], "d": last}
 
 
 def test_a_slice_of_another_orientation_is_flagged() -> None:
@@ -234,7 +236,7 @@ def test_an_orientation_without_a_normal_is_ignored() -> None:
         [file("a", 0.0, orientation=[1.0, 0, 0, 1.0, 0, 0], instance_number=2), file("b", 5.0, instance_number=1)]
     )
     assert names(plan) == ["b", "a"]
-    assert flags(plan) == {"a": ["no_position"], "b": ["no_position"]}
+    assert flags(plan) == dict.fromkeys("ab", ["direction_unknown", "no_position"])
 
 
 def test_inverted_slices_are_flagged_and_unchanged() -> None:
