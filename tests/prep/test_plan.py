@@ -236,7 +236,7 @@ def test_an_orientation_without_a_normal_is_ignored() -> None:
         [file("a", 0.0, orientation=[1.0, 0, 0, 1.0, 0, 0], instance_number=2), file("b", 5.0, instance_number=1)]
     )
     assert names(plan) == ["b", "a"]
-    assert flags(plan) == dict.fromkeys("ab", ["direction_unknown", "no_position"])
+    assert flags(plan) == {name: ["direction_unknown", "no_position"] for name in "ab"}
 
 
 def test_inverted_slices_are_flagged_and_unchanged() -> None:
