@@ -116,7 +116,8 @@ def test_the_skim_and_pydicom_decode_alike(text: str, slice_bytes: SliceBytes) -
 @pytest.mark.parametrize(
     ("keyword", "column", "text"),
     [("KVP", "kvp", "abc"), ("SliceThickness", "slice_thickness", "nan"), ("SliceLocation", "slice_location", "1\\2"),
-     ("AcquisitionNumber", "acquisition_number", "first"), ("TemporalPositionIdentifier", "temporal_position_identifier", "1.5")],
+     ("AcquisitionNumber", "acquisition_number", "first"),
+     ("TemporalPositionIdentifier", "temporal_position_identifier", "1.5")],
 )  # fmt: skip
 def test_an_optional_value_that_is_not_a_number_is_null(
     keyword: str, column: str, text: str, syntax: str, slice_bytes: SliceBytes, tmp_path: Path
