@@ -91,6 +91,12 @@ class Spec(Stored):
         default="off", description="Keep one series of each study: plain before others, then the thickest slices."
     )
 
+    @field_validator("include", "exclude", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        # Not split at commas: a filter may contain some.
+        return [value] if isinstance(value, str) else value
+
     @field_validator("link")
     @classmethod
     def _known_links(cls, value: tuple[str, ...]) -> tuple[str, ...]:

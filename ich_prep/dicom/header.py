@@ -99,7 +99,7 @@ def read_with_faults(source: Source, key: bytes) -> tuple[Header, tuple[str, ...
             data = read_first(header_bytes)
     except OSError as error:
         raise SliceError(Reason.UNREADABLE, error.strerror or str(error)) from None
-    if "modality" not in elements.values:
+    if elements.values.get("modality", "C") == "C":
         _check_end(elements, data)
     if elements.flags and not is_plausible(elements.values):
         raise SliceError(Reason.NOT_DICOM, "expected 'DICM' at byte 128, or a modality or SOP class, found other bytes")
@@ -107,11 +107,11 @@ def read_with_faults(source: Source, key: bytes) -> tuple[Header, tuple[str, ...
 
 
 def _check_end(elements: Elements, data: bytes) -> None:
-    """Raise NOT_DICOM if a file that may be CT ends before its modality."""
+    """Raise NOT_DICOM if a file that may be CT ends before its modality, or within its modality or SOP class."""
     if elements.pixel_offset is not None or any(one.tag > MODALITY and one.name in elements.values for one in ELEMENTS):
         return
-    known = elements.values.get("sop_class_uid") or media_class(data)
-    if known in (None, CT_IMAGE_STORAGE):
+    known = elements.values.get("sop_class_uid") or media_class(data) or ""
+    if CT_IMAGE_STORAGE.startswith(str(known)):
         raise SliceError(Reason.NOT_DICOM, "expected Modality, the data set ends before it")
 
 

@@ -37,8 +37,8 @@ def decode_frame(source: bytes, runner: DecodeRunner) -> bytearray:
     """Return the pixels of one encoded frame as bytes, little endian, as wide as the codec stored them."""
     from imagecodecs import jpeg8_decode, jpegls_decode
 
-    # Both decoders silently fill in what a truncated stream lacks.
-    if not source.rstrip(b"\0").endswith(_END_OF_IMAGE):
+    # Both decoders silently fill in what a truncated stream lacks. Some encoders add fill bytes behind the marker.
+    if not source.rstrip(b"\0\xff").endswith(_END_OF_IMAGE):
         raise ValueError("expected the marker of the end of the image, the frame is truncated")
     decode = jpegls_decode if runner.transfer_syntax in _JPEG_LS else jpeg8_decode
     pixels = decode(source)
