@@ -95,7 +95,8 @@ def build(
     ``labels`` is a label file instead of the one in the tree, ``label_options`` how to read it. ``build_dir`` is the
     working folder, which keeps what a resume needs (default: ``out`` with ``.build`` appended). ``workers`` are local
     processes (default: one per core; 0: all in this process), ``scheduler`` the address of a Dask cluster whose workers
-    see all folders under the same paths. Raises ``SourceError``, ``BuildError`` or ``UsageError``; finished work is kept for the next run.
+    see all folders under the same paths. Raises ``SourceError``, ``BuildError`` or ``UsageError``; finished work is kept
+    for the next run.
     """
     paths = [src] if isinstance(src, str | Path) else src
     sources, out = [local_path(path, "--src").absolute() for path in paths], local_path(out, "--out").absolute()

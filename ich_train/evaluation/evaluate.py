@@ -184,13 +184,13 @@ def _measure(
     unpredicted = np.empty((len(rows.split.train), len(dataset.classes)), np.float32)
     training = cases_of(dataset, rows.split.train, unpredicted)
     baseline = position_scores(training.positions, training.labels, cases.positions)
-    levels = dataset.slices["label_level"].take(pa.array(cases.rows))
+    levels = pc.unique(dataset.slices["label_level"].take(pa.array(cases.rows))).to_pylist()
     return {
         "version": VERSION,
         "model": meta.model_dump(mode="json"),
         "dataset": _describe(dataset, rows, meta),
         "evaluated": evaluation.model_dump(exclude={"batch_size"})
-        | {"slices": len(cases.rows), "series_labels": bool(pc.any(pc.equal(levels, "series")).as_py())},
+        | {"slices": len(cases.rows), "series_labels": bool({*levels} - {"slice", "none"})},
     } | measure_views(
         cases, validation, baseline, complete=rows.complete, resamples=evaluation.bootstrap, seed=evaluation.seed
     )

@@ -35,7 +35,8 @@ def test_a_recipe_may_set_every_option(tmp_path: Path) -> None:
         'build_dir = "work"\nsize = 256\nstore = "hu"\nwindows = "brain"\n'
         'slices_per_shard = 64\ncodec = "none"\nfolds = 3\nworkers = 0\nscheduler = "tcp://127.0.0.1:8786"\n'
         "max_quarantined = 0.5\nallow_unlabelled = true\nallow_missing_images = true\nallow_contradictions = true\n"
-        'label_key = ["patient_id=Fall, Nr."]\nlabel_column = ["any=Blutung"]\nignore_columns = "all"\nkeep_columns = ["age"]\n',
+        'label_key = ["patient_id=Fall, Nr."]\nlabel_column = ["any=Blutung"]\n'
+        'ignore_columns = "all"\nkeep_columns = ["age"]\n',
         encoding="utf-8",
     )
     options = resolve(recipe, {})
