@@ -67,11 +67,11 @@ WRITERS: dict[str, Callable[[pandas.DataFrame, Path], None]] = {
     "table.parquet": lambda table, path: table.to_parquet(path, index=False),
     "index.parquet": lambda table, path: table.set_index("SOP Instance UID", drop=False).to_parquet(path),
     "table.xlsx": lambda table, path: table.to_excel(path, index=False),
-    "workbook.csv": lambda table, path: _write_workbook_under_another_name(table, path),
+    "workbook.csv": lambda table, path: _write_workbook(table, path),  # noqa: PLW0108 - defined below
 }
 
 
-def _write_workbook_under_another_name(table: pandas.DataFrame, path: Path) -> None:
+def _write_workbook(table: pandas.DataFrame, path: Path) -> None:
     table.to_excel(path.with_suffix(".xlsx"), index=False)
     path.with_suffix(".xlsx").rename(path)
 
@@ -261,7 +261,7 @@ def test_a_column_may_be_named_as_a_class(tmp_path: Path) -> None:
 )
 def test_a_name_close_to_that_of_a_class_is_an_error(name: str, tmp_path: Path) -> None:
     path = written(tmp_path, f"PatientID,epidural,{name}\nA,0,1\n")
-    with pytest.raises(SourceError, match="Did you mean '(subdural|any)'"):
+    with pytest.raises(SourceError, match=r"Did you mean '(subdural|any)'"):
         labels_of(path)
     for ignored in (name, "all"):
         assert labels_of(path, ignore=(ignored,)).values[0, 0] == 0
@@ -368,14 +368,14 @@ def test_a_cut_off_table_is_one_message(name: str, cut: float, tmp_path: Path) -
     WRITERS[name](pandas.DataFrame({"PatientID": ["A"], "any": [1]}), tmp_path / name)
     data = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(data[: int(cut) if abs(cut) >= 1 else int(len(data) * cut)])
-    with pytest.raises(SourceError, match="cannot be read|damaged"):
+    with pytest.raises(SourceError, match=r"cannot be read|damaged"):
         labels_of(tmp_path / name)
 
 
 def test_a_parquet_column_of_lists_is_refused_only_if_it_is_needed(tmp_path: Path) -> None:
     table = pa.table({"PatientID": ["A"], "any": [[1]], "other": [[2]]})
     pq.write_table(table, tmp_path / "t.parquet")
-    with pytest.raises(SourceError, match="columns PatientID, any of .*cannot be read as text"):
+    with pytest.raises(SourceError, match=r"columns PatientID, any of .*cannot be read as text"):
         labels_of(tmp_path / "t.parquet")
     pq.write_table(table.set_column(1, "any", pa.array([1])), tmp_path / "t.parquet")
     assert labels_of(tmp_path / "t.parquet").values[0, ANY] == 1
