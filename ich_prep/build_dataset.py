@@ -87,12 +87,12 @@ def build(
 ) -> Outcome:
     """Build the dataset ``out`` from the DICOM files in ``src``, or resume an interrupted build.
 
-    ``src`` is a folder or a zip archive, or several of them: then each path starts with the name of its folder or
-    archive. ``labels`` is a label file instead of the one in the tree, ``label_options`` how to read it.
-    ``build_dir`` is the working folder, which keeps what a resume needs (default: ``out`` with ``.build`` appended).
-    ``workers`` are local processes (default: one per core; 0: all in this process), ``scheduler`` the address of a
-    Dask cluster whose workers see all folders under the same paths. Raises ``SourceError``, ``BuildError`` or
-    ``UsageError``; finished work is kept for the next run.
+    ``src`` is a folder or a zip archive, or several of them: then each path starts with the name of its folder or archive.
+    ``labels`` is a label file instead of the one in the tree, ``label_options`` how to read it. ``build_dir`` is the
+    working folder, which keeps what a resume needs (default: ``out`` with ``.build`` appended). ``workers`` are local
+    processes (default: one per core; 0: all in this process), ``scheduler`` the address of a Dask cluster whose workers
+    see all folders under the same paths. Raises ``SourceError``, ``BuildError`` or ``UsageError``; finished work is kept
+    for the next run.
     """
     paths = [src] if isinstance(src, str | Path) else src
     sources, out = [local_path(path, "--src").absolute() for path in paths], local_path(out, "--out").absolute()

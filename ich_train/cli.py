@@ -91,7 +91,7 @@ def run_command(*, given: dict[str, Any], out: Out = None, recipe: RecipeFile = 
 
 
 @app.command("eval")
-@options_from(EvalConfig, "subset", "limit", "seed", "batch_size", default="as in the run's recipe")
+@options_from(EvalConfig, "subset", "limit", "seed", "batch_size", "by", default="as in the run's recipe")
 @options_from(TrainConfig, "data", "threads", "device", into="place", default="the run's")
 def eval_command(run: RunFolder, *, given: dict[str, Any], place: dict[str, Any], out: Evaluation = None) -> None:
     """Evaluate a run's best epoch on a part of a dataset and rewrite the run's report, or write another to --out."""
@@ -212,7 +212,7 @@ def _console() -> Console:
 
 def _print_metrics(console: Console, metrics: dict[str, Any], run: Path) -> None:
     from ich_train.evaluation.evaluate import REPORT
-    from ich_train.evaluation.report import log_loss_name, part_words
+    from ich_train.evaluation.report import areas_by_value, log_loss_name, part_words
 
     evaluated, view = metrics["evaluated"], metrics["by_slice"]
     title = f"{count(evaluated['slices'], 'slice')} of {part_words(evaluated['subset'])}"
@@ -231,6 +231,14 @@ def _print_metrics(console: Console, metrics: dict[str, Any], run: Path) -> None
     console.print(f"{title}:", soft_wrap=True)
     head = ("label", "positive", "ROC AUC", "95%", "average precision")
     console.print(text_table(head, rows), soft_wrap=True, markup=False)
+    if metrics["by_value"]:
+        names = [*view["labels"]]
+        lines = [
+            (value, f"{views['by_slice']['cases']:,}", *(_number(entry) for entry in areas_by_value(views, names)))
+            for value, views in metrics["by_value"].items()
+        ]
+        console.print("ROC AUC by value:", soft_wrap=True)
+        console.print(text_table((evaluated["by"], "slices", *names), lines), soft_wrap=True, markup=False)
     loss = log_loss_name([*view["labels"]]).capitalize()
     console.print(f"{loss} {_number(view['log_loss'])}. Report: {run / REPORT}", soft_wrap=True)
 

@@ -98,6 +98,9 @@ class EvalConfig(BaseModel):
     seed: int = Field(default=0, ge=0, description="The seed of the draw and of the bootstrap.")
     bootstrap: int = Field(default=1000, ge=0, description="Resamples of the patients, for the intervals.")
     batch_size: int = Field(default=64, ge=1, description="Slices in a batch.")
+    by: str | None = Field(
+        default=None, description="A column of the dataset, such as x_sex: measure the slices of each value, too."
+    )
 
 
 def recipe_text(sections: Mapping[str, Mapping[str, Any]]) -> str:

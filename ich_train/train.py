@@ -268,7 +268,7 @@ def _is_evaluated(out: Path, dataset: Dataset, evaluation: EvalConfig) -> bool:
         return False
     evaluated = metrics["evaluated"]
     return metrics["dataset"]["digest"] == dataset.digest and all(
-        evaluated[name] == value for name, value in evaluation.model_dump(exclude={"batch_size"}).items()
+        evaluated.get(name) == value for name, value in evaluation.model_dump(exclude={"batch_size"}).items()
     )
 
 

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from pyarrow import csv
 
 from ich_prep.dataset.storage import write_whole
-from ich_train.evaluation.cases import Cases, cases_of
+from ich_train.evaluation.cases import Cases, cases_of, select, values_of
 from ich_train.evaluation.figures import curves_of, draw_figures
 from ich_train.evaluation.metrics import best_f1_thresholds, by_series, measure, position_scores, roc_aucs
 from ich_train.evaluation.plots import png
@@ -83,8 +83,9 @@ def evaluate_run(
     history = read_history(run)
     predictor = load_predictor(run, dataset, device=device)
     rows = _choose_rows(dataset, predictor.meta, evaluation)
+    values = None if evaluation.by is None else values_of(dataset, rows.evaluated, evaluation.by)
     cases, validation = _predict(dataset, predictor, rows, evaluation, threads=threads)
-    metrics = _measure(dataset, predictor.meta, rows, cases, validation, evaluation)
+    metrics = _measure(dataset, predictor.meta, rows, cases, validation, evaluation, values)
     curves = curves_of(cases)
     figures = draw_figures(dataset, predictor, cases, curves, metrics["by_slice"], history)
     pictures = {name: png(figure) for name, figure in figures.items()}
@@ -178,22 +179,32 @@ def _predict(
 
 
 def _measure(
-    dataset: Dataset, meta: Meta, rows: _Rows, cases: Cases, validation: Cases, evaluation: EvalConfig
+    dataset: Dataset,
+    meta: Meta,
+    rows: _Rows,
+    cases: Cases,
+    validation: Cases,
+    evaluation: EvalConfig,
+    values: pa.Array | None,
 ) -> dict[str, Any]:
-    """Return the content of ``metrics.json``."""
+    """Return the content of ``metrics.json``; ``values`` (n,) are those by which the cases are also measured apart."""
     unpredicted = np.empty((len(rows.split.train), len(dataset.classes)), np.float32)
     training = cases_of(dataset, rows.split.train, unpredicted)
     baseline = position_scores(training.positions, training.labels, cases.positions)
-    levels = dataset.slices["label_level"].take(pa.array(cases.rows))
+    levels = pc.unique(dataset.slices["label_level"].take(pa.array(cases.rows))).to_pylist()
+    given: dict[str, Any] = {"complete": rows.complete, "resamples": evaluation.bootstrap, "seed": evaluation.seed}
+    by_value = {}
+    for value in [] if values is None else sorted(values.unique().to_pylist()):
+        chosen = pc.equal(values, value).to_numpy(zero_copy_only=False)
+        by_value[value] = measure_views(select(cases, chosen), validation, baseline[chosen], **given)
     return {
         "version": VERSION,
         "model": meta.model_dump(mode="json"),
         "dataset": _describe(dataset, rows, meta),
         "evaluated": evaluation.model_dump(exclude={"batch_size"})
-        | {"slices": len(cases.rows), "series_labels": bool(pc.any(pc.equal(levels, "series")).as_py())},
-    } | measure_views(
-        cases, validation, baseline, complete=rows.complete, resamples=evaluation.bootstrap, seed=evaluation.seed
-    )
+        | {"slices": len(cases.rows), "series_labels": bool({*levels} - {"slice", "none"})},
+        "by_value": by_value,
+    } | measure_views(cases, validation, baseline, **given)
 
 
 def _describe(dataset: Dataset, rows: _Rows, meta: Meta) -> dict[str, Any]:

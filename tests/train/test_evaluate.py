@@ -300,3 +300,34 @@ def test_a_folder_without_a_trained_network_is_refused(dataset, tmp_path):
     shutil.rmtree(run / "best")
     with pytest.raises(TrainError, match="No checkpoint"):
         evaluate_run(run, dataset, EvalConfig())
+
+
+def test_each_value_of_a_column_is_measured_by_itself(evaluated, dataset, relabelled, tmp_path):
+    run, whole = evaluated
+    table = pq.read_table(dataset.path / "labels/slices.parquet")
+    patients = sorted({*table["patient_id"].to_pylist()})
+    sex = [(None, "F", "M")[patients.index(patient) % 3] for patient in table["patient_id"].to_pylist()]
+    copy = relabelled()
+    write_table(copy.path / "labels/slices.parquet", table.append_column("x_sex", pa.array(sex)))
+    carried = open_dataset(copy.path)
+    out = tmp_path / "by"
+    metrics = evaluate_run(run, carried, EvalConfig(bootstrap=20, by="x_sex"), out=out)
+    assert metrics["by_slice"] == whole["by_slice"]
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    frame = pq.read_table(out / "predictions.parquet").to_pandas()
+    frame["sex"] = [sex[row] or "none" for row in frame["row"]]
+    assert metrics["by_value"].keys() == {*frame["sex"]}
+    for value, part in frame.groupby("sex"):
+        entry = metrics["by_value"][value]["by_slice"]
+        assert (entry["cases"], entry["patients"]) == (len(part), part["patient_id"].nunique())
+        expected = roc_auc_score(part["any"], part["p_any"]) if part["any"].nunique() == 2 else None
+        assert entry["labels"]["any"]["roc_auc"] == (None if expected is None else pytest.approx(expected))
+    assert "ROC AUC for each value of x_sex" in (out / "report.html").read_text()
+    for name, message in (
+        ("x_sx", "Did you mean 'x_sex'"),
+        ("sop_instance_uid", "at most 20"),
+        ("flags", "of type list"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            evaluate_run(run, carried, EvalConfig(bootstrap=0, by=name), out=tmp_path / "never")
+    assert not (tmp_path / "never").exists()
