@@ -40,9 +40,7 @@ def main(slices: int = 512, repeats: int = 5, data: Path = Path("bench-data")) -
 
 def contend(name: str, folder: Path, raised: bool) -> Run:
     """Run one contender in its own process, and again if much CPU time was stolen meanwhile."""
-    return undisturbed(
-        partial(in_process, "benchmarks.decoding_contenders", name, str(folder), raised=raised)
-    )
+    return undisturbed(partial(in_process, "benchmarks.decoding_contenders", name, str(folder), raised=raised))
 
 
 if __name__ == "__main__":

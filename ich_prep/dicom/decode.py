@@ -16,7 +16,7 @@ import numpy as np
 from ich_prep.dataset.native import crc32c
 from ich_prep.dicom import jpeg_plugin
 from ich_prep.dicom.elements import DEFLATED_LE, EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE
-from ich_prep.dicom.frames import JPEG_2000, PIXEL_FIELDS, RLE, PixelRecord
+from ich_prep.dicom.frames import JPEG_2000, RLE, PixelRecord
 from ich_prep.dicom.header import INFLATED_LIMIT
 from ich_prep.dicom.isolation import IsolatedDecoder
 from ich_prep.errors import Reason, SliceError
@@ -33,6 +33,9 @@ PLUGINS: Final[dict[str, str]] = {
     **dict.fromkeys((RLE, *JPEG_2000), "pylibjpeg"),
     **dict.fromkeys(jpeg_plugin.DECODER_DEPENDENCIES, JPEG_PLUGIN),
 }
+
+
+PIXEL_FIELDS: Final = PixelRecord.__slots__
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +152,8 @@ def decode_with_pydicom(data: bytes) -> NDArray[Any]:
         raise
     except MemoryError:
         raise SliceError(Reason.DECODER_DIED, "pydicom ran out of memory") from None
-    except BaseException as error:  # each plugin raises what its library raises on damaged bytes; a panic is no Exception
+    except (
+        BaseException
+    ) as error:  # each plugin raises what its library raises on damaged bytes; a panic is no Exception
         raise SliceError(Reason.DECODE_FAILED, f"{type(error).__name__}: {error}"[:200]) from None
     return pixels

@@ -6,6 +6,7 @@ JSON on standard input and output. What the libraries print goes to standard err
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -18,7 +19,7 @@ from ich_prep.dicom.frames import PixelRecord, decode_into
 from ich_prep.dicom.shared_memory import Attached
 from ich_prep.errors import Reason, SliceError
 
-PRINTED_LIMIT = 1 << 20  # bytes
+PRINTED_LIMIT = 16 << 20  # bytes
 
 
 def main() -> None:
@@ -47,9 +48,9 @@ def _answer(fields: dict[str, object], source: Attached, target: Attached, limit
         decode_into(record, source.view(record.file_size), stored.reshape(record.rows, record.columns))
     except SliceError as error:
         return {"reason": error.reason, "detail": error.detail}
-    except MemoryError:
-        return {"reason": Reason.DECODER_DIED, "detail": f"more than {limit >> 20} MiB of memory"}
-    except BaseException as error:  # each library raises what it likes on damaged bytes; a panic of Rust is no Exception
+    except BaseException as error:  # libraries raise what they like on damaged bytes; a panic of Rust is no Exception
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+            return {"reason": Reason.DECODER_DIED, "detail": f"more than {limit >> 20} MiB of memory"}
         return {"reason": Reason.DECODE_FAILED, "detail": f"{type(error).__name__}: {error}"[:200]}
     return {}
 

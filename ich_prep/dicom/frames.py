@@ -49,9 +49,6 @@ class PixelRecord:
     signed: bool
 
 
-PIXEL_FIELDS: Final = PixelRecord.__slots__
-
-
 def decode_into(record: PixelRecord, data: memoryview, stored: NDArray[np.uint16]) -> None:
     """Fill ``stored`` (rows, columns) from the compressed file ``data``; signed values are in two's complement.
 
@@ -85,12 +82,16 @@ def only_frame(data: memoryview, offset: int) -> memoryview | bytes:
     try:
         items = _items(data[:end], offset, must_end=length == _UNDEFINED)
     except struct.error:
-        raise SliceError(Reason.DECODE_FAILED, "expected a sequence delimiter after the fragments, found none") from None
+        raise SliceError(
+            Reason.DECODE_FAILED, "expected a sequence delimiter after the fragments, found none"
+        ) from None
     if not items:
         raise SliceError(Reason.DECODE_FAILED, "expected an item with the Basic Offset Table, found none")
     (start, size), *fragments = items
     if size % 4:
-        raise SliceError(Reason.DECODE_FAILED, f"expected offsets of 4 bytes in the Basic Offset Table, found {size} bytes")
+        raise SliceError(
+            Reason.DECODE_FAILED, f"expected offsets of 4 bytes in the Basic Offset Table, found {size} bytes"
+        )
     offsets = struct.unpack_from(f"<{size // 4}I", data, start)
     frames = 1 + _frames_after_the_first(fragments, offsets)
     if frames > 1:
@@ -140,7 +141,7 @@ def _decode_rle(record: PixelRecord, frame: memoryview | bytes, stored: NDArray[
 
 
 def _decode_jpeg_2000(record: PixelRecord, frame: memoryview | bytes, stored: NDArray[np.uint16]) -> int:
-    from openjpeg import decode_pixel_data, get_parameters
+    from openjpeg.utils import decode_pixel_data, get_parameters
 
     stream = bytes(frame)
     found = get_parameters(io.BytesIO(stream), _JP2 if stream.startswith(_JP2_SIGNATURE) else _CODESTREAM)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from ich_prep.dicom.frames import PIXEL_FIELDS, PixelRecord
+from ich_prep.dicom.frames import PixelRecord
 from ich_prep.dicom.shared_memory import SharedMemory
 from ich_prep.errors import Reason, SliceError
 
@@ -76,7 +76,7 @@ class IsolatedDecoder:
     def _ask(self, record: PixelRecord) -> None:
         """Let the process decode the file in the shared memory; raises ``SliceError``."""
         process = self._process = self._process or self._start_process()
-        fields = {name: getattr(record, name) for name in PIXEL_FIELDS}
+        fields = {name: getattr(record, name) for name in PixelRecord.__slots__}
         try:
             os.write(process.stdin.fileno(), json.dumps(fields).encode() + b"\n")  # type: ignore[union-attr]
             answer = json.loads(_read_line(process.stdout.fileno()))  # type: ignore[union-attr]

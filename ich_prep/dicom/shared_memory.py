@@ -43,5 +43,5 @@ class Attached:
     def view(self, size: int) -> memoryview:
         """Return the first ``size`` bytes, which the parent has made available."""
         if self._mapping is None or len(self._mapping) < size:
-            self._mapping = mmap.mmap(self._descriptor, os.fstat(self._descriptor).st_size, access=self._access)
+            self._mapping = mmap.mmap(self._descriptor, size, access=self._access)
         return memoryview(self._mapping)[:size]
