@@ -74,7 +74,8 @@ def decode(frame: bytes | memoryview, transfer_syntax: str, out: NDArray[np.uint
     # Both decoders silently fill in what a truncated stream lacks. Some encoders write fill bytes around the last marker.
     if not bytes(frame).rstrip(_FILL).endswith(_END_OF_IMAGE):
         raise ValueError("expected the marker of the end of the image, the frame is truncated")
-    pixels: NDArray[Any] = (jpegls_decode if transfer_syntax in JPEG_LS else jpeg8_decode)(frame, out=out)
+    pixels: NDArray[Any]
+    pixels = (jpegls_decode if transfer_syntax in JPEG_LS else jpeg8_decode)(frame, out=out)  # type: ignore[arg-type]
     return pixels
 
 

@@ -218,7 +218,9 @@ def test_what_a_dying_process_printed_is_in_the_detail(
 def test_a_library_that_prints_does_not_disturb_the_answers(
     good: PixelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "openjpeg.py").write_text(
+    (tmp_path / "openjpeg").mkdir()
+    (tmp_path / "openjpeg" / "__init__.py").touch()
+    (tmp_path / "openjpeg" / "utils.py").write_text(
         "import os, sys\nprint('{}', flush=True)\nos.write(2, b'y' * (1 << 20))\n"
         "def get_parameters(*_):\n    print('{}', flush=True)\n    raise ValueError('no \\x07 such')\n"
         "def decode_pixel_data(*_): pass\n"
