@@ -35,7 +35,7 @@ def main(slices: int = 512, repeats: int = 5, data: Path = Path("bench-data")) -
     header = ["", "scan and decode, slices/s", "spread", "decode", "spread", "two bare processes", "spread"]
     header += ["scan and decode, of the bare", "decode, of the bare"]
     title = f"Decoding: compressed slices of 512 x 512, {slices} slices, 2 processes"
-    publish("decoding", [Section(title, header, lines)], releases=versions(*PACKAGES), ratios=shares, raw=raw)
+    publish("build-decoding", [Section(title, header, lines)], releases=versions(*PACKAGES), ratios=shares, raw=raw)
 
 
 def contend(name: str, folder: Path, raised: bool) -> Run:
