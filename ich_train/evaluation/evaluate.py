@@ -117,12 +117,14 @@ def measure_views(
 
     The thresholds of best F1 are those of ``validation`` in the same view. ``position_only`` beside them is the area
     under the ROC curve of ``baseline`` (n, classes), probabilities that depend on each slice's place in its series only.
+    Intervals resample fold groups, each with all its patients.
     """
+    patients = len(np.unique(cases.patients))
     given: dict[str, Any] = {"classes": cases.classes, "resamples": resamples, "seed": seed}
     thresholds = best_f1_thresholds(validation.labels, validation.probabilities)
     views: dict[str, Any] = {
-        "by_slice": measure(cases.labels, cases.probabilities, cases.patients, thresholds, **given)
-        | {"position_only": roc_aucs(cases.labels, baseline, cases.classes)},
+        "by_slice": measure(cases.labels, cases.probabilities, cases.groups, thresholds, **given)
+        | {"patients": patients, "position_only": roc_aucs(cases.labels, baseline, cases.classes)},
         "by_series_max": None,
         "by_series_mean": None,
     }
@@ -135,8 +137,9 @@ def measure_views(
         )
         _, by_position, _ = by_series(cases.series, cases.series_sizes, cases.labels, baseline, how=how)
         thresholds = best_f1_thresholds(val_labels, val_probabilities)
-        views[f"by_series_{how}"] = measure(labels, probabilities, cases.patients[first], thresholds, **given) | {
-            "position_only": roc_aucs(labels, by_position, cases.classes)
+        views[f"by_series_{how}"] = measure(labels, probabilities, cases.groups[first], thresholds, **given) | {
+            "patients": patients,
+            "position_only": roc_aucs(labels, by_position, cases.classes),
         }
     return views
 
