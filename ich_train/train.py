@@ -73,30 +73,44 @@ def train(
     CUDA graph.
     """
     with join_ranks(settings.device) as ranks, own_stream(ranks.device), Stop(ranks) as stop:
-        session = _start_or_resume(dataset, out, settings, evaluation, ranks, resume=resume)
-        reporter = Reporter(console, epochs=settings.epochs, silent=not ranks.first)
-        finished = len(session.history) == settings.epochs
-        # The metrics of a run that is not finished are those of an earlier best epoch.
-        evaluated = evaluation is None or (finished and _is_evaluated(out, dataset, evaluation))
-        if finished:
-            reporter.say(
-                f"{out} is already finished: {'nothing to do' if evaluated else 'only its evaluation is left'}."
-            )
-        else:
-            reporter.say(_outline(session))
-            if resume:
-                epoch, steps = len(session.history) + 1, session.steps_done
-                reporter.say(f"Resuming {out} in epoch {epoch}, after {steps:,} of its steps.")
-            finished = _train_epochs(session, out, stop, reporter, evaluation_follows=evaluation is not None)
-
-    result = Result(out, tuple(session.history), finished=finished)
-    del session  # a recorded step keeps its memory until it is deleted
-    if evaluation is None or evaluated or not finished or not ranks.first:
+        result, evaluated = _train(dataset, out, settings, evaluation, ranks, stop, console=console, resume=resume)
+    if evaluation is None or evaluated or not result.finished or not ranks.first:
         return result
     from ich_train.evaluation.evaluate import evaluate_run
 
     metrics = evaluate_run(out, dataset, evaluation, device=str(ranks.device), threads=settings.threads)
     return replace(result, metrics=metrics)
+
+
+def _train(
+    dataset: Dataset,
+    out: Path,
+    settings: TrainConfig,
+    evaluation: EvalConfig | None,
+    ranks: Ranks,
+    stop: Stop,
+    *,
+    console: Console,
+    resume: bool,
+) -> tuple[Result, bool]:
+    """Train; return the result, and whether its evaluation is there already.
+
+    A function of its own: what it makes is gone when it returns, the memory of a recorded step too.
+    """
+    session = _start_or_resume(dataset, out, settings, evaluation, ranks, resume=resume)
+    reporter = Reporter(console, epochs=settings.epochs, silent=not ranks.first)
+    finished = len(session.history) == settings.epochs
+    # The metrics of a run that is not finished are those of an earlier best epoch.
+    evaluated = evaluation is None or (finished and _is_evaluated(out, dataset, evaluation))
+    if finished:
+        reporter.say(f"{out} is already finished: {'nothing to do' if evaluated else 'only its evaluation is left'}.")
+    else:
+        reporter.say(_outline(session))
+        if resume:
+            epoch, steps = len(session.history) + 1, session.steps_done
+            reporter.say(f"Resuming {out} in epoch {epoch}, after {steps:,} of its steps.")
+        finished = _train_epochs(session, out, stop, reporter, evaluation_follows=evaluation is not None)
+    return Result(out, tuple(session.history), finished=finished), evaluated
 
 
 def _train_epochs(session: Session, out: Path, stop: Stop, reporter: Reporter, *, evaluation_follows: bool) -> bool:
