@@ -96,9 +96,12 @@ def verify(
     if any(problem.culprit in required for problem in problems):
         # These files are damaged, so the shards cannot be checked against them.
         return Verification(0, 0, 0, tuple(problems))
-    if intact:
-        problems += [*_check_root(dataset), *_check_tables(dataset), *_check_zarr(dataset)]
-    problems += _check_shards(dataset, progress)
+    try:
+        if intact:
+            problems += [*_check_root(dataset), *_check_tables(dataset), *_check_zarr(dataset)]
+        problems += _check_shards(dataset, progress)
+    except CorruptionError as error:  # a table that was sealed again says what no table can
+        return Verification(0, 0, 0, (*problems, Problem(str(dataset.path), str(error))))
     problems += _check_strays(dataset)
     if intact and belongs:
         problems += _check_ledger(dataset, folder)

@@ -109,8 +109,8 @@ def join_ranks(device: str) -> Iterator[Ranks]:
     chosen = choose_device(device, index=int(os.environ["LOCAL_RANK"]))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    # Default arguments of its functions are the group of the moment of its import, which DistributedDataParallel causes: then
-    # no one could end the group, and a thread of it that drops a tensor while Python exits aborts the process.
+    # DistributedDataParallel imports this module, whose functions take the group of that moment for a default argument.
+    # If there is one by then, nobody can end it, and a thread of it that drops a tensor while Python exits aborts.
     importlib.import_module("torch.distributed.nn")
     distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:

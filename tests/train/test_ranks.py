@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ print(sorted(open(f"/proc/self/task/{task}/comm").read().strip() for task in tas
 """
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs /proc to list threads")
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc to list threads")
 def test_no_thread_of_the_group_outlives_it() -> None:
     """One that drops a tensor while Python exits would abort the process."""
     with socket.create_server(("127.0.0.1", 0)) as free:
