@@ -27,13 +27,16 @@ from ich_prep.dataset.schema import OK, shard_path
 from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.storage import clear_leftovers, local_path, size_of, sync_file, write_whole
 from ich_prep.dataset.tables import parquet_bytes, read_parquet, write_table
-from ich_prep.errors import BuildError, Reason, SourceError, count
+from ich_prep.errors import Reason, SourceError, count
 from ich_prep.execute import Pool, default_workers
 from ich_prep.layouts import check_layout, choose_layout
-from ich_prep.layouts.labels import LabelRules, LabelTable, fill_any
+from ich_prep.layouts.label_keys import choose_key
+from ich_prep.layouts.labels import LabelOptions, LabelRules, fill_any
 from ich_prep.progress import NoProgress, Progress
-from ich_prep.sources import Listing, TableFile, local_table, open_source, shown
+from ich_prep.sources import Listing, TableFile, check_table_path, local_table, open_source, shown
 from ich_prep.stages import ledger
+from ich_prep.stages.checks import Allowances, check_damage, check_labels, check_lost
+from ich_prep.stages.copies import hash_images, sharing_uid
 from ich_prep.stages.output import (
     build_lock,
     check_existing,
@@ -45,14 +48,18 @@ from ich_prep.stages.output import (
 )
 from ich_prep.stages.plan import Plan, make_plan
 from ich_prep.stages.publish import collect_tables, publish
+from ich_prep.stages.rules import apply_rules
 from ich_prep.stages.scan import FILES_PER_BATCH, scan_batch
 from ich_prep.stages.shard import ShardReport, write_shard
 from ich_prep.stages.state import BuildFolder, State, build_folder, read_state, write_state
+from ich_prep.stages.units import refuse_other_units
 from ich_prep.versions import all_versions
+
+__all__ = ["Allowances", "Outcome", "build"]
 
 SYNC_THREADS = 4
 # What tasks import, loaded while files are listed; pyarrow imports pandas when it first sees a Python list.
-TASK_MODULES = ("ich_prep.stages.scan", "ich_prep.stages.shard", "pandas")
+TASK_MODULES = ("ich_prep.stages.scan", "ich_prep.stages.shard", "ich_prep.stages.units", "pandas")
 
 
 @dataclass(frozen=True)
@@ -64,22 +71,13 @@ class Outcome:
     seconds: dict[str, float]
 
 
-@dataclass(frozen=True)
-class Allowances:
-    """Label problems that do not stop the build, and the largest share of damaged files."""
-
-    unlabelled: bool = False
-    missing_images: bool = False
-    contradictions: bool = False
-    max_quarantined: float = 0.01
-
-
 def build(
     src: str | Path | Sequence[str | Path],
     out: str | Path,
     spec: Spec | None = None,
     *,
     labels: str | Path | None = None,
+    label_options: LabelOptions | None = None,
     build_dir: str | Path | None = None,
     workers: int | None = None,
     scheduler: str | None = None,
@@ -89,11 +87,12 @@ def build(
 ) -> Outcome:
     """Build the dataset ``out`` from the DICOM files in ``src``, or resume an interrupted build.
 
-    ``src`` is a folder or a zip archive, or several of them: then each path starts with the name of its folder or archive.
-    ``labels`` is a label file instead of the one in the tree. ``build_dir`` is the working folder, which keeps what a
-    resume needs (default: ``out`` with ``.build`` appended). ``workers`` are local processes (default: one per core;
-    0: all in this process), ``scheduler`` the address of a Dask cluster whose workers see all folders under the same
-    paths. Raises ``SourceError``, ``BuildError`` or ``UsageError``; finished work is kept for the next run.
+    ``src`` is a folder or a zip archive, or several of them: then each path starts with the name of its folder or
+    archive. ``labels`` is a label file instead of the one in the tree, ``label_options`` how to read it.
+    ``build_dir`` is the working folder, which keeps what a resume needs (default: ``out`` with ``.build`` appended).
+    ``workers`` are local processes (default: one per core; 0: all in this process), ``scheduler`` the address of a
+    Dask cluster whose workers see all folders under the same paths. Raises ``SourceError``, ``BuildError`` or
+    ``UsageError``; finished work is kept for the next run.
     """
     paths = [src] if isinstance(src, str | Path) else src
     sources, out = [local_path(path, "--src").absolute() for path in paths], local_path(out, "--out").absolute()
@@ -104,6 +103,8 @@ def build(
     check_layout(spec)
     native.require()
     source = open_source(sources)
+    if labels is not None:
+        check_table_path(local_path(labels, "--labels"))
     check_output_folder(out, folder, sources, overwrite=overwrite)
     with Pool(workers=count, scheduler=scheduler, modules=TASK_MODULES) as pool:
         with _timed(seconds, "list"):
@@ -113,12 +114,10 @@ def build(
                 layout.read_labels(
                     listing,
                     None if labels is None else _label_file(labels, listing),
-                    LabelRules(spec.classes, allow.contradictions, allow.unlabelled),
+                    LabelRules(spec.classes, allow.contradictions, allow.unlabelled, label_options or LabelOptions()),
                 )
             )
-        state = State(
-            spec=spec, sources=_digest_listing(listing), labels=_digest_labels(table), versions=all_versions()
-        )
+        state = State(spec=spec, sources=_digest_listing(listing), labels=table.digest(), versions=all_versions())
         if not overwrite and check_existing(out, folder, state, listing):
             counts = open_dataset(out).counts.model_dump()
             return Outcome(counts=counts, already_finished=True, seconds=seconds)
@@ -138,10 +137,27 @@ def build(
                 with _timed(seconds, "scan"):
                     scanned = _scan(pool, folder, sources, listing, progress)
                 with _timed(seconds, "plan"):
-                    plan = make_plan(scanned, assignment=layout.assign(scanned, listing.name), labels=table, spec=spec)
-                    hint = f"{folder.scan} lists them. Fix what can be fixed and run the same command again"
-                    _check_damage(plan.quarantine, len(listing.files), allow, hint)
-                    _check_labels(plan, table, folder, allow, progress)
+                    scanned = apply_rules(scanned, spec)
+                    scanned = refuse_other_units(
+                        scanned, listing.files, folder=folder, sources=sources, run=pool.map, spec=spec
+                    )
+                    table = choose_key(table, scanned, own_patients=spec.patients == "column")
+                    for note in table.notes:
+                        progress.say(f"Labels: {note}.")
+                    plan = make_plan(
+                        scanned,
+                        assignment=layout.assign(scanned, listing.name),
+                        labels=table,
+                        spec=spec,
+                        image=_hash_copies(pool, folder, sources, scanned, listing),
+                    )
+                    for note in plan.notes:
+                        progress.say(f"{note}.")
+                    write_table(folder.quarantine, plan.quarantine)
+                    hint = "`ich-prep quarantine` lists them. Fix what can be fixed and run the same command again"
+                    check_damage(plan.quarantine, len(plan.slices), allow, hint)
+                    check_labels(plan, table, folder, allow, progress)
+                    check_lost(plan.lost, allow, progress)
                     state = _write_plan(folder, state, plan)
                 log("planned", slices=len(plan.slices), quarantined=len(plan.quarantine))
                 del scanned, plan  # one line per file: memory that writing shards does not need
@@ -152,10 +168,10 @@ def build(
             with _timed(seconds, "publish"):
                 tables = collect_tables(out, folder, state)
                 hint = (
-                    f"{folder.done} and {folder.quarantine} list them. Run the same command again if the machine was "
-                    "at fault, and with --overwrite if files were fixed"
+                    "`ich-prep quarantine` lists them. Run the same command again if the machine was at fault, and with "
+                    "--overwrite if files were fixed"
                 )
-                _check_damage(tables.quarantine, len(listing.files), allow, hint)
+                check_damage(tables.quarantine, tables.ok, allow, hint)
                 counts = publish(out, folder, state=state, tables=tables, found=len(listing.files))
             log("published", **counts)
     return Outcome(counts=counts, already_finished=False, seconds=seconds)
@@ -166,7 +182,6 @@ def build(
 
 def _label_file(given: str | Path, listing: Listing) -> TableFile:
     """Return the label file ``given``: one of the source, as messages name it (also inside an archive), or any other."""
-    local_path(given, "--labels")
     inside = (table for table in listing.tables if Path(table.path) == Path(given).absolute())
     return next(inside, None) or local_table(Path(given))
 
@@ -188,13 +203,6 @@ def _digest_listing(listing: Listing) -> str:
     unreadable = files.filter(pc.is_valid(files["reason"]))
     for path, reason in zip(unreadable["path"].to_pylist(), unreadable["reason"].to_pylist(), strict=True):
         digest.update(b"%s %d " % (reason.encode(), len(path)) + path)
-    return digest.hexdigest()
-
-
-def _digest_labels(labels: LabelTable) -> str:
-    digest = hashlib.sha256(labels.key.encode() + labels.values.tobytes())
-    for keys in (labels.keys, labels.listed):
-        digest.update(b"%d " % len(keys) + "\n".join(keys.to_pylist()).encode())
     return digest.hexdigest()
 
 
@@ -265,50 +273,26 @@ def _any_damage(reasons: pa.ChunkedArray) -> bool:
     return any(Reason(reason).is_damage for reason in reasons.unique().to_pylist() if reason is not None)
 
 
-def _check_labels(plan: Plan, labels: LabelTable, folder: BuildFolder, allow: Allowances, progress: Progress) -> None:
-    """Raise ``SourceError`` if labels and slices do not match; list all cases in ``label_problems.parquet``."""
-    problems = {
-        "unlabelled": (plan.unlabelled, allow.unlabelled),
-        "missing_image": (plan.without_image, allow.missing_images),
-        "contradictory": (labels.contradicted, allow.contradictions),
-    }
-    path = folder.label_problems
-    names = pa.array(np.repeat(list(problems), [len(keys) for keys, _ in problems.values()]), pa.string())
-    write_table(path, pa.table({"problem": names, "key": pa.concat_arrays([k for k, _ in problems.values()])}))
-    messages = {
-        "unlabelled": ("slice", "without a label", "give them labels, or keep them with --allow-unlabelled"),
-        "missing_image": ("label", "without an image", "fetch the files, or continue with --allow-missing-images"),
-        "contradictory": (
-            "key",
-            "with contradictory labels",
-            "correct the label file, or take them as unknown with --allow-contradictions",
-        ),
-    }
-    for problem, (keys, allowed) in problems.items():
-        if not len(keys):
-            continue
-        noun, what, remedy = messages[problem]
-        text = f"{count(len(keys), noun)} {what} (for example {keys[0].as_py()}; all are listed in {path})"
-        if not allowed:
-            raise SourceError(f"Labels and images do not match: {text}. Either {remedy}.")
-        progress.say(f"Labels: {text}; allowed.")
+def _hash_copies(
+    pool: Pool, folder: BuildFolder, sources: Sequence[Path], scanned: pa.Table, listing: Listing
+) -> pa.Array:
+    """Return the image hash of each line of ``scanned`` whose SOP Instance UID another slice has, null for all others."""
+    accepted = np.flatnonzero(pc.is_null(scanned["reason"]).to_numpy())
+    lines = accepted[sharing_uid(scanned.take(pa.array(accepted)))]
+    if not len(lines):
+        return pa.nulls(len(scanned), pa.string())
+    slices = scanned.take(pa.array(lines))
+    keys = _source_keys(listing, slices["path"]).to_pylist()
+    hashes = hash_images(slices, keys, folder=folder, sources=sources, map_tasks=pool.map)
+    at = np.full(len(scanned), -1)
+    at[lines] = np.arange(len(lines))
+    return hashes.take(pa.array(at, pa.int64(), mask=at < 0))
 
 
-def _check_damage(quarantine: pa.Table, found: int, allow: Allowances, hint: str) -> None:
-    """Raise ``BuildError`` if more files are damaged than allowed.
-
-    ``hint`` says where they are listed and how to continue.
-    """
-    lines = [line for line in quarantine.to_pylist() if Reason(line["reason"]).is_damage]
-    damaged = Counter(line["reason"] for line in lines)
-    share = damaged.total() / max(1, found)
-    if share > allow.max_quarantined:
-        reasons_text = ", ".join(f"{count} {reason}" for reason, count in damaged.most_common())
-        raise BuildError(
-            f"{damaged.total():,} of {count(found, 'file')} damaged ({share:.2%}; at most {allow.max_quarantined:.2%} are "
-            f"allowed): {reasons_text}; for example {lines[-1]['path']}: {lines[-1]['detail']}. {hint}; or raise "
-            "--max-quarantined if the source really is like that."
-        )
+def _source_keys(listing: Listing, paths: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return the source keys (binary) of the files with ``paths`` (string)."""
+    readable = listing.files.filter(pc.is_null(listing.files["reason"]))
+    return readable["key"].take(pc.index_in(paths.cast(pa.binary()), value_set=readable["path"]))
 
 
 def _write_plan(folder: BuildFolder, state: State, plan: Plan) -> State:
@@ -322,7 +306,7 @@ def _write_plan(folder: BuildFolder, state: State, plan: Plan) -> State:
     data = parquet_bytes(plan.slices, row_group_size=state.spec.slices_per_shard, write_statistics=False)
     write_whole(folder.plan, data)
     write_table(folder.series, plan.series)
-    write_table(folder.quarantine, plan.quarantine)
+    write_table(folder.lost, plan.lost)
     digest = hashlib.sha256(state.spec.model_dump_json().encode() + data).hexdigest()
     state = state.model_copy(update={"plan": digest})
     write_state(folder, state)
@@ -336,9 +320,8 @@ def _write_keys(folder: BuildFolder, listing: Listing) -> None:
     """
     with pq.ParquetFile(folder.plan) as plan:
         metadata = plan.metadata
-        paths = plan.read(["path"])["path"].cast(pa.binary())
-    readable = listing.files.filter(pc.is_null(listing.files["reason"]))
-    keys = readable.select(["key"]).take(pc.index_in(paths, value_set=readable["path"]))
+        paths = plan.read(["path"])["path"]
+    keys = pa.table({"key": _source_keys(listing, paths)})
     data = parquet_bytes(keys, row_group_size=metadata.row_group(0).num_rows, write_statistics=False)
     write_whole(folder.keys, data)
 

@@ -88,6 +88,7 @@ def build(
     options = resolve(recipe, given)
 
     from ich_prep import build_dataset
+    from ich_prep.layouts.labels import LabelOptions
     from ich_prep.progress import TerminalProgress
 
     try:
@@ -97,6 +98,12 @@ def build(
                 out,
                 options.spec(),
                 labels=options.labels,
+                label_options=LabelOptions(
+                    key=options.label_key,
+                    column=options.label_column,
+                    ignore=options.ignore_columns,
+                    keep=options.keep_columns,
+                ),
                 build_dir=options.build_dir,
                 workers=options.workers,
                 scheduler=options.scheduler,
@@ -105,6 +112,7 @@ def build(
                     unlabelled=options.allow_unlabelled,
                     missing_images=options.allow_missing_images,
                     contradictions=options.allow_contradictions,
+                    lost_labels=options.allow_lost_labels,
                     max_quarantined=options.max_quarantined,
                 ),
                 progress=progress,
@@ -121,6 +129,9 @@ def build(
 
 
 def _print_outcome(out: Path, outcome: Outcome) -> None:
+    from ich_prep.dataset.dataset import open_dataset
+    from ich_prep.summary import closing_lines
+
     counts = outcome.counts
     if outcome.already_finished:
         typer.echo(f"{out} is already finished, with the same settings: nothing to do.")
@@ -135,6 +146,8 @@ def _print_outcome(out: Path, outcome: Outcome) -> None:
             f"{work:.1f} s, {counts['planned'] / work:,.0f} slices/s after the workers had started "
             f"({', '.join(f'{stage} {seconds:.1f} s' for stage, seconds in outcome.seconds.items())})."
         )
+    for line in closing_lines(open_dataset(out)):
+        typer.echo(line)
 
 
 @app.command()

@@ -29,7 +29,8 @@ def options_from(
     model, with values from elsewhere beside them. Several decorators may fill several parameters. ``default`` is what
     the help texts say instead of the model's defaults. A Typer option is declared with a number's range and a literal's
     choices; fields of other types than those, text, paths and booleans are passed as text, which the model must parse.
-    An option that is given twice is refused: the last one would win silently.
+    An option that is given twice is refused, because the last one would win silently; but that of a tuple is then given
+    as the list of its texts.
     """
     fields = {name: model.model_fields[name] for name in names or model.model_fields}
 
@@ -76,15 +77,15 @@ def _option(name: str, field: FieldInfo, default: str | None) -> inspect.Paramet
 
 def _once(fields: dict[str, FieldInfo], values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield name and value of each option that was given, which must be once."""
-    for name in fields:
+    for name, field in fields.items():
         value = values[name]
         if isinstance(value, list):
-            if len(value) > 1:
+            if len(value) > 1 and get_origin(field.annotation) is not tuple:
                 flag = f"--{name.replace('_', '-')}"
                 raise typer.BadParameter(
                     f"{flag} was given {len(value)} times ({', '.join(map(str, value))}): give one."
                 )
-            value = value[0] if value else None
+            value = value[0] if len(value) == 1 else value or None
         if value is not None:
             yield name, value.value if isinstance(value, StrEnum) else value
 

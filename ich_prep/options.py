@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ich_prep.dataset.spec import Spec
 from ich_prep.recipe import read_section, validate
@@ -15,7 +15,22 @@ from ich_prep.recipe import read_section, validate
 class BuildOptions(Spec):
     """The options that a recipe's ``[build]`` and the command line may set."""
 
-    labels: Path | None = Field(default=None, description="Label CSV. [default: the one found in the source]")
+    labels: Path | None = Field(
+        default=None,
+        description="Label table: CSV, TSV, Parquet or XLSX. [default: the CSV or TSV found in the source]",
+    )
+    label_key: tuple[str, ...] = Field(
+        default=(), description="KEY or KEY=COLUMN: what joins the labels to the files. May be repeated."
+    )
+    label_column: tuple[str, ...] = Field(
+        default=(), description="CLASS=COLUMN: the column with the labels of a class. May be repeated."
+    )
+    ignore_columns: tuple[str, ...] = Field(
+        default=(), description="Columns of the label table to leave out, as a,b; or all that have no meaning."
+    )
+    keep_columns: tuple[str, ...] = Field(
+        default=(), description="Columns of the label table to carry into the dataset, as a,b; a is then x_a."
+    )
     build_dir: Path | None = Field(
         default=None, description="Working folder, needed to resume. [default: the dataset's path with .build appended]"
     )
@@ -26,7 +41,16 @@ class BuildOptions(Spec):
     max_quarantined: float = Field(default=0.01, ge=0, le=1, description="Largest share of damaged files.")
     allow_unlabelled: bool = Field(default=False, description="Keep slices without a label.")
     allow_missing_images: bool = Field(default=False, description="Continue when labels have no image.")
+    allow_lost_labels: bool = Field(
+        default=False, description="Continue when a rule of the build removes all images of a label."
+    )
     allow_contradictions: bool = Field(default=False, description="Take contradictory labels as unknown.")
+
+    @field_validator("label_key", "label_column", "ignore_columns", "keep_columns", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        # Not split at commas: a column's name may contain one.
+        return [value] if isinstance(value, str) else value
 
     def spec(self) -> Spec:
         """Return the part that changes the bytes."""

@@ -46,14 +46,16 @@ class Images(BaseModel):
     size: int
     pixels: Literal["windows", "hu"]
     windows: tuple[Window, ...]  # stored; of HU, those that the dataset names as its default
+    orientation: Literal["patient", "as-stored"] = "as-stored"  # of the first runs, which did not record it
 
     @classmethod
     def of(cls, dataset: Dataset) -> Self:
         """Return what ``dataset`` stores."""
-        return cls(size=dataset.spec.size, pixels=dataset.spec.store, windows=tuple(dataset.spec.windows))
+        spec = dataset.spec
+        return cls(size=spec.size, pixels=spec.store, windows=tuple(spec.windows), orientation=spec.orientation)
 
     def describe(self) -> str:
-        """Describe it; equal text means equal images, because any windows can be computed from HU."""
+        """Describe its pixels; equal text means equal pixels, because any windows can be computed from HU."""
         if self.pixels == "hu":
             return f"HU at {self.size} x {self.size}"
         names = ", ".join(f"{window.name} {window.center:g}/{window.width:g}" for window in self.windows)
@@ -164,6 +166,12 @@ def load_parameters(folder: Path, model: torch.nn.Module) -> None:
         raise TrainError(
             f"The weights in {file} do not fit the network that {META} describes: {differences}. Was its code changed?"
         )
+    not_finite = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if not_finite:
+        raise TrainError(
+            f"The weights in {file} are damaged: {not_finite[0]} has a value that is not finite. Use another checkpoint of "
+            "the run, or train again with a lower learning_rate."
+        )
     model.load_state_dict(tensors)
 
 
@@ -178,6 +186,8 @@ def load_state(folder: Path) -> dict[str, Any]:
             f"Cannot read the state of a training run in {file}: {reason}. The run cannot be resumed: start another one, "
             "optionally from its best weights."
         ) from error
+    if not isinstance(state, dict):
+        raise TrainError(f"The state of a training run in {file} is damaged: it is a {type(state).__name__}.")
     return state
 
 

@@ -21,7 +21,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -42,6 +42,7 @@ HISTOGRAM_BINS = 64
 # The statuses of a row that are not quarantine reasons. Readers treat any other word as a row without pixels.
 OK = "ok"
 UNUSED = "unused"  # a row between two generations that belongs to no slice
+AS_STORED = "as-stored"  # the orientation of a dataset whose spec names none
 WITHDRAWN = "withdrawn"  # a slice that was dropped from the dataset
 
 _FORMAT = re.compile(r"ich/1(\.[0-9]+)?")  # a later 1.x may add keys and columns
@@ -57,8 +58,11 @@ def table_name(table: str, generation: int) -> str:
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def slice_schema(classes: Sequence[str] = RSNA_CLASSES) -> pa.Schema:
-    """Return the columns of the slice table of a dataset with these ``classes``."""
+def slice_schema(classes: Sequence[str] = RSNA_CLASSES, extra: Iterable[pa.Field] = ()) -> pa.Schema:
+    """Return the columns of the slice table of a dataset with these ``classes``.
+
+    ``extra`` are the columns ``x_...`` from a user's label table, at the end.
+    """
     return pa.schema(
         [
             ("row", pa.int64()),
@@ -97,6 +101,7 @@ def slice_schema(classes: Sequence[str] = RSNA_CLASSES) -> pa.Schema:
             ("share_bone", pa.float32()),
             ("content_hash", pa.string()),
             ("chunk_crc32c", pa.uint32()),
+            *extra,
         ]
     )
 
@@ -194,13 +199,14 @@ class Counts(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     rows: Count
+    found: Count = 0
+    planned: Count = 0
     ok: Count
     quarantined: Count
     series: Count
-    shards: Count
-    found: Count = 0
-    planned: Count = 0
     patients: Count = 0
+    fold_groups: Count = 0
+    shards: Count
     bytes: Count = 0
 
 
@@ -213,6 +219,15 @@ class TableNames(BaseModel):
     series: FileName
     shards: FileName
     quarantine: FileName
+
+
+class LostLabels(BaseModel):
+    """The labels that had images in the source and have none in the dataset, for one reason."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    labels: Count
+    positive: Count
 
 
 class Event(BaseModel):
@@ -235,6 +250,8 @@ class Root(BaseModel):
     spec: Stored
     classes: tuple[str, ...]
     counts: Counts
+    lost_labels: dict[str, LostLabels] = {}
+    given_folds: bool = False
     tables: TableNames
     digests: dict[FileName, Sha256]
     generation: Annotated[int, Field(ge=1)] = 1
@@ -247,7 +264,9 @@ class Root(BaseModel):
     @field_validator("spec", mode="before")
     @classmethod
     def _complete(cls, value: Any) -> Any:
-        # The defaults are a build's; a reader must not assume them.
+        # The defaults are a build's; a reader must not assume them. The first builds had no orientation, and turned nothing.
+        if isinstance(value, dict):
+            value = {"orientation": AS_STORED, **value}
         missing = [name for name in Stored.model_fields if not isinstance(value, dict) or name not in value]
         if missing:
             raise ValueError(f"the spec lacks {', '.join(missing)}")

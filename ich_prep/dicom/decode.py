@@ -27,7 +27,8 @@ import numpy as np
 from ich_prep.dataset.native import crc32c
 from ich_prep.dicom import jpeg_plugin
 from ich_prep.dicom.elements import DEFLATED_LE, EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE
-from ich_prep.dicom.header import INFLATED_LIMIT, inflate, walk_meta
+from ich_prep.dicom.header import INFLATED_LIMIT, inflate
+from ich_prep.dicom.skim import walk_meta
 from ich_prep.errors import Reason, SliceError
 
 if TYPE_CHECKING:
@@ -258,7 +259,7 @@ def decode_with_pydicom(data: bytes) -> NDArray[Any]:
         # What pydicom only warns about, such as extra frames, shows in the shape.
         with warnings.catch_warnings(), pydicom.config.disable_value_validation():
             warnings.simplefilter("ignore")
-            dataset = pydicom.dcmread(io.BytesIO(data))
+            dataset = pydicom.dcmread(io.BytesIO(data), force=True)  # the scan has seen that it is DICOM
             syntax = str(dataset.file_meta.TransferSyntaxUID)
             decoder = get_decoder(syntax)
             plugin = PLUGINS.get(syntax, "")

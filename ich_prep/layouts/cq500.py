@@ -12,7 +12,14 @@ import pyarrow.compute as pc
 
 from ich_prep.dataset.classes import RSNA_CLASSES
 from ich_prep.errors import SourceError
-from ich_prep.layouts.assignment import Assignment, no_repairs, read_csv, require_single, tables_with
+from ich_prep.layouts.assignment import (
+    Assignment,
+    no_repairs,
+    read_csv,
+    refuse_options,
+    require_single,
+    tables_with,
+)
 from ich_prep.layouts.labels import DEFAULT_RULES, LabelRules, LabelTable, labels_from_long_table, no_labels
 
 if TYPE_CHECKING:
@@ -48,6 +55,7 @@ def read_labels(listing: Listing, given: TableFile | None, rules: LabelRules = D
     Readers may agree on a bleed but not on its type: then ``any`` is 1 and no subtype is. If a majority for a subtype
     exists without one for ICH, ``any`` is set to 1, and a note counts these subjects.
     """
+    refuse_options(rules, "cq500")
     tables = tables_with(listing, HEADER)
     if given is None and rules.allow_unlabelled and not tables:
         return replace(no_labels(rules.classes), key="subject")

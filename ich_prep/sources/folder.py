@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Separates the path of an archive from the key of a member; no path contains it.
 _INSIDE: Final = b"\0"
-_ZIP, _GZIP, _CSV = b".zip", b".dcm.gz", b".csv"
+_ZIP, _GZIP, _TABLES = b".zip", b".dcm.gz", (b".csv", b".tsv")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class FolderSource:
 
     def _add(self, entries: Entries, folder: bytes, name: bytes, size: int, taken: set[bytes]) -> None:
         path, ending = folder + name, name.lower()
-        if ending.endswith(_CSV):
+        if ending.endswith(_TABLES):
             entries.tables.append(TableFile(self, path, display_path(self.path, path)))
         elif ending.endswith(_ZIP):
             self._add_archive(entries, path, size, _without_ending(name, _ZIP, taken))

@@ -104,7 +104,7 @@ def add_members(entries: Entries, source: Source, archive: Path, *, prefix: byte
     keys = with_prefix(key_prefix, _keys(directory))
     columns = [with_prefix(prefix, paths), pa.array(directory.sizes), keys]
     files = pa.table([*columns, pa.array(reasons, pa.string()), pa.array(details, pa.string())], schema=LISTING_SCHEMA)
-    is_table = pc.and_(pc.match_substring_regex(paths.fill_null(b""), r"(?i)\.csv$"), pc.is_null(files["reason"]))
+    is_table = pc.and_(pc.match_substring_regex(paths.fill_null(b""), r"(?i)\.[ct]sv$"), pc.is_null(files["reason"]))
     is_table = pc.and_(is_table, pa.array(kept)).to_numpy(zero_copy_only=False)
     entries.add_all(files.filter(pa.array(kept & ~is_table)))
     for index in np.flatnonzero(is_table).tolist():

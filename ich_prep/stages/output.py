@@ -16,7 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from ich_prep.dataset.dataset import open_dataset, read_attributes, working_folder
-from ich_prep.dataset.schema import IMAGES, LABELS, ROOT, TABLES
+from ich_prep.dataset.schema import AS_STORED, IMAGES, LABELS, ROOT, TABLES
 from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.storage import files_below, sync_folder, whole_name
 from ich_prep.dataset.tables import read_parquet
@@ -165,7 +165,7 @@ def _dataset_differences(
             f"The working folder {folder.path} belongs to another dataset than {out}. Name the right one with "
             "--build-dir, remove this one, or replace the dataset with --overwrite."
         )
-    recorded = {**dataset.attributes["spec"], "classes": list(dataset.classes)}
+    recorded = {"orientation": AS_STORED, **dataset.attributes["spec"], "classes": list(dataset.classes)}
     differences = _spec_differences(recorded, state.spec)
     sources = dataset.root.history[-1].digests.get("sources") if dataset.root.history else None
     return differences + _input_differences(folder, sources, dataset.root.labels_digest, state, listing)

@@ -33,24 +33,42 @@ from ich_prep.dataset.tables import read_parquet, write_table
 from ich_prep.dataset.windows import MIN_HU
 from ich_prep.errors import BuildError
 from ich_prep.stages import ledger
-from ich_prep.stages.plan import PIXEL_COLUMNS
+from ich_prep.stages.images import equal_images, link_images
+from ich_prep.stages.losses import losses_by_reason, lost_in_shards
+from ich_prep.stages.plan_tables import PLAN_COLUMNS
 from ich_prep.stages.shard import RowReport, ShardReport
 from ich_prep.stages.state import write_state
 from ich_prep.versions import PACKAGE, all_versions, library_versions
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from ich_prep.dataset.spec import Spec
     from ich_prep.stages.state import BuildFolder, State
 
 
+_REPORTED = (
+    "hu_min", "hu_max", "hu_mean", "share_air", "share_soft", "share_bone", "content_hash", "chunk_crc32c",
+)  # fmt: skip
+# The share of the body in the range of lung from which on a volume is flagged as not a head.
+LUNG_SHARE = 0.05
+
+
 @dataclass(frozen=True)
 class Tables:
-    """The published tables, with the columns of ``dataset.schema``."""
+    """The published tables, with the columns of ``dataset.schema``; ``lost``: labels without an ok row (``LOST_SCHEMA``)."""
 
     slices: pa.Table
     series: pa.Table
     shards: pa.Table
     quarantine: pa.Table
+    lost: pa.Table
+
+    @property
+    def ok(self) -> int:
+        """The number of rows that are ok."""
+        number: int = pc.sum(self.shards["n_ok"]).as_py()
+        return number
 
 
 def collect_tables(out: Path, folder: BuildFolder, state: State) -> Tables:
@@ -74,9 +92,8 @@ def collect_tables(out: Path, folder: BuildFolder, state: State) -> Tables:
         status.filter(pa.array(~ok)),
         pa.array([line.detail for line in lines if line.status != OK], pa.string()),
     ]
-    series = read_parquet(folder.series)
-    index = series.schema.get_field_index("n_ok")
-    counted = np.add.reduceat(ok.astype(np.int64), series["first_row"].to_numpy())
+    slices = _with_results(plan.drop_columns(list(PLAN_COLUMNS)), lines, status)
+    slices = link_images(slices, plan["given_fold"], equal_images(slices), state.spec)
     shards = [
         pa.array(np.arange(len(starts))),
         pa.array(starts),
@@ -87,11 +104,43 @@ def collect_tables(out: Path, folder: BuildFolder, state: State) -> Tables:
         pa.array([entry.hu_histogram for entry in entries], pa.list_(pa.int64())),
     ]
     return Tables(
-        slices=_with_results(plan.drop_columns(list(PIXEL_COLUMNS)), lines, status),
-        series=series.set_column(index, series.schema.field(index), pa.array(counted, pa.int32())),
+        slices=slices,
+        series=_with_rows(read_parquet(folder.series), slices, ok),
         shards=pa.table(shards, schema=SHARD_SCHEMA),
         quarantine=pa.concat_tables([read_parquet(folder.quarantine), pa.table(quarantined, schema=QUARANTINE_SCHEMA)]),
+        lost=pa.concat_tables(
+            [read_parquet(folder.lost), lost_in_shards(plan, status, _is_positive(plan, state.spec))]
+        ),
     )
+
+
+def _is_positive(plan: pa.Table, spec: Spec) -> pa.Array:
+    """Return whether any class of each row is 1."""
+    values = np.stack([plan[name].fill_null(0).to_numpy() for name in spec.classes], axis=1)
+    return pa.array((values == 1).any(axis=1), pa.bool_())
+
+
+def _with_rows(series: pa.Table, slices: pa.Table, ok: NDArray[np.bool_]) -> pa.Table:
+    """Return the series table with what its rows of ``slices`` say: the number that are ``ok``, fold group, fold, flags."""
+    starts = series["first_row"]
+    first = slices.take(starts)
+    flags = slices["flags"].to_pylist()
+    ends = [*starts.to_pylist()[1:], len(slices)]
+    united = [
+        sorted({flag for line in flags[begin:end] for flag in line})
+        for begin, end in zip(starts.to_pylist(), ends, strict=True)
+    ]
+    columns = {
+        "n_ok": np.add.reduceat(ok.astype(np.int64), starts.to_numpy()),
+        "fold": first["fold"],
+        "fold_group": first["fold_group"],
+        "flags": united,
+    }
+    for name, values in columns.items():
+        field = series.schema.field(name)
+        column = values if isinstance(values, pa.ChunkedArray) else pa.array(values, field.type)
+        series = series.set_column(series.schema.get_field_index(name), field, column)
+    return series
 
 
 def _entry(out: Path, folder: BuildFolder, number: int) -> ShardReport:
@@ -110,12 +159,25 @@ def _entry(out: Path, folder: BuildFolder, number: int) -> ShardReport:
 
 def _with_results(slices: pa.Table, lines: list[RowReport], status: pa.Array) -> pa.Table:
     """Return the slice table with what the shards reported: status, flags, HU range and mean, hash, checksum."""
-    flags = [sorted({*planned, *line.flags}) for planned, line in zip(slices["flags"].to_pylist(), lines, strict=True)]
-    results = {"status": status, "flags": pa.array(flags, pa.list_(pa.string()))}
-    for name in ("hu_min", "hu_max", "hu_mean", "content_hash", "chunk_crc32c"):
+    results = {"status": status}
+    for name in _REPORTED:
         results[name] = pa.array([getattr(line, name) for line in lines], slices.schema.field(name).type)
     columns = [results.get(field.name, slices[field.name]) for field in slices.schema]
-    return pa.table(columns, schema=slices.schema)
+    slices = pa.table(columns, schema=slices.schema)
+    found = {"same_image": equal_images(slices) >= 0, "not_head": _shows_lung(slices["series_row"].to_numpy(), lines)}
+    flags = [{*planned, *line.flags} for planned, line in zip(slices["flags"].to_pylist(), lines, strict=True)]
+    for name, where in found.items():
+        for row in np.flatnonzero(where).tolist():
+            flags[row].add(name)
+    index = slices.schema.get_field_index("flags")
+    return slices.set_column(index, slices.schema.field(index), pa.array(map(sorted, flags), pa.list_(pa.string())))
+
+
+def _shows_lung(series_row: NDArray[np.int64], lines: list[RowReport]) -> NDArray[np.bool_]:
+    """Return for each row whether much of what its volume shows inside the body is in the range of lung."""
+    lung, body = (np.bincount(series_row, [getattr(line, name) for line in lines]) for name in ("lung", "body"))
+    shows: NDArray[np.bool_] = (lung > LUNG_SHARE * body)[series_row]
+    return shows
 
 
 def publish(out: Path, folder: BuildFolder, *, state: State, tables: Tables, found: int) -> dict[str, int]:
@@ -138,10 +200,11 @@ def publish(out: Path, folder: BuildFolder, *, state: State, tables: Tables, fou
         "rows": len(tables.slices),
         "found": found,
         "planned": len(tables.slices),
-        "ok": pc.sum(tables.shards["n_ok"]).as_py(),
+        "ok": tables.ok,
         "quarantined": len(tables.quarantine),
         "series": len(tables.series),
         "patients": len(pc.unique(tables.slices["patient_id"])),
+        "fold_groups": len(pc.unique(tables.slices["fold_group"])),
         "shards": len(tables.shards),
         "bytes": pc.sum(tables.shards["bytes"]).as_py(),
     }
@@ -150,6 +213,14 @@ def publish(out: Path, folder: BuildFolder, *, state: State, tables: Tables, fou
         "spec": state.spec.model_dump(mode="json", exclude={"classes"}),
         "classes": list(state.spec.classes),
         "counts": counts,
+        "lost_labels": {
+            reason: {"labels": loss.labels, "positive": loss.positive}
+            for reason, loss in losses_by_reason(tables.lost).items()
+        },
+        # Otherwise verify expects each fold to be the hash of its group.
+        "given_folds": bool(
+            pc.any(pc.greater_equal(read_parquet(folder.plan, ["given_fold"])["given_fold"], 0)).as_py()
+        ),
         "tables": names,
         "digests": {
             name: _sha256((out / name).read_bytes())

@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from ich_prep.dataset.dataset import STATE, working_folder
-from ich_prep.dataset.schema import FORMAT
+from ich_prep.dataset.schema import AS_STORED, FORMAT
 from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.storage import files_below, local_path, whole_name, write_whole
 from ich_prep.errors import DatasetError
@@ -47,6 +48,11 @@ class BuildFolder:
         return self.scan / f"{number:05d}.parquet"
 
     @property
+    def middles(self) -> Path:
+        """The middle slices of series whose unit is not known, one row group per series."""
+        return self.path / "middles.parquet"
+
+    @property
     def plan(self) -> Path:
         """The plan, one row group per shard."""
         return self.path / "plan.parquet"
@@ -65,6 +71,16 @@ class BuildFolder:
     def quarantine(self) -> Path:
         """The files quarantined before any pixel was decoded."""
         return self.path / "quarantine.parquet"
+
+    @property
+    def lost(self) -> Path:
+        """The labels whose images all left before any pixel was decoded."""
+        return self.path / "lost_labels.parquet"
+
+    @property
+    def copies(self) -> Path:
+        """The files that share a SOP Instance UID, one row group per task that hashes their images."""
+        return self.path / "copies.parquet"
 
     @property
     def done(self) -> Path:
@@ -89,7 +105,8 @@ class BuildFolder:
     def members(self) -> tuple[Path, ...]:
         """All that a build may keep in the folder."""
         return (
-            self.state, self.files, self.scan, self.plan, self.keys, self.series, self.quarantine, self.done,
+            self.state, self.files, self.scan, self.middles, self.plan, self.keys, self.series, self.quarantine, self.lost,
+            self.copies, self.done,
             self.label_problems, self.log, self.lock,
         )  # fmt: skip
 
@@ -133,6 +150,11 @@ class State(BaseModel):
     versions: dict[str, str | None]
     plan: str | None = None
     published: str | None = None
+
+    @field_validator("spec", mode="before")
+    @classmethod
+    def _complete(cls, value: Any) -> Any:
+        return {"orientation": AS_STORED, **value} if isinstance(value, dict) else value
 
 
 def read_state(folder: BuildFolder) -> State:

@@ -33,12 +33,16 @@ def test_a_recipe_may_set_every_option(tmp_path: Path) -> None:
         "[build]\n"
         'layout = "folder"\nclasses = ["any", "mass"]\nlabels = "labels.csv"\n'
         'build_dir = "work"\nsize = 256\nstore = "hu"\nwindows = "brain"\n'
-        'slices_per_shard = 64\ncodec = "none"\nfolds = 3\nworkers = 0\nscheduler = "tcp://127.0.0.1:8786"\n'
-        "max_quarantined = 0.5\nallow_unlabelled = true\nallow_missing_images = true\nallow_contradictions = true\n",
+        'slices_per_shard = 64\ncodec = "none"\norientation = "as-stored"\n'
+        'folds = 3\nworkers = 0\nscheduler = "tcp://127.0.0.1:8786"\n'
+        "max_quarantined = 0.5\nallow_unlabelled = true\nallow_missing_images = true\nallow_contradictions = true\n"
+        'label_key = ["patient_id=Fall, Nr."]\nlabel_column = ["any=Blutung"]\n'
+        'ignore_columns = "all"\nkeep_columns = ["age"]\n',
         encoding="utf-8",
     )
     options = resolve(recipe, {})
     assert options.model_dump(exclude_defaults=True).keys() == BuildOptions.model_fields.keys()
+    assert options.label_key == ("patient_id=Fall, Nr.",)  # a column's name may have a comma
     assert options.spec().model_dump().keys() == Spec.model_fields.keys()
 
 

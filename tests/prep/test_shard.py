@@ -84,9 +84,9 @@ def test_a_build_in_process_leaves_no_decoding_process(slice_bytes: Callable[...
     lines = f"""
 from ich_prep import Spec, build
 from ich_prep.build_dataset import Allowances
-from ich_prep.stages.shard import _decoder
+from ich_prep.stages.shard import shared_decoder
 build("{tmp_path}/source", "{tmp_path}/data.zarr", Spec(size=16), workers=0, allow=Allowances(unlabelled=True))
-print(_decoder()._child is not None)
+print(shared_decoder()._child is not None)
 """
     command = [sys.executable, "-W", "always::ResourceWarning", "-c", lines]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
