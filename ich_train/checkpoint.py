@@ -103,6 +103,19 @@ def save_checkpoint(folder: Path, model: torch.nn.Module, meta: Meta, state: Map
     for left_over in (new, old):
         shutil.rmtree(left_over, ignore_errors=True)
     new.mkdir(parents=True)
+    try:
+        _write_checkpoint(new, model, meta, state)
+    except BaseException:  # a full disk: what was there stays, and its space is free again
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_checkpoint(new: Path, model: torch.nn.Module, meta: Meta, state: Mapping[str, Any] | None) -> None:
     # safetensors wants each tensor dense in its own memory; channels_last ones are not. Its own function for files
     # gives them mode 0600, whatever the umask.
     write_whole(new / WEIGHTS, save({key: value.cpu().contiguous() for key, value in model.state_dict().items()}))
@@ -112,11 +125,6 @@ def save_checkpoint(folder: Path, model: torch.nn.Module, meta: Meta, state: Map
         torch.save(dict(state), saved)
         write_whole(new / STATE, saved.getvalue())
     sync_folder(new)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    sync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def has_checkpoint(folder: Path) -> bool:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from ich_prep.errors import TrainError, UsageError, count
+from ich_prep.errors import TrainError, UsageError, count, describe_os_error
 from ich_train.checkpoint import WEIGHTS, has_checkpoint, load_parameters, load_state, read_meta, save_checkpoint
 from ich_train.config import TrainConfig
 from ich_train.loss import loss_sums
@@ -82,9 +82,15 @@ def train(
         if resume and ranks.first:
             require_run(out)
             stack.enter_context(run_lock(out))
-        result, evaluated = _train(
-            dataset, out, settings, evaluation, ranks, stop, held=stack, console=console, resume=resume
-        )
+        try:
+            result, evaluated = _train(
+                dataset, out, settings, evaluation, ranks, stop, held=stack, console=console, resume=resume
+            )
+        except OSError as error:
+            raise TrainError(
+                f"The run in {out} stopped: {describe_os_error(error)}. Its last checkpoint is kept: fix the cause, then "
+                f"continue with `ich-train run --resume --out {out}`."
+            ) from error
     if evaluation is None or evaluated or not result.finished or not ranks.first:
         return result
     from ich_train.evaluation.evaluate import evaluate_run

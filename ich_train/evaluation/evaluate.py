@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pyarrow import csv
 
 from ich_prep.dataset.storage import write_whole
+from ich_prep.dataset.tables import parquet_bytes
 from ich_train.evaluation.cases import Cases, cases_of
 from ich_train.evaluation.figures import curves_of, draw_figures
 from ich_train.evaluation.metrics import best_f1_thresholds, by_series, measure, position_scores, roc_aucs
@@ -236,14 +236,14 @@ def _write_files(
     curves: Mapping[str, Mapping[str, Curve]],
     pictures: Mapping[str, bytes],
 ) -> None:
-    pq.write_table(_predictions(dataset, cases), out / PREDICTIONS)
+    write_whole(out / PREDICTIONS, parquet_bytes(_predictions(dataset, cases)))
     (out / CURVES).mkdir(exist_ok=True)
     for name, of_labels in curves.items():
         x, y = AXES[name]
         _write_curves(out / CURVES / f"{name}.csv", of_labels, x=x, y=y)
     (out / PICTURES).mkdir(exist_ok=True)
     for name, picture in pictures.items():
-        (out / PICTURES / f"{name}.png").write_bytes(picture)
+        write_whole(out / PICTURES / f"{name}.png", picture)
 
 
 def _predictions(dataset: Dataset, cases: Cases) -> pa.Table:
@@ -262,4 +262,6 @@ def _write_curves(path: Path, curves: Mapping[str, Curve], *, x: str, y: str) ->
             "threshold": np.concatenate([np.empty(0), *(curve.threshold for curve in curves.values())]),
         }
     )
-    csv.write_csv(table, path)
+    written = pa.BufferOutputStream()
+    csv.write_csv(table, written)
+    write_whole(path, written.getvalue().to_pybytes())
