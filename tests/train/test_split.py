@@ -80,7 +80,8 @@ def test_a_patient_of_a_labelled_test_subset_is_in_no_other_part(changed: Callab
         moved, taken = (patients[subsets.index(subset)] for subset in ("test", "train"))
         for name in RSNA_CLASSES:
             table = replaced(table, name, pc.fill_null(table[name], 0).to_pylist())
-        table = replaced(table, "patient_id", [taken if patient == moved else patient for patient in patients])
+        joined = [taken if patient == moved else patient for patient in patients]
+        table = replaced(replaced(table, "patient_id", joined), "fold_group", joined)
         return replaced(table, "label_level", ["slice"] * len(table))
 
     dataset = changed(label_test_subset)
