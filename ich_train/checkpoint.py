@@ -103,6 +103,19 @@ def save_checkpoint(folder: Path, model: torch.nn.Module, meta: Meta, state: Map
     for left_over in (new, old):
         shutil.rmtree(left_over, ignore_errors=True)
     new.mkdir(parents=True)
+    try:
+        _write_checkpoint(new, model, meta, state)
+    except BaseException:  # a full disk: what was there stays, and its space is free again
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_checkpoint(new: Path, model: torch.nn.Module, meta: Meta, state: Mapping[str, Any] | None) -> None:
     # safetensors wants each tensor dense in its own memory; channels_last ones are not. Its own function for files
     # gives them mode 0600, whatever the umask.
     write_whole(new / WEIGHTS, save({key: value.cpu().contiguous() for key, value in model.state_dict().items()}))
@@ -112,11 +125,6 @@ def save_checkpoint(folder: Path, model: torch.nn.Module, meta: Meta, state: Map
         torch.save(dict(state), saved)
         write_whole(new / STATE, saved.getvalue())
     sync_folder(new)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    sync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -166,6 +174,12 @@ def load_parameters(folder: Path, model: torch.nn.Module) -> None:
         raise TrainError(
             f"The weights in {file} do not fit the network that {META} describes: {differences}. Was its code changed?"
         )
+    not_finite = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if not_finite:
+        raise TrainError(
+            f"The weights in {file} are damaged: {not_finite[0]} has a value that is not finite. Use another checkpoint of "
+            "the run, or train again with a lower learning_rate."
+        )
     model.load_state_dict(tensors)
 
 
@@ -180,6 +194,8 @@ def load_state(folder: Path) -> dict[str, Any]:
             f"Cannot read the state of a training run in {file}: {reason}. The run cannot be resumed: start another one, "
             "optionally from its best weights."
         ) from error
+    if not isinstance(state, dict):
+        raise TrainError(f"The state of a training run in {file} is damaged: it is a {type(state).__name__}.")
     return state
 
 

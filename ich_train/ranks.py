@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
 import signal
 import threading
@@ -97,6 +99,7 @@ class Stop:
 def join_ranks(device: str) -> Iterator[Ranks]:
     """Join the processes that torchrun says there are, or be the only one; leave them at the end.
 
+    The threads and connections of the group end with it, once nothing refers to a network that was distributed over it.
     ``device`` is as in `choose_device`. Raises `UsageError` as that does.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -106,10 +109,14 @@ def join_ranks(device: str) -> Iterator[Ranks]:
     chosen = choose_device(device, index=int(os.environ["LOCAL_RANK"]))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    # DistributedDataParallel imports this module, whose functions take the group of that moment for a default argument.
+    # If there is one by then, nobody can end it, and a thread of it that drops a tensor while Python exits aborts.
+    importlib.import_module("torch.distributed.nn")
     distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield Ranks(rank=distributed.get_rank(), world_size=world_size, device=chosen)
     finally:
+        gc.collect()  # a network that belongs to the group, in a cycle of references
         distributed.destroy_process_group()
 
 

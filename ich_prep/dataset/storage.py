@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +30,27 @@ def local_path(given: str | Path, what: str) -> Path:
             "Mount the bucket, or copy the data to a local disk."
         )
     return Path(given)
+
+
+def open_regular(path: Path) -> int:
+    """Open the regular file at ``path``, or that a link there leads to, and return its descriptor.
+
+    Raises ``OSError`` for anything else, at once: opening a FIFO would wait for its writer.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    return descriptor
+
+
+def read_regular(path: Path, *, limit: int | None = None) -> bytes:
+    """Return the bytes of the regular file at ``path``; raises ``OSError`` for anything else, or beyond ``limit`` bytes."""
+    with open(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if limit is not None and size > limit:
+            raise OSError(errno.EFBIG, f"{size} bytes, expected at most {limit}", str(path))
+        return file.read()
 
 
 def write_whole(path: Path, data: bytes) -> None:

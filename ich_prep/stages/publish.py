@@ -17,7 +17,17 @@ import pyarrow.compute as pc
 
 from ich_prep.dataset import schema
 from ich_prep.dataset.codecs import CODECS
-from ich_prep.dataset.schema import FORMAT, IMAGES, LABELS, OK, QUARANTINE_SCHEMA, ROOT, SHARD_SCHEMA, TABLES
+from ich_prep.dataset.schema import (
+    FORMAT,
+    IMAGES,
+    LABELS,
+    OK,
+    QUARANTINE_SCHEMA,
+    ROOT,
+    SHARD_SCHEMA,
+    TABLES,
+    digest_of,
+)
 from ich_prep.dataset.storage import clear_leftovers, size_of, sync_folder, write_whole
 from ich_prep.dataset.tables import read_parquet, write_table
 from ich_prep.dataset.windows import MIN_HU
@@ -207,6 +217,10 @@ def publish(out: Path, folder: BuildFolder, *, state: State, tables: Tables, fou
             reason: {"labels": loss.labels, "positive": loss.positive}
             for reason, loss in losses_by_reason(tables.lost).items()
         },
+        # Otherwise verify expects each fold to be the hash of its group.
+        "given_folds": bool(
+            pc.any(pc.greater_equal(read_parquet(folder.plan, ["given_fold"])["given_fold"], 0)).as_py()
+        ),
         "tables": names,
         "digests": {
             name: _sha256((out / name).read_bytes())
@@ -235,12 +249,6 @@ def publish(out: Path, folder: BuildFolder, *, state: State, tables: Tables, fou
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def digest_of(ich: dict[str, Any]) -> str:
-    """Return the SHA-256 of everything the root records, including the digests of the tables, and so of every shard."""
-    rest = {key: value for key, value in ich.items() if key != "digest"}
-    return _sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
 
 
 def root_document(out: Path, ich: dict[str, Any]) -> bytes:
