@@ -27,7 +27,7 @@ import numpy as np
 from ich_prep.dataset.native import crc32c
 from ich_prep.dicom import jpeg_plugin
 from ich_prep.dicom.elements import DEFLATED_LE, EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE
-from ich_prep.dicom.header import INFLATED_LIMIT, inflate
+from ich_prep.dicom.pydicom_header import INFLATED_LIMIT, inflate
 from ich_prep.dicom.skim import walk_meta
 from ich_prep.errors import Reason, SliceError
 

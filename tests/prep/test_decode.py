@@ -26,7 +26,8 @@ from ich_prep.dicom import decode
 from ich_prep.dicom.accept import check_slice
 from ich_prep.dicom.decode import PIXEL_FIELDS, PLUGINS, Decoder, PixelSource, missing_decoder
 from ich_prep.dicom.elements import DEFLATED_LE, EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE
-from ich_prep.dicom.header import INFLATED_LIMIT, read_header
+from ich_prep.dicom.header import read_header
+from ich_prep.dicom.pydicom_header import INFLATED_LIMIT
 from ich_prep.dicom.skim import walk_meta
 from ich_prep.errors import Reason, SliceError
 from ich_prep.pixels.hounsfield import Rescale, rescale_table
