@@ -73,7 +73,7 @@ def test_memory_is_limited(slice_bytes: SliceBytes, tmp_path: Path, monkeypatch:
     less = pages * resource.getpagesize() + (24 << 20)  # a lower limit, so that the test is quick
     resource.prlimit(process.pid, resource.RLIMIT_AS, (less, less))
     (tmp_path / "slice.dcm").write_bytes(with_many(slice_bytes(), empty_elements(150_000)))
-    with pytest.raises(SliceError, match="memory|exit status") as caught:
+    with pytest.raises(SliceError, match=r"memory|exit status") as caught:
         read_header(tmp_path / "slice.dcm")
     assert caught.value.reason == Reason.DECODER_DIED
 
