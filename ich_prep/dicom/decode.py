@@ -17,8 +17,8 @@ from ich_prep.dataset.native import crc32c
 from ich_prep.dicom import jpeg_plugin
 from ich_prep.dicom.elements import DEFLATED_LE, EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE
 from ich_prep.dicom.frames import JPEG_2000, RLE, PixelRecord
-from ich_prep.dicom.header import INFLATED_LIMIT
 from ich_prep.dicom.isolation import IsolatedDecoder
+from ich_prep.dicom.pydicom_header import INFLATED_LIMIT
 from ich_prep.errors import Reason, SliceError
 
 if TYPE_CHECKING:

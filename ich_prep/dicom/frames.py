@@ -15,7 +15,7 @@ import numpy as np
 
 from ich_prep.dicom import jpeg_plugin
 from ich_prep.dicom.elements import DEFLATED_LE
-from ich_prep.dicom.header import inflate
+from ich_prep.dicom.pydicom_header import inflate
 from ich_prep.dicom.skim import walk_meta
 from ich_prep.errors import Reason, SliceError
 

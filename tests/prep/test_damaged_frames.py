@@ -15,7 +15,7 @@ from pydicom.encaps import generate_frames
 
 from ich_prep.dicom.decode import Decoder
 from ich_prep.dicom.elements import DEFLATED_LE, EXPLICIT_LE
-from ich_prep.dicom.header import INFLATED_LIMIT
+from ich_prep.dicom.pydicom_header import INFLATED_LIMIT
 from ich_prep.dicom.skim import walk_meta
 from ich_prep.errors import Reason, SliceError
 from tests.support.compressed import (

@@ -321,7 +321,7 @@ def test_each_value_of_a_column_is_measured_by_itself(evaluated, dataset, relabe
     patients = sorted({*table["patient_id"].to_pylist()})
     sex = [(None, "F", "M")[patients.index(patient) % 3] for patient in table["patient_id"].to_pylist()]
     copy = relabelled()
-    write_table(copy.path / "labels/slices.parquet", table.append_column("x_sex", pa.array(sex)))
+    replace_table(copy.path, "slices", table.append_column("x_sex", pa.array(sex)))
     carried = open_dataset(copy.path)
     out = tmp_path / "by"
     metrics = evaluate_run(run, carried, EvalConfig(bootstrap=20, by="x_sex"), out=out)
