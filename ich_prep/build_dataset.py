@@ -122,7 +122,7 @@ def build(
         if not overwrite and check_existing(out, folder, state, listing):
             counts = open_dataset(out).counts.model_dump()
             return Outcome(counts=counts, already_finished=True, seconds=seconds)
-        with os_errors_explained(out), build_lock(folder), output_lock(out):
+        with os_errors_explained(out), build_lock(folder), output_lock(out, say=progress.say):
             if overwrite:
                 invalidate(out, folder)
             state = _start_or_resume(out, folder, state, listing)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from ich_prep.errors import UsageError, did_you_mean
+from ich_prep.files import read_regular
 
 SECTIONS = ("build", "train", "eval")
 
@@ -33,7 +34,7 @@ def read_section(path: Path, section: str) -> dict[str, Any]:
 def read_recipe(path: Path) -> dict[str, dict[str, Any]]:
     """Return all sections of the recipe at ``path``, their keys not checked; a missing section is empty."""
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        document = tomllib.loads(read_regular(path).decode())
     except FileNotFoundError:
         raise UsageError(f"Expected a recipe at {path}; there is no such file.") from None
     except OSError as error:

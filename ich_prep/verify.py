@@ -26,6 +26,7 @@ from ich_prep.dataset.tables import read_parquet
 from ich_prep.dataset.windows import MAX_HU, MIN_HU, window_codes
 from ich_prep.dicom.decode import decode_with_pydicom
 from ich_prep.errors import CorruptionError, IchError, SliceError, SourceError, UsageError
+from ich_prep.files import read_regular
 from ich_prep.pixels.repairs import SIGN_12BIT, SIGN_12BIT_SHIFT, SIGN_12BIT_WRAP
 from ich_prep.pixels.resize import resize_hu
 from ich_prep.sources import LARGEST_MEMBER, Source, open_source, read_whole
@@ -145,7 +146,7 @@ def _check_files(dataset: Dataset) -> Iterator[Problem]:
     for name, digest in sorted(dataset.root.digests.items()):
         path = dataset.path / name
         try:
-            data = path.read_bytes()
+            data = read_regular(path)
         except OSError as error:
             yield Problem(str(path), f"cannot be read: {error.strerror}")
             continue
@@ -243,7 +244,7 @@ def _check_shard(
     path: Path, line: dict[str, Any], ok: NDArray[np.bool_], dataset: Dataset, buffer: NDArray[np.uint8]
 ) -> None:
     """Raise ``CorruptionError`` if the shard is not, byte for byte, the one that was written."""
-    data = np.fromfile(path, np.uint8)
+    data = np.frombuffer(read_regular(path), np.uint8)
     if len(data) != line["bytes"]:
         raise CorruptionError(f"expected {line['bytes']} bytes, found {len(data)}")
     chunks = dataset.spec.slices_per_shard

@@ -21,6 +21,7 @@ from ich_prep.dataset.tables import read_parquet
 from ich_prep.dataset.volumes import affine_of_slices, find_series
 from ich_prep.dataset.where import select_slices
 from ich_prep.errors import CorruptionError, DatasetError
+from ich_prep.files import NotRegularError, read_regular
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,7 +51,7 @@ def working_folder(root: Path) -> Path:
 def read_attributes(root: Path) -> Any:
     """Return the attributes of the root group; raises ``DatasetError`` where there is none."""
     try:
-        document = json.loads((root / ROOT).read_bytes())
+        document = json.loads(read_regular(root / ROOT))
     except PermissionError as error:
         raise DatasetError(
             f"Cannot read {root / ROOT}: {(error.strerror or '').lower()}. Fix its permissions, or run as a user who "
@@ -62,6 +63,8 @@ def read_attributes(root: Path) -> Any:
         raise DatasetError(
             f"Expected a dataset at {root}; found {found}. Make one with `ich-prep build --src DICOM --out {root}`."
         ) from None
+    except NotRegularError as error:
+        raise DatasetError(f"Cannot read {root / ROOT}: {error.strerror}.") from None
     except (ValueError, RecursionError):
         raise CorruptionError(
             f"{root / ROOT} is damaged: it is not JSON. Restore it, or remove the folder and build again."
@@ -72,7 +75,7 @@ def read_attributes(root: Path) -> Any:
 def _explain_by_working_folder(root: Path) -> None:
     """Raise ``DatasetError`` where a working folder beside ``root`` says why there is no dataset."""
     try:
-        state = json.loads((working_folder(root) / STATE).read_bytes())
+        state = json.loads(read_regular(working_folder(root) / STATE))
     except (OSError, ValueError):
         return
     if isinstance(state, dict) and state.get("published"):

@@ -20,6 +20,7 @@ import numpy as np
 from ich_prep.dataset.native import REQUEST, ChunkCodec, read_chunks, scratch_bytes
 from ich_prep.dataset.shard_format import CRC_BYTES, MISSING, index_bytes, parse_index
 from ich_prep.errors import CorruptionError
+from ich_prep.files import NotRegularError, open_regular
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,7 +37,7 @@ class _File:
     __slots__ = ("descriptor",)
 
     def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY)
+        self.descriptor = open_regular(path)
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
@@ -188,6 +189,8 @@ class ShardReader:
             file = _File(self._path_of(number))
         except (FileNotFoundError, NotADirectoryError):
             raise self._corrupt(number, "file not found") from None
+        except NotRegularError as error:
+            raise self._corrupt(number, error.strerror) from None
         with self._lock:
             if self._closed:
                 return file

@@ -1,7 +1,12 @@
-"""File system operations: write atomically, sync, list. The only module that knows fsync and rename."""
+"""File system operations: write atomically, sync, list. The only module that knows fsync and rename.
+
+Some file systems (CIFS, DrvFs of WSL, several FUSE ones) cannot sync a folder. There the names of new files reach the disk
+when the file system decides; files themselves are always synced.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import uuid
@@ -12,6 +17,10 @@ from pathlib import Path
 from ich_prep.errors import UsageError
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):/{1,2}")  # pathlib turns s3://bucket into s3:/bucket
+
+# What file systems that cannot open or sync a folder answer. A folder that may be entered and not be listed cannot be opened.
+_NO_FOLDER_OPEN = frozenset((errno.EACCES, errno.EPERM, errno.EISDIR, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP))
+_NO_FOLDER_SYNC = frozenset((errno.EINVAL, errno.EBADF, errno.EROFS, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP))
 
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{32}")
 
@@ -88,10 +97,30 @@ def sync_file(path: Path, *, folders: int) -> None:
         sync_folder(folder)
 
 
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in ``folder`` are on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_folder(folder: Path) -> bool:
+    """Wait until the names in ``folder`` are on disk; return false, and wait for nothing, where that is not supported."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        if error.errno in _NO_FOLDER_OPEN:
+            return False
+        raise
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno in _NO_FOLDER_SYNC:
+            return False
+        raise
     finally:
         os.close(descriptor)
+    return True
+
+
+def note_on_sync(folder: Path) -> str:
+    """Return a sentence for the user if the file system of ``folder`` cannot sync folders, else ""."""
+    if sync_folder(folder):
+        return ""
+    return (
+        f"The file system of {folder} cannot sync folders: after a power failure the newest files may be missing, and are "
+        "then made again by the same command."
+    )

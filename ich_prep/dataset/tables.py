@@ -10,11 +10,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ich_prep.dataset.storage import write_whole
+from ich_prep.files import open_regular
 
 
 def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """Return a Parquet file's table, with page checksums verified; unlike ``pq.read_table`` this does not import pandas."""
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+    with (
+        open(open_regular(path), "rb") as opened,
+        pq.ParquetFile(opened, page_checksum_verification=True) as file,
+    ):
         return file.read(columns)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ich_prep.dataset.dataset import STATE, working_folder
+from ich_prep.dataset.lock import breaking
 from ich_prep.dataset.schema import FORMAT
 from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.storage import files_below, local_path, whole_name, write_whole
@@ -86,11 +87,16 @@ class BuildFolder:
         """The lock of the process that builds."""
         return self.path / "lock"
 
+    @property
+    def lease(self) -> Path:
+        """The lease of that process, where the file system has no locks."""
+        return self.path / "lease"
+
     def members(self) -> tuple[Path, ...]:
         """All that a build may keep in the folder."""
         return (
             self.state, self.files, self.scan, self.plan, self.keys, self.series, self.quarantine, self.done,
-            self.label_problems, self.log, self.lock,
+            self.label_problems, self.log, self.lock, self.lease, breaking(self.lease),
         )  # fmt: skip
 
     def own_files(self) -> list[Path]:
