@@ -22,7 +22,7 @@ from ich_prep.dataset.classes import SUBTYPES, is_rsna
 from ich_prep.dataset.codecs import CODECS
 from ich_prep.dataset.schema import IMAGES, ROOT, TABLES, shard_path
 from ich_prep.dataset.storage import local_path
-from ich_prep.dataset.tables import read_parquet
+from ich_prep.dataset.tables import read_sealed
 from ich_prep.dataset.windows import MAX_HU, MIN_HU, window_codes
 from ich_prep.dicom.decode import decode_with_pydicom
 from ich_prep.errors import CorruptionError, IchError, SliceError, SourceError, UsageError
@@ -105,8 +105,8 @@ def verify(
     compared = 0
     if source is not None:
         try:
-            plan = read_parquet(folder.plan)
-        except (OSError, pa.ArrowException):
+            plan = read_sealed(folder.plan)
+        except (OSError, CorruptionError):
             problems.append(Problem(str(folder.plan), "cannot be read: the source file of each row is not known"))
         else:
             rows = _sample(dataset, sample, seed)
@@ -279,7 +279,7 @@ def _check_ledger(dataset: Dataset, folder: BuildFolder) -> Iterator[Problem]:
             report = ShardReport.from_json(ledger.read(folder.done, line["shard"]))
             recorded = [row.status for row in report.rows]
             same = report.fingerprint == line["fingerprint"] and report.bytes == line["bytes"]
-        except (OSError, ValueError):
+        except (OSError, ValueError, CorruptionError):
             yield Problem(str(path), "the ledger entry of this shard cannot be read")
             continue
         if not same or recorded != status[line["first_row"] : line["first_row"] + line["n_rows"]]:

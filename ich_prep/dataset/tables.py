@@ -1,7 +1,12 @@
-"""Parquet files: read with page checksums verified, written atomically; equal tables give equal bytes."""
+"""Parquet files: read with page checksums verified, written atomically; equal tables give equal bytes.
+
+A *sealed* file, of a working folder, holds the SHA-256 of its other bytes in its metadata: page checksums do not cover those.
+Published tables need none: the root records their digests.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ich_prep.dataset.storage import write_whole
-from ich_prep.files import open_regular
+from ich_prep.errors import CorruptionError
+from ich_prep.files import open_regular, read_regular
+
+_REMEDY = "Run the same build command again, without --overwrite: what is damaged is made again."
+_SEAL, _OPEN = "ich.sha256", "0" * 64  # the key of a seal, and its value while the other bytes are digested
 
 
 def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
@@ -33,3 +42,37 @@ def parquet_bytes(table: pa.Table, **options: Any) -> bytes:
     pq.write_table(table, sink, **options)
     data: bytes = sink.getvalue().to_pybytes()
     return data
+
+
+def sealed_parquet_bytes(table: pa.Table, **options: Any) -> bytes:
+    """Return ``table`` as ``parquet_bytes`` does, sealed; ``row_group_size`` is that of ``pq.write_table``."""
+    sink = pa.BufferOutputStream()
+    row_group_size = options.pop("row_group_size", None)
+    with pq.ParquetWriter(sink, table.schema, **options) as writer:
+        writer.write_table(table, row_group_size=row_group_size)
+        writer.add_key_value_metadata({_SEAL: _OPEN})
+    data: bytes = sink.getvalue().to_pybytes()
+    return _with_seal(data, hashlib.sha256(data).hexdigest().encode(), data.rindex(_OPEN.encode()))
+
+
+def write_sealed(path: Path, table: pa.Table, **options: Any) -> None:
+    """Write a table of a working folder, sealed."""
+    write_whole(path, sealed_parquet_bytes(table, **options))
+
+
+def read_sealed(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Return the table of a sealed file, or some of its columns; raises ``CorruptionError`` and ``OSError``."""
+    data = read_regular(path)
+    try:
+        with pq.ParquetFile(pa.BufferReader(data)) as file:
+            seal = (file.metadata.metadata or {}).get(_SEAL.encode(), b"")
+            at = data.rfind(seal) if len(seal) == len(_OPEN) else -1
+            if at < 0 or hashlib.sha256(_with_seal(data, _OPEN.encode(), at)).hexdigest().encode() != seal:
+                raise CorruptionError(f"{path} is damaged: it is not the file that was written. {_REMEDY}")
+            return file.read(columns)
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise CorruptionError(f"{path} is damaged: it cannot be read as Parquet ({error}). {_REMEDY}") from None
+
+
+def _with_seal(data: bytes, seal: bytes, at: int) -> bytes:
+    return data[:at] + seal + data[at + len(seal) :]

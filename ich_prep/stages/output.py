@@ -19,7 +19,7 @@ from ich_prep.dataset.lock import HeldError, locked
 from ich_prep.dataset.schema import IMAGES, LABELS, ROOT, TABLES
 from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.storage import files_below, note_on_sync, size_of, sync_folder, whole_name
-from ich_prep.dataset.tables import read_parquet
+from ich_prep.dataset.tables import read_sealed
 from ich_prep.errors import BuildError, CorruptionError, DatasetError, UsageError, count, describe_os_error
 from ich_prep.progress import NoProgress
 from ich_prep.sources import Listing, shown
@@ -205,9 +205,10 @@ def _shown(value: object) -> str:
 
 def _listing_difference(folder: BuildFolder, listing: Listing) -> str:
     """Return in words how the sources differ from those that were listed; less exact if the working folder is gone."""
-    if not folder.files.exists():
+    try:
+        table = read_sealed(folder.files)
+    except (OSError, CorruptionError):
         return f"the source files have changed (which ones is known only with the working folder {folder.path})"
-    table = read_parquet(folder.files)
     before, now = _sizes_and_reasons(table), _sizes_and_reasons(listing.files)
     both = sorted(now.keys() & before.keys())
     added, removed = sorted(now.keys() - before.keys()), sorted(before.keys() - now.keys())

@@ -19,7 +19,7 @@ from ich_prep.dataset import schema
 from ich_prep.dataset.codecs import CODECS
 from ich_prep.dataset.schema import FORMAT, IMAGES, LABELS, OK, QUARANTINE_SCHEMA, ROOT, SHARD_SCHEMA, TABLES
 from ich_prep.dataset.storage import clear_leftovers, size_of, sync_folder, write_whole
-from ich_prep.dataset.tables import read_parquet, write_table
+from ich_prep.dataset.tables import read_sealed, write_table
 from ich_prep.dataset.windows import MIN_HU
 from ich_prep.errors import BuildError
 from ich_prep.stages import ledger
@@ -48,7 +48,7 @@ def collect_tables(out: Path, folder: BuildFolder, state: State) -> Tables:
 
     Raises ``BuildError`` if a shard does not have the length that its entry records.
     """
-    plan = read_parquet(folder.plan)
+    plan = read_sealed(folder.plan)
     per_shard = state.spec.slices_per_shard
     starts = np.arange(0, len(plan), per_shard)
     entries = [_entry(out, folder, number) for number in range(len(starts))]
@@ -64,7 +64,7 @@ def collect_tables(out: Path, folder: BuildFolder, state: State) -> Tables:
         status.filter(pa.array(~ok)),
         pa.array([line.detail for line in lines if line.status != OK], pa.string()),
     ]
-    series = read_parquet(folder.series)
+    series = read_sealed(folder.series)
     index = series.schema.get_field_index("n_ok")
     counted = np.add.reduceat(ok.astype(np.int64), series["first_row"].to_numpy())
     shards = [
@@ -80,7 +80,7 @@ def collect_tables(out: Path, folder: BuildFolder, state: State) -> Tables:
         slices=_with_results(plan.drop_columns(list(PIXEL_COLUMNS)), lines, status),
         series=series.set_column(index, series.schema.field(index), pa.array(counted, pa.int32())),
         shards=pa.table(shards, schema=SHARD_SCHEMA),
-        quarantine=pa.concat_tables([read_parquet(folder.quarantine), pa.table(quarantined, schema=QUARANTINE_SCHEMA)]),
+        quarantine=pa.concat_tables([read_sealed(folder.quarantine), pa.table(quarantined, schema=QUARANTINE_SCHEMA)]),
     )
 
 
