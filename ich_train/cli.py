@@ -205,9 +205,9 @@ def _shown(value: object) -> str:
 
 def _console() -> Console:
     """Return standard error; of the processes that torchrun started, only the first one prints."""
-    from rich.console import Console
+    from ich_prep.terminal import Terminal
 
-    return Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
+    return Terminal(quiet=os.environ.get("RANK", "0") != "0")
 
 
 def _print_metrics(console: Console, metrics: dict[str, Any], run: Path) -> None:

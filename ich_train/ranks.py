@@ -14,6 +14,7 @@ from typing import Self
 import torch
 from torch import distributed
 
+from ich_prep import signals
 from ich_prep.errors import UsageError
 
 AGREE_STEPS = 10  # between two agreements of the ranks on whether to stop: agreeing makes a GPU wait
@@ -51,7 +52,7 @@ class Ranks:
 
 
 class Stop:
-    """Records a request to stop, by Ctrl-C or SIGTERM on any rank; a context manager that replaces their handlers.
+    """Records a request to stop, by Ctrl-C, SIGTERM or SIGHUP on any rank; a context manager that replaces their handlers.
 
     A third signal acts as usual, for a run that does not reach its next step.
     """
@@ -64,7 +65,7 @@ class Stop:
     def __enter__(self) -> Self:
         # Python allows signal handlers in the main thread only; no other thread receives a Ctrl-C.
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._count) for number in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {number: signal.signal(number, self._count) for number in signals.heeded()}
         return self
 
     def __exit__(
@@ -84,6 +85,7 @@ class Stop:
         return step % AGREE_STEPS == 0 and self.agreed()
 
     def _count(self, number: int, frame: FrameType | None) -> None:
+        signals.note(number)
         self._signals += 1
         if self._signals == 2:
             self._restore()
