@@ -221,6 +221,8 @@ def _print_verification(dataset: Path, result: Verification, *, as_json: bool) -
 
         typer.echo(json.dumps({"dataset": str(dataset), "ok": not result.problems, **asdict(result)}, indent=2))
         return
+    for note in result.notes:
+        say(f"Note: {note.culprit} {note.what}.", err=True)
     for problem in result.problems:
         say(f"{problem.culprit}: {problem.what}", err=True)
     if result.problems:

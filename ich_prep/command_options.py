@@ -128,7 +128,11 @@ def run_program(app: typer.Typer) -> NoReturn:
     Exit codes: 0 success, 1 an error, 2 an invalid command or recipe, 128 + n ended by signal n (130: Ctrl-C); others as
     a command sets them.
     """
-    signals.interrupt_on_signals()
+    with signals.interrupting():
+        _run(app)
+
+
+def _run(app: typer.Typer) -> NoReturn:
     try:
         status = app(standalone_mode=False)
     except InterruptError as error:

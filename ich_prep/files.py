@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,12 +26,23 @@ _KINDS = (
 )
 
 
+# What operating systems and file servers put beside the user's files: Finder, AppleDouble, Windows Explorer, Synology, NFS.
+_LITTER = re.compile(r"\.DS_Store|\._.+|Thumbs\.db|desktop\.ini|\.nfs[0-9a-f]+", re.IGNORECASE)
+_LITTER_FOLDER = "@eaDir"
+
+
+def is_litter(path: Path) -> bool:
+    """Return whether the file at ``path`` is one that an operating system or a file server made, by its name."""
+    return _LITTER.fullmatch(path.name) is not None or _LITTER_FOLDER in path.parts
+
+
 class NotRegularError(OSError):
     """A path that leads to something other than a regular file; ``strerror`` says what it is."""
 
     def __init__(self, path: str | bytes | os.PathLike[str], mode: int) -> None:
-        words = f"expected a regular file, found {kind_of(mode)}"
-        super().__init__(errno.EINVAL, words, os.fsdecode(path))
+        is_folder = stat.S_ISDIR(mode)
+        words = os.strerror(errno.EISDIR) if is_folder else f"expected a regular file, found {kind_of(mode)}"
+        super().__init__(errno.EISDIR if is_folder else errno.EINVAL, words, os.fsdecode(path))
         self.strerror: str = words
 
 

@@ -7,17 +7,25 @@ what a shell reports of a process that the signal ended: 128 and the signal's nu
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _received: list[int] = []
 
 
-def interrupt_on_signals() -> None:
+@contextmanager
+def interrupting() -> Iterator[None]:
     """Let each of ``ENDING`` interrupt this program; one that its parent ignores, as nohup does SIGHUP, stays ignored."""
-    for number in heeded():
-        signal.signal(number, _interrupt)
+    _received.clear()
+    before = {number: signal.signal(number, _interrupt) for number in heeded()}
+    try:
+        yield
+    finally:
+        # After a signal the process is about to end, and another one must not end it with another status.
+        for number, handler in before.items() if not _received else ():
+            signal.signal(number, handler)
 
 
 def heeded() -> tuple[signal.Signals, ...]:
@@ -40,9 +48,10 @@ def exit_status() -> int:
     return 128 + (_received[0] if _received else signal.SIGINT)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    note(number)
+def _interrupt(number: int, frame: FrameType | None) -> None:
     # A terminal that closes, or a machine that shuts down, sends several; a second Ctrl-C still breaks off the clean-up.
-    for other in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(other, signal.SIG_IGN)
+    # The handler stays: Python reports a signal that is ignored after it arrived.
+    if _received and number != signal.SIGINT:
+        return
+    note(number)
     raise KeyboardInterrupt

@@ -26,7 +26,7 @@ from ich_prep.dataset.tables import read_sealed
 from ich_prep.dataset.windows import MAX_HU, MIN_HU, window_codes
 from ich_prep.dicom.decode import decode_with_pydicom
 from ich_prep.errors import CorruptionError, IchError, SliceError, SourceError, UsageError
-from ich_prep.files import read_regular
+from ich_prep.files import is_litter, read_regular
 from ich_prep.pixels.repairs import SIGN_12BIT, SIGN_12BIT_SHIFT, SIGN_12BIT_WRAP
 from ich_prep.pixels.resize import resize_hu
 from ich_prep.sources import LARGEST_MEMBER, Source, open_source, read_whole
@@ -52,12 +52,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was checked, and the problems found."""
+    """What was checked, the problems found, and notes: what is remarkable and no problem."""
 
     shards: int
     slices: int
     compared: int
     problems: tuple[Problem, ...]
+    notes: tuple[Problem, ...] = ()
 
 
 def verify(
@@ -99,7 +100,8 @@ def verify(
     if intact:
         problems += [*_check_root(dataset), *_check_tables(dataset), *_check_zarr(dataset)]
     problems += _check_shards(dataset, progress)
-    problems += _check_strays(dataset)
+    strays, notes = _check_strays(dataset)
+    problems += strays
     if intact and belongs:
         problems += _check_ledger(dataset, folder)
     compared = 0
@@ -119,7 +121,7 @@ def verify(
                 )
             problems += _compare(dataset, source, keys, sampled, progress)
             compared = len(rows)
-    return Verification(dataset.counts.shards, len(dataset), compared, tuple(problems))
+    return Verification(dataset.counts.shards, len(dataset), compared, tuple(problems), notes)
 
 
 def _belongs(folder: BuildFolder, dataset: Dataset) -> bool:
@@ -230,14 +232,15 @@ def _check_shards(dataset: Dataset, progress: Progress) -> Iterator[Problem]:
     progress.end()
 
 
-def _check_strays(dataset: Dataset) -> Iterator[Problem]:
-    """Yield the files that are not part of the dataset."""
+def _check_strays(dataset: Dataset) -> tuple[list[Problem], tuple[Problem, ...]]:
+    """Return the files that are not part of the dataset, and those among them that are mere litter."""
     expected = {dataset.path / name for name in (ROOT, *dataset.root.digests)}
     expected.update(dataset.table_path(table) for table in TABLES)
     expected.update(shard_path(dataset.path, shard) for shard in range(dataset.counts.shards))
-    for path in sorted(dataset.path.rglob("*")):
-        if path not in expected and not path.is_dir():
-            yield Problem(str(path), "is not part of this dataset")
+    strays = [path for path in sorted(dataset.path.rglob("*")) if path not in expected and not path.is_dir()]
+    litter = [path for path in strays if is_litter(path.relative_to(dataset.path))]
+    notes = tuple(Problem(str(path), "is litter of an operating system, and ignored") for path in litter)
+    return [Problem(str(path), "is not part of this dataset") for path in strays if path not in litter], notes
 
 
 def _check_shard(

@@ -28,7 +28,7 @@ _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{32}")
 def local_path(given: str | Path, what: str) -> Path:
     """Return ``given`` as a local path; ``what`` names it in the error, such as ``--out``.
 
-    Raises ``UsageError`` for a URL: object stores are not supported.
+    Raises ``UsageError`` for a URL, since object stores are not supported, and for a link that leads to itself.
     """
     scheme = _SCHEME.match(str(given))
     if scheme:
@@ -36,6 +36,13 @@ def local_path(given: str | Path, what: str) -> Path:
             f"{what} is a URL ({scheme[1]}://{str(given)[scheme.end() :]}); only paths of a file system are supported. "
             "Mount the bucket, or copy the data to a local disk."
         )
+    try:
+        Path(given).stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UsageError(f"{what} {given} is a link that leads to itself. Give another path.") from None
+    except ValueError:
+        raise UsageError(f"{what} {given} is not a path: it contains a zero byte. Give another path.") from None
     return Path(given)
 
 

@@ -21,6 +21,7 @@ from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.storage import files_below, note_on_sync, size_of, sync_folder, whole_name
 from ich_prep.dataset.tables import read_sealed
 from ich_prep.errors import BuildError, CorruptionError, DatasetError, UsageError, count, describe_os_error
+from ich_prep.files import is_litter
 from ich_prep.progress import NoProgress
 from ich_prep.sources import Listing, shown
 from ich_prep.stages.state import BuildFolder, State, read_state, readable_state
@@ -123,8 +124,9 @@ def own_files(out: Path, *, shards_only: bool = False) -> list[Path]:
 
 
 def foreign_files(out: Path) -> list[Path]:
-    """Return the files of ``out`` that no build puts into a dataset."""
-    return [path for path in files_below(out) if not _OURS.fullmatch(_name_in(out, path))]
+    """Return the files of ``out`` that no build puts into a dataset; litter of operating systems is none of them."""
+    others = (path for path in files_below(out) if not _OURS.fullmatch(_name_in(out, path)))
+    return [path for path in others if not is_litter(path.relative_to(out))]
 
 
 def _name_in(out: Path, path: Path) -> str:
@@ -277,7 +279,7 @@ def clean(out: Path, folder: BuildFolder) -> int:
             "finished; nothing was removed."
         )
     with build_lock(folder):
-        files = folder.own_files()
+        files = [*folder.own_files(), *folder.litter()]
         freed = sum(size_of(path) or 0 for path in files)
         for path in sorted(
             files, key=lambda path: path == folder.state

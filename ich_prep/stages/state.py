@@ -23,7 +23,7 @@ from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.storage import files_below, local_path, whole_name, write_whole
 from ich_prep.dataset.tables import read_sealed
 from ich_prep.errors import CorruptionError, DatasetError
-from ich_prep.files import read_regular
+from ich_prep.files import is_litter, read_regular
 
 SEAL = "sha256"  # the key of the digest of all other keys of state.json
 _BATCH, _ENTRY = re.compile(r"[0-9]{5,}\.parquet"), re.compile(r"[0-9]{5,}\.json")
@@ -111,8 +111,15 @@ class BuildFolder:
         return [path for path in files_below(self.path) if self._is_own(path)]
 
     def unknown_files(self) -> list[Path]:
-        """Return the files in the folder that no build put there."""
-        return [path for path in files_below(self.path) if not self._is_own(path)]
+        """Return the files in the folder that neither a build nor an operating system put there."""
+        return [path for path in files_below(self.path) if not self._is_own(path) and not self._is_litter(path)]
+
+    def litter(self) -> list[Path]:
+        """Return the files in the folder that an operating system or a file server put there."""
+        return [path for path in files_below(self.path) if self._is_litter(path) and not self._is_own(path)]
+
+    def _is_litter(self, path: Path) -> bool:
+        return is_litter(path.relative_to(self.path))
 
     def _is_own(self, path: Path) -> bool:
         name = whole_name(path.name)
