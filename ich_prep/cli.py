@@ -1,6 +1,7 @@
 """The command line: parses, calls one function, prints, sets the exit code.
 
-Exit codes: 0 success; 1 an error, or a failed verification; 2 an invalid command or recipe; 130 interrupted by Ctrl-C.
+Exit codes: 0 success; 1 an error, or a failed verification; 2 an invalid command or recipe; 128 + n ended by signal n
+(130: Ctrl-C).
 """
 
 from __future__ import annotations

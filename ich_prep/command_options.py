@@ -17,9 +17,9 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from ich_prep import signals
 from ich_prep.errors import IchError, InterruptError, UsageError, describe_os_error
 from ich_prep.messages import escaped, message
+from ich_prep.signals import exit_status, interrupting, is_interrupted
 
 _COMMAND_LINE_ERROR: Any = typer.BadParameter.__mro__[2]  # ClickException, which Typer does not export
 
@@ -128,7 +128,7 @@ def run_program(app: typer.Typer) -> NoReturn:
     Exit codes: 0 success, 1 an error, 2 an invalid command or recipe, 128 + n ended by signal n (130: Ctrl-C); others as
     a command sets them.
     """
-    with signals.interrupting():
+    with interrupting():
         _run(app)
 
 
@@ -136,7 +136,7 @@ def _run(app: typer.Typer) -> NoReturn:
     try:
         status = app(standalone_mode=False)
     except InterruptError as error:
-        _end(signals.exit_status(), f"Interrupted. {error}")
+        _end(exit_status(), f"Interrupted. {error}")
     except IchError as error:
         _end(2 if isinstance(error, UsageError) else 1, f"Error: {error}")
     except _COMMAND_LINE_ERROR as error:
@@ -145,11 +145,11 @@ def _run(app: typer.Typer) -> NoReturn:
         _end(error.exit_code, shown.getvalue().rstrip("\n"))
     except (OSError, KeyboardInterrupt, typer.Abort) as error:
         # A signal may also show as an error, such as that of a terminal that was closed, to which the clean-up wrote.
-        if signals.is_interrupted() or not isinstance(error, OSError):
-            _end(signals.exit_status(), "Interrupted.")
+        if is_interrupted() or not isinstance(error, OSError):
+            _end(exit_status(), "Interrupted.")
         _end(1, f"Error: {describe_os_error(error)}. Fix this, then run the same command again.")
-    if signals.is_interrupted():
-        _end(signals.exit_status(), "Interrupted.")
+    if is_interrupted():
+        _end(exit_status(), "Interrupted.")
     sys.exit(status)
 
 

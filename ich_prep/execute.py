@@ -269,7 +269,7 @@ def _nanny(started: list[Any], ended: list[int]) -> Any:
     """Return Dask's class for what starts a worker, which also appends itself to ``started`` and exit codes to ``ended``."""
     from distributed import Nanny
 
-    class RecordingNanny(Nanny):  # type: ignore[misc]
+    class RecordingNanny(Nanny):
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **options)
             started.append(self)

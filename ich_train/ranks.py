@@ -14,8 +14,8 @@ from typing import Self
 import torch
 from torch import distributed
 
-from ich_prep import signals
 from ich_prep.errors import UsageError
+from ich_prep.signals import heeded, note
 
 AGREE_STEPS = 10  # between two agreements of the ranks on whether to stop: agreeing makes a GPU wait
 
@@ -65,7 +65,7 @@ class Stop:
     def __enter__(self) -> Self:
         # Python allows signal handlers in the main thread only; no other thread receives a Ctrl-C.
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._count) for number in signals.heeded()}
+            self._before = {number: signal.signal(number, self._count) for number in heeded()}
         return self
 
     def __exit__(
@@ -85,7 +85,7 @@ class Stop:
         return step % AGREE_STEPS == 0 and self.agreed()
 
     def _count(self, number: int, frame: FrameType | None) -> None:
-        signals.note(number)
+        note(number)
         self._signals += 1
         if self._signals == 2:
             self._restore()

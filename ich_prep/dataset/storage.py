@@ -18,7 +18,7 @@ from ich_prep.errors import UsageError
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):/{1,2}")  # pathlib turns s3://bucket into s3:/bucket
 
-# What file systems that cannot open or sync a folder answer. A folder that may be entered and not be listed cannot be opened.
+# What file systems that cannot open or sync a folder answer. A folder that may not be listed cannot be opened either.
 _NO_FOLDER_OPEN = frozenset((errno.EACCES, errno.EPERM, errno.EISDIR, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP))
 _NO_FOLDER_SYNC = frozenset((errno.EINVAL, errno.EBADF, errno.EROFS, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP))
 

@@ -1,6 +1,6 @@
 """Parquet files: read with page checksums verified, written atomically; equal tables give equal bytes.
 
-A *sealed* file, of a working folder, holds the SHA-256 of its other bytes in its metadata: page checksums do not cover those.
+A *sealed* file, of a working folder, holds the SHA-256 of its other bytes in its metadata, which no page checksum covers.
 Published tables need none: the root records their digests.
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ich_prep.errors import Reason, SourceError
-from ich_prep.files import READ_FLAGS, NotRegularError, open_regular
+from ich_prep.files import READ_FLAGS, NotRegularError
 from ich_prep.sources.member import Member, gzip_member, prefetch_member, read_member
 from ich_prep.sources.source import Entries, Listing, TableFile, display_path
 from ich_prep.sources.zip_archive import add_members
@@ -43,7 +44,10 @@ class FolderSource:
         return self.path.name
 
     def list(self) -> Listing:
-        """Return every file, special ones with a reason not to read them; raises ``SourceError`` if a folder cannot be read, or there is no file."""
+        """Return every file, special ones with a reason not to read them.
+
+        Raises ``SourceError`` if a folder cannot be read, or there is no file.
+        """
         entries = Entries()
         for folder, names, below in _walk(self.path):
             taken = {*names, *below}
@@ -102,9 +106,15 @@ class FolderSource:
         path, inside, member = key.partition(_INSIDE)
         if inside:
             return read_member(self._base + path, Member.from_key(member), buffers, offset, verify=verify)
-        descriptor = open_regular(self._base + path)
+        # ``size`` refuses what is no regular file. One replaced by a FIFO since then cannot be read at an offset, and is
+        # opened without waiting: that check costs the usual file nothing.
+        descriptor = os.open(self._base + path, READ_FLAGS)
         try:
             return os.preadv(descriptor, buffers, offset)
+        except OSError as error:
+            if error.errno == errno.ESPIPE:
+                raise NotRegularError(self._base + path, os.fstat(descriptor).st_mode) from None
+            raise
         finally:
             os.close(descriptor)
 

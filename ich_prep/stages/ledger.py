@@ -1,6 +1,6 @@
 """The ledger of finished tasks: one small file per task, written whole, after everything that it describes is on disk.
 
-An entry is JSON with two keys: the SHA-256 of the report's text, and the report. A damaged entry is never taken for a report.
+An entry is JSON with two keys: the SHA-256 of the report's text, and the report. A damaged entry is never used.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from ich_prep.progress import NoProgress
 from ich_prep.sources import Listing, shown
 from ich_prep.stages.state import BuildFolder, State, read_state, readable_state
 
+_SILENT = NoProgress().say
 LEASE = ".lease"  # of the process that builds a dataset, in it, where the file system has no locks
 # What a build puts into a dataset, relative to it.
 _OURS = re.compile(
@@ -301,7 +302,7 @@ def build_lock(folder: BuildFolder) -> Iterator[None]:
 
 
 @contextmanager
-def output_lock(out: Path, *, say: Callable[[str], None] = NoProgress().say) -> Iterator[None]:
+def output_lock(out: Path, *, say: Callable[[str], None] = _SILENT) -> Iterator[None]:
     """Hold a lock on the folder ``out`` itself; raises ``BuildError`` where a build with another working folder does.
 
     ``say`` tells the user what the file system cannot do.
@@ -315,9 +316,7 @@ def output_lock(out: Path, *, say: Callable[[str], None] = NoProgress().say) -> 
 
 
 @contextmanager
-def _lock_explained(
-    what: str, target: Path, lease: Path, say: Callable[[str], None] = NoProgress().say
-) -> Iterator[None]:
+def _lock_explained(what: str, target: Path, lease: Path, say: Callable[[str], None] = _SILENT) -> Iterator[None]:
     try:
         with locked(target, lease, say=say):
             yield

@@ -27,5 +27,7 @@ def stop_before(name: str, src: Path, out: Path) -> None:
     """Build ``out`` in a process that dies before the first file of that ``name`` appears."""
     words = [sys.executable, "-c", _PROGRAM, name, str(src), str(out)]
     root = Path(__file__).parents[2]
-    ended = subprocess.run(words, check=False, capture_output=True, text=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)})
+    ended = subprocess.run(
+        words, check=False, capture_output=True, text=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}
+    )
     assert ended.returncode == -signal.SIGKILL, ended.stderr

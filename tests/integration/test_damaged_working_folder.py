@@ -49,9 +49,7 @@ def stopped(request: pytest.FixtureRequest, phantom_tree: Path, unfinished: Path
 def test_any_damaged_file_of_the_working_folder_is_made_again_or_named(
     damage: Damage, stopped: Path, phantom_tree: Path, dataset_path: Path, tmp_path: Path
 ) -> None:
-    names = sorted(
-        str(path.relative_to(working(stopped))) for path in working(stopped).rglob("*") if path.is_file()
-    )
+    names = sorted(str(path.relative_to(working(stopped))) for path in working(stopped).rglob("*") if path.is_file())
     assert {"state.json", "files.parquet"} <= {*names}
     for place, name in enumerate(names):
         out = copy_with_working_folder(stopped, tmp_path / f"{place}.zarr")

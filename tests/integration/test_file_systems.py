@@ -141,7 +141,9 @@ def test_of_many_builders_without_locks_exactly_one_writes(
 
 
 @pytest.mark.parametrize("errors", [{"NO_FOLDER_SYNC": 5}, {"NO_FILE_SYNC": 5}, {"NO_FILE_SYNC": 22}])
-def test_a_sync_that_fails_ends_the_build(errors: dict[str, int], shim: Path, phantom_tree: Path, tmp_path: Path) -> None:
+def test_a_sync_that_fails_ends_the_build(
+    errors: dict[str, int], shim: Path, phantom_tree: Path, tmp_path: Path
+) -> None:
     """An input/output error of a folder, and any error of a file, is a failure and no missing feature."""
     process = start(phantom_tree, tmp_path / "data.zarr", lacking(shim, **errors))
     _, printed = process.communicate(timeout=120)

@@ -86,9 +86,7 @@ def test_nothing_stays_open_after_a_refusal(tmp_path: Path) -> None:
 
 @each
 @pytest.mark.parametrize("name", ["slice.dcm", "more.csv", "archive.zip", "slice.dcm.gz"])
-def test_special_files_in_a_source_are_quarantined(
-    make: Make, name: str, phantom_tree: Path, tmp_path: Path
-) -> None:
+def test_special_files_in_a_source_are_quarantined(make: Make, name: str, phantom_tree: Path, tmp_path: Path) -> None:
     """One beside the slices costs itself only, whatever its name says."""
     src = tmp_path / "src"
     src.mkdir()

@@ -73,7 +73,9 @@ def test_a_lease_is_exclusive_says_so_and_leaves_nothing(tmp_path: Path, no_floc
 
 def test_never_are_two_processes_inside(tmp_path: Path) -> None:
     racers = [
-        subprocess.Popen([sys.executable, "-c", RACER, tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", RACER, tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         for _ in range(4)
     ]
     answers = [racer.communicate(timeout=100) for racer in racers]
