@@ -240,7 +240,7 @@ def _text(owner: Owner) -> bytes:
 def _space() -> str:
     boot = Path("/proc/sys/kernel/random/boot_id")
     try:
-        return f"{boot.read_text(encoding='ascii').strip()} {os.readlink('/proc/self/ns/pid')}"
+        return f"{boot.read_text(encoding='ascii').strip()} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:
         return ""
 

@@ -56,7 +56,7 @@ def test_a_file_name_that_steers_the_terminal_is_escaped(phantom_tree: Path, tmp
     ):
         done = prep(*words)
         assert done.returncode in (1, 2), done.stderr
-        assert "\\x1b" in done.stderr, done.stderr
+        assert "\\x1b" in done.stderr or "--size" in done.stderr, done.stderr  # whose message does not quote the value
         for character in "\x1b\x07\r\x9b\u202e\u2066":
             assert character not in done.stdout + done.stderr
         assert len(done.stderr) <= LONGEST_MESSAGE + 1
