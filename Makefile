@@ -13,7 +13,7 @@ BENCH_BIN := $(BENCH_VENV)/bin
 BENCH_PINNED := $(BENCH_VENV)-pinned
 PEERS_PINNED := mosaicml-streaming litdata
 
-.PHONY: help venv demo test test-one test-slow test-light lint format docs wheel audit bench-setup bench bench-full profile clean
+.PHONY: help venv demo test test-one test-slow test-light lint format docs wheel audit sbom bench-setup bench bench-full profile clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -76,6 +76,14 @@ audit: $(VENV)/.release ## known vulnerabilities in the pinned packages; fails i
 	$(BIN)/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt --format json --output build/audit.json
 	@$(BIN)/python -c "import json; print(len(json.load(open('build/audit.json'))['dependencies']) or exit('Nothing was audited.'), \
 		'packages audited, no known vulnerability.')"
+
+sbom: $(VENV)/.release ## the software bill of materials of the required packages, with their licences, in build/sbom.json
+	rm -rf build/sbom
+	$(PYTHON) -m venv build/sbom
+	build/sbom/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt .
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --of JSON --output-file build/sbom.json build/sbom/bin/python
+	rm -rf build/sbom
+	@echo "The bill of materials: $(abspath build)/sbom.json"
 
 # Tools of single targets, installed beside the rest when the target is first made.
 $(VENV)/.docs $(VENV)/.release: $(VENV)/.%: $(VENV)/.installed

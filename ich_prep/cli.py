@@ -1,6 +1,7 @@
 """The command line: parses, calls one function, prints, sets the exit code.
 
-Exit codes: 0 success; 1 an error, or a failed verification; 2 an invalid command or recipe; 130 interrupted by Ctrl-C.
+Exit codes: 0 success; 1 an error, or a failed verification; 2 an invalid command or recipe; 128 + n ended by signal n
+(130: Ctrl-C).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from ich_prep.command_options import options_from, run_program
+from ich_prep.command_options import options_from, run_program, say
 from ich_prep.errors import InterruptError, count
 from ich_prep.options import BuildOptions, resolve
 
@@ -34,7 +35,7 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         from ich_prep import __version__
 
-        typer.echo(f"ich-prep {__version__}")
+        say(f"ich-prep {__version__}")
         raise typer.Exit
 
 
@@ -69,9 +70,9 @@ def synth(
     out = local_path(out, "--out")
     count = default_workers() if workers is None else workers
     done = synthesize(out, series=series, seed=seed, size=size, layout=layout, defects=defects, workers=count)
-    typer.echo(f"{done.series} series, {done.slices} slices, {done.files} files in {out}.")
+    say(f"{done.series} series, {done.slices} slices, {done.files} files in {out}.")
     for name in done.defects:
-        typer.echo(f"  {name}: {DEFECTS[name]}")
+        say(f"  {name}: {DEFECTS[name]}")
 
 
 @app.command()
@@ -134,15 +135,15 @@ def _print_outcome(out: Path, outcome: Outcome) -> None:
 
     counts = outcome.counts
     if outcome.already_finished:
-        typer.echo(f"{out} is already finished, with the same settings: nothing to do.")
-    typer.echo(
+        say(f"{out} is already finished, with the same settings: nothing to do.")
+    say(
         f"{out}: {count(counts['ok'], 'slice')} in {counts['series']} series of {count(counts['patients'], 'patient')}; "
         f"{counts['quarantined']} of {count(counts['found'], 'file')} quarantined; {count(counts['shards'], 'shard')}, "
         f"{counts['bytes'] / 1e6:,.1f} MB."
     )
     work = sum(outcome.seconds.get(stage, 0.0) for stage in ("scan", "plan", "shards", "publish"))
     if work:
-        typer.echo(
+        say(
             f"{work:.1f} s, {counts['planned'] / work:,.0f} slices/s after the workers had started "
             f"({', '.join(f'{stage} {seconds:.1f} s' for stage, seconds in outcome.seconds.items())})."
         )
@@ -187,7 +188,7 @@ def _show_summary(summary: dict[str, Any]) -> None:
     ):
         if counted:
             lines.append(f"{title}: {', '.join(f'{name} {count}' for name, count in counted.items())}")
-    typer.echo("\n".join(lines))
+    say("\n".join(lines))
 
 
 def _label_table(summary: dict[str, Any]) -> Iterator[str]:
@@ -234,17 +235,19 @@ def _print_verification(dataset: Path, result: Verification, *, as_json: bool) -
 
         typer.echo(json.dumps({"dataset": str(dataset), "ok": not result.problems, **asdict(result)}, indent=2))
         return
+    for note in result.notes:
+        say(f"Note: {note.culprit} {note.what}.", err=True)
     for problem in result.problems:
-        typer.echo(f"{problem.culprit}: {problem.what}", err=True)
+        say(f"{problem.culprit}: {problem.what}", err=True)
     if result.problems:
-        typer.echo(
+        say(
             f"{dataset}: verification failed: {count(len(result.problems), 'problem')}. Restore the dataset, or build it "
             "again with --overwrite.",
             err=True,
         )
         return
     compared = f"; {count(result.compared, 'slice')} compared with the sources" if result.compared else ""
-    typer.echo(f"{dataset}: OK ({count(result.shards, 'shard')}, {count(result.slices, 'slice')} verified{compared})")
+    say(f"{dataset}: OK ({count(result.shards, 'shard')}, {count(result.slices, 'slice')} verified{compared})")
 
 
 @app.command()
@@ -259,7 +262,7 @@ def clean(
     folder = build_folder(dataset.absolute(), build_dir)
     freed = output.clean(dataset, folder)
     done = f"Removed {folder.path} ({freed / 1e6:,.1f} MB)." if freed else f"There is no working folder {folder.path}."
-    typer.echo(f"{done} Resume and verify --src need it; the dataset does not.")
+    say(f"{done} Resume and verify --src need it; the dataset does not.")
 
 
 def main() -> NoReturn:

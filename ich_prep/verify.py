@@ -21,11 +21,12 @@ from ich_prep.dataset import open_dataset, shard_format
 from ich_prep.dataset.classes import SUBTYPES, is_rsna
 from ich_prep.dataset.codecs import CODECS
 from ich_prep.dataset.schema import IMAGES, LABELS, OK, ROOT, TABLES, shard_path
-from ich_prep.dataset.storage import local_path, read_regular
-from ich_prep.dataset.tables import read_parquet
+from ich_prep.dataset.storage import local_path
+from ich_prep.dataset.tables import read_sealed
 from ich_prep.dataset.windows import MAX_HU, MIN_HU, window_codes
 from ich_prep.dicom.decode import decode_with_pydicom
 from ich_prep.errors import CorruptionError, IchError, SliceError, SourceError, UsageError
+from ich_prep.files import is_litter, read_regular
 from ich_prep.pixels.repairs import SIGN_12BIT, SIGN_12BIT_SHIFT, SIGN_12BIT_WRAP
 from ich_prep.pixels.resize import resize_hu
 from ich_prep.sources import LARGEST_MEMBER, Source, open_source, read_whole
@@ -65,12 +66,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was checked, and the problems found."""
+    """What was checked, the problems found, and notes: what is remarkable and no problem."""
 
     shards: int
     slices: int
     compared: int
     problems: tuple[Problem, ...]
+    notes: tuple[Problem, ...] = ()
 
 
 def verify(
@@ -115,14 +117,15 @@ def verify(
         problems += _check_shards(dataset, progress)
     except CorruptionError as error:  # a table that was sealed again says what no table can
         return Verification(0, 0, 0, (*problems, Problem(str(dataset.path), str(error))))
-    problems += _check_strays(dataset)
+    strays, notes = _check_strays(dataset)
+    problems += strays
     if intact and belongs:
         problems += _check_ledger(dataset, folder)
     compared = 0
     if source is not None:
         try:
-            plan = read_parquet(folder.plan)
-        except (OSError, pa.ArrowException):
+            plan = read_sealed(folder.plan)
+        except (OSError, CorruptionError):
             problems.append(Problem(str(folder.plan), "cannot be read: the source file of each row is not known"))
         else:
             rows = _sample(dataset, sample, seed)
@@ -135,7 +138,7 @@ def verify(
                 )
             problems += _compare(dataset, source, keys, sampled, progress)
             compared = len(rows)
-    return Verification(dataset.counts.shards, len(dataset), compared, tuple(problems))
+    return Verification(dataset.counts.shards, len(dataset), compared, tuple(problems), notes)
 
 
 def _belongs(folder: BuildFolder, dataset: Dataset) -> bool:
@@ -263,21 +266,22 @@ def _check_shards(dataset: Dataset, progress: Progress) -> Iterator[Problem]:
     progress.end()
 
 
-def _check_strays(dataset: Dataset) -> Iterator[Problem]:
-    """Yield the files that are not part of the dataset."""
+def _check_strays(dataset: Dataset) -> tuple[list[Problem], tuple[Problem, ...]]:
+    """Return the files that are not part of the dataset, and those among them that are mere litter."""
     expected = {dataset.path / name for name in (ROOT, *dataset.root.digests)}
     expected.update(dataset.table_path(table) for table in TABLES)
     expected.update(shard_path(dataset.path, shard) for shard in range(dataset.counts.shards))
-    for path in sorted(dataset.path.rglob("*")):
-        if path not in expected and not path.is_dir():
-            yield Problem(str(path), "is not part of this dataset")
+    strays = [path for path in sorted(dataset.path.rglob("*")) if path not in expected and not path.is_dir()]
+    litter = [path for path in strays if is_litter(path.relative_to(dataset.path))]
+    notes = tuple(Problem(str(path), "is litter of an operating system, and ignored") for path in litter)
+    return [Problem(str(path), "is not part of this dataset") for path in strays if path not in litter], notes
 
 
 def _check_shard(
     path: Path, line: dict[str, Any], ok: NDArray[np.bool_], dataset: Dataset, buffer: NDArray[np.uint8]
 ) -> None:
     """Raise ``CorruptionError`` if the shard is not, byte for byte, the one that was written."""
-    data = np.fromfile(path, np.uint8)
+    data = np.frombuffer(read_regular(path), np.uint8)
     if len(data) != line["bytes"]:
         raise CorruptionError(f"expected {line['bytes']} bytes, found {len(data)}")
     chunks = dataset.spec.slices_per_shard
@@ -312,7 +316,7 @@ def _check_ledger(dataset: Dataset, folder: BuildFolder) -> Iterator[Problem]:
             report = ShardReport.from_json(ledger.read(folder.done, line["shard"]))
             recorded = [row.status for row in report.rows]
             same = report.fingerprint == line["fingerprint"] and report.bytes == line["bytes"]
-        except (OSError, ValueError):
+        except (OSError, ValueError, CorruptionError):
             yield Problem(str(path), "the ledger entry of this shard cannot be read")
             continue
         if not same or recorded != status[line["first_row"] : line["first_row"] + line["n_rows"]]:

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save
 from ich_prep.dataset.storage import sync_folder, write_whole
 from ich_prep.dataset.windows import Window
 from ich_prep.errors import TrainError, describe_os_error
+from ich_prep.files import read_regular, require_regular
 from ich_train.model import build_model
 from ich_train.preprocess import Scaling
 from ich_train.weights import weight_differences
@@ -150,7 +151,7 @@ def read_meta(folder: Path) -> Meta:
         raise TrainError(f"No checkpoint in {folder}. Name a run that has trained.")
     file = folder / META
     try:
-        return Meta.model_validate_json(file.read_bytes())
+        return Meta.model_validate_json(read_regular(file))
     except OSError as error:
         raise TrainError(f"Cannot read the description of a network: {describe_os_error(error)}.") from error
     except ValidationError as error:
@@ -164,6 +165,7 @@ def load_parameters(folder: Path, model: torch.nn.Module) -> None:
     """Fill ``model`` with the weights saved at ``folder``; raises `TrainError` if they are damaged or do not fit."""
     file = folder / WEIGHTS
     try:
+        require_regular(file)
         tensors = load_file(file)
     except OSError as error:
         raise TrainError(f"Cannot read the weights of a run in {file}: {describe_os_error(error)}.") from error
@@ -187,6 +189,7 @@ def load_state(folder: Path) -> dict[str, Any]:
     """Return the ``state`` saved at ``folder``, tensors on the CPU; raises `TrainError` if it is damaged."""
     file = folder / STATE
     try:
+        require_regular(file)
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # an unpickler may raise anything on bytes that it does not expect
         reason = describe_os_error(error) if isinstance(error, OSError) else "the file is damaged"

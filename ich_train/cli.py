@@ -1,6 +1,7 @@
 """The command line: parses, calls one function, prints, sets the exit code.
 
-Exit codes: 0 done; 1 an error; 2 an invalid command or recipe; 130 stopped by Ctrl-C, to be resumed.
+Exit codes: 0 done; 1 an error; 2 an invalid command or recipe; 128 + n stopped by signal n
+(130: Ctrl-C), to be resumed.
 """
 
 from __future__ import annotations
@@ -205,9 +206,9 @@ def _shown(value: object) -> str:
 
 def _console() -> Console:
     """Return standard error; of the processes that torchrun started, only the first one prints."""
-    from rich.console import Console
+    from ich_prep.terminal import Terminal
 
-    return Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
+    return Terminal(quiet=os.environ.get("RANK", "0") != "0")
 
 
 def _print_metrics(console: Console, metrics: dict[str, Any], run: Path) -> None:

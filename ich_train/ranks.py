@@ -17,6 +17,7 @@ import torch
 from torch import distributed
 
 from ich_prep.errors import UsageError
+from ich_prep.signals import heeded, note
 
 AGREE_STEPS = 10  # between two agreements of the ranks on whether to stop: agreeing makes a GPU wait
 
@@ -53,7 +54,7 @@ class Ranks:
 
 
 class Stop:
-    """Records a request to stop, by Ctrl-C or SIGTERM on any rank; a context manager that replaces their handlers.
+    """Records a request to stop, by Ctrl-C, SIGTERM or SIGHUP on any rank; a context manager that replaces their handlers.
 
     A third signal acts as usual, for a run that does not reach its next step.
     """
@@ -66,7 +67,7 @@ class Stop:
     def __enter__(self) -> Self:
         # Python allows signal handlers in the main thread only; no other thread receives a Ctrl-C.
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._count) for number in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {number: signal.signal(number, self._count) for number in heeded()}
         return self
 
     def __exit__(
@@ -86,6 +87,7 @@ class Stop:
         return step % AGREE_STEPS == 0 and self.agreed()
 
     def _count(self, number: int, frame: FrameType | None) -> None:
+        note(number)
         self._signals += 1
         if self._signals == 2:
             self._restore()

@@ -28,6 +28,7 @@ from statistics import fmean
 
 from ich_prep.dataset.storage import write_whole
 from ich_prep.errors import TrainError, UsageError, describe_os_error
+from ich_prep.files import read_regular
 from ich_prep.recipe import load_section
 from ich_train.config import FREE_ON_RESUME, EvalConfig, TrainConfig, recipe_text
 
@@ -162,7 +163,7 @@ def read_history(out: Path) -> list[Epoch]:
     """Return the epochs in ``history.csv`` of the run in the folder ``out``; raises `TrainError` for another table."""
     file = out / HISTORY
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_regular(file).decode()
     except OSError as error:
         raise TrainError(f"Cannot read the history of a run: {describe_os_error(error)}.") from error
     except UnicodeDecodeError as error:

@@ -19,6 +19,7 @@ import torch
 from pydantic import ValidationError
 
 from ich_prep.errors import TrainError, UsageError, count, describe_os_error
+from ich_prep.files import read_regular
 from ich_train.checkpoint import WEIGHTS, has_checkpoint, load_parameters, load_state, read_meta, save_checkpoint
 from ich_train.config import TrainConfig
 from ich_train.loss import loss_sums
@@ -303,7 +304,7 @@ def _is_evaluated(out: Path, dataset: Dataset, evaluation: EvalConfig) -> bool:
     if not (out / METRICS).exists():
         return False
     try:
-        metrics = json.loads((out / METRICS).read_text(encoding="utf-8"))
+        metrics = json.loads(read_regular(out / METRICS))
     except ValueError:  # damaged: evaluate again
         return False
     evaluated = metrics["evaluated"]

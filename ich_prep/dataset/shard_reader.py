@@ -21,8 +21,8 @@ import numpy as np
 from ich_prep.dataset.codecs import FRAME_HEADER_BYTES
 from ich_prep.dataset.native import REQUEST, ChunkCodec, read_chunks, scratch_bytes
 from ich_prep.dataset.shard_format import CRC_BYTES, MISSING, index_bytes, parse_index
-from ich_prep.dataset.storage import open_regular
 from ich_prep.errors import CorruptionError
+from ich_prep.files import open_regular
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -29,7 +29,7 @@ from ich_prep.dataset.schema import (
     digest_of,
 )
 from ich_prep.dataset.storage import clear_leftovers, size_of, sync_folder, write_whole
-from ich_prep.dataset.tables import read_parquet, write_table
+from ich_prep.dataset.tables import read_sealed, write_table
 from ich_prep.dataset.windows import MIN_HU
 from ich_prep.errors import BuildError
 from ich_prep.stages import ledger
@@ -76,7 +76,7 @@ def collect_tables(out: Path, folder: BuildFolder, state: State) -> Tables:
 
     Raises ``BuildError`` if a shard does not have the length that its entry records.
     """
-    plan = read_parquet(folder.plan)
+    plan = read_sealed(folder.plan)
     per_shard = state.spec.slices_per_shard
     starts = np.arange(0, len(plan), per_shard)
     entries = [_entry(out, folder, number) for number in range(len(starts))]
@@ -105,12 +105,10 @@ def collect_tables(out: Path, folder: BuildFolder, state: State) -> Tables:
     ]
     return Tables(
         slices=slices,
-        series=_with_rows(read_parquet(folder.series), slices, ok),
+        series=_with_rows(read_sealed(folder.series), slices, ok),
         shards=pa.table(shards, schema=SHARD_SCHEMA),
-        quarantine=pa.concat_tables([read_parquet(folder.quarantine), pa.table(quarantined, schema=QUARANTINE_SCHEMA)]),
-        lost=pa.concat_tables(
-            [read_parquet(folder.lost), lost_in_shards(plan, status, _is_positive(plan, state.spec))]
-        ),
+        quarantine=pa.concat_tables([read_sealed(folder.quarantine), pa.table(quarantined, schema=QUARANTINE_SCHEMA)]),
+        lost=pa.concat_tables([read_sealed(folder.lost), lost_in_shards(plan, status, _is_positive(plan, state.spec))]),
     )
 
 
@@ -219,7 +217,7 @@ def publish(out: Path, folder: BuildFolder, *, state: State, tables: Tables, fou
         },
         # Otherwise verify expects each fold to be the hash of its group.
         "given_folds": bool(
-            pc.any(pc.greater_equal(read_parquet(folder.plan, ["given_fold"])["given_fold"], 0)).as_py()
+            pc.any(pc.greater_equal(read_sealed(folder.plan, ["given_fold"])["given_fold"], 0)).as_py()
         ),
         "tables": names,
         "digests": {
