@@ -9,7 +9,7 @@ import hashlib
 import importlib
 import json
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -27,7 +26,7 @@ from ich_prep.dataset.schema import OK, shard_path
 from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.storage import clear_leftovers, local_path, size_of, sync_file, write_whole
 from ich_prep.dataset.tables import parquet_bytes, read_sealed, sealed_parquet_bytes, write_sealed
-from ich_prep.errors import CorruptionError, Reason, SourceError, count
+from ich_prep.errors import CorruptionError, Reason
 from ich_prep.execute import Pool, default_workers
 from ich_prep.layouts import check_layout, choose_layout
 from ich_prep.layouts.label_keys import choose_key
@@ -35,8 +34,8 @@ from ich_prep.layouts.labels import LabelOptions, LabelRules, fill_any
 from ich_prep.progress import NoProgress, Progress
 from ich_prep.sources import Listing, TableFile, check_table_path, local_table, open_source, shown
 from ich_prep.stages import ledger
-from ich_prep.stages.checks import Allowances, check_damage, check_labels, check_lost
-from ich_prep.stages.copies import hash_images, sharing_uid
+from ich_prep.stages.checks import Allowances, check_any_slices, check_damage, check_labels, check_lost
+from ich_prep.stages.copies import hash_copies, source_keys
 from ich_prep.stages.output import (
     build_lock,
     check_existing,
@@ -157,7 +156,7 @@ def build(
                         assignment=layout.assign(scanned, listing.name),
                         labels=table,
                         spec=spec,
-                        image=_hash_copies(pool, folder, sources, scanned, listing),
+                        image=hash_copies(scanned, listing.files, folder=folder, sources=sources, map_tasks=pool.map),
                     )
                     for note in plan.notes:
                         progress.say(f"{note}.")
@@ -287,36 +286,9 @@ def _any_damage(reasons: pa.ChunkedArray) -> bool:
     return any(Reason(reason).is_damage for reason in reasons.unique().to_pylist() if reason is not None)
 
 
-def _hash_copies(
-    pool: Pool, folder: BuildFolder, sources: Sequence[Path], scanned: pa.Table, listing: Listing
-) -> pa.Array:
-    """Return the image hash of each line of ``scanned`` whose SOP Instance UID another slice has, null for all others."""
-    accepted = np.flatnonzero(pc.is_null(scanned["reason"]).to_numpy())
-    lines = accepted[sharing_uid(scanned.take(pa.array(accepted)))]
-    if not len(lines):
-        return pa.nulls(len(scanned), pa.string())
-    slices = scanned.take(pa.array(lines))
-    keys = _source_keys(listing, slices["path"]).to_pylist()
-    hashes = hash_images(slices, keys, folder=folder, sources=sources, map_tasks=pool.map)
-    at = np.full(len(scanned), -1)
-    at[lines] = np.arange(len(lines))
-    return hashes.take(pa.array(at, pa.int64(), mask=at < 0))
-
-
-def _source_keys(listing: Listing, paths: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return the source keys (binary) of the files with ``paths`` (string)."""
-    readable = listing.files.filter(pc.is_null(listing.files["reason"]))
-    return readable["key"].take(pc.index_in(paths.cast(pa.binary()), value_set=readable["path"]))
-
-
 def _write_plan(folder: BuildFolder, state: State, plan: Plan) -> State:
     """Write the plan, one row group per shard, and the state that names its digest, last."""
-    if not len(plan.slices):
-        counts = Counter(plan.quarantine["reason"].to_pylist())
-        raise SourceError(
-            f"No CT slices: {count(len(plan.quarantine), 'file')} quarantined: "
-            f"{', '.join(f'{count} {reason}' for reason, count in counts.most_common())}. Point --src at axial CT."
-        )
+    check_any_slices(plan)
     data = sealed_parquet_bytes(plan.slices, row_group_size=state.spec.slices_per_shard, write_statistics=False)
     write_whole(folder.plan, data)
     write_sealed(folder.series, plan.series)
@@ -336,7 +308,7 @@ def _write_keys(folder: BuildFolder, listing: Listing) -> None:
     with pq.ParquetFile(folder.plan) as plan:
         metadata = plan.metadata
         paths = plan.read(["path"])["path"]
-    keys = pa.table({"key": _source_keys(listing, paths)})
+    keys = pa.table({"key": source_keys(listing.files, paths)})
     data = parquet_bytes(keys, row_group_size=metadata.row_group(0).num_rows, write_statistics=False)
     write_whole(folder.keys, data)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 MODELS = ("baseline", "resnet18", "resnet34", "resnet50", "densenet121", "densenet169", "seresnext50")
 
@@ -101,6 +101,34 @@ class EvalConfig(BaseModel):
     by: str | None = Field(
         default=None, description="A column of the dataset, such as x_sex: measure the slices of each value, too."
     )
+
+
+class PredictConfig(BaseModel):
+    """What ``ich-train predict`` reads and how it sums up scans; no section of a recipe."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    src: tuple[Path, ...] = Field(
+        default=(), description="A dataset; or folders and zip archives of DICOM files, may be repeated."
+    )
+    where: str | None = Field(default=None, description="Predict only slices that this filter selects.")
+    layout: str = Field(
+        default="auto", description="Of DICOM files, for their known defects: auto, rsna, cq500 or folder."
+    )
+    skip_flagged: bool = Field(default=False, description="Give no call to scans with flags.")
+    # The evaluation's first view by series is that of the maximum: one slice with a bleed makes a scan positive.
+    aggregate: Literal["max", "top3", "mean"] = Field(
+        default="max",
+        description="A scan's probability: of its slices the highest, the mean of the 3 highest, or of all.",
+    )
+    format: Literal["table", "kaggle"] | None = Field(
+        default=None, description="table, or kaggle (RSNA's submission). [default: table with --src, else kaggle]"
+    )
+
+    @field_validator("src", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str | Path) else value
 
 
 def recipe_text(sections: Mapping[str, Mapping[str, Any]]) -> str:

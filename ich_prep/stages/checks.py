@@ -31,6 +31,17 @@ class Allowances:
     max_quarantined: float = 0.01
 
 
+def check_any_slices(plan: Plan) -> None:
+    """Raise ``SourceError`` if the plan has no slice; it counts the reasons."""
+    if len(plan.slices):
+        return
+    reasons = Counter(plan.quarantine["reason"].to_pylist())
+    raise SourceError(
+        f"No CT slices: {count(len(plan.quarantine), 'file')} quarantined: "
+        f"{', '.join(f'{number} {reason}' for reason, number in reasons.most_common())}. Point --src at axial CT."
+    )
+
+
 def check_damage(quarantine: pa.Table, ok: int, allow: Allowances, hint: str) -> None:
     """Raise ``BuildError`` if more slices are damaged than allowed.
 

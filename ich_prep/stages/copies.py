@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
@@ -39,6 +40,31 @@ def sharing_uid(slices: pa.Table) -> NDArray[np.int64]:
     codes = encoded.to_numpy(zero_copy_only=False)
     numbers = np.bincount(codes + 1, minlength=2)
     return np.flatnonzero((codes >= 0) & (numbers[codes + 1] > 1))
+
+
+def hash_copies(
+    scanned: pa.Table, files: pa.Table, *, folder: BuildFolder, sources: Sequence[Path], map_tasks: MapTasks
+) -> pa.Array:
+    """Return the image hash of each line of ``scanned`` whose SOP Instance UID another slice has, null for all others.
+
+    ``files`` is the listing (``LISTING_SCHEMA``).
+    """
+    accepted = np.flatnonzero(pc.is_null(scanned["reason"]).to_numpy())
+    lines = accepted[sharing_uid(scanned.take(pa.array(accepted)))]
+    if not len(lines):
+        return pa.nulls(len(scanned), pa.string())
+    slices = scanned.take(pa.array(lines))
+    keys = source_keys(files, slices["path"]).to_pylist()
+    hashes = hash_images(slices, keys, folder=folder, sources=sources, map_tasks=map_tasks)
+    at = np.full(len(scanned), -1)
+    at[lines] = np.arange(len(lines))
+    return hashes.take(pa.array(at, pa.int64(), mask=at < 0))
+
+
+def source_keys(files: pa.Table, paths: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return the source keys (binary) of the files with ``paths`` (string); ``files`` is the listing."""
+    readable = files.filter(pc.is_null(files["reason"]))
+    return readable["key"].take(pc.index_in(paths.cast(pa.binary()), value_set=readable["path"]))
 
 
 def hash_images(
