@@ -21,11 +21,11 @@ from ich_prep.dataset.dataset import Dataset, row_numbers
 from ich_prep.dataset.native import require
 from ich_prep.dataset.schema import AS_STORED, FORMAT, OK, QUARANTINE_SCHEMA, Counts, Root
 from ich_prep.dataset.shard_reader import require_out
-from ich_prep.dataset.spec import Spec
+from ich_prep.dataset.spec import Spec, Stored
 from ich_prep.dataset.storage import local_path
 from ich_prep.dicom.decode import Decoder
 from ich_prep.errors import Reason, SliceError
-from ich_prep.layouts import LAYOUTS, choose_layout
+from ich_prep.layouts import LAYOUTS, check_layout, choose_layout
 from ich_prep.layouts.labels import no_labels
 from ich_prep.progress import NoProgress, Progress
 from ich_prep.sources import FolderSource, Source, open_source, read_ahead
@@ -43,7 +43,6 @@ from ich_prep.stages.units import refuse_other_units
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ich_prep.dataset.spec import Stored
     from ich_prep.pixels.audit import Audit
 
 T = TypeVar("T")
@@ -127,10 +126,12 @@ def plan_scans(
     """
     require()
     progress = progress or NoProgress()
+    spec = Spec(**{name: getattr(stored, name) for name in Stored.model_fields}, layout=layout, link=())
+    check_layout(spec)
     paths = [local_path(path, "--src").absolute() for path in src]
     source = open_source(paths)
     listing = source.list()
-    assigning, spec = choose_layout(Spec(**stored.model_dump(), layout=layout, link=()), listing, progress)
+    assigning, spec = choose_layout(spec, listing, progress)
     spec = spec.model_copy(update={"classes": classes})  # any, also of trees whose labels have others
     progress.begin("Reading headers", len(listing.files), "files", 0)
     scanned = pa.concat_tables(_scanned(source, listing.files, progress))

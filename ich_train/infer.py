@@ -165,7 +165,7 @@ def _predict_part(
     of_slices[wanted] = _mean([answer.slices for answer in by_run])
     predicted = np.bincount(scan_of[wanted], minlength=len(scans))
     of_scans = np.full((len(scans), len(classes)), np.nan, np.float32)
-    of_scans[predicted > 0] = _scan_probabilities(by_run, of_slices[wanted], scan_of[wanted], settings.aggregate)
+    of_scans[predicted > 0] = scan_probabilities(by_run, of_slices[wanted], scan_of[wanted], settings.aggregate)
 
     n_ok = np.bincount(
         dataset.slices["series_row"].to_numpy(zero_copy_only=False)[dataset.is_ok].astype(np.int64),
@@ -186,7 +186,7 @@ def _predict_part(
 
 
 @dataclass(frozen=True)
-class _Answer:
+class Answer:
     """One network's probabilities of n slices, (n, classes), and of the scans that these belong to, ascending, (m, classes).
 
     ``scans`` is None for a network that sees slices only.
@@ -198,7 +198,7 @@ class _Answer:
 
 def _probabilities(
     predictor: Predictor, dataset: Dataset, rows: NDArray[np.int64], *, batch_size: int, threads: int
-) -> _Answer:
+) -> Answer:
     slices = predict_rows(
         predictor.model,
         predictor.preprocess,
@@ -209,15 +209,15 @@ def _probabilities(
         threads=threads,
         device=predictor.device,
     )
-    return _Answer(slices, None)
+    return Answer(slices, None)
 
 
 def _mean(parts: Sequence[Probabilities]) -> Probabilities:
     return np.asarray(np.mean(np.stack(parts), axis=0, dtype=np.float64), np.float32)
 
 
-def _scan_probabilities(
-    answers: Sequence[_Answer], slices: Probabilities, scan_of: NDArray[np.int64], aggregate: str
+def scan_probabilities(
+    answers: Sequence[Answer], slices: Probabilities, scan_of: NDArray[np.int64], aggregate: str
 ) -> Probabilities:
     """Return the probabilities of the scans with slices, (m, classes).
 

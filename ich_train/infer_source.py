@@ -39,11 +39,11 @@ def metas_of(runs: Sequence[Path]) -> list[Meta]:
     for run, meta in zip(runs, metas, strict=True):
         for what, first, own in (
             ("classes", metas[0].classes, meta.classes),
-            ("orientation of images", (metas[0].images.orientation,), (meta.images.orientation,)),
+            ("orientations of images", (metas[0].images.orientation,), (meta.images.orientation,)),
         ):
             if first != own:
                 raise UsageError(
-                    f"{run} and {runs[0]} cannot be averaged: they were trained on another {what}, {', '.join(own)} and "
+                    f"{run} and {runs[0]} cannot be averaged: they were trained on other {what}, {', '.join(own)} and "
                     f"{', '.join(first)}. Predict with each of them."
                 )
     return metas
