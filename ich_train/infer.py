@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from ich_prep.dataset.dataset import Dataset
 from ich_prep.errors import Reason, UsageError, count
-from ich_train.infer_source import Part, first_quarantine, has_subsets, metas_of, parts
+from ich_train.infer_source import Block, blocks, first_quarantine, has_subsets, metas_of
 from ich_train.predict import Predictor, load_predictor, predict_rows
 
 if TYPE_CHECKING:
@@ -86,16 +86,18 @@ def predict(
     predictors: tuple[Predictor, ...] = ()
     slices, scans, quarantine = list[pa.Table](), list[pa.Table](), [first_quarantine(source)]
     damaged = {} if isinstance(source, Dataset) else _damaged(quarantine[0])  # a dataset does not know whose they were
-    for part in parts(source, metas, threads):
+    for block in blocks(source, metas, threads):
         predictors = predictors or tuple(
-            load_predictor(run, part.of(meta), device=device) for run, meta in zip(runs, metas, strict=True)
+            load_predictor(run, block.of(meta), device=device) for run, meta in zip(runs, metas, strict=True)
         )
-        selected = part.selected(settings.where, subset)
+        selected = block.selected(settings.where, subset)
         if len(selected):
-            found = _predict_part(predictors, part, selected, settings, damaged, batch_size=batch_size, threads=threads)
+            found = _predict_block(
+                predictors, block, selected, settings, damaged, batch_size=batch_size, threads=threads
+            )
             slices.append(found[0])
             scans.append(found[1])
-        quarantine += part.quarantine
+        quarantine += block.quarantine
     if not slices:
         if settings.where is not None:
             raise UsageError(f"--where {settings.where!r} selects no slice of {source.path}. Choose others.")
@@ -137,12 +139,12 @@ def _with_lost_scans(scans: pa.Table, source: Source, damaged: Mapping[str, int]
     return pa.concat_tables([scans, pa.Table.from_pylist(lines, scans.schema)])
 
 
-# --- the probabilities of a part -------------------------------------------------------------------------------------
+# --- the probabilities of a block -------------------------------------------------------------------------------------
 
 
-def _predict_part(
+def _predict_block(
     predictors: Sequence[Predictor],
-    part: Part,
+    block: Block,
     selected: NDArray[np.int64],
     settings: PredictConfig,
     damaged: Mapping[str, int],
@@ -151,14 +153,14 @@ def _predict_part(
     threads: int,
 ) -> tuple[pa.Table, pa.Table]:
     """Return the tables of the slices ``selected`` and of their scans."""
-    dataset, classes = part.first, predictors[0].meta.classes
+    dataset, classes = block.first, predictors[0].meta.classes
     series_row = dataset.slices["series_row"].take(pa.array(selected)).to_numpy().astype(np.int64)
     scans, scan_of = np.unique(series_row, return_inverse=True)
     lines = _columns(dataset.series.take(pa.array(scans)), SCAN_COLUMNS)
     flagged = _flagged(lines) if settings.skip_flagged else [""] * len(scans)
     wanted = dataset.is_ok[selected] & np.array([not flags for flags in flagged])[scan_of]
     by_run = [
-        _probabilities(one, part.of(one.meta), selected[wanted], batch_size=batch_size, threads=threads)
+        _probabilities(one, block.of(one.meta), selected[wanted], batch_size=batch_size, threads=threads)
         for one in predictors
     ]
     of_slices = np.full((len(selected), len(classes)), np.nan, np.float32)
@@ -177,11 +179,11 @@ def _predict_part(
         _no_call(*values) for values in zip(flagged, predicted.tolist(), (planned + early).tolist(), strict=True)
     ]
     of_scans[[reason is not None for reason in no_call]] = np.nan
-    lines = _shifted(lines, part.first_series)
+    lines = _shifted(lines, block.first_series)
     for name, values in (("n_damaged", planned - n_ok + early), ("n_predicted", predicted)):
         lines = lines.append_column(name, pa.array(values, pa.int32()))
     lines = lines.append_column(NO_CALL, pa.array(no_call, pa.string()))
-    slices = _shifted(_columns(dataset.slices.take(pa.array(selected)), SLICE_COLUMNS), part.first_series)
+    slices = _shifted(_columns(dataset.slices.take(pa.array(selected)), SLICE_COLUMNS), block.first_series)
     return _with_probabilities(slices, classes, of_slices), _with_probabilities(lines, classes, of_scans)
 
 
@@ -212,8 +214,8 @@ def _probabilities(
     return Answer(slices, None)
 
 
-def _mean(parts: Sequence[Probabilities]) -> Probabilities:
-    return np.asarray(np.mean(np.stack(parts), axis=0, dtype=np.float64), np.float32)
+def _mean(answers: Sequence[Probabilities]) -> Probabilities:
+    return np.asarray(np.mean(np.stack(answers), axis=0, dtype=np.float64), np.float32)
 
 
 def scan_probabilities(
@@ -230,7 +232,7 @@ def scan_probabilities(
         order = np.argsort(scan_of, kind="stable")
         values, sorted_scans = (_mean(by_slice) if by_scan else slices)[order], scan_of[order]
         starts = np.flatnonzero(np.diff(sorted_scans, prepend=-1))
-        found = [AGGREGATES[aggregate](part) for part in np.split(values, starts[1:])] if len(starts) else []
+        found = [AGGREGATES[aggregate](one) for one in np.split(values, starts[1:])] if len(starts) else []
         aggregated = np.array(found, np.float32).reshape(len(starts), values.shape[1])
         by_scan += [aggregated] * len(by_slice)
     return _mean(by_scan)

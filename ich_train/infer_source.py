@@ -1,7 +1,7 @@
-"""What is predicted: a dataset, or DICOM files that are rendered in memory as a build does, in parts of whole volumes.
+"""What is predicted: a dataset, or DICOM files that are rendered in memory as a build does, in blocks of whole volumes.
 
-The parts of a dataset are those of the files it was built from, so that batches are the same; each has at most
-``PART_BYTES`` of pixels, unless one volume has more, which bounds the memory for DICOM files.
+The blocks of a dataset are those of the files it was built from, so that batches are the same; each has at most
+``BLOCK_BYTES`` of pixels, unless one volume has more, which bounds the memory for DICOM files.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     Source = Dataset | PlannedScans
 
-PART_BYTES = 1 << 30
+BLOCK_BYTES = 1 << 30
 QUARANTINE_COLUMNS = ("path", "reason", "detail", "series_instance_uid")
 
 
@@ -79,14 +79,14 @@ def has_subsets(source: Source) -> bool:
     return isinstance(source, Dataset) or bool(pc.any(pc.equal(source.slices["subset"], "test")).as_py())
 
 
-# --- the parts of a source -------------------------------------------------------------------------------------------
+# --- the blocks of a source -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Part:
+class Block:
     """Some whole volumes, adjacent: ``datasets`` by the images that networks read, with equal rows.
 
-    ``rows`` are those of the part; ``first_series`` is to be added to a dataset's ``series_row`` to give the source's.
+    ``rows`` are those of the block; ``first_series`` is to be added to a dataset's ``series_row`` to give the source's.
     """
 
     datasets: Mapping[str, Dataset]
@@ -114,31 +114,31 @@ class Part:
         return rows
 
 
-def parts(source: Source, metas: Sequence[Meta], threads: int) -> Iterator[Part]:
-    """Yield the parts of ``source`` for the networks of ``metas``; ``threads`` render DICOM files."""
+def blocks(source: Source, metas: Sequence[Meta], threads: int) -> Iterator[Block]:
+    """Yield the blocks of ``source`` for the networks of ``metas``; ``threads`` render DICOM files."""
     images = {meta.images.describe(): meta.images for meta in metas}
     stored = {name: stored_as(one) for name, one in images.items()}
     slice_bytes = sum(one.channels * one.size**2 * one.dtype.itemsize for one in stored.values())
     volumes = _divided(source.series["n_slices"].to_numpy(), slice_bytes)
     if isinstance(source, Dataset):
         series_row = source.slices["series_row"].fill_null(-1).to_numpy()
-        for part in volumes:
-            rows = np.flatnonzero((series_row >= part.start) & (series_row < part.stop))
-            yield Part({"": source}, rows, 0, [])
+        for lines in volumes:
+            rows = np.flatnonzero((series_row >= lines.start) & (series_row < lines.stop))
+            yield Block({"": source}, rows, 0, [])
         return
     from ich_prep.scans import render_scans
 
-    for part in volumes:
-        rendered = {name: render_scans(source, one, part, threads=threads) for name, one in stored.items()}
+    for lines in volumes:
+        rendered = {name: render_scans(source, one, lines, threads=threads) for name, one in stored.items()}
         first = next(iter(rendered.values()))
-        yield Part(rendered, np.arange(len(first)), part.start, [first.quarantine.select(QUARANTINE_COLUMNS)])
+        yield Block(rendered, np.arange(len(first)), lines.start, [first.quarantine.select(QUARANTINE_COLUMNS)])
 
 
 def _divided(n_slices: NDArray[Any], slice_bytes: int) -> Iterator[range]:
-    """Yield ranges of volumes of at most ``PART_BYTES``, or of one volume."""
+    """Yield ranges of volumes of at most ``BLOCK_BYTES``, or of one volume."""
     start = size = 0
     for number, slices in enumerate(n_slices.tolist()):
-        if number > start and (size + slices) * slice_bytes > PART_BYTES:
+        if number > start and (size + slices) * slice_bytes > BLOCK_BYTES:
             yield range(start, number)
             start, size = number, 0
         size += slices

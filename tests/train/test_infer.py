@@ -160,19 +160,19 @@ def test_probabilities_are_those_of_the_dataset_bit_for_bit(
     assert slices["sop_instance_uid"].to_pylist() == dataset.slices["sop_instance_uid"].to_pylist()
 
 
-def test_parts_of_a_source_have_the_rows_of_the_whole(
+def test_blocks_of_a_source_have_the_rows_of_the_whole(
     run: Path, twelve: Path, twelve_tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = predicted(run, twelve)
-    monkeypatch.setattr(infer_source, "PART_BYTES", 100 * 3 * 32 * 32)  # two or three volumes
-    by_parts = predicted(run, twelve_tree)
-    assert len([*infer_source.parts(open_dataset(twelve), infer_source.metas_of([run]), 1)]) > 3
+    monkeypatch.setattr(infer_source, "BLOCK_BYTES", 100 * 3 * 32 * 32)  # two or three volumes
+    by_blocks = predicted(run, twelve_tree)
+    assert len([*infer_source.blocks(open_dataset(twelve), infer_source.metas_of([run]), 1)]) > 3
     assert equal_tables(
-        by_parts.slices, predicted(run, twelve).slices.set_column(5, "label_line", by_parts.slices["label_line"])
+        by_blocks.slices, predicted(run, twelve).slices.set_column(5, "label_line", by_blocks.slices["label_line"])
     )
     names = [name for name in whole.slices.column_names if name not in (*whole.classes, "label_line")]
-    assert equal_tables(by_parts.slices.select(names), whole.slices.select(names))
-    np.testing.assert_allclose(by_parts.matrix(), whole.matrix(), atol=1e-6)
+    assert equal_tables(by_blocks.slices.select(names), whole.slices.select(names))
+    np.testing.assert_allclose(by_blocks.matrix(), whole.matrix(), atol=1e-6)
 
 
 def test_a_filter_selects_the_same_slices_of_files_and_dataset(run: Path, twelve: Path, twelve_tree: Path) -> None:
