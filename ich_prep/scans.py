@@ -21,7 +21,6 @@ from ich_prep.dataset.dataset import Dataset, row_numbers
 from ich_prep.dataset.native import require
 from ich_prep.dataset.schema import AS_STORED, FORMAT, OK, QUARANTINE_SCHEMA, Counts, Root
 from ich_prep.dataset.shard_reader import require_out
-from ich_prep.dataset.spec import Spec, Stored
 from ich_prep.dataset.storage import local_path
 from ich_prep.dicom.decode import Decoder
 from ich_prep.errors import Reason, SliceError
@@ -43,6 +42,7 @@ from ich_prep.stages.units import refuse_other_units
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from ich_prep.dataset.spec import Spec, Stored
     from ich_prep.pixels.audit import Audit
 
 T = TypeVar("T")
@@ -110,29 +110,21 @@ class PlannedScans:
     found: int
 
 
-def plan_scans(
-    src: Sequence[str | Path],
-    stored: Stored,
-    *,
-    layout: str = "auto",
-    classes: tuple[str, ...] = RSNA_CLASSES,
-    progress: Progress | None = None,
-) -> PlannedScans:
+def plan_scans(src: Sequence[str | Path], spec: Spec, *, progress: Progress | None = None) -> PlannedScans:
     """Return the scans of the folders and zip archives ``src``, in the rows that a build without labels gives them.
 
-    ``stored`` gives the orientation, the ``layout`` the repairs of known defects. Label tables are not read: labels of all
-    ``classes`` are unknown. Patients are not linked: no fold is assigned. Raises ``SourceError`` if there is no CT slice, or
-    nothing that can be read.
+    Label tables are not read: labels of all classes of ``spec``, which may be any, are unknown. Patients are not linked: no
+    fold is assigned. Raises ``SourceError`` if there is no CT slice, or nothing that can be read, and ``UsageError``.
     """
     require()
     progress = progress or NoProgress()
-    spec = Spec(**{name: getattr(stored, name) for name in Stored.model_fields}, layout=layout, link=())
-    check_layout(spec)
+    assumed = spec.model_copy(update={"link": (), "classes": RSNA_CLASSES})  # which classes a layout has, labels decide
+    check_layout(assumed)
     paths = [local_path(path, "--src").absolute() for path in src]
     source = open_source(paths)
     listing = source.list()
-    assigning, spec = choose_layout(spec, listing, progress)
-    spec = spec.model_copy(update={"classes": classes})  # any, also of trees whose labels have others
+    layout, assumed = choose_layout(assumed, listing, progress)
+    spec = assumed.model_copy(update={"classes": spec.classes})
     progress.begin("Reading headers", len(listing.files), "files", 0)
     scanned = pa.concat_tables(_scanned(source, listing.files, progress))
     progress.end()
@@ -142,7 +134,7 @@ def plan_scans(
         scanned = refuse_other_units(scanned, listing.files, folder=folder, sources=paths, run=_in_order, spec=spec)
         plan = make_plan(
             scanned,
-            assignment=assigning.assign(scanned, listing.name),
+            assignment=layout.assign(scanned, listing.name),
             labels=no_labels(spec.classes),
             spec=spec,
             image=hash_copies(scanned, listing.files, folder=folder, sources=paths, map_tasks=_in_order),

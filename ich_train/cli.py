@@ -121,7 +121,7 @@ def eval_command(run: RunFolder, *, given: dict[str, Any], place: dict[str, Any]
 
 
 @app.command("predict")
-@options_from(PredictConfig, "src", "where", "layout", "skip_flagged", "aggregate", "format")
+@options_from(PredictConfig)
 @options_from(EvalConfig, "batch_size", into="batches", default="as in the recipe of the first run")
 @options_from(TrainConfig, "data", "threads", "device", into="place", default="the first run's")
 def predict_command(
@@ -157,7 +157,7 @@ def predict_command(
     if wanted.src:
         meta = metas_of(runs)[0]
         check_outputs(outputs, meta.classes)
-        source = open_source(wanted.src, meta, layout=wanted.layout)
+        source = open_source(meta, wanted)
     else:
         source = _dataset_of(runs[0], settings, place)
         check_outputs(outputs, source.classes)

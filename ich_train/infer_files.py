@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 TEMPLATE = "infer.html.jinja"
 ENDINGS = (".csv", ".parquet")
 MOST_LISTED = 5  # damaged files in the summary
+MOST_LETTERS = 500  # of a path in the summary
 MOST_LINES = 1000  # of a table of the page
 
 
@@ -120,7 +121,7 @@ def summary_lines(found: Predictions) -> list[str]:
     if len(found.quarantine):
         lines.append(f"{count(len(found.quarantine), 'file')} quarantined: {_reasons(found)}.")
     damaged = [line for line in found.quarantine.to_pylist() if line["reason"] in DAMAGE]
-    lines += [f"{line['path']}: {line['reason']}, {line['detail']}" for line in damaged[:MOST_LISTED]]
+    lines += [f"{line['path'][:MOST_LETTERS]}: {line['reason']}, {line['detail']}" for line in damaged[:MOST_LISTED]]
     if len(damaged) > MOST_LISTED:
         lines.append(f"... and {count(len(damaged) - MOST_LISTED, 'other damaged file')}; --quarantine lists them.")
     return lines

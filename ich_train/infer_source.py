@@ -17,15 +17,18 @@ import pyarrow.compute as pc
 
 from ich_prep.dataset.dataset import Dataset, open_dataset
 from ich_prep.dataset.schema import ROOT
-from ich_prep.dataset.spec import Stored
+from ich_prep.dataset.spec import Spec, Stored
 from ich_prep.errors import UsageError
+from ich_prep.recipe import validate
 from ich_train.checkpoint import Images, Meta, read_meta
+from ich_train.config import SOURCE_OPTIONS
 from ich_train.runs import BEST
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ich_prep.scans import PlannedScans
+    from ich_train.config import PredictConfig
 
     Source = Dataset | PlannedScans
 
@@ -49,18 +52,21 @@ def metas_of(runs: Sequence[Path]) -> list[Meta]:
     return metas
 
 
-def open_source(src: Sequence[Path], meta: Meta, *, layout: str = "auto") -> Source:
-    """Return the dataset at ``src``, or the scans of the folders and zip archives there, for networks like ``meta``'s.
+def open_source(meta: Meta, settings: PredictConfig) -> Source:
+    """Return the dataset at ``settings.src``, or the scans of the DICOM files there, for networks like ``meta``'s.
 
-    The terminal shows how reading their headers goes. Raises ``DatasetError`` or ``SourceError``.
+    The terminal shows how reading their headers goes. Raises ``DatasetError``, ``SourceError`` or ``UsageError``.
     """
+    src = settings.src
     if len(src) == 1 and (src[0].suffix == ".zarr" or (src[0] / ROOT).exists()):
         return open_dataset(src[0])
     from ich_prep.progress import TerminalProgress
     from ich_prep.scans import plan_scans  # pydicom and OpenCV: only where DICOM files are read
 
+    options = settings.model_dump(mode="json", include=set(SOURCE_OPTIONS))  # lists, which Spec parses
+    spec = validate(Spec, {**dict(stored_as(meta.images)), "classes": meta.classes, **options}, where="options")
     with TerminalProgress() as progress:
-        return plan_scans(src, stored_as(meta.images), layout=layout, classes=meta.classes, progress=progress)
+        return plan_scans(src, spec, progress=progress)
 
 
 def stored_as(images: Images) -> Stored:

@@ -22,7 +22,7 @@ from ich_prep.errors import DatasetError, UsageError
 from ich_prep.phantom import synthesize
 from ich_prep.scans import RenderedScans, plan_scans, render_scans
 from ich_train import infer_source
-from ich_train.config import EvalConfig, PredictConfig, TrainConfig
+from ich_train.config import SOURCE_OPTIONS, EvalConfig, PredictConfig, TrainConfig
 from ich_train.infer import Answer, Predictions, predict, scan_probabilities
 from ich_train.infer_source import open_source, stored_as
 from ich_train.predict import load_predictor, predict_rows
@@ -66,8 +66,8 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 def predicted(run: Path, *src: Path, settings: Mapping[str, Any] | None = None) -> Predictions:
     """The predictions of one run for the source ``src``."""
-    source = open_source(src, infer_source.metas_of([run])[0])
-    return predict([run], source, PredictConfig.model_validate(settings or {}), batch_size=16, threads=2)
+    wanted = PredictConfig.model_validate({"src": src, **(settings or {})})
+    return predict([run], open_source(infer_source.metas_of([run])[0], wanted), wanted, batch_size=16, threads=2)
 
 
 def equal_tables(one: pa.Table, other: pa.Table) -> bool:
@@ -126,7 +126,7 @@ def assert_same(rendered: RenderedScans, dataset: Dataset) -> None:
 
 def test_reading_rendered_scans_fails_as_reading_a_dataset_does(twelve_tree: Path, twelve: Path) -> None:
     dataset = open_dataset(twelve)
-    planned = plan_scans([twelve_tree], dataset.spec)
+    planned = plan_scans([twelve_tree], Spec(size=32))
     rendered = render_scans(planned, dataset.spec, range(1, 3))
     for rows, error in (([len(rendered)], IndexError), ([-1], IndexError), (["1"], TypeError)):
         with pytest.raises(error):
@@ -347,6 +347,28 @@ def test_flagged_scans_can_be_skipped(call: Call, hospital_run: Path, tmp_path: 
         assert [value == "" for value in by_series] == [skipped] * 5
 
 
+def test_files_can_be_chosen_as_for_a_build(call: Call, hospital_run: Path, tmp_path: Path) -> None:
+    head = slices(range(4), SeriesDescription="HEAD 5mm")
+    bone = slices(range(10, 14), SeriesDescription="BONE thin", SeriesInstanceUID="1.2.6", BurnedInAnnotation="YES")
+    other = slices(range(20, 24), SeriesInstanceUID="1.2.4", RescaleType="TBD")  # random values do not look like HU
+    write_files(tmp_path / "src", below("a", head) | below("b", bone) | below("c", other))
+    for words, found in (
+        ([], {"1.2.2"}),
+        (["--allow-burned-in", "--rescale-types", "XYZ,TBD"], {"1.2.2", "1.2.4", "1.2.6"}),
+        (["--allow-burned-in", "--exclude", "SeriesDescription~head"], {"1.2.6"}),
+        (["--allow-burned-in", "--include", "SeriesDescription~bone"], {"1.2.6"}),
+        (["--allow-burned-in", "--one-series-per-study", "thickest"], {"1.2.2"}),
+    ):
+        assert call("predict", hospital_run, "--src", "src", "--out", "x.csv", *words) == 0
+        assert {line["series_instance_uid"] for line in read_table(tmp_path / "x.csv")} == found, words
+
+
+def test_what_chooses_files_is_declared_as_for_a_build() -> None:
+    for name in SOURCE_OPTIONS:
+        one, other = PredictConfig.model_fields[name], Spec.model_fields[name]
+        assert (one.annotation, one.default, one.description) == (other.annotation, other.default, other.description)
+
+
 # --- several runs ------------------------------------------------------------------------------------------------------
 
 
@@ -472,7 +494,7 @@ def test_a_filter_that_is_not_valid_is_refused(
 def test_a_row_without_pixels_is_refused(hospital_run: Path, tmp_path: Path) -> None:
     write_files(tmp_path / "src", slices(range(4)))
     stored = stored_as(infer_source.metas_of([hospital_run])[0].images)
-    planned = plan_scans([tmp_path / "src"], stored)
+    planned = plan_scans([tmp_path / "src"], Spec(**dict(stored)))
     (tmp_path / "src" / "002.dcm").write_bytes(ct_bytes(77))  # after its header was read
     rendered = render_scans(planned, stored, range(1))
     assert rendered.slices["status"].to_pylist() == ["ok", "ok", "changed", "ok"]
