@@ -56,6 +56,28 @@ class BuildOptions(Spec):
         """Return the part that changes the bytes."""
         return Spec(**{name: getattr(self, name) for name in Spec.model_fields})
 
+    def arguments(self) -> dict[str, Any]:
+        """Return the rest as the keyword arguments that ``build`` and ``dry_run`` share."""
+        from ich_prep.layouts.labels import LabelOptions
+        from ich_prep.stages.checks import Allowances
+
+        return {
+            "labels": self.labels,
+            "label_options": LabelOptions(
+                key=self.label_key, column=self.label_column, ignore=self.ignore_columns, keep=self.keep_columns
+            ),
+            "build_dir": self.build_dir,
+            "workers": self.workers,
+            "scheduler": self.scheduler,
+            "allow": Allowances(
+                unlabelled=self.allow_unlabelled,
+                missing_images=self.allow_missing_images,
+                contradictions=self.allow_contradictions,
+                lost_labels=self.allow_lost_labels,
+                max_quarantined=self.max_quarantined,
+            ),
+        }
+
 
 def resolve(recipe: Path | None, given: Mapping[str, Any]) -> BuildOptions:
     """Return the options of a ``recipe``, if there is one, overridden by those ``given``."""
