@@ -45,6 +45,7 @@ from ich_prep.stages.output import (
 )
 from ich_prep.stages.plan import Plan
 from ich_prep.stages.publish import collect_tables, publish
+from ich_prep.stages.selection import check_filters
 from ich_prep.stages.shard import ShardReport, write_shard
 from ich_prep.stages.state import BuildFolder, State, build_folder, write_state
 from ich_prep.stages.survey import (
@@ -105,6 +106,7 @@ def build(
     count = default_workers() if workers is None else workers
     seconds: dict[str, float] = {}
     check_layout(spec)
+    check_filters(spec)
     native.require()
     source = open_source(sources)
     if labels is not None:

@@ -32,6 +32,7 @@ from ich_prep.stages.plan import Plan
 from ich_prep.stages.publish import series_flags
 from ich_prep.stages.sample import Sample, measure, sampled_rows
 from ich_prep.stages.scan import FILES_PER_BATCH
+from ich_prep.stages.selection import check_filters
 from ich_prep.stages.state import BuildFolder, State
 from ich_prep.stages.survey import (
     TASK_MODULES,
@@ -146,6 +147,7 @@ def dry_run(
     sources = tuple(local_path(path, "--src").absolute() for path in paths)
     spec, allow, progress = spec or Spec(), allow or Allowances(), progress or NoProgress()
     check_layout(spec)
+    check_filters(spec)
     native.require()
     source = open_source(sources)
     if labels is not None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 MOST_LINES = 40  # of a table in the terminal
 MOST_EXAMPLES = 5
+MOST_DETAIL = 300  # characters
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 CsvFile = Annotated[Path | None, typer.Option("--csv", help="New CSV file to write the whole table to.")]
@@ -107,7 +108,7 @@ def quarantine(
 
     from ich_prep.stages.quarantined import by_reason, read_quarantine
 
-    refuse_unknown(reason or (), [*Reason], where="--reason", listed=False)
+    refuse_unknown(reason or (), map(str, Reason), where="--reason", listed=False)
     if copy_to is not None and not src:
         raise UsageError("--copy-to needs the sources: give --src as to `ich-prep build`.")
     check_new_file(csv_file, "--csv", src or ())
@@ -318,21 +319,23 @@ def _refuse_template(layout: str) -> None:
         )
 
 
-# --- tables ----------------------------------------------------------------------------------------------------------
+# --- quarantined files -----------------------------------------------------------------------------------------------
 
 
-def _print_groups(title: str, groups: Iterable[Group]) -> None:
+def _print_groups(title: str, groups: Sequence[Group]) -> None:
+    """Print how many files left for each reason, and one of them."""
     from ich_prep.stages.quarantined import KINDS
 
-    rows = [(group.reason, f"{group.files:,}", KINDS[group.kind], f"{group.path}", group.detail) for group in groups]
-    if rows:
-        columns = (("reason", 18), (">files", 7), ("because it is", 20), ("<for example", 22), ("detail", 29))
-        print_table(title, columns, rows)
+    if groups:
+        typer.echo(f"\n{title}")
+    for group in groups:
+        typer.echo(f"{group.files:9,} {group.reason} ({KINDS[group.kind]})")
+        print_text(f"for example {printable(group.path)}: {printable(group.detail)[:MOST_DETAIL]}", indent=10)
 
 
 def _print_files(files: pa.Table) -> None:
-    lines = files.slice(0, MOST_LINES).to_pylist()
-    rows = [(line["reason"], line["path"], line["detail"] or "") for line in lines]
-    print_table("Quarantined", (("reason", 18), ("<path", 44), ("detail", 36)), rows)
+    for line in files.slice(0, MOST_LINES).to_pylist():
+        print_text(f"{line['reason']} {printable(line['path'])}")
+        print_text(printable(line["detail"] or "")[:MOST_DETAIL], indent=10)
     if len(files) > MOST_LINES:
         typer.echo(f"... and {len(files) - MOST_LINES:,} more: --csv or --json has all.")

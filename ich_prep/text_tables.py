@@ -20,9 +20,13 @@ if TYPE_CHECKING:
 WIDTH = 100  # of a terminal
 
 
-def print_text(text: str) -> None:
+def print_text(text: str, *, indent: int = 0) -> None:
     """Print ``text``, broken between words into lines of ``WIDTH``; paths and other long words stay whole."""
-    typer.echo(textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False))
+    margin = " " * indent
+    lines = textwrap.fill(
+        text, WIDTH, initial_indent=margin, subsequent_indent=margin, break_long_words=False, break_on_hyphens=False
+    )
+    typer.echo(lines)
 
 
 def print_table(title: str, columns: Sequence[tuple[str, int]], rows: Iterable[Sequence[str | None]]) -> None:

@@ -108,7 +108,7 @@ def _of_build(folder: BuildFolder) -> Quarantine:
             planned = read_parquet(folder.quarantine)
             failed = [] if state.plan is None else list(_failed_rows(folder, state))
             files = pa.concat_tables([planned, pa.Table.from_pylist(failed, QUARANTINE_SCHEMA)])
-            return Quarantine(files.sort_by("path"), "planned")
+            return Quarantine(files.sort_by("path"), "planned" if state.published is None else "finished")
         parts = [_of_batch(folder.batch(number)) for number in ledger.done(folder.scan, suffix=".parquet")]
     except (OSError, pa.ArrowException) as error:
         raise DatasetError(
