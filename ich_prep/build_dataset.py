@@ -9,7 +9,7 @@ import hashlib
 import importlib
 import json
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,14 +26,14 @@ from ich_prep.dataset.schema import OK, shard_path
 from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.storage import clear_leftovers, local_path, size_of, sync_file, write_whole
 from ich_prep.dataset.tables import parquet_bytes, write_table
-from ich_prep.errors import Reason, SourceError, count
+from ich_prep.errors import Reason
 from ich_prep.execute import Pool, default_workers
 from ich_prep.layouts import check_layout, choose_layout
 from ich_prep.layouts.labels import LabelOptions, LabelRules
 from ich_prep.progress import NoProgress, Progress
 from ich_prep.sources import Listing, check_table_path, open_source, shown
 from ich_prep.stages import ledger
-from ich_prep.stages.checks import Allowances, check_damage, check_labels, check_lost
+from ich_prep.stages.checks import Allowances, check_any_slice, check_damage, check_labels, check_lost
 from ich_prep.stages.output import (
     build_lock,
     check_existing,
@@ -146,6 +146,7 @@ def build(
                     check_damage(plan.quarantine, len(plan.slices), allow, hint)
                     check_labels(plan, table, folder, allow, progress)
                     check_lost(plan.lost, allow, progress)
+                    check_any_slice(plan)
                     state = _write_plan(folder, state, plan)
                 log("planned", slices=len(plan.slices), quarantined=len(plan.quarantine))
                 del scanned, found, plan  # one line per file: memory that writing shards does not need
@@ -194,12 +195,6 @@ def _log(path: Path, event: str, **values: object) -> None:
 
 def _write_plan(folder: BuildFolder, state: State, plan: Plan) -> State:
     """Write the plan, one row group per shard, and the state that names its digest, last."""
-    if not len(plan.slices):
-        counts = Counter(plan.quarantine["reason"].to_pylist())
-        raise SourceError(
-            f"No CT slices: {count(len(plan.quarantine), 'file')} quarantined: "
-            f"{', '.join(f'{count} {reason}' for reason, count in counts.most_common())}. Point --src at axial CT."
-        )
     data = parquet_bytes(plan.slices, row_group_size=state.spec.slices_per_shard, write_statistics=False)
     write_whole(folder.plan, data)
     write_table(folder.series, plan.series)

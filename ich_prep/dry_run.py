@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from ich_prep.layouts.labels import LabelOptions, LabelRules, LabelTable, no_lab
 from ich_prep.progress import NoProgress, Progress
 from ich_prep.sources import Listing, check_table_path, open_source
 from ich_prep.stages import ledger
-from ich_prep.stages.checks import Allowances, check_damage, check_labels, check_lost
+from ich_prep.stages.checks import Allowances, check_any_slice, check_damage, check_labels, check_lost
 from ich_prep.stages.output import build_lock, check_working_folder, reset_folder
 from ich_prep.stages.plan import Plan
 from ich_prep.stages.publish import series_flags
@@ -135,12 +135,14 @@ def dry_run(
     workers: int | None = None,
     scheduler: str | None = None,
     allow: Allowances | None = None,
+    check: Callable[[Spec], None] | None = None,
     progress: Progress | None = None,
 ) -> DryRun:
     """Return what ``build`` would do with these arguments, as far as headers and a few slices tell.
 
     Labels are taken into account if ``labels`` names a table or the source has one. ``build_dir`` is a working folder
-    that keeps the headers for a later build, else they go to a temporary folder. Raises ``SourceError``, ``BuildError`` or
+    that keeps the headers for a later build, else they go to a temporary folder. ``check`` is called with the spec once
+    the layout is known, before headers are read. Raises ``SourceError``, ``BuildError`` or
     ``UsageError``; what would end a build after the headers are read is in ``stops`` instead.
     """
     paths = [src] if isinstance(src, str | Path) else src
@@ -159,6 +161,8 @@ def dry_run(
     ):
         listing = source.list()
         layout, spec = choose_layout(spec, listing, progress)
+        if check is not None:
+            check(spec)
         rules = LabelRules(spec.classes, allow.contradictions, True, label_options or LabelOptions())
         table, stops = _labels(layout, listing, labels, rules)
         job = Job(pool, folder, sources, listing, progress)
@@ -268,6 +272,7 @@ def _stops(
     if len(labels.keys):
         checks.append(partial(check_labels, plan, labels, folder, allow, progress))
         checks.append(partial(check_lost, plan.lost, allow, progress))
+    checks.append(partial(check_any_slice, plan))
     stops = []
     for check in checks:
         try:

@@ -18,6 +18,7 @@ from ich_prep.text_tables import check_new_file, print_table, print_text, printa
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from ich_prep.dataset.spec import Spec
     from ich_prep.dry_run import DryRun
     from ich_prep.progress import Progress
     from ich_prep.stages.quarantined import Group
@@ -53,12 +54,12 @@ def scan(
     for path, option in ((csv_file, "--csv"), (label_template, "--label-template")):
         check_new_file(path, option, src)
     with _progress(quiet=as_json) as progress:
-        found = dry_run(src, options.spec(), progress=progress, **options.arguments())
+        check = None if label_template is None else _refuse_template
+        found = dry_run(src, options.spec(), check=check, progress=progress, **options.arguments())
     notes = list(found.notes)
     if csv_file is not None:
         write_csv(csv_file, found.volumes)
     if label_template is not None:
-        _refuse_template(found.spec.layout)
         template = template_of(found.slices, found.volumes, level, found.spec.classes)
         write_csv(label_template, template.table)
         notes += [f"{label_template}: {count(len(template.table), 'line')} to fill in", *template.notes]
@@ -311,11 +312,11 @@ def _duration(seconds: float) -> str:
     )
 
 
-def _refuse_template(layout: str) -> None:
-    if layout != "folder":
+def _refuse_template(spec: Spec) -> None:
+    if spec.layout != "folder":
         raise UsageError(
-            f"--label-template is for the layout folder; the source has the layout {layout}, which brings its own labels. "
-            "Leave the option out, or give --layout folder to both scan and build."
+            f"--label-template is for the layout folder; the source has the layout {spec.layout}, which brings its own "
+            "labels. Leave the option out, or give --layout folder to both scan and build."
         )
 
 

@@ -106,3 +106,13 @@ def check_lost(lost: pa.Table, allow: Allowances, progress: Progress) -> None:
             "without these labels with --allow-lost-labels."
         )
     progress.say(f"{text}; allowed.")
+
+
+def check_any_slice(plan: Plan) -> None:
+    """Raise ``SourceError`` if there is no slice to build from."""
+    if not len(plan.slices):
+        counts = Counter(plan.quarantine["reason"].to_pylist())
+        raise SourceError(
+            f"No CT slices: {count(len(plan.quarantine), 'file')} quarantined: "
+            f"{', '.join(f'{count} {reason}' for reason, count in counts.most_common())}. Point --src at axial CT."
+        )

@@ -130,7 +130,7 @@ def _with_rows(series: pa.Table, slices: pa.Table, ok: NDArray[np.bool_]) -> pa.
 def series_flags(series: pa.Table, slices: pa.Table) -> list[list[str]]:
     """Return for each volume of ``series`` the sorted flags of its ``slices``."""
     flags, starts = slices["flags"].to_pylist(), series["first_row"].to_pylist()
-    ends = [*starts[1:], len(slices)]
+    ends = [*starts, len(slices)][1:]
     return [
         sorted({flag for line in flags[begin:end] for flag in line}) for begin, end in zip(starts, ends, strict=True)
     ]
