@@ -47,13 +47,17 @@ def label_template(slices: pa.Table, volumes: pa.Table, level: Level, classes: S
     """Return a label table with one line for each key of ``level`` among the ``slices`` of a dry run, in their order.
 
     Coarser keys are filled in where they are the same for the whole line: a build then checks them against the files.
-    Slices without the key, or whose SOP Instance UID is that of another image, cannot be labelled at that level.
+    Slices without the key, or with a placeholder for a patient, or whose SOP Instance UID is that of another image, cannot
+    be labelled at that level.
     """
     key = KEY_OF[level]
     notes = []
     usable = pc.is_valid(_column(slices, key))
+    if level == "patient":  # one line for ANONYMOUS would label everybody
+        usable = pc.and_(usable, pa.array(~_flagged(slices, "patient_is_study")))
     if missing := len(slices) - pc.sum(usable).as_py() if len(slices) else 0:
-        notes.append(f"{count(missing, 'slice')} without {key}: not in the template; choose another --level")
+        what = "without a patient_id that names one patient" if level == "patient" else f"without {key}"
+        notes.append(f"{count(missing, 'slice')} {what}: not in the template; choose another --level")
     if level == "slice":
         shared = _flagged(slices, "sop_uid_shared")
         if shared.any():

@@ -337,7 +337,15 @@ def test_shared_uids_and_missing_patients_are_told(tmp_path: Path) -> None:
     assert "2 slices whose SOP Instance UID another image has" in by_slice.notes[0]
     by_patient = label_template(found.slices, found.volumes, "patient", RSNA_CLASSES)
     assert by_patient.table["patient_id"].to_pylist() == ["P1"]
-    assert "3 slices without patient_id" in by_patient.notes[0]
+    assert "3 slices without a patient_id that names one patient" in by_patient.notes[0]
+
+
+def test_a_placeholder_is_no_patient_to_label(tmp_path: Path) -> None:
+    files = series("a", 1) | series("b", 2, PatientID="ANONYMOUS") | series("c", 3, PatientID="ANONYMOUS")
+    found = looked_at(write_files(tmp_path / "src", files))
+    template = label_template(found.slices, found.volumes, "patient", RSNA_CLASSES)
+    assert template.table["patient_id"].to_pylist() == ["P1"]
+    assert "8 slices without a patient_id" in template.notes[0]
 
 
 def test_helpful_columns_give_way_to_classes(hospital: Path) -> None:
