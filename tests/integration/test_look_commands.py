@@ -115,6 +115,17 @@ def test_the_estimate_is_of_all_slices(hospital: Path, tmp_path: Path) -> None:
     assert estimate.slice_seconds > 0
 
 
+def test_an_archive_and_several_sources_are_looked_at_alike(hospital: Path, tmp_path: Path) -> None:
+    archive = shutil.make_archive(str(tmp_path / "packed"), "zip", hospital)
+    found = dry_run(archive, TINY, workers=0)
+    assert found.volumes == looked_at(hospital).volumes
+    assert found.quarantine == looked_at(hospital).quarantine
+    more = write_files(tmp_path / "more", series("late", 7))
+    both = dry_run([archive, more], TINY, workers=0)
+    assert sorted(both.slices["path"].to_pylist())[0] == "more/late/0.dcm"
+    assert len(both.volumes) == len(found.volumes) + 1
+
+
 def test_slices_of_the_sample_that_do_not_decode_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     src = write_files(tmp_path / "src", series("head", 1, slices=5))
     cut_while_decoding(src / "head" / "3.dcm", monkeypatch)
