@@ -163,12 +163,15 @@ def _with_results(slices: pa.Table, lines: list[RowReport], status: pa.Array) ->
     columns = [results.get(field.name, slices[field.name]) for field in slices.schema]
     slices = pa.table(columns, schema=slices.schema)
     found = {"same_image": equal_images(slices) >= 0, "not_head": _shows_lung(slices["series_row"].to_numpy(), lines)}
-    flags = [{*planned, *line.flags} for planned, line in zip(slices["flags"].to_pylist(), lines, strict=True)]
+    flags: list[list[str]] = slices["flags"].to_pylist()
+    for row, line in enumerate(lines):
+        if line.flags:
+            flags[row] = sorted({*flags[row], *line.flags})
     for name, where in found.items():
         for row in np.flatnonzero(where).tolist():
-            flags[row].add(name)
+            flags[row] = sorted({*flags[row], name})
     index = slices.schema.get_field_index("flags")
-    return slices.set_column(index, slices.schema.field(index), pa.array(map(sorted, flags), pa.list_(pa.string())))
+    return slices.set_column(index, slices.schema.field(index), pa.array(flags, pa.list_(pa.string())))
 
 
 def _shows_lung(series_row: NDArray[np.int64], lines: list[RowReport]) -> NDArray[np.bool_]:
