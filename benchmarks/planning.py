@@ -79,8 +79,8 @@ def main(files: int = 100_000, repeats: int = 3) -> None:
         added = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
         kind = "two acquisitions a series" if acquisitions else "no acquisitions"
         typer.echo(
-            f"{files:,} headers, {kind}: {len(plan.series):,} volumes; plan {_shown(whole)}, of it patients, series and fold "
-            f"groups {_shown(checks)}; {added:,.0f} MiB added at most"
+            f"{files:,} headers, {kind}: {len(plan.series):,} volumes; plan {_shown(whole)}, of it patients, series and "
+            f"fold groups {_shown(checks)}; {added:,.0f} MiB added at most"
         )
 
 
