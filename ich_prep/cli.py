@@ -249,6 +249,44 @@ def clean(
     typer.echo(f"{done} Resume and verify --src need it; the dataset does not.")
 
 
+Series = Annotated[
+    list[int] | None, typer.Option("--series", min=0, help="A volume by its series_row; may be repeated.")
+]
+Where = Annotated[str | None, typer.Option(help="A filter (docs/filters.md): the volumes of the slices it selects.")]
+RunFolder = Annotated[Path | None, typer.Option("--run", help="The folder of a training run with its predictions.")]
+
+
+@app.command()
+def export(
+    dataset: Annotated[Path, typer.Argument(help="A finished dataset.")],
+    *,
+    series: Series = None,
+    where: Where = None,
+    out: Annotated[Path, typer.Option(help="New or empty folder to write to.")],
+    form: Annotated[str, typer.Option("--as", help="nifti (HU), png (window codes) or npy (as stored).")],
+    run: RunFolder = None,
+    resample: Annotated[
+        bool, typer.Option("--resample", help="For NIfTI, bring volumes with unequal steps to equal ones.")
+    ] = False,
+) -> None:
+    """Write volumes as NIfTI, PNG or NumPy files, with labels and predictions as CSV."""
+    from ich_prep.dataset.dataset import open_dataset
+    from ich_prep.dataset.predictions import read_predictions
+    from ich_prep.export import choose_volumes
+    from ich_prep.export import export as write
+
+    with open_dataset(dataset) as opened:
+        chosen = choose_volumes(opened, series=series or (), where=where)
+        predictions = None if run is None else read_predictions(run, opened)
+        done = write(opened, chosen, out, form=form, resample=resample, predictions=predictions)
+    typer.echo(f"{count(done.volumes, 'volume')} with {count(done.slices, 'slice')} in {out}.")
+    if done.resampled:
+        typer.echo(
+            f"Resampled to equal steps: series_row {', '.join(map(str, done.resampled))}. Their voxels are interpolated, "
+            "not the stored ones."
+        )
+
+
 def main() -> NoReturn:
     """Run the command line; see ``run_program``."""
     run_program(app)
