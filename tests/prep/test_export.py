@@ -18,10 +18,11 @@ import pytest
 from ich_prep.build_dataset import Allowances, build
 from ich_prep.dataset.dataset import Dataset, open_dataset
 from ich_prep.dataset.predictions import read_predictions
+from ich_prep.dataset.selection import choose_volumes
 from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.windows import MAX_HU, MIN_HU, window_codes
 from ich_prep.errors import UsageError
-from ich_prep.export import choose_volumes, export
+from ich_prep.export import export
 
 nibabel = pytest.importorskip("nibabel", reason="no nibabel: pip install -e '.[dev]'")
 PREP = str(Path(sys.executable).with_name("ich-prep"))
