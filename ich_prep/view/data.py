@@ -139,7 +139,8 @@ class ViewData:
             ("false_negative", known & ~predicted & (labels == 1)),
         ):
             counts[name] = np.bincount(lines[inside], wrong.sum(axis=1)[inside], len(self)).astype(int).tolist()
-        predicted_rows = np.bincount(lines[inside], known.any(axis=1)[inside], len(self)).astype(int).tolist()
+        answered: NDArray[np.bool_] = np.asarray(known.any(axis=1))
+        predicted_rows = np.bincount(lines[inside], answered[inside], len(self)).astype(int).tolist()
         return {"worst": np.round(worst, 4).tolist(), "predicted": predicted_rows, **counts}
 
     def lines_where(self, text: str) -> dict[str, Any]:

@@ -105,7 +105,7 @@ const labelRow = (name, index) => {
     ICH.element(
       "td", { title: title && ICH.plain(title) },
       ICH.element("span", { class: `state ${LABEL_WORDS.get(shown)}` }, LABEL_WORDS.get(shown)),
-      mark ? ICH.element("small", {}, `marked; was ${LABEL_WORDS.get(label)}`) : null,
+      mark ? ICH.element("small", {}, `was ${LABEL_WORDS.get(label)}`) : null,
     ),
     volume.probabilities
       ? ICH.element(
@@ -126,7 +126,7 @@ const labelRow = (name, index) => {
 const showLabels = () => {
   ICH.byId("label-rows").replaceChildren(...ICH.about.classes.map(labelRow));
   const count = ICH.byId("mark-count");
-  if (count) count.textContent = `${ICH.marks.count} marks in ${ICH.plain(ICH.about.corrections)}. The dataset is not changed.`;
+  if (count) count.textContent = `${ICH.marks.count} ${ICH.marks.count === 1 ? "mark" : "marks"} in ${ICH.plain(ICH.about.corrections)}. The dataset is not changed.`;
 };
 
 const factList = (entries) =>

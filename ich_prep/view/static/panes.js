@@ -222,7 +222,7 @@ ICH.describe = ([column, row, index], shown) => {
   const where = mm && `${["L", "P", "S"].map((letter, axis) => `${letter} ${mm[axis].toFixed(1)}`).join("  ")} mm`;
   return [ICH.about.store === "hu" ? `${value} HU` : `${value} (${ICH.words(shown.name)})`, where, `x ${column}, y ${row}`]
     .filter(Boolean)
-    .join("   ");
+    .join("\n");
 };
 
 ICH.point = () => ICH.state.point ?? [ICH.about.size >> 1, ICH.about.size >> 1];

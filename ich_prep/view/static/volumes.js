@@ -127,7 +127,7 @@ const describeLine = (index, place) => {
     "div",
     {
       class: "volume", role: "option", id: `volume-${line}`, style: null, "aria-selected": String(line === ICH.state.line),
-      "aria-setsize": shownLines.length, "aria-posinset": place + 1, onclick: () => ICH.open(line),
+      "aria-setsize": shownLines.length, "aria-posinset": place + 1, onclick: () => { ICH.tab("viewer"); ICH.open(line); },
     },
     ICH.element("b", {}, `${list.series_row[index]}`),
     ICH.element("span", { class: "uid", title: ICH.plain(list.series_instance_uid[index]) }, list.patient_id[index] ?? "", " · ", list.series_instance_uid[index] ?? ""),
