@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ich_prep.dataset.corrections import default_file
+from ich_prep.dataset.explanations import read_explanations
 from ich_prep.dataset.predictions import read_predictions
 from ich_prep.dataset.selection import choose_volumes
 from ich_prep.dataset.storage import local_path
 from ich_prep.dataset.volumes import find_series
 from ich_prep.errors import UsageError
 from ich_prep.view.data import ViewData
-from ich_prep.view.explanations import read_explanations
 from ich_prep.view.pages import write_pages
 
 if TYPE_CHECKING:

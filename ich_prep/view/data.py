@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ich_prep.dataset.dataset import Dataset
-    from ich_prep.view.explanations import Explanations
+    from ich_prep.dataset.explanations import Explanations
 
 THRESHOLD = 0.5  # at or above which a class counts as predicted
 SLICES_PER_READ = 8

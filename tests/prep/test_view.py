@@ -24,13 +24,13 @@ from ich_prep.advice import ADVICE, advice_for
 from ich_prep.build_dataset import Allowances, build
 from ich_prep.dataset.corrections import append_correction, read_corrections
 from ich_prep.dataset.dataset import Dataset, open_dataset
+from ich_prep.dataset.explanations import read_explanations
 from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.windows import PRESETS
 from ich_prep.errors import Reason, UsageError
 from ich_prep.phantom import synthesize
 from ich_prep.view.assets import SCRIPTS
 from ich_prep.view.data import SLICES_PER_READ, ViewData
-from ich_prep.view.explanations import read_explanations
 from ich_prep.view.guard import MAX_BODY
 from tests.support.viewer import Viewer, viewing
 
