@@ -310,6 +310,8 @@ def view(
 
     with open_dataset(dataset) as opened:
         if html is not None:
+            if src or corrections or port or browser:
+                raise UsageError("--src, --corrections, --port and --browser are of the server; --html writes files.")
             volumes = write_html(opened, html, run=run, series=series or (), where=where)
             typer.echo(f"{count(volumes, 'volume')} in {html}: open {html / 'index.html'} in a browser.")
             return

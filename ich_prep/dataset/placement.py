@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -74,13 +75,17 @@ def onto_equal_steps(volume: NDArray[np.int16], placement: Placement) -> tuple[N
     shifts = placement.offsets[order, :2]
     low = np.floor(shifts.min(axis=0)).astype(int)
     more = np.ceil(shifts.max(axis=0)).astype(int) - low
-    moved = [_moved(volume[k], *(shift - low), *more) for k, shift in zip(order, shifts, strict=True)]
+
+    @lru_cache(maxsize=2)  # planes are made in order, each from two neighbours
+    def moved(k: int) -> NDArray[np.float32]:
+        return _moved(volume[order[k]], *(shifts[k] - low), *more)
+
     targets = distances[0] + step * np.arange(planes)
     above = np.clip(np.searchsorted(distances, targets, side="right"), 1, len(distances) - 1)
     weights = np.clip((targets - distances[above - 1]) / (distances[above] - distances[above - 1]), 0, 1)
-    out = np.empty((planes, *moved[0].shape), np.int16)
+    out = np.empty((planes, *moved(0).shape), np.int16)
     for plane, (k, weight) in enumerate(zip(above.tolist(), weights.tolist(), strict=True)):
-        out[plane] = np.rint(moved[k - 1] * (1 - weight) + moved[k] * weight)
+        out[plane] = np.rint(moved(k - 1) * (1 - weight) + moved(k) * weight)
     affine = placement.grid @ np.array(
         [[1, 0, 0, low[0]], [0, 1, 0, low[1]], [0, 0, step, distances[0]], [0, 0, 0, 1]], np.float64
     )
