@@ -23,6 +23,7 @@ ICH.open = async (line, row = null) => {
     if (opened.size > KEPT_VOLUMES && other !== line) opened.delete(other);
   }
   pixels.stopped = false;
+  pixels.failed.clear(); // try again
   volume.pixels = pixels;
   volume.where = new ICH.Geometry(volume);
   ICH.state.volume = volume;
@@ -254,19 +255,23 @@ const ACTIONS = {
   Escape: () => { ICH.tab("viewer"); ICH.byId("stage").focus(); },
 };
 
+// What works while the images are hidden: a slice that is not seen must not be marked.
+const ELSEWHERE = new Set(["l", "/", "i", "q", "?", "Escape"]);
+
 const narrow = () => matchMedia("(max-width: 60rem)").matches;
 
 const pressed = (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || !ICH.about || ICH.byId("help").open) return;
   const typing = /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName);
   if (typing && event.key !== "Escape") return;
+  if (document.body.dataset.tab !== "viewer" && !ELSEWHERE.has(event.key)) return;
   const digit = /^Digit([1-9])$/.exec(event.code);
   if (digit) {
     ICH.mark(Number(digit[1]) - 1, event.shiftKey);
     event.preventDefault();
     return;
   }
-  const inTable = event.target.closest?.("#quarantine, #details");
+  const inTable = event.target.closest?.("#details");
   if (inTable && /^(Arrow|Page|Home|End)/.test(event.key)) return; // these scroll there
   const action = ACTIONS[event.key];
   if (!action) return;

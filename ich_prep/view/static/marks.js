@@ -81,6 +81,10 @@ ICH.mark = (index, unknown = false) => {
     ICH.toast("This page cannot save marks: open the dataset with `ich-prep view`.");
     return;
   }
+  if (!volume.pixels.slice(slice)) {
+    ICH.toast("Not marked: this slice is not shown.");
+    return;
+  }
   const value = unknown ? null : ICH.labelOf(slice, name) === 1 ? 0 : 1;
   send({ row: volume.slices.row[slice], class: name, value, note: noteField.value, reader: readerField.value }, false);
 };
