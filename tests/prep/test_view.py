@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -226,8 +227,6 @@ def test_maps_are_served_by_slice(dataset: Dataset, tmp_path: Path) -> None:
 
 def test_a_dataset_without_the_newer_columns_is_shown(defects: tuple[Path, Path], tmp_path: Path) -> None:
     """As an earlier version of the format wrote it."""
-    import shutil
-
     copy = Path(shutil.copytree(defects[1], tmp_path / "old.zarr"))
     for table, dropped in (
         ("slices", ["turn", "fold_group", "share_air", "share_soft", "share_bone"]),
@@ -242,9 +241,21 @@ def test_a_dataset_without_the_newer_columns_is_shown(defects: tuple[Path, Path]
             assert "scan_type" not in volume["known"] and volume["slices"]["turn"][0] is None
 
 
-def test_a_volume_without_positions_is_shown(defects: tuple[Path, Path], tmp_path: Path) -> None:
-    import shutil
+@pytest.mark.parametrize("name", ["hu", "windows"])
+def test_a_released_dataset_is_shown(name: str, tmp_path: Path) -> None:
+    """The golden datasets, which every version must be able to read."""
+    golden = Path(__file__).parents[1] / "contract" / f"{name}.zarr"
+    with open_dataset(golden) as dataset, viewing(ViewData(dataset), tmp_path / "marks.csv") as viewer:
+        assert viewer.ask("/api/about").json()["slices"] == len(dataset)
+        assert viewer.ask("/api/quarantine").json()["total"] == len(dataset.read_table("quarantine"))
+        for line in range(len(dataset.series)):
+            volume = viewer.ask(f"/api/volumes/{line}").json()
+            if any(volume["ok"]):
+                stored = dataset.volume(series_row=line)[:1].astype(dataset.dtype.newbyteorder("<"))
+                assert viewer.ask(f"/api/volumes/{line}/pixels/0/1").body == stored.tobytes()
 
+
+def test_a_volume_without_positions_is_shown(defects: tuple[Path, Path], tmp_path: Path) -> None:
     copy = Path(shutil.copytree(defects[1], tmp_path / "flat.zarr"))
     path = copy / "labels" / "slices.parquet"
     table = pq.read_table(path)

@@ -15,6 +15,7 @@ import pytest
 from ich_prep.build_dataset import Allowances, build
 from ich_prep.dataset.corrections import read_corrections
 from ich_prep.dataset.dataset import Dataset, open_dataset
+from ich_prep.dataset.explanations import Explanations
 from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.windows import PRESETS, Window, window_codes
 from ich_prep.phantom import synthesize
@@ -33,6 +34,15 @@ CANVAS = """(number) => {
     return [width, height, Array.from(data.filter((_, i) => i % 4 === 0))];
 }"""
 STATE = "() => ({ line: ICH.state.line, slice: ICH.state.slice, rows: ICH.state.volume?.slices.row })"
+
+OVERLAY = """() => {
+    const overlay = document.querySelector('.pane .overlay');
+    const image = document.querySelector('.pane .pixels').getBoundingClientRect();
+    const pane = overlay.getBoundingClientRect();
+    const alpha = (share) => overlay.getContext('2d').getImageData(
+        image.left - pane.left + image.width * share, image.top - pane.top + image.height * share, 1, 1).data[3];
+    return [alpha(0.2), alpha(0.8)];
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -288,6 +298,53 @@ def test_a_sphere_is_round_in_all_three_planes(
             height, width = np.ptp(inside, axis=0) + 1
             assert width * pixel == pytest.approx(2 * radius, abs=2 * pixel + 0.5)
             assert height * pixel == pytest.approx(2 * radius, abs=6.0 if number else 2 * pixel + 0.5)
+
+
+def test_a_run_is_shown_errors_first_with_its_maps(page: Any, hu: Dataset, tmp_path: Path) -> None:
+    predictions = np.where(hu.labels == 1, 0.9, 0.1).astype(np.float32)
+    predictions[~hu.is_ok] = np.nan
+    row = int(hu.where("status == 'ok' and any == 0 and n_slices > 10")[7])
+    predictions[row, 4] = 0.97
+    rows = np.flatnonzero(hu.is_ok)
+    values = np.zeros((len(rows), len(hu.classes), 8, 8), np.uint8)
+    values[:, :, :4, :4] = 255
+    data = ViewData(hu, predictions=predictions, explanations=Explanations(rows, values), run_name="net")
+    with viewing(data, tmp_path / "marks.csv") as viewer:
+        opened(page, viewer.url)
+        assert shown_row(page) == row  # the worst error of the worst volume
+        assert "run net" in page.locator("#subtitle").inner_text()
+        assert page.locator("#label-rows .wrong").all_inner_texts() == ["0.970"]
+        page.keyboard.press("Home")
+        page.keyboard.press("e")
+        assert shown_row(page) == row
+        page.keyboard.press("g")
+        page.wait_for_function("() => ICH.heatMap(ICH.state.slice)")
+        settle(page)
+        shown = page.evaluate(OVERLAY)
+        assert shown[0] > 100 and shown[1] == 0  # red over the upper left quarter, nothing over the lower right
+        page.select_option("#filter-error", "fp")
+        assert page.locator("#list-count").inner_text().startswith("1 of")
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_no_fault(browser: Any, viewer: Viewer, width: int, scheme: str) -> None:
+    package = pytest.importorskip("axe_playwright_python", reason="no axe: pip install axe-playwright-python")
+    axe = (Path(package.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
+    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme, bypass_csp=True)
+    page = opened(context.new_page(), viewer.url)
+    page.evaluate(axe)
+    for show in (
+        *(f"() => ICH.tab('{tab}')" for tab in ("viewer", "volumes", "quarantine")),
+        "() => ICH.byId('help').showModal()",
+    ):
+        page.evaluate(show)
+        page.wait_for_timeout(200)
+        faults = page.evaluate(
+            "async () => (await axe.run()).violations.map((fault) => `${fault.impact}: ${fault.help}`)"
+        )
+        assert faults == []
+    context.close()
 
 
 def test_pages_from_disk_show_the_same(page: Any, hu: Dataset, tmp_path: Path) -> None:
