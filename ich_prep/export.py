@@ -16,6 +16,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ import pyarrow as pa
 from ich_prep.dataset.affine import AffineError, to_ras
 from ich_prep.dataset.corrections import guarded
 from ich_prep.dataset.placement import RESAMPLED, Placement, equal_steps, onto_equal_steps, place_slices
-from ich_prep.dataset.storage import local_path, write_whole
+from ich_prep.dataset.storage import new_folder, write_whole
 from ich_prep.dataset.volumes import find_series
 from ich_prep.dataset.windows import window_table
 from ich_prep.errors import UsageError, count
@@ -95,9 +96,7 @@ def export(
     """
     if form not in FORMATS:
         raise UsageError(f"Expected --as {', '.join(FORMATS)}; got {form!r}.")
-    out = local_path(out, "--out")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} is not a new or empty folder. Name another with --out.")
+    out = new_folder(out, "--out", outside=dataset.path)
     volumes = [_volume(dataset, series_row) for series_row in series_rows]
     if form == "nifti":
         _check_nifti(dataset, volumes, resample=resample)
@@ -205,16 +204,22 @@ def _pngs(dataset: Dataset, volume: _Volume, out: Path) -> _Written:
     from ich_prep.pixels.png import png_bytes
 
     windows = dataset.spec.windows
-    for window in windows:
-        (out / volume.name / window.name).mkdir(parents=True)
+    folders = [out / volume.name / _folder_name(window.name, k) for k, window in enumerate(windows)]
+    for folder in folders:
+        folder.mkdir(parents=True)
     for index, row in enumerate(volume.ok):
         pixels = dataset.read([int(row)])[0]
         for channel, window in enumerate(windows):
             codes = (
                 pixels[channel] if dataset.spec.store == "windows" else window_table(window)[pixels[0].view(np.uint16)]
             )
-            write_whole(out / volume.name / window.name / f"{index:03d}.png", png_bytes(codes))
+            write_whole(folders[channel] / f"{index:03d}.png", png_bytes(codes))
     return _Written(volume.name, volume.affine, np.arange(len(volume.ok), dtype=np.float64))
+
+
+def _folder_name(window: str, number: int) -> str:
+    """Return the window's name, or a number if a dataset from elsewhere has a name that is not safe as a folder's."""
+    return window if re.fullmatch(r"[a-z][a-z0-9_]*", window) else f"window_{number}"
 
 
 def _npy(dataset: Dataset, volume: _Volume, out: Path) -> _Written:
@@ -277,7 +282,7 @@ def _probability(value: np.float32) -> str:
 def _write_csv(path: Path, heading: Sequence[str], lines: Iterable[Iterable[Any]]) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(heading)
+    writer.writerow(map(guarded, heading))
     writer.writerows(
         [guarded(value) if isinstance(value, str) and not _is_number(value) else value for value in line]
         for line in lines

@@ -123,7 +123,7 @@ def _parsed(file: Path, text: str) -> Iterator[Correction]:
             yield Correction(
                 row=int(row),
                 sop_instance_uid=unguarded(uid),
-                class_name=name,
+                class_name=unguarded(name),
                 value=int(value) if value else None,
                 note=unguarded(note),
                 reader=unguarded(who),

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ich_prep.dataset.storage import local_path
+from ich_prep.dataset.storage import new_folder
 from ich_prep.errors import UsageError
 from ich_prep.view.assets import PAGE, page, static_files
 from ich_prep.view.data import SLICES_PER_READ
@@ -39,9 +39,7 @@ def write_pages(data: ViewData, out: Path, lines: Sequence[int] | None = None) -
 
     Raises ``UsageError`` for a folder that is not new or empty, and for more than 100 volumes unless ``lines`` names them.
     """
-    out = local_path(out, "--html")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} is not a new or empty folder. Name another with --html.")
+    out = new_folder(out, "--html", outside=data.dataset.path)
     if lines is None and len(data) > MAX_UNASKED:
         raise UsageError(
             f"{data.dataset.path} has {len(data):,} volumes. Choose some with --series NUMBER or --where FILTER."

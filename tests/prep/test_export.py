@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 import subprocess
 import sys
@@ -184,6 +185,33 @@ def test_a_folder_with_files_is_left_alone(hu: Dataset, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not a new or empty folder"):
         export(hu, [0], tmp_path, form="npy")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_the_dataset_is_not_written_to(hu: Dataset) -> None:
+    for inside in (hu.path / "export", hu.path / "labels" / ".." / "export"):
+        with pytest.raises(UsageError, match="inside the dataset"):
+            export(hu, [0], inside, form="npy")
+        assert not inside.exists()
+
+
+def test_names_from_elsewhere_lead_nowhere_and_are_no_formulas(hu_path: Path, tmp_path: Path) -> None:
+    """A dataset may come from someone else: its window's name as a path, its UIDs as formulas."""
+    copy = Path(shutil.copytree(hu_path, tmp_path / "copy.zarr"))
+    root = json.loads((copy / "zarr.json").read_bytes())
+    root["attributes"]["ich"]["spec"]["windows"][0]["name"] = "../../../evil"
+    (copy / "zarr.json").write_text(json.dumps(root))
+    path = copy / "labels" / "slices.parquet"
+    table = pq.read_table(path)
+    place = table.schema.get_field_index("sop_instance_uid")
+    pq.write_table(table.set_column(place, "sop_instance_uid", pa.array(["=1+1"] * len(table))), path)
+    export(open_dataset(copy), [0], tmp_path / "a" / "b" / "out", form="png")
+    assert {p.name for p in (tmp_path / "a" / "b" / "out" / "series_000000").iterdir()} == {
+        "window_0",
+        "subdural",
+        "bone",
+    }
+    assert not list(tmp_path.rglob("evil"))
+    assert {line["sop_instance_uid"] for line in lines_of(tmp_path / "a" / "b" / "out" / "labels.csv")} == {"'=1+1"}
 
 
 def test_volumes_are_chosen_by_number_or_filter(hu: Dataset) -> None:
