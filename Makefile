@@ -13,7 +13,7 @@ BENCH_BIN := $(BENCH_VENV)/bin
 BENCH_PINNED := $(BENCH_VENV)-pinned
 PEERS_PINNED := mosaicml-streaming litdata
 
-.PHONY: help venv demo test test-one test-slow test-light lint format docs wheel audit sbom bench-setup bench bench-full profile clean
+.PHONY: help venv demo test test-one test-slow test-web test-light lint format docs wheel audit sbom bench-setup bench bench-full profile clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -42,6 +42,9 @@ test-one: venv ## one test module or test: make test-one T=tests/prep/test_folds
 
 test-slow: venv ## the tests that take minutes
 	$(BIN)/pytest -m slow --timeout 1200
+
+test-web: $(VENV)/.web ## the viewer in a real browser: needs Chromium
+	$(BIN)/pytest tests/web
 
 test-light: ## read a dataset where only the light libraries are installed
 	rm -rf $(LIGHT_VENV)
@@ -86,7 +89,7 @@ sbom: $(VENV)/.release ## the software bill of materials of the required package
 	@echo "The bill of materials: $(abspath build)/sbom.json"
 
 # Tools of single targets, installed beside the rest when the target is first made.
-$(VENV)/.docs $(VENV)/.release: $(VENV)/.%: $(VENV)/.installed
+$(VENV)/.docs $(VENV)/.release $(VENV)/.web: $(VENV)/.%: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$*]'
 	touch $@
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from ich_prep.command_options import options_from, run_program, say
-from ich_prep.errors import InterruptError, count
+from ich_prep.errors import InterruptError, UsageError, count
 from ich_prep.options import BuildOptions, resolve
 
 if TYPE_CHECKING:
@@ -263,6 +263,77 @@ def clean(
     freed = output.clean(dataset, folder)
     done = f"Removed {folder.path} ({freed / 1e6:,.1f} MB)." if freed else f"There is no working folder {folder.path}."
     say(f"{done} Resume and verify --src need it; the dataset does not.")
+
+
+Series = Annotated[
+    list[int] | None, typer.Option("--series", min=0, help="A volume by its series_row; may be repeated.")
+]
+Where = Annotated[str | None, typer.Option(help="A filter (docs/filters.md): the volumes of the slices it selects.")]
+RunFolder = Annotated[Path | None, typer.Option("--run", help="The folder of a training run with its predictions.")]
+
+
+@app.command()
+def export(
+    dataset: Annotated[Path, typer.Argument(help="A finished dataset.")],
+    *,
+    series: Series = None,
+    where: Where = None,
+    out: Annotated[Path, typer.Option(help="New or empty folder to write to.")],
+    form: Annotated[str, typer.Option("--as", help="nifti (HU), png (window codes) or npy (as stored).")],
+    run: RunFolder = None,
+    resample: Annotated[
+        bool, typer.Option("--resample", help="For NIfTI, bring volumes with unequal steps to equal ones.")
+    ] = False,
+) -> None:
+    """Write volumes as NIfTI, PNG or NumPy files, with labels and predictions as CSV."""
+    from ich_prep.dataset.dataset import open_dataset
+    from ich_prep.dataset.predictions import read_predictions
+    from ich_prep.dataset.selection import choose_volumes
+    from ich_prep.export import export as write
+
+    with open_dataset(dataset) as opened:
+        chosen = choose_volumes(opened, series=series or (), where=where)
+        predictions = None if run is None else read_predictions(run, opened)
+        done = write(opened, chosen, out, form=form, resample=resample, predictions=predictions)
+    say(f"{count(done.volumes, 'volume')} with {count(done.slices, 'slice')} in {out}.")
+    if done.resampled:
+        typer.echo(
+            f"Resampled to equal steps: series_row {', '.join(map(str, done.resampled))}. Their voxels are interpolated, "
+            "not the stored ones."
+        )
+
+
+@app.command()
+def view(
+    dataset: Annotated[Path, typer.Argument(help="A finished dataset.")],
+    *,
+    run: RunFolder = None,
+    src: Annotated[
+        list[Path] | None, typer.Option(help="The sources, as build was given them, to show quarantined files.")
+    ] = None,
+    corrections: Annotated[
+        Path | None, typer.Option(help="CSV file to which marks are appended. [DATASET.corrections.csv]")
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of this machine; 0: a free one.")] = 0,
+    browser: Annotated[bool, typer.Option("--browser", help="Open the page in the browser.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write the page as files to this new folder instead.")] = None,
+    series: Series = None,
+    where: Where = None,
+) -> None:
+    """Show a dataset in the browser: volumes, labels, quarantine, and a run's predictions. To this machine only."""
+    from ich_prep.dataset.dataset import open_dataset
+    from ich_prep.view.command import serve, write_html
+
+    with open_dataset(dataset) as opened:
+        if html is not None:
+            if src or corrections or port or browser:
+                raise UsageError("--src, --corrections, --port and --browser are of the server; --html writes files.")
+            volumes = write_html(opened, html, run=run, series=series or (), where=where)
+            typer.echo(f"{count(volumes, 'volume')} in {html}: open {html / 'index.html'} in a browser.")
+            return
+        if series or where is not None:
+            raise UsageError("--series and --where choose the volumes for --html; the page itself has filters.")
+        serve(opened, run=run, src=src or (), corrections=corrections, port=port, browser=browser, say=typer.echo)
 
 
 def main() -> NoReturn:

@@ -30,6 +30,7 @@ from ich_train.evaluation.metrics import best_f1_thresholds, by_series, measure,
 from ich_train.evaluation.plots import png
 from ich_train.evaluation.report import report_html
 from ich_train.predict import Predictor, load_predictor, predict_rows
+from ich_train.rows import draw_rows
 from ich_train.runs import METRICS, read_history, require_writable
 from ich_train.split import Split, split_rows
 
@@ -96,13 +97,6 @@ def evaluate_run(
     write_whole(out / REPORT, report_html(metrics, history, pictures).encode())
     write_whole(out / METRICS, (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode())
     return metrics
-
-
-def draw_rows(rows: NDArray[np.int64], *, limit: int | None, seed: int) -> NDArray[np.int64]:
-    """Return ``limit`` of ``rows``, ascending, drawn by ``seed`` without repeats; all of them if there are no more."""
-    if limit is None or limit >= len(rows):
-        return rows
-    return np.sort(np.random.default_rng(seed).choice(rows, size=limit, replace=False))
 
 
 def measure_views(
