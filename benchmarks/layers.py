@@ -47,7 +47,8 @@ def main() -> None:
     middle = TOP + (height - 2 * TOP) // 2
     lines += [
         f'<rect x="622" y="{TOP}" width="126" height="{height - 2 * TOP}" rx="4" fill="{RED}" stroke="{EDGE}"/>',
-        f'<text x="685" y="{middle - 24}" font-size="14" font-weight="600" text-anchor="middle" fill="{INK}">ich_train</text>',
+        f'<text x="685" y="{middle - 24}" font-size="14" font-weight="600" text-anchor="middle" fill="{INK}">'
+        "ich_train</text>",
         *(
             f'<text x="685" y="{middle - 2 + 16 * line}" font-size="12" text-anchor="middle" fill="{PALE}">{text}</text>'
             for line, text in enumerate(("imports only", "what is blue"))
