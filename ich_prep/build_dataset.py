@@ -9,7 +9,7 @@ import hashlib
 import importlib
 import json
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -26,17 +25,15 @@ from ich_prep.dataset import native, open_dataset
 from ich_prep.dataset.schema import OK, shard_path
 from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.storage import clear_leftovers, local_path, size_of, sync_file, write_whole
-from ich_prep.dataset.tables import parquet_bytes, read_sealed, sealed_parquet_bytes, write_sealed
-from ich_prep.errors import CorruptionError, Reason, SourceError, count
+from ich_prep.dataset.tables import parquet_bytes, sealed_parquet_bytes, write_sealed
+from ich_prep.errors import CorruptionError, Reason
 from ich_prep.execute import Pool, default_workers
 from ich_prep.layouts import check_layout, choose_layout
-from ich_prep.layouts.label_keys import choose_key
-from ich_prep.layouts.labels import LabelOptions, LabelRules, fill_any
+from ich_prep.layouts.labels import LabelOptions, LabelRules
 from ich_prep.progress import NoProgress, Progress
-from ich_prep.sources import Listing, TableFile, check_table_path, local_table, open_source, shown
+from ich_prep.sources import Listing, check_table_path, open_source, shown
 from ich_prep.stages import ledger
-from ich_prep.stages.checks import Allowances, check_damage, check_labels, check_lost
-from ich_prep.stages.copies import hash_images, sharing_uid
+from ich_prep.stages.checks import Allowances, check_any_slice, check_damage, check_labels, check_lost
 from ich_prep.stages.output import (
     build_lock,
     check_existing,
@@ -46,28 +43,28 @@ from ich_prep.stages.output import (
     output_lock,
     reset,
 )
-from ich_prep.stages.plan import Plan, make_plan
+from ich_prep.stages.plan import Plan
 from ich_prep.stages.publish import collect_tables, publish
-from ich_prep.stages.rules import apply_rules
-from ich_prep.stages.scan import FILES_PER_BATCH, scan_batch
+from ich_prep.stages.selection import check_filters
 from ich_prep.stages.shard import ShardReport, write_shard
-from ich_prep.stages.state import (
-    BuildFolder,
-    State,
-    build_folder,
-    drop_damaged_headers,
-    plan_is_whole,
-    read_state,
-    write_state,
+from ich_prep.stages.state import BuildFolder, State, build_folder, write_state
+from ich_prep.stages.survey import (
+    TASK_MODULES,
+    Job,
+    digest_listing,
+    join_key,
+    plan_files,
+    read_headers,
+    read_labels,
+    settle_files,
+    source_keys,
+    start_or_resume,
 )
-from ich_prep.stages.units import refuse_other_units
 from ich_prep.versions import all_versions
 
 __all__ = ["Allowances", "Outcome", "build"]
 
 SYNC_THREADS = 4
-# What tasks import, loaded while files are listed; pyarrow imports pandas when it first sees a Python list.
-TASK_MODULES = ("ich_prep.stages.scan", "ich_prep.stages.shard", "ich_prep.stages.units", "pandas")
 
 
 @dataclass(frozen=True)
@@ -109,6 +106,7 @@ def build(
     count = default_workers() if workers is None else workers
     seconds: dict[str, float] = {}
     check_layout(spec)
+    check_filters(spec)
     native.require()
     source = open_source(sources)
     if labels is not None:
@@ -118,21 +116,17 @@ def build(
         with _timed(seconds, "list"):
             listing = source.list()
             layout, spec = choose_layout(spec, listing, progress)
-            table = fill_any(
-                layout.read_labels(
-                    listing,
-                    None if labels is None else _label_file(labels, listing),
-                    LabelRules(spec.classes, allow.contradictions, allow.unlabelled, label_options or LabelOptions()),
-                )
-            )
-        state = State(spec=spec, sources=_digest_listing(listing), labels=table.digest(), versions=all_versions())
+            rules = LabelRules(spec.classes, allow.contradictions, allow.unlabelled, label_options or LabelOptions())
+            table = read_labels(layout, listing, labels, rules)
+        job = Job(pool, folder, sources, listing, progress)
+        state = State(spec=spec, sources=digest_listing(listing), labels=table.digest(), versions=all_versions())
         if not overwrite and check_existing(out, folder, state, listing):
             counts = open_dataset(out).counts.model_dump()
             return Outcome(counts=counts, already_finished=True, seconds=seconds)
         with os_errors_explained(out), build_lock(folder), output_lock(out, say=progress.say):
             if overwrite:
                 invalidate(out, folder)
-            state = _start_or_resume(out, folder, state, listing)
+            state = start_or_resume(job, state, partial(reset, out, folder))
             log = partial(_log, folder.log)
             log("start", layout=spec.layout, files=len(listing.files), notes=table.notes)
             _say_broken_archives(listing, progress)
@@ -143,32 +137,19 @@ def build(
                 pool.check_workers(*sources, out, folder.path, say=progress.say)
             if state.plan is None:
                 with _timed(seconds, "scan"):
-                    scanned = _scan(pool, folder, sources, listing, progress)
+                    scanned = read_headers(job)
                 with _timed(seconds, "plan"):
-                    scanned = apply_rules(scanned, spec)
-                    scanned = refuse_other_units(
-                        scanned, listing.files, folder=folder, sources=sources, run=pool.map, spec=spec
-                    )
-                    table = choose_key(table, scanned, own_patients=spec.patients == "column")
-                    for note in table.notes:
-                        progress.say(f"Labels: {note}.")
-                    plan = make_plan(
-                        scanned,
-                        assignment=layout.assign(scanned, listing.name),
-                        labels=table,
-                        spec=spec,
-                        image=_hash_copies(pool, folder, sources, scanned, listing),
-                    )
-                    for note in plan.notes:
-                        progress.say(f"{note}.")
-                    write_sealed(folder.quarantine, plan.quarantine)
+                    found = settle_files(job, scanned, spec)
+                    table = join_key(job, found, table, spec)
+                    plan = plan_files(job, found, layout=layout, labels=table, spec=spec)
                     hint = "`ich-prep quarantine` lists them. Fix what can be fixed and run the same command again"
                     check_damage(plan.quarantine, len(plan.slices), allow, hint)
                     check_labels(plan, table, folder, allow, progress)
                     check_lost(plan.lost, allow, progress)
+                    check_any_slice(plan)
                     state = _write_plan(folder, state, plan)
                 log("planned", slices=len(plan.slices), quarantined=len(plan.quarantine))
-                del scanned, plan  # one line per file: memory that writing shards does not need
+                del scanned, found, plan  # one line per file: memory that writing shards does not need
             assert state.plan is not None
             with _timed(seconds, "shards"):
                 _write_keys(folder, listing)
@@ -188,30 +169,12 @@ def build(
 # --- before the work -------------------------------------------------------------------------------------------------
 
 
-def _label_file(given: str | Path, listing: Listing) -> TableFile:
-    """Return the label file ``given``: one of the source, as messages name it (also inside an archive), or any other."""
-    inside = (table for table in listing.tables if Path(table.path) == Path(given).absolute())
-    return next(inside, None) or local_table(Path(given))
-
-
 def _say_broken_archives(listing: Listing, progress: Progress) -> None:
     """Name each archive among the files that cannot be read: how many slices are lost with it is not known."""
     broken = listing.files.filter(pc.equal(listing.files["reason"], str(Reason.BAD_ARCHIVE)))
     for path, detail in zip(broken["path"].to_pylist(), broken["detail"].to_pylist(), strict=True):
         if path.lower().endswith(b".zip"):
             progress.say(f"Cannot read the archive {shown(path)}: {detail}. None of its files are in the dataset.")
-
-
-def _digest_listing(listing: Listing) -> str:
-    """Return a digest of the paths, sizes and problems of the files: the same for a folder and for an archive of it."""
-    digest = hashlib.sha256()
-    files = listing.files
-    for path, size in zip(files["path"].to_pylist(), files["size"].to_pylist(), strict=True):
-        digest.update(b"%d %d " % (len(path), size) + path)
-    unreadable = files.filter(pc.is_valid(files["reason"]))
-    for path, reason in zip(unreadable["path"].to_pylist(), unreadable["reason"].to_pylist(), strict=True):
-        digest.update(b"%s %d " % (reason.encode(), len(path)) + path)
-    return digest.hexdigest()
 
 
 @contextmanager
@@ -230,93 +193,8 @@ def _log(path: Path, event: str, **values: object) -> None:
 # --- the steps -------------------------------------------------------------------------------------------------------
 
 
-def _start_or_resume(out: Path, folder: BuildFolder, state: State, listing: Listing) -> State:
-    """Return the state of a build in progress, or start one: the listing first, the state that names it last.
-
-    A build without a plan takes the current spec, files and labels, and keeps the headers of unchanged files. One whose
-    plan is damaged is planned again, from headers that are not; equal plans keep the shards that are written.
-    """
-    if folder.state.exists():
-        before = read_state(folder)
-        if before.plan is not None and plan_is_whole(folder):
-            return before
-        drop_damaged_headers(folder)
-        if before.sources != state.sources or before.versions != state.versions:
-            _drop_stale_headers(folder, listing, drop_all=before.versions != state.versions)
-    else:
-        reset(out, folder)
-    write_sealed(folder.files, listing.files, row_group_size=FILES_PER_BATCH)
-    write_state(folder, state)
-    return state
-
-
-def _drop_stale_headers(folder: BuildFolder, listing: Listing, *, drop_all: bool) -> None:
-    """Delete the headers of each batch whose files changed, or of every batch."""
-    try:
-        before = read_sealed(folder.files)
-    except (OSError, CorruptionError):
-        before, drop_all = listing.files, True
-    for batch in ledger.done(folder.scan, suffix=".parquet"):
-        start = batch * FILES_PER_BATCH
-        old, new = (files.slice(start, FILES_PER_BATCH) for files in (before, listing.files))
-        if drop_all or not old.equals(new):
-            folder.batch(batch).unlink()
-
-
-def _scan(pool: Pool, folder: BuildFolder, sources: Sequence[Path], listing: Listing, progress: Progress) -> pa.Table:
-    """Return the headers of all files, in the order of the listing; read those that no earlier run has read.
-
-    Batches in which an earlier run found damage are read again: it may have been fixed.
-    """
-    batches = range(-(-len(listing.files) // FILES_PER_BATCH))
-    done = {
-        batch
-        for batch in ledger.done(folder.scan, suffix=".parquet")
-        if not _any_damage(read_sealed(folder.batch(batch), ["reason"])["reason"])
-    }
-    already = sum(min(FILES_PER_BATCH, len(listing.files) - batch * FILES_PER_BATCH) for batch in done)
-    progress.begin("Reading headers", len(listing.files), "files", already)
-    task = partial(scan_batch, str(folder.path), tuple(map(str, sources)))
-    for _, (slices, quarantined) in pool.map(task, [batch for batch in batches if batch not in done]):
-        progress.advance(slices + quarantined, quarantined)
-    progress.end()
-    return pa.concat_tables([read_sealed(folder.batch(batch)) for batch in batches])
-
-
-def _any_damage(reasons: pa.ChunkedArray) -> bool:
-    return any(Reason(reason).is_damage for reason in reasons.unique().to_pylist() if reason is not None)
-
-
-def _hash_copies(
-    pool: Pool, folder: BuildFolder, sources: Sequence[Path], scanned: pa.Table, listing: Listing
-) -> pa.Array:
-    """Return the image hash of each line of ``scanned`` whose SOP Instance UID another slice has, null for all others."""
-    accepted = np.flatnonzero(pc.is_null(scanned["reason"]).to_numpy())
-    lines = accepted[sharing_uid(scanned.take(pa.array(accepted)))]
-    if not len(lines):
-        return pa.nulls(len(scanned), pa.string())
-    slices = scanned.take(pa.array(lines))
-    keys = _source_keys(listing, slices["path"]).to_pylist()
-    hashes = hash_images(slices, keys, folder=folder, sources=sources, map_tasks=pool.map)
-    at = np.full(len(scanned), -1)
-    at[lines] = np.arange(len(lines))
-    return hashes.take(pa.array(at, pa.int64(), mask=at < 0))
-
-
-def _source_keys(listing: Listing, paths: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return the source keys (binary) of the files with ``paths`` (string)."""
-    readable = listing.files.filter(pc.is_null(listing.files["reason"]))
-    return readable["key"].take(pc.index_in(paths.cast(pa.binary()), value_set=readable["path"]))
-
-
 def _write_plan(folder: BuildFolder, state: State, plan: Plan) -> State:
     """Write the plan, one row group per shard, and the state that names its digest, last."""
-    if not len(plan.slices):
-        counts = Counter(plan.quarantine["reason"].to_pylist())
-        raise SourceError(
-            f"No CT slices: {count(len(plan.quarantine), 'file')} quarantined: "
-            f"{', '.join(f'{count} {reason}' for reason, count in counts.most_common())}. Point --src at axial CT."
-        )
     data = sealed_parquet_bytes(plan.slices, row_group_size=state.spec.slices_per_shard, write_statistics=False)
     write_whole(folder.plan, data)
     write_sealed(folder.series, plan.series)
@@ -336,7 +214,7 @@ def _write_keys(folder: BuildFolder, listing: Listing) -> None:
     with pq.ParquetFile(folder.plan) as plan:
         metadata = plan.metadata
         paths = plan.read(["path"])["path"]
-    keys = pa.table({"key": _source_keys(listing, paths)})
+    keys = pa.table({"key": source_keys(listing, paths)})
     data = parquet_bytes(keys, row_group_size=metadata.row_group(0).num_rows, write_statistics=False)
     write_whole(folder.keys, data)
 

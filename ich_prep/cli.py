@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from ich_prep import look_commands
 from ich_prep.command_options import options_from, run_program, say
 from ich_prep.errors import InterruptError, UsageError, count
 from ich_prep.options import BuildOptions, resolve
@@ -89,7 +90,6 @@ def build(
     options = resolve(recipe, given)
 
     from ich_prep import build_dataset
-    from ich_prep.layouts.labels import LabelOptions
     from ich_prep.progress import TerminalProgress
 
     try:
@@ -98,24 +98,8 @@ def build(
                 src,
                 out,
                 options.spec(),
-                labels=options.labels,
-                label_options=LabelOptions(
-                    key=options.label_key,
-                    column=options.label_column,
-                    ignore=options.ignore_columns,
-                    keep=options.keep_columns,
-                ),
-                build_dir=options.build_dir,
-                workers=options.workers,
-                scheduler=options.scheduler,
                 overwrite=overwrite,
-                allow=build_dataset.Allowances(
-                    unlabelled=options.allow_unlabelled,
-                    missing_images=options.allow_missing_images,
-                    contradictions=options.allow_contradictions,
-                    lost_labels=options.allow_lost_labels,
-                    max_quarantined=options.max_quarantined,
-                ),
+                **options.arguments(),
                 progress=progress,
             )
     except KeyboardInterrupt:
@@ -149,6 +133,9 @@ def _print_outcome(out: Path, outcome: Outcome) -> None:
         )
     for line in closing_lines(open_dataset(out)):
         typer.echo(line)
+
+
+app.command()(look_commands.scan)
 
 
 @app.command()
@@ -203,6 +190,10 @@ def _label_table(summary: dict[str, Any]) -> Iterator[str]:
         yield f"{title:{width}}" + "".join(f"{heading:>9}" for heading in headings)
         for name in names:
             yield f"  {name:{width - 2}}" + "".join(f"{line[name]:9,}" for line in folds)
+
+
+app.command()(look_commands.find)
+app.command()(look_commands.quarantine)
 
 
 @app.command()

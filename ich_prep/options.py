@@ -48,13 +48,35 @@ class BuildOptions(Spec):
 
     @field_validator("label_key", "label_column", "ignore_columns", "keep_columns", mode="before")
     @classmethod
-    def _as_list(cls, value: Any) -> Any:
+    def _columns_as_list(cls, value: Any) -> Any:  # not the name of a validator of Spec, which it would replace
         # Not split at commas: a column's name may contain one.
         return [value] if isinstance(value, str) else value
 
     def spec(self) -> Spec:
         """Return the part that changes the bytes."""
         return Spec(**{name: getattr(self, name) for name in Spec.model_fields})
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the rest as the keyword arguments that ``build`` and ``dry_run`` share."""
+        from ich_prep.layouts.labels import LabelOptions
+        from ich_prep.stages.checks import Allowances
+
+        return {
+            "labels": self.labels,
+            "label_options": LabelOptions(
+                key=self.label_key, column=self.label_column, ignore=self.ignore_columns, keep=self.keep_columns
+            ),
+            "build_dir": self.build_dir,
+            "workers": self.workers,
+            "scheduler": self.scheduler,
+            "allow": Allowances(
+                unlabelled=self.allow_unlabelled,
+                missing_images=self.allow_missing_images,
+                contradictions=self.allow_contradictions,
+                lost_labels=self.allow_lost_labels,
+                max_quarantined=self.max_quarantined,
+            ),
+        }
 
 
 def resolve(recipe: Path | None, given: Mapping[str, Any]) -> BuildOptions:

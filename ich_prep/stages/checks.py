@@ -53,16 +53,19 @@ def check_damage(quarantine: pa.Table, ok: int, allow: Allowances, hint: str) ->
     )
 
 
-def check_labels(plan: Plan, labels: LabelTable, folder: BuildFolder, allow: Allowances, progress: Progress) -> None:
-    """Raise ``SourceError`` if labels and slices do not match; list all cases in ``label_problems.parquet``."""
+def check_labels(
+    plan: Plan, labels: LabelTable, folder: BuildFolder | None, allow: Allowances, progress: Progress
+) -> None:
+    """Raise ``SourceError`` if labels and slices do not match; list all in ``label_problems.parquet`` of a ``folder``."""
     problems = {
         "unlabelled": (plan.unlabelled, allow.unlabelled),
         "missing_image": (plan.without_image, allow.missing_images),
         "contradictory": (labels.contradicted, allow.contradictions),
     }
-    path = folder.label_problems
-    names = pa.array(np.repeat(list(problems), [len(keys) for keys, _ in problems.values()]), pa.string())
-    write_table(path, pa.table({"problem": names, "key": pa.concat_arrays([k for k, _ in problems.values()])}))
+    if folder is not None:
+        names = pa.array(np.repeat(list(problems), [len(keys) for keys, _ in problems.values()]), pa.string())
+        keys = pa.concat_arrays([keys for keys, _ in problems.values()])
+        write_table(folder.label_problems, pa.table({"problem": names, "key": keys}))
     messages = {
         "unlabelled": ("slice", "without a label", "give them labels, or keep them with --allow-unlabelled"),
         "missing_image": ("label", "without an image", "fetch the files, or continue with --allow-missing-images"),
@@ -77,9 +80,11 @@ def check_labels(plan: Plan, labels: LabelTable, folder: BuildFolder, allow: All
             continue
         noun, what, remedy = messages[problem]
         example = keys[0].as_py() if problem == "unlabelled" else labels.examples(keys[:1])
-        text = (
-            f"{count(len(keys), noun)} {what} ({f'for example {example}; ' if example else ''}all are listed in {path})"
-        )
+        hints = [
+            f"for example {example}" if example else "",
+            "" if folder is None else f"all are listed in {folder.label_problems}",
+        ]
+        text = f"{count(len(keys), noun)} {what} ({'; '.join(filter(None, hints))})".removesuffix(" ()")
         if not allowed:
             raise SourceError(f"Labels and images do not match: {text}. Either {remedy}.")
         progress.say(f"Labels: {text}; allowed.")
@@ -101,3 +106,13 @@ def check_lost(lost: pa.Table, allow: Allowances, progress: Progress) -> None:
             "without these labels with --allow-lost-labels."
         )
     progress.say(f"{text}; allowed.")
+
+
+def check_any_slice(plan: Plan) -> None:
+    """Raise ``SourceError`` if there is no slice to build from."""
+    if not len(plan.slices):
+        counts = Counter(plan.quarantine["reason"].to_pylist())
+        raise SourceError(
+            f"No CT slices: {count(len(plan.quarantine), 'file')} quarantined: "
+            f"{', '.join(f'{count} {reason}' for reason, count in counts.most_common())}. Point --src at axial CT."
+        )

@@ -48,13 +48,7 @@ def check_output_folder(out: Path, folder: BuildFolder, sources: Sequence[Path],
             f"The working folder {folder.path} and the dataset {out} must not lie inside each other. Give another "
             "--build-dir."
         )
-    unknown = folder.unknown_files()
-    if unknown or (folder.path.exists() and not folder.path.is_dir()):
-        reason = f"it contains {unknown[0].relative_to(folder.path)}" if unknown else "it is a file"
-        raise UsageError(
-            f"The working folder {folder.path} was not made by ich-prep ({reason}), and was left untouched. Name another "
-            "one with --build-dir."
-        )
+    _check_folder(folder)
     _check_belongs(out, folder)
     if (out / ROOT).exists():
         _check_dataset(out, overwrite=overwrite)
@@ -70,6 +64,28 @@ def check_output_folder(out: Path, folder: BuildFolder, sources: Sequence[Path],
         raise UsageError(
             f"{out} is an unfinished build whose working folder is not {folder.path}. Name that folder with --build-dir "
             "to resume, or remove the dataset to start again."
+        )
+
+
+def check_working_folder(folder: BuildFolder, sources: Sequence[Path]) -> None:
+    """Raise ``UsageError`` unless a dry run may keep headers in ``folder``: new, empty, or one without a plan."""
+    _check_place(folder.path, "--build-dir", sources)
+    _check_folder(folder)
+    if folder.state.exists() and read_state(folder).plan is not None:
+        raise UsageError(
+            f"The working folder {folder.path} is that of a build that has a plan. Name another one with --build-dir, or "
+            "none; `ich-prep quarantine` shows what that build left out."
+        )
+
+
+def _check_folder(folder: BuildFolder) -> None:
+    """Raise ``UsageError`` where the working ``folder`` holds what no build put there."""
+    unknown = folder.unknown_files()
+    if unknown or (folder.path.exists() and not folder.path.is_dir()):
+        reason = f"it contains {unknown[0].relative_to(folder.path)}" if unknown else "it is a file"
+        raise UsageError(
+            f"The working folder {folder.path} was not made by ich-prep ({reason}), and was left untouched. Name another "
+            "one with --build-dir."
         )
 
 
@@ -248,10 +264,16 @@ def reset(out: Path, folder: BuildFolder) -> None:
             path.unlink(missing_ok=True)
     for name in (IMAGES, LABELS):
         _remove_empty_folders(out / name)
+    reset_folder(folder)
+    (out / IMAGES / "c").mkdir(parents=True, exist_ok=True)
+
+
+def reset_folder(folder: BuildFolder) -> None:
+    """Empty the working ``folder`` of what builds put there, but for the lock; make its folders."""
     for path in folder.own_files():
         if path != folder.lock and whole_name(path.name) != folder.lease.name:
             path.unlink(missing_ok=True)
-    for path in (folder.scan, folder.done, out / IMAGES / "c"):
+    for path in (folder.scan, folder.done):
         path.mkdir(parents=True, exist_ok=True)
 
 

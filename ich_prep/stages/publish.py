@@ -122,23 +122,26 @@ def _with_rows(series: pa.Table, slices: pa.Table, ok: NDArray[np.bool_]) -> pa.
     """Return the series table with what its rows of ``slices`` say: the number that are ``ok``, fold group, fold, flags."""
     starts = series["first_row"]
     first = slices.take(starts)
-    flags = slices["flags"].to_pylist()
-    ends = [*starts.to_pylist()[1:], len(slices)]
-    united = [
-        sorted({flag for line in flags[begin:end] for flag in line})
-        for begin, end in zip(starts.to_pylist(), ends, strict=True)
-    ]
     columns = {
         "n_ok": np.add.reduceat(ok.astype(np.int64), starts.to_numpy()),
         "fold": first["fold"],
         "fold_group": first["fold_group"],
-        "flags": united,
+        "flags": series_flags(series, slices),
     }
     for name, values in columns.items():
         field = series.schema.field(name)
         column = values if isinstance(values, pa.ChunkedArray) else pa.array(values, field.type)
         series = series.set_column(series.schema.get_field_index(name), field, column)
     return series
+
+
+def series_flags(series: pa.Table, slices: pa.Table) -> list[list[str]]:
+    """Return for each volume of ``series`` the sorted flags of its ``slices``."""
+    flags, starts = slices["flags"].to_pylist(), series["first_row"].to_pylist()
+    ends = [*starts, len(slices)][1:]
+    return [
+        sorted({flag for line in flags[begin:end] for flag in line}) for begin, end in zip(starts, ends, strict=True)
+    ]
 
 
 def _entry(out: Path, folder: BuildFolder, number: int) -> ShardReport:

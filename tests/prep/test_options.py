@@ -78,3 +78,15 @@ def test_an_unknown_key_of_a_recipe_is_reported_with_its_path(tmp_path: Path) ->
 
 def test_options_that_do_not_change_bytes_are_not_in_the_spec() -> None:
     assert resolve(None, {"workers": 0, "max_quarantined": 1.0}).spec() == resolve(None, {"workers": 7}).spec()
+
+
+@pytest.mark.parametrize("name", ["include", "exclude", "label_key", "keep_columns"])
+def test_one_text_is_a_list_of_one(name: str, tmp_path: Path) -> None:
+    """On the command line, in a recipe and from Python alike; it is not split at its commas."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f'[build]\n{name} = "BodyPartExamined=HEAD,BRAIN"\n', encoding="utf-8")
+    expected = ("BodyPartExamined=HEAD,BRAIN",)
+    assert getattr(resolve(recipe, {}), name) == expected
+    assert getattr(resolve(None, {name: expected[0]}), name) == expected
+    if name in Spec.model_fields:
+        assert getattr(resolve(recipe, {}).spec(), name) == getattr(Spec(**{name: expected[0]}), name) == expected
