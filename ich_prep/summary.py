@@ -33,6 +33,14 @@ def closing_lines(dataset: Dataset) -> Iterator[str]:
         ordered = sorted(flags, key=lambda line: (-line["counts"], line["values"]))
         numbers = ", ".join(f"{line['counts']:,} {line['values']}" for line in ordered)
         yield f"Flags: {numbers}."
+    yield identifiers_line(dataset.attributes["spec"].get("identifiers", "keep"))
+
+
+def identifiers_line(identifiers: str) -> str:
+    """Return a sentence about the identifiers in a dataset whose spec says ``identifiers``."""
+    if identifiers == "pseudonymise":
+        return "Identifiers: pseudonyms; the pixels may still identify a patient (docs/privacy.md)."
+    return "Identifiers: as in the source: UIDs, patient IDs, accession numbers, header texts, names of files."
 
 
 def summary_of(dataset: Dataset) -> dict[str, Any]:

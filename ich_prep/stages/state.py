@@ -93,6 +93,11 @@ class BuildFolder:
         return self.path / "label_problems.parquet"
 
     @property
+    def key(self) -> Path:
+        """The key of the pseudonyms, unless the user keeps it elsewhere."""
+        return self.path / "identifiers.key"
+
+    @property
     def log(self) -> Path:
         """One line per event."""
         return self.path / "log.jsonl"
@@ -107,7 +112,7 @@ class BuildFolder:
         return (
             self.state, self.files, self.scan, self.middles, self.plan, self.keys, self.series, self.quarantine, self.lost,
             self.copies, self.done,
-            self.label_problems, self.log, self.lock,
+            self.label_problems, self.key, self.log, self.lock,
         )  # fmt: skip
 
     def own_files(self) -> list[Path]:
@@ -138,7 +143,8 @@ class State(BaseModel):
     """What a build in progress has decided.
 
     ``sources`` and ``labels`` are digests of the file listing and of the labels, ``versions`` those of the libraries that
-    can change the bytes, ``plan`` the digest of the plan once there is one, ``published`` that of the dataset it became.
+    can change the bytes, ``key`` the id of the key of pseudonyms, ``plan`` the digest of the plan once there is one,
+    ``published`` that of the dataset it became.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -148,6 +154,7 @@ class State(BaseModel):
     sources: str
     labels: str
     versions: dict[str, str | None]
+    key: str | None = None
     plan: str | None = None
     published: str | None = None
 
