@@ -87,6 +87,7 @@ TopicAuthor TopicKeywords TopicSubject TopicTitle TreatmentMachineName Verifying
 XRaySourceID BodyPartExamined PatientWeight PatientSize FilterType RescaleType ImageType RetrieveAETitle
 StationAETitle
 """
+SHORTEST = 8  # bytes of a canary: a date
 FIRST_DATA_GROUP = 0x00080000  # below it are commands and the file meta information
 KEYWORDS = tuple(
     name
@@ -217,7 +218,12 @@ def found_canaries(dataset: Dataset, canaries: Canaries) -> dict[str, set[str]]:
     """Return the canaries that a dataset publishes, by where."""
     published = {where: data.lower() + b"\0" + data for where, data in published_bytes(dataset)}
     everything = b"\0".join(published.values())
-    hits = {needle: value for needle, value in canaries.needles().items() if needle in everything}
+    ends = {everything[at : at + SHORTEST] for at in range(len(everything))}  # to look first for the last bytes: quick
+    hits = {
+        needle: value
+        for needle, value in canaries.needles().items()
+        if needle[-SHORTEST:] in ends and needle in everything
+    }
     found = {where: {value for needle, value in hits.items() if needle in data} for where, data in published.items()}
     return {where: values for where, values in found.items() if values}
 
