@@ -258,19 +258,19 @@ def clean(
     build_dir: Annotated[Path | None, typer.Option(help="Working folder. [DATASET.build]")] = None,
     forget_key: Annotated[bool, typer.Option("--forget-key", help="Remove the key of pseudonyms too.")] = False,
 ) -> None:
-    """Remove the working folder of a finished dataset: paths, identifiers, plan and log of its build."""
+    """Remove the working folder of a finished dataset: paths, identifiers, plan and log of its build, not its key."""
     from ich_prep.stages import output
     from ich_prep.stages.state import build_folder
 
     folder = build_folder(dataset.absolute(), build_dir)
     freed = output.clean(dataset, folder, forget_key=forget_key)
     done = f"Removed {folder.path} ({freed / 1e6:,.1f} MB)." if freed else f"There is no working folder {folder.path}."
-    typer.echo(f"{done} Resume and verify --src need it; the dataset does not.")
     if folder.key.exists():
-        typer.echo(
-            f"Kept {folder.key}: with it, later builds give the same pseudonyms, and pseudonyms can be traced back. "
-            "--forget-key removes it."
+        done = (
+            f"Removed all but the key of the pseudonyms from {folder.path} ({freed / 1e6:,.1f} MB). With the key, later "
+            "builds give the same pseudonyms, and pseudonyms can be traced back; --forget-key removes it."
         )
+    typer.echo(f"{done} Resume and verify --src need that folder; the dataset does not.")
 
 
 def main() -> NoReturn:

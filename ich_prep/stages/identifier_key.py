@@ -93,6 +93,11 @@ def recorded_key(root: Root) -> str | None:
     return root.history[-1].digests.get("key") if root.history else None
 
 
+def is_key_of(path: Path, root: Root) -> bool:
+    """Return whether the key at ``path`` made the pseudonyms of the dataset with this ``root``."""
+    return key_id(_read(path)) == recorded_key(root)
+
+
 def _read(path: Path) -> bytes:
     try:
         with path.open("rb") as file:

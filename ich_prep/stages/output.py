@@ -22,7 +22,7 @@ from ich_prep.dataset.storage import files_below, sync_folder, whole_name
 from ich_prep.dataset.tables import read_parquet
 from ich_prep.errors import BuildError, CorruptionError, DatasetError, UsageError, count, describe_os_error
 from ich_prep.sources import Listing, shown
-from ich_prep.stages.identifier_key import find_key, recorded_key
+from ich_prep.stages.identifier_key import is_key_of
 from ich_prep.stages.state import BuildFolder, State, read_state, readable_state
 
 # What a build puts into a dataset, relative to it.
@@ -279,7 +279,8 @@ def clean(out: Path, folder: BuildFolder, *, forget_key: bool = False) -> int:
     if folder.own_files() == [folder.key] and not unknown:
         if not forget_key:
             return 0
-        find_key(folder, None, recorded=recorded_key(dataset.root) or "")
+        if not is_key_of(folder.key, dataset.root):
+            raise BuildError(f"{folder.key} is not the key of the pseudonyms in {out}; nothing was removed.")
     elif unknown or not folder.state.exists():
         found = f"it contains {unknown[0].relative_to(folder.path)}" if unknown else "it has no state.json"
         raise UsageError(f"{folder.path} is not the working folder of a build ({found}); nothing was removed.")

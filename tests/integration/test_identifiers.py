@@ -316,6 +316,12 @@ def test_a_finished_dataset_is_recognised_also_without_its_working_folder(src: P
     with pytest.raises(BuildError, match="identifiers was pseudonymise, now keep"):
         built(src, out)
     assert built(src, out, spec=HIDDEN, overwrite=True).digest == dataset.digest
+    assert "Removed all but the key" in prep("clean", out).stdout
+    build_folder(out).key.rename(tmp_path / "kept.key")
+    build_folder(out).key.write_bytes(KEY)
+    with pytest.raises(BuildError, match="is not the key of the pseudonyms"):
+        clean(out, build_folder(out), forget_key=True)
+    (tmp_path / "kept.key").rename(build_folder(out).key)
     clean(out, build_folder(out), forget_key=True)
     assert not build_folder(out).path.exists()
     with pytest.raises(BuildError, match="key of the pseudonyms is missing: there is no"):
