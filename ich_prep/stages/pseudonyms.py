@@ -116,11 +116,16 @@ def published_rows(table: pa.Table, key: bytes, *, classes: Collection[str], ext
 
 
 def published_quarantine(table: pa.Table, key: bytes) -> pa.Table:
-    """Return the quarantine table with pseudonyms of paths; of ``detail`` only the attributes that it names are left."""
+    """Return the quarantine table with pseudonyms of paths, in their order, which says nothing about the originals.
+
+    Of ``detail`` only the attributes that it names are left.
+    """
     known = _attributes()
     details = _mapped(table["detail"], lambda text: safe_detail(text, known))
     columns = {"path": pseudonyms(key, Level.PATH, table["path"]), "detail": details}
-    return pa.table([columns.get(name, table[name]) for name in QUARANTINE_SCHEMA.names], schema=QUARANTINE_SCHEMA)
+    return pa.table(
+        [columns.get(name, table[name]) for name in QUARANTINE_SCHEMA.names], schema=QUARANTINE_SCHEMA
+    ).sort_by("path")
 
 
 def published_state(state: State, key: bytes | None) -> State:
