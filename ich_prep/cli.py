@@ -99,6 +99,7 @@ def build(
                 out,
                 options.spec(),
                 overwrite=overwrite,
+                key=options.key,
                 **options.arguments(),
                 progress=progress,
             )
@@ -155,6 +156,8 @@ def info(
 
 
 def _show_summary(summary: dict[str, Any]) -> None:
+    from ich_prep.summary import identifiers_line
+
     spec, counts = summary["spec"], summary["counts"]
     shown = ", ".join(f"{w['name']} {w['center']:g}/{w['width']:g}" for w in spec["windows"])
     stored = f"uint8 windows {shown}" if spec["store"] == "windows" else "int16 HU"
@@ -166,6 +169,7 @@ def _show_summary(summary: dict[str, Any]) -> None:
         f"  {count(counts['found'], 'file')} found, {counts['quarantined']:,} quarantined",
         f"  {count(counts['shards'], 'shard')}, {counts['bytes'] / 1e6:,.1f} MB, codec {spec['codec']}",
         f"  digest {summary['digest']}",
+        f"  {identifiers_line(spec.get('identifiers', 'keep'))}",
         *_label_table(summary),
     ]
     for title, counted in (
@@ -245,15 +249,21 @@ def _print_verification(dataset: Path, result: Verification, *, as_json: bool) -
 def clean(
     dataset: Annotated[Path, typer.Argument(help="A finished dataset.")],
     build_dir: Annotated[Path | None, typer.Option(help="Working folder. [DATASET.build]")] = None,
+    forget_key: Annotated[bool, typer.Option("--forget-key", help="Remove the key of pseudonyms too.")] = False,
 ) -> None:
-    """Remove the working folder of a finished dataset: paths, identifiers, plan and log of its build."""
+    """Remove the working folder of a finished dataset: paths, identifiers, plan and log of its build, not its key."""
     from ich_prep.stages import output
     from ich_prep.stages.state import build_folder
 
     folder = build_folder(dataset.absolute(), build_dir)
-    freed = output.clean(dataset, folder)
+    freed = output.clean(dataset, folder, forget_key=forget_key)
     done = f"Removed {folder.path} ({freed / 1e6:,.1f} MB)." if freed else f"There is no working folder {folder.path}."
-    say(f"{done} Resume and verify --src need it; the dataset does not.")
+    if folder.key.exists():
+        done = (
+            f"Removed all but the key of the pseudonyms from {folder.path} ({freed / 1e6:,.1f} MB). With the key, later "
+            "builds give the same pseudonyms, and pseudonyms can be traced back; --forget-key removes it."
+        )
+    say(f"{done} Resume, verify --src and find need that folder; the dataset does not.")
 
 
 Series = Annotated[

@@ -58,12 +58,17 @@ def write_submission(
     The lines are ``ID,Label`` with IDs of the form ``<sop_instance_uid>_<class>``: those of the file ``sample`` in its
     order, or without it six for each row of the subset, in the order of the label file and then of the dataset. A slice
     without a usable image gets the training slices' share of each label. Raises `UsageError` if the dataset has other
-    classes than RSNA's or no test subset, ``sample`` is not such a file, or ``out`` cannot be written.
+    classes than RSNA's pseudonyms or no test subset, ``sample`` is not such a file, or ``out`` cannot be written.
     """
     if out.is_dir():
         raise UsageError(f"{out} is a folder. Name the CSV file to write with --out.")
     require_writable(out.parent, hint="Name another file with --out.")
     require_rsna(dataset.classes, "A submission")
+    if dataset.attributes["spec"].get("identifiers") == "pseudonymise":
+        raise UsageError(
+            f"A submission names slices by their SOP Instance UID; {dataset.path} has pseudonyms. Build the dataset with "
+            "--identifiers keep."
+        )
     predictor = load_predictor(run, dataset, device=device)
     slices = dataset.slices
     test = np.flatnonzero(pc.equal(slices["subset"], "test").to_numpy())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ from ich_prep.stages import ledger
 from ich_prep.stages.images import equal_images, link_images
 from ich_prep.stages.losses import losses_by_reason, lost_in_shards
 from ich_prep.stages.plan_tables import PLAN_COLUMNS
+from ich_prep.stages.pseudonyms import key_id, published_quarantine, published_rows, published_state
 from ich_prep.stages.shard import RowReport, ShardReport
 from ich_prep.stages.state import write_state
 from ich_prep.versions import PACKAGE, all_versions, library_versions
@@ -184,12 +185,28 @@ def _shows_lung(series_row: NDArray[np.int64], lines: list[RowReport]) -> NDArra
     return shows
 
 
-def publish(out: Path, folder: BuildFolder, *, state: State, tables: Tables, found: int) -> dict[str, int]:
+def pseudonymised(tables: Tables, key: bytes, spec: Spec) -> Tables:
+    """Return the tables with pseudonyms by ``key`` in place of identifiers; columns ``x_...`` stay as they are."""
+    extra = [name for name in tables.slices.column_names if name.startswith("x_")]
+    return replace(
+        tables,
+        slices=published_rows(tables.slices, key, classes=spec.classes, extra=extra),
+        series=published_rows(tables.series, key, classes=spec.classes),
+        quarantine=published_quarantine(tables.quarantine, key),
+    )
+
+
+def publish(
+    out: Path, folder: BuildFolder, *, state: State, tables: Tables, found: int, key: bytes | None = None
+) -> dict[str, int]:
     """Write ``tables`` and the metadata of the dataset ``out``, the root's last; return its counts.
 
     ``found`` is the number of files in the source. Every shard must be on disk. The working ``folder`` records the
-    dataset's digest just before the root is written, which binds the two.
+    dataset's digest just before the root is written, which binds the two. With a ``key``, what identifies is replaced
+    by pseudonyms; the folder keeps the originals.
     """
+    shown = published_state(state, key)
+    tables = tables if key is None else pseudonymised(tables, key, state.spec)
     (out / LABELS).mkdir(exist_ok=True)
     names = {table: schema.table_name(table, generation=1) for table in TABLES}
     for name in (*names.values(), ROOT, f"{IMAGES}/{ROOT}", f"{LABELS}/{ROOT}"):
@@ -214,7 +231,7 @@ def publish(out: Path, folder: BuildFolder, *, state: State, tables: Tables, fou
     }
     ich: dict[str, Any] = {
         "format": FORMAT,
-        "spec": state.spec.model_dump(mode="json", exclude={"classes"}),
+        "spec": shown.spec.model_dump(mode="json", exclude={"classes"}),
         "classes": list(state.spec.classes),
         "counts": counts,
         "lost_labels": {
@@ -231,13 +248,17 @@ def publish(out: Path, folder: BuildFolder, *, state: State, tables: Tables, fou
             for name in sorted((*names.values(), f"{IMAGES}/{ROOT}", f"{LABELS}/{ROOT}"))
         },
         "generation": 1,
-        "labels_digest": state.labels,
+        "labels_digest": shown.labels,
         "history": [
             {
                 "command": "build",
                 "generation": 1,
                 "counts": counts,
-                "digests": {"sources": state.sources, "labels": state.labels},
+                "digests": {
+                    "sources": shown.sources,
+                    "labels": shown.labels,
+                    **({} if key is None else {"key": key_id(key)}),
+                },
             }
         ],
         "created_by": f"ich-prep {all_versions()[PACKAGE]}",

@@ -100,6 +100,11 @@ class BuildFolder:
         return self.path / "label_problems.parquet"
 
     @property
+    def key(self) -> Path:
+        """The key of the pseudonyms, unless the user keeps it elsewhere."""
+        return self.path / "identifiers.key"
+
+    @property
     def log(self) -> Path:
         """One line per event."""
         return self.path / "log.jsonl"
@@ -118,7 +123,7 @@ class BuildFolder:
         """All that a build may keep in the folder."""
         return (
             self.state, self.files, self.scan, self.middles, self.plan, self.keys, self.series, self.quarantine, self.lost,
-            self.copies, self.done, self.label_problems, self.log, self.lock, self.lease, breaking(self.lease),
+            self.copies, self.done, self.label_problems, self.key, self.log, self.lock, self.lease, breaking(self.lease),
         )  # fmt: skip
 
     def own_files(self) -> list[Path]:
@@ -156,7 +161,8 @@ class State(BaseModel):
     """What a build in progress has decided.
 
     ``sources`` and ``labels`` are digests of the file listing and of the labels, ``versions`` those of the libraries that
-    can change the bytes, ``plan`` the digest of the plan once there is one, ``published`` that of the dataset it became.
+    can change the bytes, ``key`` the id of the key of pseudonyms, ``plan`` the digest of the plan once there is one,
+    ``published`` that of the dataset it became.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -166,6 +172,7 @@ class State(BaseModel):
     sources: str
     labels: str
     versions: dict[str, str | None]
+    key: str | None = None
     plan: str | None = None
     published: str | None = None
 
