@@ -25,8 +25,8 @@ from ich_prep.dataset import native, open_dataset
 from ich_prep.dataset.schema import OK, shard_path
 from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.storage import clear_leftovers, local_path, size_of, sync_file, write_whole
-from ich_prep.dataset.tables import parquet_bytes, write_table
-from ich_prep.errors import Reason
+from ich_prep.dataset.tables import parquet_bytes, sealed_parquet_bytes, write_sealed
+from ich_prep.errors import CorruptionError, Reason
 from ich_prep.execute import Pool, default_workers
 from ich_prep.layouts import check_layout, choose_layout
 from ich_prep.layouts.labels import LabelOptions, LabelRules
@@ -34,6 +34,7 @@ from ich_prep.progress import NoProgress, Progress
 from ich_prep.sources import Listing, check_table_path, open_source, shown
 from ich_prep.stages import ledger
 from ich_prep.stages.checks import Allowances, check_any_slice, check_damage, check_labels, check_lost
+from ich_prep.stages.identifier_key import key_of_build, make_key, refuse_kept_columns
 from ich_prep.stages.output import (
     build_lock,
     check_existing,
@@ -44,6 +45,7 @@ from ich_prep.stages.output import (
     reset,
 )
 from ich_prep.stages.plan import Plan
+from ich_prep.stages.pseudonyms import key_id, published_state
 from ich_prep.stages.publish import collect_tables, publish
 from ich_prep.stages.selection import check_filters
 from ich_prep.stages.shard import ShardReport, write_shard
@@ -84,6 +86,7 @@ def build(
     labels: str | Path | None = None,
     label_options: LabelOptions | None = None,
     build_dir: str | Path | None = None,
+    key: str | Path | None = None,
     workers: int | None = None,
     scheduler: str | None = None,
     overwrite: bool = False,
@@ -92,12 +95,13 @@ def build(
 ) -> Outcome:
     """Build the dataset ``out`` from the DICOM files in ``src``, or resume an interrupted build.
 
-    ``src`` is a folder or a zip archive, or several of them: then each path starts with the name of its folder or archive.
-    ``labels`` is a label file instead of the one in the tree, ``label_options`` how to read it. ``build_dir`` is the
-    working folder, which keeps what a resume needs (default: ``out`` with ``.build`` appended). ``workers`` are local
-    processes (default: one per core; 0: all in this process), ``scheduler`` the address of a Dask cluster whose workers
-    see all folders under the same paths. Raises ``SourceError``, ``BuildError`` or ``UsageError``; finished work is kept
-    for the next run.
+    ``src`` is a folder or a zip archive, or several of them: then each path starts with the name of its folder or
+    archive. ``labels`` is a label file instead of the one in the tree, ``label_options`` how to read it.
+    ``build_dir`` is the working folder, which keeps what a resume needs (default: ``out`` with ``.build`` appended).
+    ``key`` is the file with the key of pseudonyms (default: one in the working folder, made by the first build).
+    ``workers`` are local processes (default: one per core; 0: all in this process), ``scheduler`` the address of a
+    Dask cluster whose workers see all folders under the same paths. Raises ``SourceError``, ``BuildError`` or
+    ``UsageError``; finished work is kept for the next run.
     """
     paths = [src] if isinstance(src, str | Path) else src
     sources, out = [local_path(path, "--src").absolute() for path in paths], local_path(out, "--out").absolute()
@@ -112,6 +116,8 @@ def build(
     if labels is not None:
         check_table_path(local_path(labels, "--labels"))
     check_output_folder(out, folder, sources, overwrite=overwrite)
+    refuse_kept_columns(spec, label_options.keep if label_options else (), allowed=allow.kept_columns)
+    secret = key_of_build(out, folder, None if key is None else Path(key), spec, overwrite=overwrite, say=progress.say)
     with Pool(workers=count, scheduler=scheduler, modules=TASK_MODULES) as pool:
         with _timed(seconds, "list"):
             listing = source.list()
@@ -120,12 +126,16 @@ def build(
             table = read_labels(layout, listing, labels, rules)
         job = Job(pool, folder, sources, listing, progress)
         state = State(spec=spec, sources=digest_listing(listing), labels=table.digest(), versions=all_versions())
-        if not overwrite and check_existing(out, folder, state, listing):
+        published = published_state(state, secret)
+        if not overwrite and check_existing(out, folder, state, listing, published=published):
             counts = open_dataset(out).counts.model_dump()
             return Outcome(counts=counts, already_finished=True, seconds=seconds)
-        with os_errors_explained(out), build_lock(folder), output_lock(out):
+        with os_errors_explained(out), build_lock(folder), output_lock(out, say=progress.say):
             if overwrite:
                 invalidate(out, folder)
+            if spec.identifiers == "pseudonymise":
+                secret = secret or make_key(folder)
+                state = state.model_copy(update={"key": key_id(secret)})
             state = start_or_resume(job, state, partial(reset, out, folder))
             log = partial(_log, folder.log)
             log("start", layout=spec.layout, files=len(listing.files), notes=table.notes)
@@ -161,7 +171,7 @@ def build(
                     "--overwrite if files were fixed"
                 )
                 check_damage(tables.quarantine, tables.ok, allow, hint)
-                counts = publish(out, folder, state=state, tables=tables, found=len(listing.files))
+                counts = publish(out, folder, state=state, tables=tables, found=len(listing.files), key=secret)
             log("published", **counts)
     return Outcome(counts=counts, already_finished=False, seconds=seconds)
 
@@ -195,10 +205,11 @@ def _log(path: Path, event: str, **values: object) -> None:
 
 def _write_plan(folder: BuildFolder, state: State, plan: Plan) -> State:
     """Write the plan, one row group per shard, and the state that names its digest, last."""
-    data = parquet_bytes(plan.slices, row_group_size=state.spec.slices_per_shard, write_statistics=False)
+    data = sealed_parquet_bytes(plan.slices, row_group_size=state.spec.slices_per_shard, write_statistics=False)
     write_whole(folder.plan, data)
-    write_table(folder.series, plan.series)
-    write_table(folder.lost, plan.lost)
+    write_sealed(folder.series, plan.series)
+    write_sealed(folder.lost, plan.lost)
+    write_sealed(folder.quarantine, plan.quarantine)
     digest = hashlib.sha256(state.spec.model_dump_json().encode() + data).hexdigest()
     state = state.model_copy(update={"plan": digest})
     write_state(folder, state)
@@ -247,7 +258,10 @@ def _write_shards(
 
 def _is_done(out: Path, folder: BuildFolder, number: int, digest: str) -> bool:
     """Return whether shard ``number`` is as this plan's entry records, and has no slice that a retry might fix."""
-    report = ShardReport.from_json(ledger.read(folder.done, number))
+    try:
+        report = ShardReport.from_json(ledger.read(folder.done, number))
+    except (OSError, ValueError, CorruptionError):
+        return False
     statuses = {row.status for row in report.rows} - {OK}
     intact = report.plan == digest and size_of(shard_path(out, number)) == report.bytes
     return intact and not any(Reason(status).is_transient for status in statuses)

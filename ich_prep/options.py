@@ -34,6 +34,9 @@ class BuildOptions(Spec):
     build_dir: Path | None = Field(
         default=None, description="Working folder, needed to resume. [default: the dataset's path with .build appended]"
     )
+    key: Path | None = Field(
+        default=None, description="Key of the pseudonyms. [default: identifiers.key in the working folder, made once]"
+    )
     workers: int | None = Field(
         default=None, ge=0, le=4096, description="Processes; 0: this one. [default: one per core]"
     )
@@ -44,6 +47,7 @@ class BuildOptions(Spec):
     allow_lost_labels: bool = Field(
         default=False, description="Continue when a rule of the build removes all images of a label."
     )
+    allow_kept_columns: bool = Field(default=False, description="Publish --keep-columns as they are beside pseudonyms.")
     allow_contradictions: bool = Field(default=False, description="Take contradictory labels as unknown.")
 
     @field_validator("label_key", "label_column", "ignore_columns", "keep_columns", mode="before")
@@ -74,6 +78,7 @@ class BuildOptions(Spec):
                 missing_images=self.allow_missing_images,
                 contradictions=self.allow_contradictions,
                 lost_labels=self.allow_lost_labels,
+                kept_columns=self.allow_kept_columns,
                 max_quarantined=self.max_quarantined,
             ),
         }

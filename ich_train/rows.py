@@ -62,6 +62,13 @@ def checked_rows(dataset: Dataset, rows: ArrayLike) -> NDArray[np.int64]:
     return array.astype(np.int64, copy=False)
 
 
+def draw_rows(rows: NDArray[np.int64], *, limit: int | None, seed: int) -> NDArray[np.int64]:
+    """Return ``limit`` of ``rows``, ascending, drawn by ``seed`` without repeats; all of them if there are no more."""
+    if limit is None or limit >= len(rows):
+        return rows
+    return np.sort(np.random.default_rng(seed).choice(rows, size=limit, replace=False))
+
+
 def neighbours(dataset: Dataset, rows: NDArray[np.int64], context: int) -> NDArray[np.int64]:
     """Return for each of ``rows`` the rows from ``context`` below to ``context`` above in its series, (n, 2 context + 1).
 

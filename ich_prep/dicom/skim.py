@@ -23,6 +23,7 @@ from ich_prep.dicom.elements import (
     Elements,
 )
 
+LONGEST_SKIM: Final = 256 * 1024
 UNDEFINED: Final = 0xFFFFFFFF
 BLANKS: Final = " \0\t\n\v\f\r\x1c\x1d\x1e\x1f"
 NO_PREAMBLE: Final = "no_preamble"

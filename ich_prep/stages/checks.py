@@ -22,12 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Allowances:
-    """Label problems that do not stop the build, and the largest share of damaged slices."""
+    """Problems that do not stop the build, and the largest share of damaged slices."""
 
     unlabelled: bool = False
     missing_images: bool = False
     contradictions: bool = False
     lost_labels: bool = False
+    kept_columns: bool = False
     max_quarantined: float = 0.01
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +17,26 @@ import pyarrow.compute as pc
 
 from ich_prep.dataset import schema
 from ich_prep.dataset.codecs import CODECS
-from ich_prep.dataset.schema import FORMAT, IMAGES, LABELS, OK, QUARANTINE_SCHEMA, ROOT, SHARD_SCHEMA, TABLES
+from ich_prep.dataset.schema import (
+    FORMAT,
+    IMAGES,
+    LABELS,
+    OK,
+    QUARANTINE_SCHEMA,
+    ROOT,
+    SHARD_SCHEMA,
+    TABLES,
+    digest_of,
+)
 from ich_prep.dataset.storage import clear_leftovers, size_of, sync_folder, write_whole
-from ich_prep.dataset.tables import read_parquet, write_table
+from ich_prep.dataset.tables import read_sealed, write_table
 from ich_prep.dataset.windows import MIN_HU
 from ich_prep.errors import BuildError
 from ich_prep.stages import ledger
 from ich_prep.stages.images import equal_images, link_images
 from ich_prep.stages.losses import losses_by_reason, lost_in_shards
 from ich_prep.stages.plan_tables import PLAN_COLUMNS
+from ich_prep.stages.pseudonyms import key_id, published_quarantine, published_rows, published_state
 from ich_prep.stages.shard import RowReport, ShardReport
 from ich_prep.stages.state import write_state
 from ich_prep.versions import PACKAGE, all_versions, library_versions
@@ -66,7 +77,7 @@ def collect_tables(out: Path, folder: BuildFolder, state: State) -> Tables:
 
     Raises ``BuildError`` if a shard does not have the length that its entry records.
     """
-    plan = read_parquet(folder.plan)
+    plan = read_sealed(folder.plan)
     per_shard = state.spec.slices_per_shard
     starts = np.arange(0, len(plan), per_shard)
     entries = [_entry(out, folder, number) for number in range(len(starts))]
@@ -95,12 +106,10 @@ def collect_tables(out: Path, folder: BuildFolder, state: State) -> Tables:
     ]
     return Tables(
         slices=slices,
-        series=_with_rows(read_parquet(folder.series), slices, ok),
+        series=_with_rows(read_sealed(folder.series), slices, ok),
         shards=pa.table(shards, schema=SHARD_SCHEMA),
-        quarantine=pa.concat_tables([read_parquet(folder.quarantine), pa.table(quarantined, schema=QUARANTINE_SCHEMA)]),
-        lost=pa.concat_tables(
-            [read_parquet(folder.lost), lost_in_shards(plan, status, _is_positive(plan, state.spec))]
-        ),
+        quarantine=pa.concat_tables([read_sealed(folder.quarantine), pa.table(quarantined, schema=QUARANTINE_SCHEMA)]),
+        lost=pa.concat_tables([read_sealed(folder.lost), lost_in_shards(plan, status, _is_positive(plan, state.spec))]),
     )
 
 
@@ -158,12 +167,15 @@ def _with_results(slices: pa.Table, lines: list[RowReport], status: pa.Array) ->
     columns = [results.get(field.name, slices[field.name]) for field in slices.schema]
     slices = pa.table(columns, schema=slices.schema)
     found = {"same_image": equal_images(slices) >= 0, "not_head": _shows_lung(slices["series_row"].to_numpy(), lines)}
-    flags = [{*planned, *line.flags} for planned, line in zip(slices["flags"].to_pylist(), lines, strict=True)]
+    flags: list[list[str]] = slices["flags"].to_pylist()
+    for row, line in enumerate(lines):
+        if line.flags:
+            flags[row] = sorted({*flags[row], *line.flags})
     for name, where in found.items():
         for row in np.flatnonzero(where).tolist():
-            flags[row].add(name)
+            flags[row] = sorted({*flags[row], name})
     index = slices.schema.get_field_index("flags")
-    return slices.set_column(index, slices.schema.field(index), pa.array(map(sorted, flags), pa.list_(pa.string())))
+    return slices.set_column(index, slices.schema.field(index), pa.array(flags, pa.list_(pa.string())))
 
 
 def _shows_lung(series_row: NDArray[np.int64], lines: list[RowReport]) -> NDArray[np.bool_]:
@@ -173,12 +185,28 @@ def _shows_lung(series_row: NDArray[np.int64], lines: list[RowReport]) -> NDArra
     return shows
 
 
-def publish(out: Path, folder: BuildFolder, *, state: State, tables: Tables, found: int) -> dict[str, int]:
+def pseudonymised(tables: Tables, key: bytes, spec: Spec) -> Tables:
+    """Return the tables with pseudonyms by ``key`` in place of identifiers; columns ``x_...`` stay as they are."""
+    extra = [name for name in tables.slices.column_names if name.startswith("x_")]
+    return replace(
+        tables,
+        slices=published_rows(tables.slices, key, classes=spec.classes, extra=extra),
+        series=published_rows(tables.series, key, classes=spec.classes),
+        quarantine=published_quarantine(tables.quarantine, key),
+    )
+
+
+def publish(
+    out: Path, folder: BuildFolder, *, state: State, tables: Tables, found: int, key: bytes | None = None
+) -> dict[str, int]:
     """Write ``tables`` and the metadata of the dataset ``out``, the root's last; return its counts.
 
     ``found`` is the number of files in the source. Every shard must be on disk. The working ``folder`` records the
-    dataset's digest just before the root is written, which binds the two.
+    dataset's digest just before the root is written, which binds the two. With a ``key``, what identifies is replaced
+    by pseudonyms; the folder keeps the originals.
     """
+    shown = published_state(state, key)
+    tables = tables if key is None else pseudonymised(tables, key, state.spec)
     (out / LABELS).mkdir(exist_ok=True)
     names = {table: schema.table_name(table, generation=1) for table in TABLES}
     for name in (*names.values(), ROOT, f"{IMAGES}/{ROOT}", f"{LABELS}/{ROOT}"):
@@ -203,26 +231,34 @@ def publish(out: Path, folder: BuildFolder, *, state: State, tables: Tables, fou
     }
     ich: dict[str, Any] = {
         "format": FORMAT,
-        "spec": state.spec.model_dump(mode="json", exclude={"classes"}),
+        "spec": shown.spec.model_dump(mode="json", exclude={"classes"}),
         "classes": list(state.spec.classes),
         "counts": counts,
         "lost_labels": {
             reason: {"labels": loss.labels, "positive": loss.positive}
             for reason, loss in losses_by_reason(tables.lost).items()
         },
+        # Otherwise verify expects each fold to be the hash of its group.
+        "given_folds": bool(
+            pc.any(pc.greater_equal(read_sealed(folder.plan, ["given_fold"])["given_fold"], 0)).as_py()
+        ),
         "tables": names,
         "digests": {
             name: _sha256((out / name).read_bytes())
             for name in sorted((*names.values(), f"{IMAGES}/{ROOT}", f"{LABELS}/{ROOT}"))
         },
         "generation": 1,
-        "labels_digest": state.labels,
+        "labels_digest": shown.labels,
         "history": [
             {
                 "command": "build",
                 "generation": 1,
                 "counts": counts,
-                "digests": {"sources": state.sources, "labels": state.labels},
+                "digests": {
+                    "sources": shown.sources,
+                    "labels": shown.labels,
+                    **({} if key is None else {"key": key_id(key)}),
+                },
             }
         ],
         "created_by": f"ich-prep {all_versions()[PACKAGE]}",
@@ -238,12 +274,6 @@ def publish(out: Path, folder: BuildFolder, *, state: State, tables: Tables, fou
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def digest_of(ich: dict[str, Any]) -> str:
-    """Return the SHA-256 of everything the root records, including the digests of the tables, and so of every shard."""
-    rest = {key: value for key, value in ich.items() if key != "digest"}
-    return _sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
 
 
 def root_document(out: Path, ich: dict[str, Any]) -> bytes:

@@ -13,9 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ich_prep.dataset.storage import write_whole
-from ich_prep.dataset.tables import parquet_bytes, read_parquet, write_table
-from ich_prep.errors import Reason
+from ich_prep.dataset.tables import read_sealed, write_sealed
+from ich_prep.errors import CorruptionError, Reason
 from ich_prep.layouts.label_keys import choose_key
 from ich_prep.layouts.labels import fill_any
 from ich_prep.sources import Listing, TableFile, local_table
@@ -24,7 +23,14 @@ from ich_prep.stages.copies import hash_images, sharing_uid
 from ich_prep.stages.plan import Plan, make_plan
 from ich_prep.stages.rules import apply_rules
 from ich_prep.stages.scan import FILES_PER_BATCH, scan_batch
-from ich_prep.stages.state import BuildFolder, State, read_state, write_state
+from ich_prep.stages.state import (
+    BuildFolder,
+    State,
+    drop_damaged_headers,
+    plan_is_whole,
+    read_state,
+    write_state,
+)
 from ich_prep.stages.units import refuse_other_units
 
 if TYPE_CHECKING:
@@ -77,24 +83,30 @@ def start_or_resume(job: Job, state: State, make_new: Callable[[], None]) -> Sta
     """Return the state of the work in progress, or start it: the listing first, the state that names it last.
 
     ``make_new`` empties the folder of new work. Work without a plan takes the current spec, files and labels, and keeps
-    the headers of unchanged files.
+    the headers of unchanged files. Work whose plan is damaged is planned again, from headers that are not; equal plans keep
+    the shards that are written.
     """
     folder = job.folder
     if folder.state.exists():
         before = read_state(folder)
-        if before.plan is not None or before == state:
+        if before.plan is not None and plan_is_whole(folder):
             return before
-        _drop_stale_headers(folder, job.listing, drop_all=before.versions != state.versions)
+        drop_damaged_headers(folder)
+        if before.sources != state.sources or before.versions != state.versions:
+            _drop_stale_headers(folder, job.listing, drop_all=before.versions != state.versions)
     else:
         make_new()
-    write_whole(folder.files, parquet_bytes(job.listing.files, row_group_size=FILES_PER_BATCH))
+    write_sealed(folder.files, job.listing.files, row_group_size=FILES_PER_BATCH)
     write_state(folder, state)
     return state
 
 
 def _drop_stale_headers(folder: BuildFolder, listing: Listing, *, drop_all: bool) -> None:
     """Delete the headers of each batch whose files changed, or of every batch."""
-    before = read_parquet(folder.files)
+    try:
+        before = read_sealed(folder.files)
+    except (OSError, CorruptionError):
+        before, drop_all = listing.files, True
     for batch in ledger.done(folder.scan, suffix=".parquet"):
         start = batch * FILES_PER_BATCH
         old, new = (files.slice(start, FILES_PER_BATCH) for files in (before, listing.files))
@@ -114,7 +126,7 @@ def read_headers(job: Job) -> pa.Table:
     done = {
         batch
         for batch in ledger.done(folder.scan, suffix=".parquet")
-        if not _any_damage(read_parquet(folder.batch(batch), ["reason"])["reason"])
+        if not _any_damage(read_sealed(folder.batch(batch), ["reason"])["reason"])
     }
     already = sum(min(FILES_PER_BATCH, files - batch * FILES_PER_BATCH) for batch in done)
     progress.begin("Reading headers", files, "files", already)
@@ -122,7 +134,7 @@ def read_headers(job: Job) -> pa.Table:
     for _, (slices, quarantined) in job.pool.map(task, [batch for batch in batches if batch not in done]):
         progress.advance(slices + quarantined, quarantined)
     progress.end()
-    return pa.concat_tables([read_parquet(folder.batch(batch)) for batch in batches])
+    return pa.concat_tables([read_sealed(folder.batch(batch)) for batch in batches])
 
 
 def _any_damage(reasons: pa.ChunkedArray) -> bool:
@@ -157,7 +169,7 @@ def plan_files(job: Job, found: Candidates, *, layout: Layout, labels: LabelTabl
     )
     for note in plan.notes:
         job.progress.say(f"{note}.")
-    write_table(job.folder.quarantine, plan.quarantine)
+    write_sealed(job.folder.quarantine, plan.quarantine)
     return plan
 
 

@@ -32,6 +32,7 @@ class Cases:
     series: NDArray[np.int64]
     series_sizes: NDArray[np.int64]  # slices of that series with pixels, labelled or not
     patients: NDArray[np.int64]
+    groups: NDArray[np.int64]  # fold groups: patients that are one person or share images
     positions: NDArray[np.float64]  # from 0 at one end of the series to 1 at the other
 
 
@@ -68,7 +69,6 @@ def cases_of(dataset: Dataset, rows: NDArray[np.int64], probabilities: NDArray[n
     series = slices["series_row"].to_numpy().astype(np.int64)
     last = dataset.series["n_slices"].to_numpy()[series] - 1
     index = slices["slice_index"].to_numpy().astype(np.float64)
-    patients = slices["patient_id"].combine_chunks().dictionary_encode().indices.to_numpy()
     return Cases(
         classes=dataset.classes,
         rows=rows,
@@ -76,7 +76,14 @@ def cases_of(dataset: Dataset, rows: NDArray[np.int64], probabilities: NDArray[n
         probabilities=probabilities,
         series=series,
         series_sizes=dataset.series["n_ok"].to_numpy()[series].astype(np.int64),
-        patients=patients.astype(np.int64),
+        patients=_numbered(slices["patient_id"]),
+        groups=_numbered(dataset.fold_groups.take(pa.array(rows))),
         # The only slice of a series is in the middle of it.
         positions=np.divide(index, last, out=np.full(len(rows), 0.5), where=last > 0),
     )
+
+
+def _numbered(texts: pa.ChunkedArray) -> NDArray[np.int64]:
+    """Return a number for each distinct text."""
+    numbers: NDArray[np.int64] = texts.combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
+    return numbers

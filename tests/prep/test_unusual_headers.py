@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
-from ich_prep.dicom import header
 from ich_prep.dicom.elements import DEFLATED_LE, EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE, interpret
 from ich_prep.dicom.header import read_header
+from ich_prep.dicom.pydicom_header import read_with_pydicom
 from ich_prep.dicom.skim import skim
 from ich_prep.errors import Reason, SliceError
 from ich_prep.sources import FolderSource
@@ -104,7 +104,7 @@ def test_a_code_string_beyond_ascii_is_escaped(slice_bytes: SliceBytes, tmp_path
 def test_the_skim_and_pydicom_decode_alike(text: str, slice_bytes: SliceBytes) -> None:
     data = slice_bytes(SpecificCharacterSet="ISO_IR 100", SeriesDescription=text, PatientID=text)
     skimmed = skim(data)
-    fallback = header._read_with_pydicom(data, lambda length: data[:length])
+    fallback = read_with_pydicom(data, lambda length: data[:length])
     assert skimmed is not None
     assert interpret(skimmed, 1, 1, 1) == interpret(fallback, 1, 1, 1)
 
@@ -224,7 +224,7 @@ def test_sequences_of_undefined_length_are_skipped(syntax: str, slice_bytes: Sli
     elements = skim(changed)
     assert elements is not None
     assert interpret(elements, 1, 1, 1) == interpret(
-        header._read_with_pydicom(changed, lambda length: changed[:length]), 1, 1, 1
+        read_with_pydicom(changed, lambda length: changed[:length]), 1, 1, 1
     )
     line = line_of(changed, tmp_path)
     assert (line["rows"], line.get("reason")) == (3, None)
