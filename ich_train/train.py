@@ -88,10 +88,10 @@ def train(
                 dataset, out, settings, evaluation, ranks, stop, held=stack, console=console, resume=resume
             )
         except OSError as error:
-            raise TrainError(
-                f"The run in {out} stopped: {describe_os_error(error)}. Its last checkpoint is kept: fix the cause, then "
-                f"continue with `ich-train run --resume --out {out}`."
-            ) from error
+            remedy = "Fix this, then run the same command again."
+            if (out / LAST).is_dir():
+                remedy = f"Its last checkpoint is kept: fix this, then continue with `ich-train run --resume --out {out}`."
+            raise TrainError(f"The run in {out} stopped: {describe_os_error(error)}. {remedy}") from error
     if evaluation is None or evaluated or not result.finished or not ranks.first:
         return result
     from ich_train.evaluation.evaluate import evaluate_run

@@ -198,7 +198,7 @@ def check_group_sizes(
     studies = len(groups)
     sizes = np.bincount(groups, minlength=1)
     largest = int(sizes.argmax())
-    if studies <= FEW_STUDIES or sizes[largest] * folds <= studies:
+    if studies <= FEW_STUDIES or sizes[largest] * folds <= studies or sizes[largest] == 1:
         return
     inside = group == largest
     name, value, shared = "", "", 0

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict
 
 from ich_prep.dataset.dataset import STATE, working_folder
 from ich_prep.dataset.lock import breaking
-from ich_prep.dataset.schema import AS_STORED, FORMAT
+from ich_prep.dataset.schema import FORMAT
 from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.storage import files_below, local_path, whole_name, write_whole
 from ich_prep.dataset.tables import read_sealed
@@ -176,11 +176,6 @@ class State(BaseModel):
     plan: str | None = None
     published: str | None = None
 
-    @field_validator("spec", mode="before")
-    @classmethod
-    def _complete(cls, value: Any) -> Any:
-        return {"orientation": AS_STORED, **value} if isinstance(value, dict) else value
-
 
 def read_state(folder: BuildFolder) -> State:
     """Return the state of the build in ``folder``; raises ``DatasetError`` if it cannot be read."""
@@ -222,7 +217,7 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 def plan_is_whole(folder: BuildFolder) -> bool:
     """Return whether all tables of the plan are there and undamaged; if not, it can be made again from the scan."""
-    return all(_is_whole(path) for path in (folder.plan, folder.series, folder.quarantine))
+    return all(_is_whole(path) for path in (folder.plan, folder.series, folder.lost, folder.quarantine))
 
 
 def drop_damaged_headers(folder: BuildFolder) -> None:
