@@ -26,8 +26,8 @@ from ich_prep.dataset import native, open_dataset
 from ich_prep.dataset.schema import OK, shard_path
 from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.storage import clear_leftovers, local_path, size_of, sync_file, write_whole
-from ich_prep.dataset.tables import parquet_bytes, read_parquet, write_table
-from ich_prep.errors import Reason, SourceError, count
+from ich_prep.dataset.tables import parquet_bytes, read_sealed, sealed_parquet_bytes, write_sealed
+from ich_prep.errors import CorruptionError, Reason, SourceError, count
 from ich_prep.execute import Pool, default_workers
 from ich_prep.layouts import check_layout, choose_layout
 from ich_prep.layouts.label_keys import choose_key
@@ -53,7 +53,15 @@ from ich_prep.stages.publish import collect_tables, publish
 from ich_prep.stages.rules import apply_rules
 from ich_prep.stages.scan import FILES_PER_BATCH, scan_batch
 from ich_prep.stages.shard import ShardReport, write_shard
-from ich_prep.stages.state import BuildFolder, State, build_folder, read_state, write_state
+from ich_prep.stages.state import (
+    BuildFolder,
+    State,
+    build_folder,
+    drop_damaged_headers,
+    plan_is_whole,
+    read_state,
+    write_state,
+)
 from ich_prep.stages.units import refuse_other_units
 from ich_prep.versions import all_versions
 
@@ -90,13 +98,12 @@ def build(
 ) -> Outcome:
     """Build the dataset ``out`` from the DICOM files in ``src``, or resume an interrupted build.
 
-    ``src`` is a folder or a zip archive, or several of them: then each path starts with the name of its folder or
-    archive. ``labels`` is a label file instead of the one in the tree, ``label_options`` how to read it.
-    ``build_dir`` is the working folder, which keeps what a resume needs (default: ``out`` with ``.build`` appended).
-    ``key`` is the file with the key of pseudonyms (default: one in the working folder, made by the first build).
-    ``workers`` are local processes (default: one per core; 0: all in this process), ``scheduler`` the address of a
-    Dask cluster whose workers see all folders under the same paths. Raises ``SourceError``, ``BuildError`` or
-    ``UsageError``; finished work is kept for the next run.
+    ``src`` is a folder or a zip archive, or several of them: then each path starts with the name of its folder or archive.
+    ``labels`` is a label file instead of the one in the tree, ``label_options`` how to read it. ``build_dir`` is the
+    working folder, which keeps what a resume needs (default: ``out`` with ``.build`` appended), ``key`` the file with the
+    key of pseudonyms (default: one in the working folder, made once). ``workers`` are local processes (default: one per
+    core; 0: all in this process), ``scheduler`` the address of a Dask cluster whose workers see all folders under the
+    same paths. Raises ``SourceError``, ``BuildError`` or ``UsageError``; finished work is kept for the next run.
     """
     paths = [src] if isinstance(src, str | Path) else src
     sources, out = [local_path(path, "--src").absolute() for path in paths], local_path(out, "--out").absolute()
@@ -128,7 +135,7 @@ def build(
         if not overwrite and check_existing(out, folder, state, listing, published=published):
             counts = open_dataset(out).counts.model_dump()
             return Outcome(counts=counts, already_finished=True, seconds=seconds)
-        with os_errors_explained(out), build_lock(folder), output_lock(out):
+        with os_errors_explained(out), build_lock(folder), output_lock(out, say=progress.say):
             if overwrite:
                 invalidate(out, folder)
             if spec.identifiers == "pseudonymise":
@@ -163,7 +170,7 @@ def build(
                     )
                     for note in plan.notes:
                         progress.say(f"{note}.")
-                    write_table(folder.quarantine, plan.quarantine)
+                    write_sealed(folder.quarantine, plan.quarantine)
                     hint = "`ich-prep quarantine` lists them. Fix what can be fixed and run the same command again"
                     check_damage(plan.quarantine, len(plan.slices), allow, hint)
                     check_labels(plan, table, folder, allow, progress)
@@ -235,23 +242,29 @@ def _log(path: Path, event: str, **values: object) -> None:
 def _start_or_resume(out: Path, folder: BuildFolder, state: State, listing: Listing) -> State:
     """Return the state of a build in progress, or start one: the listing first, the state that names it last.
 
-    A build without a plan takes the current spec, files and labels, and keeps the headers of unchanged files.
+    A build without a plan takes the current spec, files and labels, and keeps the headers of unchanged files. One whose
+    plan is damaged is planned again, from headers that are not; equal plans keep the shards that are written.
     """
     if folder.state.exists():
         before = read_state(folder)
-        if before.plan is not None or before == state:
+        if before.plan is not None and plan_is_whole(folder):
             return before
-        _drop_stale_headers(folder, listing, drop_all=before.versions != state.versions)
+        drop_damaged_headers(folder)
+        if before.sources != state.sources or before.versions != state.versions:
+            _drop_stale_headers(folder, listing, drop_all=before.versions != state.versions)
     else:
         reset(out, folder)
-    write_whole(folder.files, parquet_bytes(listing.files, row_group_size=FILES_PER_BATCH))
+    write_sealed(folder.files, listing.files, row_group_size=FILES_PER_BATCH)
     write_state(folder, state)
     return state
 
 
 def _drop_stale_headers(folder: BuildFolder, listing: Listing, *, drop_all: bool) -> None:
     """Delete the headers of each batch whose files changed, or of every batch."""
-    before = read_parquet(folder.files)
+    try:
+        before = read_sealed(folder.files)
+    except (OSError, CorruptionError):
+        before, drop_all = listing.files, True
     for batch in ledger.done(folder.scan, suffix=".parquet"):
         start = batch * FILES_PER_BATCH
         old, new = (files.slice(start, FILES_PER_BATCH) for files in (before, listing.files))
@@ -268,7 +281,7 @@ def _scan(pool: Pool, folder: BuildFolder, sources: Sequence[Path], listing: Lis
     done = {
         batch
         for batch in ledger.done(folder.scan, suffix=".parquet")
-        if not _any_damage(read_parquet(folder.batch(batch), ["reason"])["reason"])
+        if not _any_damage(read_sealed(folder.batch(batch), ["reason"])["reason"])
     }
     already = sum(min(FILES_PER_BATCH, len(listing.files) - batch * FILES_PER_BATCH) for batch in done)
     progress.begin("Reading headers", len(listing.files), "files", already)
@@ -276,7 +289,7 @@ def _scan(pool: Pool, folder: BuildFolder, sources: Sequence[Path], listing: Lis
     for _, (slices, quarantined) in pool.map(task, [batch for batch in batches if batch not in done]):
         progress.advance(slices + quarantined, quarantined)
     progress.end()
-    return pa.concat_tables([read_parquet(folder.batch(batch)) for batch in batches])
+    return pa.concat_tables([read_sealed(folder.batch(batch)) for batch in batches])
 
 
 def _any_damage(reasons: pa.ChunkedArray) -> bool:
@@ -313,10 +326,11 @@ def _write_plan(folder: BuildFolder, state: State, plan: Plan) -> State:
             f"No CT slices: {count(len(plan.quarantine), 'file')} quarantined: "
             f"{', '.join(f'{count} {reason}' for reason, count in counts.most_common())}. Point --src at axial CT."
         )
-    data = parquet_bytes(plan.slices, row_group_size=state.spec.slices_per_shard, write_statistics=False)
+    data = sealed_parquet_bytes(plan.slices, row_group_size=state.spec.slices_per_shard, write_statistics=False)
     write_whole(folder.plan, data)
-    write_table(folder.series, plan.series)
-    write_table(folder.lost, plan.lost)
+    write_sealed(folder.series, plan.series)
+    write_sealed(folder.lost, plan.lost)
+    write_sealed(folder.quarantine, plan.quarantine)
     digest = hashlib.sha256(state.spec.model_dump_json().encode() + data).hexdigest()
     state = state.model_copy(update={"plan": digest})
     write_state(folder, state)
@@ -365,7 +379,10 @@ def _write_shards(
 
 def _is_done(out: Path, folder: BuildFolder, number: int, digest: str) -> bool:
     """Return whether shard ``number`` is as this plan's entry records, and has no slice that a retry might fix."""
-    report = ShardReport.from_json(ledger.read(folder.done, number))
+    try:
+        report = ShardReport.from_json(ledger.read(folder.done, number))
+    except (OSError, ValueError, CorruptionError):
+        return False
     statuses = {row.status for row in report.rows} - {OK}
     intact = report.plan == digest and size_of(shard_path(out, number)) == report.bytes
     return intact and not any(Reason(status).is_transient for status in statuses)

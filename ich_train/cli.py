@@ -1,6 +1,7 @@
 """The command line: parses, calls one function, prints, sets the exit code.
 
-Exit codes: 0 done; 1 an error; 2 an invalid command or recipe; 130 stopped by Ctrl-C, to be resumed.
+Exit codes: 0 done; 1 an error; 2 an invalid command or recipe; 128 + n stopped by signal n
+(130: Ctrl-C), to be resumed.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A TOML file o
 Resume = Annotated[bool, typer.Option("--resume", help="Resume the run in --out, or the last of its name.")]
 Evaluation = Annotated[Path | None, typer.Option("--out", help="Where to write. [default: the run's folder]")]
 Submission = Annotated[Path, typer.Option("--out", help="The CSV to write, with the columns ID,Label.")]
+Where = Annotated[
+    str | None, typer.Option(help="A filter (docs/filters.md) of the slices. [default: those of predictions.parquet]")
+]
 Sample = Annotated[Path | None, typer.Option(help="A sample submission: its lines, in its order.")]
 
 
@@ -91,7 +95,7 @@ def run_command(*, given: dict[str, Any], out: Out = None, recipe: RecipeFile = 
 
 
 @app.command("eval")
-@options_from(EvalConfig, "subset", "limit", "seed", "batch_size", default="as in the run's recipe")
+@options_from(EvalConfig, "subset", "limit", "seed", "batch_size", "by", default="as in the run's recipe")
 @options_from(TrainConfig, "data", "threads", "device", into="place", default="the run's")
 def eval_command(run: RunFolder, *, given: dict[str, Any], place: dict[str, Any], out: Evaluation = None) -> None:
     """Evaluate a run's best epoch on a part of a dataset and rewrite the run's report, or write another to --out."""
@@ -147,6 +151,38 @@ def predict_command(
             "lines of these give each label's share of the training slices.",
             soft_wrap=True,
         )
+
+
+@app.command("explain")
+@options_from(EvalConfig, "limit", "seed", "batch_size", default="as in the run's recipe")
+@options_from(TrainConfig, "data", "threads", "device", into="place", default="the run's")
+def explain_command(run: RunFolder, *, given: dict[str, Any], place: dict[str, Any], where: Where = None) -> None:
+    """Write class activation maps (Grad-CAM) of the evaluated slices, for `ich-prep view --run`."""
+    from ich_train.runs import RECIPE, settings_of
+
+    settings, _ = settings_of(run)
+    evaluation = _section(run / RECIPE, read_recipe(run / RECIPE), EvalConfig, given)
+    dataset = _dataset_of(run, settings, place)
+
+    from ich_train.explain import explain_run
+    from ich_train.ranks import choose_device
+
+    written = explain_run(
+        run,
+        dataset,
+        where=where,
+        limit=evaluation.limit,
+        seed=evaluation.seed,
+        batch_size=evaluation.batch_size,
+        device=str(choose_device(place.get("device", settings.device))),
+        threads=place.get("threads", settings.threads),
+    )
+    _console().print(
+        f"Maps of {count(written.slices, 'slice')} from {written.layer} in {written.folder}. See them with: ich-prep view "
+        f"{dataset.path} --run {run}",
+        soft_wrap=True,
+        markup=False,
+    )
 
 
 def main() -> NoReturn:
@@ -205,14 +241,14 @@ def _shown(value: object) -> str:
 
 def _console() -> Console:
     """Return standard error; of the processes that torchrun started, only the first one prints."""
-    from rich.console import Console
+    from ich_prep.terminal import Terminal
 
-    return Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
+    return Terminal(quiet=os.environ.get("RANK", "0") != "0")
 
 
 def _print_metrics(console: Console, metrics: dict[str, Any], run: Path) -> None:
     from ich_train.evaluation.evaluate import REPORT
-    from ich_train.evaluation.report import log_loss_name, part_words
+    from ich_train.evaluation.report import areas_by_value, log_loss_name, part_words
 
     evaluated, view = metrics["evaluated"], metrics["by_slice"]
     title = f"{count(evaluated['slices'], 'slice')} of {part_words(evaluated['subset'])}"
@@ -231,6 +267,14 @@ def _print_metrics(console: Console, metrics: dict[str, Any], run: Path) -> None
     console.print(f"{title}:", soft_wrap=True)
     head = ("label", "positive", "ROC AUC", "95%", "average precision")
     console.print(text_table(head, rows), soft_wrap=True, markup=False)
+    if metrics["by_value"]:
+        names = [*view["labels"]]
+        lines = [
+            (value, f"{views['by_slice']['cases']:,}", *(_number(entry) for entry in areas_by_value(views, names)))
+            for value, views in metrics["by_value"].items()
+        ]
+        console.print("ROC AUC by value:", soft_wrap=True)
+        console.print(text_table((evaluated["by"], "slices", *names), lines), soft_wrap=True, markup=False)
     loss = log_loss_name([*view["labels"]]).capitalize()
     console.print(f"{loss} {_number(view['log_loss'])}. Report: {run / REPORT}", soft_wrap=True)
 

@@ -57,7 +57,7 @@ class TrainConfig(BaseModel):
     weight_decay: float = Field(default=0.01, ge=0, description="AdamW's weight decay of kernels.")
     warmup_epochs: float = Field(default=0.5, ge=0, description="Epochs in which the learning rate rises.")
     clip_norm: float = Field(default=1.0, gt=0, description="Largest norm of the gradient.")
-    seed: int = Field(default=0, ge=0, description="The seed of everything random.")
+    seed: int = Field(default=0, ge=0, le=(1 << 63) - 1, description="The seed of everything random.")
 
     # Augmentation of the training batches; 0 or false turns a part off.
     flip: bool = Field(default=True, description="Mirror every second slice, left to right.")
@@ -95,9 +95,12 @@ class EvalConfig(BaseModel):
         default="test", description="The part of the split to evaluate, or all; not the dataset's own subsets."
     )
     limit: int | None = Field(default=None, ge=1, description="Evaluate this many slices, drawn by the seed.")
-    seed: int = Field(default=0, ge=0, description="The seed of the draw and of the bootstrap.")
+    seed: int = Field(default=0, ge=0, le=(1 << 63) - 1, description="The seed of the draw and of the bootstrap.")
     bootstrap: int = Field(default=1000, ge=0, description="Resamples of the patients, for the intervals.")
     batch_size: int = Field(default=64, ge=1, description="Slices in a batch.")
+    by: str | None = Field(
+        default=None, description="A column of the dataset, such as x_sex: measure the slices of each value, too."
+    )
 
 
 def recipe_text(sections: Mapping[str, Mapping[str, Any]]) -> str:

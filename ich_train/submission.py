@@ -14,6 +14,7 @@ from pyarrow import csv
 
 from ich_prep.dataset.storage import write_whole
 from ich_prep.errors import UsageError, count
+from ich_prep.files import require_regular
 from ich_train.predict import Predictor, load_predictor, predict_rows
 from ich_train.rsna import require_rsna
 from ich_train.runs import require_writable
@@ -120,6 +121,7 @@ def _lines_of_sample(sample: Path, classes: tuple[str, ...]) -> _Lines:
     """Return the lines of a sample submission; raises `UsageError` if the file is not one."""
     expected = "Expected a sample submission with the columns ID,Label and lines such as ID_0123abcde_any,0.5"
     try:
+        require_regular(sample)
         table = csv.read_csv(sample, convert_options=csv.ConvertOptions(column_types={"ID": pa.string()}))
     except (OSError, pa.ArrowInvalid) as error:
         raise UsageError(f"Cannot read {sample}: {error}. {expected}.") from error

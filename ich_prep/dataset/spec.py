@@ -95,6 +95,12 @@ class Spec(Stored):
         description="keep, or pseudonymise: UIDs, patients and paths replaced by means of a key, header texts removed.",
     )
 
+    @field_validator("include", "exclude", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        # Not split at commas: a filter may contain some.
+        return [value] if isinstance(value, str) else value
+
     @field_validator("link")
     @classmethod
     def _known_links(cls, value: tuple[str, ...]) -> tuple[str, ...]:

@@ -158,7 +158,8 @@ def interpret_with_faults(
     """Return the elements as a ``Header``, and a sentence for each value that is needed and not a number: it is None."""
     signed = elements.values.get("pixel_representation") == 1
     values: list[Any] = [*map(elements.values.get, _NAMES)]
-    flags, faults = elements.flags, ()
+    flags = elements.flags
+    faults: tuple[str, ...] = ()
     try:
         for index, convert in _CONVERTED:
             if (text := values[index]) is not None:

@@ -23,6 +23,7 @@ from ich_prep.dicom.elements import (
     Elements,
 )
 
+LONGEST_SKIM: Final = 256 * 1024
 UNDEFINED: Final = 0xFFFFFFFF
 BLANKS: Final = " \0\t\n\v\f\r\x1c\x1d\x1e\x1f"
 NO_PREAMBLE: Final = "no_preamble"
@@ -281,23 +282,33 @@ def decode_text(value: bytes, vr: bytes, character_set: str | int | None) -> str
 
     An escape sequence of ISO 2022 announces another script by bytes that look like ASCII (PS3.5 section 6.1.2).
     """
-    import pydicom
-    from pydicom.charset import convert_encodings, decode_bytes
-    from pydicom.values import TEXT_VR_DELIMS
-
     if vr not in _BY_CHARACTER_SET:
         return value.decode("ascii", "backslashreplace")
+    encodings = _encodings(str(character_set or ""))
+    if b"\x1b" not in value:
+        return _escaped(value, encodings[0])
+    import pydicom
+    from pydicom.charset import decode_bytes
+    from pydicom.valuerep import TEXT_VR_DELIMS
+
     settings = pydicom.config.settings
     before = settings.reading_validation_mode
+    settings.reading_validation_mode = pydicom.config.RAISE
+    try:
+        return decode_bytes(value, encodings, TEXT_VR_DELIMS)
+    except (LookupError, ValueError):
+        return _escaped(value, encodings[0])
+    finally:
+        settings.reading_validation_mode = before
+
+
+@lru_cache(maxsize=64)
+def _encodings(character_set: str) -> list[str]:
+    """Return Python's names of the encodings of a SpecificCharacterSet."""
+    from pydicom.charset import convert_encodings
+
     with warnings.catch_warnings(action="ignore"):
-        encodings = convert_encodings(str(character_set or "").split("\\"))
-        settings.reading_validation_mode = pydicom.config.RAISE
-        try:
-            return decode_bytes(value, encodings, TEXT_VR_DELIMS)
-        except (LookupError, ValueError):
-            return _escaped(value, encodings[0])
-        finally:
-            settings.reading_validation_mode = before
+        return convert_encodings(character_set.split("\\"))
 
 
 def _escaped(value: bytes, encoding: str) -> str:

@@ -163,6 +163,8 @@ def read_lines(table: UserTable, columns: Columns, rules: LabelRules) -> LabelLi
     texts = table.read(columns.numbers())
     keys = {key: _clean_key(texts[number], key) for key, number in columns.keys.items()}
     lines = len(next(iter(texts.values())))
+    if not lines:
+        raise SourceError(f"Expected lines of labels below the header of {table.path}; found none.")
     values = np.full((lines, len(rules.classes)), UNKNOWN, np.int8)
     for name, number in columns.classes.items():
         expected = "0, 1 or nothing (or true and false, yes and no, NA)"

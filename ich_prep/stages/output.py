@@ -6,28 +6,32 @@ Anything that is neither a dataset nor a build of this project is left untouched
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
 
 from ich_prep.dataset.dataset import open_dataset, read_attributes, working_folder
+from ich_prep.dataset.lock import HeldError, locked
 from ich_prep.dataset.schema import AS_STORED, IMAGES, LABELS, ROOT, TABLES
 from ich_prep.dataset.spec import Spec
-from ich_prep.dataset.storage import files_below, sync_folder, whole_name
-from ich_prep.dataset.tables import read_parquet
+from ich_prep.dataset.storage import files_below, note_on_sync, size_of, sync_folder, whole_name
+from ich_prep.dataset.tables import read_sealed
 from ich_prep.errors import BuildError, CorruptionError, DatasetError, UsageError, count, describe_os_error
+from ich_prep.files import is_litter
+from ich_prep.progress import NoProgress
 from ich_prep.sources import Listing, shown
 from ich_prep.stages.identifier_key import is_key_of
 from ich_prep.stages.state import BuildFolder, State, read_state, readable_state
 
+_SILENT = NoProgress().say
+LEASE = ".lease"  # of the process that builds a dataset, in it, where the file system has no locks
 # What a build puts into a dataset, relative to it.
 _OURS = re.compile(
-    rf"{ROOT}|{IMAGES}/{ROOT}|{IMAGES}/c/[0-9]+/0/0/0|{LABELS}/{ROOT}|{LABELS}/({'|'.join(TABLES)})(\.[0-9]+)?\.parquet"
+    rf"{ROOT}|\.lease(\.breaking)?|{IMAGES}/{ROOT}|{IMAGES}/c/[0-9]+/0/0/0|{LABELS}/{ROOT}|{LABELS}/({'|'.join(TABLES)})(\.[0-9]+)?\.parquet"
 )
 
 
@@ -122,8 +126,9 @@ def own_files(out: Path, *, shards_only: bool = False) -> list[Path]:
 
 
 def foreign_files(out: Path) -> list[Path]:
-    """Return the files of ``out`` that no build puts into a dataset."""
-    return [path for path in files_below(out) if not _OURS.fullmatch(_name_in(out, path))]
+    """Return the files of ``out`` that no build puts into a dataset; litter of operating systems is none of them."""
+    others = (path for path in files_below(out) if not _OURS.fullmatch(_name_in(out, path)))
+    return [path for path in others if not is_litter(path.relative_to(out))]
 
 
 def _name_in(out: Path, path: Path) -> str:
@@ -213,9 +218,10 @@ def _shown(value: object) -> str:
 
 def _listing_difference(folder: BuildFolder, listing: Listing) -> str:
     """Return in words how the sources differ from those that were listed; less exact if the working folder is gone."""
-    if not folder.files.exists():
+    try:
+        table = read_sealed(folder.files)
+    except (OSError, CorruptionError):
         return f"the source files have changed (which ones is known only with the working folder {folder.path})"
-    table = read_parquet(folder.files)
     before, now = _sizes_and_reasons(table), _sizes_and_reasons(listing.files)
     both = sorted(now.keys() & before.keys())
     added, removed = sorted(now.keys() - before.keys()), sorted(before.keys() - now.keys())
@@ -248,12 +254,13 @@ def reset(out: Path, folder: BuildFolder) -> None:
     Only files that a build makes are removed, but not the key of pseudonyms: it cannot be made again.
     """
     for path in own_files(out):
-        path.unlink()
+        if whole_name(path.name) != LEASE:  # held by this process
+            path.unlink(missing_ok=True)
     for name in (IMAGES, LABELS):
         _remove_empty_folders(out / name)
     for path in folder.own_files():
-        if path not in (folder.lock, folder.key):
-            path.unlink()
+        if path not in (folder.lock, folder.key) and whole_name(path.name) != folder.lease.name:
+            path.unlink(missing_ok=True)
     for path in (folder.scan, folder.done, out / IMAGES / "c"):
         path.mkdir(parents=True, exist_ok=True)
 
@@ -290,12 +297,12 @@ def clean(out: Path, folder: BuildFolder, *, forget_key: bool = False) -> int:
             "finished; nothing was removed."
         )
     with build_lock(folder):
-        files = [path for path in folder.own_files() if forget_key or path != folder.key]
-        freed = sum(path.stat().st_size for path in files)
+        files = [*(path for path in folder.own_files() if forget_key or path != folder.key), *folder.litter()]
+        freed = sum(size_of(path) or 0 for path in files)
         for path in sorted(
             files, key=lambda path: path == folder.state
         ):  # last: until then the command can be repeated
-            path.unlink()
+            path.unlink(missing_ok=True)  # a lease may have renewed itself
     for path in (folder.scan, folder.done, folder.path):
         with contextlib.suppress(OSError):  # a link to a folder stays
             path.rmdir()
@@ -306,32 +313,34 @@ def clean(out: Path, folder: BuildFolder, *, forget_key: bool = False) -> int:
 def build_lock(folder: BuildFolder) -> Iterator[None]:
     """Hold the build's lock; raises ``BuildError`` if another process does."""
     folder.path.mkdir(parents=True, exist_ok=True)
-    with folder.lock.open("wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BuildError(
-                f"Another process is building with the working folder {folder.path}. Wait for it, or stop it, then run "
-                "this command again."
-            ) from None
+    folder.lock.touch()
+    with _lock_explained(f"with the working folder {folder.path}", folder.lock, folder.lease):
         yield
 
 
 @contextmanager
-def output_lock(out: Path) -> Iterator[None]:
-    """Hold a lock on the folder ``out`` itself; raises ``BuildError`` where a build with another working folder does."""
+def output_lock(out: Path, *, say: Callable[[str], None] = _SILENT) -> Iterator[None]:
+    """Hold a lock on the folder ``out`` itself; raises ``BuildError`` where a build with another working folder does.
+
+    ``say`` tells the user what the file system cannot do.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    note = note_on_sync(out)
+    if note:
+        say(note)
+    with _lock_explained(f"{out}, with another working folder", out, out / LEASE, say):
         yield
-    except BlockingIOError:
+
+
+@contextmanager
+def _lock_explained(what: str, target: Path, lease: Path, say: Callable[[str], None] = _SILENT) -> Iterator[None]:
+    try:
+        with locked(target, lease, say=say):
+            yield
+    except HeldError as error:
         raise BuildError(
-            f"Another process is building {out}, with another working folder. Wait for it, or stop it, then run this "
-            "command again."
+            f"Another process {error}is building {what}. Wait for it, or stop it, then run this command again."
         ) from None
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

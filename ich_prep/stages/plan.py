@@ -22,6 +22,7 @@ from ich_prep.stages.geometry import SliceOrder, order_slices, slice_turns
 from ich_prep.stages.losses import lost_labels
 from ich_prep.stages.patients import Given, with_identities
 from ich_prep.stages.plan_tables import build_tables, matrix, nullable
+from ich_prep.stages.scan_words import with_scan_words
 from ich_prep.stages.selection import select
 from ich_prep.stages.volumes import overlapping_groups
 
@@ -60,7 +61,7 @@ def make_plan(
     """
     if image is None:
         image = pa.nulls(len(scanned), pa.string())
-    placed = select(_with_assignment(scanned, assignment).append_column("image", image), spec)
+    placed = select(with_scan_words(_with_assignment(scanned, assignment).append_column("image", image)), spec)
     is_slice = pc.is_null(placed["reason"])
     left, slices = placed.filter(pc.invert(is_slice)), placed.filter(is_slice)
 

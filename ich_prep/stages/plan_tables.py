@@ -39,6 +39,8 @@ _COLUMN_FLAGS = {
     "no_position": "no_position",
     "direction_unknown": "direction_unknown",
     "unnamed_patient": "patient_is_study",
+    "header_not_head": "not_head",
+    "contrast_stated": "contrast_stated",
     "monochrome1": "monochrome1",
     "patient_conflict": "patient_conflict",
     "series_uid_shared": "series_uid_shared",
@@ -105,6 +107,7 @@ def build_tables(slices: pa.Table, labels: LabelTable, joined: Joined, spec: Spe
         "orientation": slices["series_orientation"].take(pa.array(starts, pa.int64())),
         "slice_spacing_mm": nullable(spacing.series_spacing_mm),
         "volume_in_series": _number_in_series(slices["series_instance_uid"].take(pa.array(starts, pa.int64()))),
+        "scan_type": slices["scan_type"].take(pa.array(starts, pa.int64())),
         "acquisition": slices["acquisition"].take(pa.array(starts, pa.int64())),
         **_header_columns(slices, starts),
     }

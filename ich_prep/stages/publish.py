@@ -17,9 +17,19 @@ import pyarrow.compute as pc
 
 from ich_prep.dataset import schema
 from ich_prep.dataset.codecs import CODECS
-from ich_prep.dataset.schema import FORMAT, IMAGES, LABELS, OK, QUARANTINE_SCHEMA, ROOT, SHARD_SCHEMA, TABLES
+from ich_prep.dataset.schema import (
+    FORMAT,
+    IMAGES,
+    LABELS,
+    OK,
+    QUARANTINE_SCHEMA,
+    ROOT,
+    SHARD_SCHEMA,
+    TABLES,
+    digest_of,
+)
 from ich_prep.dataset.storage import clear_leftovers, size_of, sync_folder, write_whole
-from ich_prep.dataset.tables import read_parquet, write_table
+from ich_prep.dataset.tables import read_sealed, write_table
 from ich_prep.dataset.windows import MIN_HU
 from ich_prep.errors import BuildError
 from ich_prep.stages import ledger
@@ -67,7 +77,7 @@ def collect_tables(out: Path, folder: BuildFolder, state: State) -> Tables:
 
     Raises ``BuildError`` if a shard does not have the length that its entry records.
     """
-    plan = read_parquet(folder.plan)
+    plan = read_sealed(folder.plan)
     per_shard = state.spec.slices_per_shard
     starts = np.arange(0, len(plan), per_shard)
     entries = [_entry(out, folder, number) for number in range(len(starts))]
@@ -96,12 +106,10 @@ def collect_tables(out: Path, folder: BuildFolder, state: State) -> Tables:
     ]
     return Tables(
         slices=slices,
-        series=_with_rows(read_parquet(folder.series), slices, ok),
+        series=_with_rows(read_sealed(folder.series), slices, ok),
         shards=pa.table(shards, schema=SHARD_SCHEMA),
-        quarantine=pa.concat_tables([read_parquet(folder.quarantine), pa.table(quarantined, schema=QUARANTINE_SCHEMA)]),
-        lost=pa.concat_tables(
-            [read_parquet(folder.lost), lost_in_shards(plan, status, _is_positive(plan, state.spec))]
-        ),
+        quarantine=pa.concat_tables([read_sealed(folder.quarantine), pa.table(quarantined, schema=QUARANTINE_SCHEMA)]),
+        lost=pa.concat_tables([read_sealed(folder.lost), lost_in_shards(plan, status, _is_positive(plan, state.spec))]),
     )
 
 
@@ -156,12 +164,15 @@ def _with_results(slices: pa.Table, lines: list[RowReport], status: pa.Array) ->
     columns = [results.get(field.name, slices[field.name]) for field in slices.schema]
     slices = pa.table(columns, schema=slices.schema)
     found = {"same_image": equal_images(slices) >= 0, "not_head": _shows_lung(slices["series_row"].to_numpy(), lines)}
-    flags = [{*planned, *line.flags} for planned, line in zip(slices["flags"].to_pylist(), lines, strict=True)]
+    flags: list[list[str]] = slices["flags"].to_pylist()
+    for row, line in enumerate(lines):
+        if line.flags:
+            flags[row] = sorted({*flags[row], *line.flags})
     for name, where in found.items():
         for row in np.flatnonzero(where).tolist():
-            flags[row].add(name)
+            flags[row] = sorted({*flags[row], name})
     index = slices.schema.get_field_index("flags")
-    return slices.set_column(index, slices.schema.field(index), pa.array(map(sorted, flags), pa.list_(pa.string())))
+    return slices.set_column(index, slices.schema.field(index), pa.array(flags, pa.list_(pa.string())))
 
 
 def _shows_lung(series_row: NDArray[np.int64], lines: list[RowReport]) -> NDArray[np.bool_]:
@@ -224,6 +235,10 @@ def publish(
             reason: {"labels": loss.labels, "positive": loss.positive}
             for reason, loss in losses_by_reason(tables.lost).items()
         },
+        # Otherwise verify expects each fold to be the hash of its group.
+        "given_folds": bool(
+            pc.any(pc.greater_equal(read_sealed(folder.plan, ["given_fold"])["given_fold"], 0)).as_py()
+        ),
         "tables": names,
         "digests": {
             name: _sha256((out / name).read_bytes())
@@ -256,12 +271,6 @@ def publish(
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def digest_of(ich: dict[str, Any]) -> str:
-    """Return the SHA-256 of everything the root records, including the digests of the tables, and so of every shard."""
-    rest = {key: value for key, value in ich.items() if key != "digest"}
-    return _sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
 
 
 def root_document(out: Path, ich: dict[str, Any]) -> bytes:

@@ -36,9 +36,10 @@ OTHER_UNITS: Final = frozenset(("MGML", "ZEFF", "ED", "EDW", "PCT", "OD"))
 TRIES: Final = 5  # slices from the middle outwards, if the middle one cannot be decoded
 
 # Shares that a slice in HU has, whatever it shows.
-_AIR_BELOW, _BODY_ABOVE, _DENSE_ABOVE = -900, -500, 300
-_LEAST_AIR, _LEAST_BODY, _LEAST_SOFT, _MOST_DENSE = 0.01, 0.01, 0.2, 0.45
-_MIDDLE_OF_SOFT: Final = (5, 85)  # HU, between which the median of all soft tissue lies
+_AIR_BELOW, _FAT_BELOW, _BODY_ABOVE, _BONE_ABOVE = -900, -100, -500, 300
+_LEAST_AIR, _LEAST_BODY = 0.01, 0.01  # of all pixels
+_LEAST_SOFT, _LEAST_EDGE, _MOST_BONE = 0.1, 0.02, 0.6  # of the body
+_MIDDLE_OF_SOFT: Final = (5, 95)  # HU, between which the median of all soft tissue lies
 _IDENTITY: Final = ("patient_id", "study_instance_uid", "series_instance_uid", "rescale_type")
 _COLUMNS: Final = (*PIXEL_FIELDS, "padding_low", "padding_high", "rescale_slope", "rescale_intercept")
 
@@ -95,17 +96,18 @@ def middle_looks_like_hu(folder: str, sources: tuple[str, ...], number: int) -> 
 def looks_like_hu(hu: NDArray[Any], padding: NDArray[np.bool_] | None = None) -> bool:
     """Return whether ``hu`` (rows, columns), of any numeric type, are Hounsfield units of a slice of a body.
 
-    Air lies near -1000, or is ``padding`` (bool, the same shape); soft tissue lies between 0 and 100, and is more
-    than bone. A table of other units, or an offset of a thousand, has neither.
+    Air lies near -1000, or is ``padding`` (bool, the same shape); soft tissue lies between 0 and 100; and at the skin
+    pixels lie between the two, which they do not if padding is the only air and the values have an offset of a thousand.
     """
     values = np.asarray(hu, np.float64)
     outside = values < _AIR_BELOW if padding is None else (values < _AIR_BELOW) | padding
-    body = values[~outside & (values > _BODY_ABOVE)]
+    inside = values[~outside]
+    body = inside[inside > _BODY_ABOVE]
     if outside.mean() < _LEAST_AIR or body.size < _LEAST_BODY * values.size:
         return False
     soft = body[(body >= 0) & (body <= 100)]
-    dense = (body > _DENSE_ABOVE).mean()
-    if soft.size < _LEAST_SOFT * body.size or dense > _MOST_DENSE or soft.size < dense * body.size:
+    edge = np.count_nonzero(inside < _FAT_BELOW)
+    if min(soft.size / _LEAST_SOFT, edge / _LEAST_EDGE) < body.size or (body > _BONE_ABOVE).mean() > _MOST_BONE:
         return False
     return bool(_MIDDLE_OF_SOFT[0] <= np.median(soft) <= _MIDDLE_OF_SOFT[1])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,7 @@ def test_a_folder_with_custom_classes(labelled_tree: Path, tmp_path: Path) -> No
     out = tmp_path / "data.zarr"
     words = ["build", "--src", labelled_tree, "--out", out, "--size", 32, "--workers", 0]
     refused = prep(*words)
-    assert refused.returncode == 1 and "found none among sop_instance_uid, fracture, mass_effect" in refused.stderr
+    assert refused.returncode == 1 and re.search("found none among .*mass_effect", refused.stderr)
     built = prep(*words, "--classes", "fracture,mass_effect")
     assert built.returncode == 0, built.stderr
     dataset = open_dataset(out)

@@ -22,7 +22,9 @@ from pydicom.multival import MultiValue
 
 from ich_prep.dicom import header
 from ich_prep.dicom.elements import DEFLATED_LE, EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE, Header, interpret
-from ich_prep.dicom.header import read_header, skim
+from ich_prep.dicom.header import read_header
+from ich_prep.dicom.pydicom_header import INFLATED_LIMIT, read_with_pydicom
+from ich_prep.dicom.skim import LONGEST_SKIM, skim
 from ich_prep.errors import Reason, SliceError
 from ich_prep.phantom import LAYOUTS, synthesize
 
@@ -132,14 +134,14 @@ def inflated(data: bytes) -> bytes:
 def by_pydicom(path: Path) -> Header:
     """The header by the fallback only."""
     data = path.read_bytes()
-    elements = header._read_with_pydicom(data[: header.SKIM_BYTES], lambda length: data[:length])
+    elements = read_with_pydicom(data[: header.SKIM_BYTES], lambda length: data[:length])
     return interpret(elements, len(data), 0, 0)
 
 
 def by_skim(path: Path) -> Header | None:
     """The header by the skim only."""
     data = path.read_bytes()
-    found = skim(data[: header.LONGEST_SKIM])
+    found = skim(data[:LONGEST_SKIM])
     return None if found is None else interpret(found, len(data), 0, 0)
 
 
@@ -220,7 +222,7 @@ def test_each_native_syntax_reads_as_in_pydicom(syntax: str, slice_bytes: SliceB
 
 def test_a_header_longer_than_one_read_is_read_to_its_pixels(slice_bytes: SliceBytes, tmp_path: Path) -> None:
     path = tmp_path / "slice.dcm"
-    for notes in (0, 1, header.LONGEST_SKIM // 10_000):  # one read; a second one; pydicom
+    for notes in (0, 1, LONGEST_SKIM // 10_000):  # one read; a second one; pydicom
         note = Dataset()
         note.ImageComments = "x" * 10_000
         data = slice_bytes(SourceImageSequence=[note] * notes)
@@ -326,8 +328,8 @@ def test_a_deflated_bomb_is_refused_before_it_unfolds(slice_bytes: SliceBytes, t
     data = slice_bytes(syntax=DEFLATED_LE)
     (meta_length,) = struct.unpack_from("<I", data, 140)
     deflater = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
-    long = struct.pack("<HH2sHI", 4, 0x1130, b"OB", 0, header.INFLATED_LIMIT)
-    bomb = deflater.compress(long) + deflater.compress(bytes(header.INFLATED_LIMIT))
+    long = struct.pack("<HH2sHI", 4, 0x1130, b"OB", 0, INFLATED_LIMIT)
+    bomb = deflater.compress(long) + deflater.compress(bytes(INFLATED_LIMIT))
     bomb += deflater.compress(inflated(data)) + deflater.flush()
     path.write_bytes(data[: 144 + meta_length] + bomb)
     assert len(bomb) < 100_000

@@ -34,6 +34,9 @@ def test_a_recipe_may_set_every_option(tmp_path: Path) -> None:
         'layout = "folder"\nclasses = ["any", "mass"]\nlabels = "labels.csv"\n'
         'build_dir = "work"\nsize = 256\nstore = "hu"\nwindows = "brain"\n'
         'slices_per_shard = 64\ncodec = "none"\norientation = "as-stored"\n'
+        'image_types = "original"\nrescale_types = "US"\nallow_burned_in = true\n'
+        'patients = "study"\nlink = "patient,study"\nsplit_groups = true\nallow_lost_labels = true\n'
+        'include = ["BodyPartExamined=HEAD"]\nexclude = ["KVP=80"]\nmin_slices = 3\none_series_per_study = "thickest"\n'
         'folds = 3\nworkers = 0\nscheduler = "tcp://127.0.0.1:8786"\n'
         "max_quarantined = 0.5\nallow_unlabelled = true\nallow_missing_images = true\nallow_contradictions = true\n"
         'label_key = ["patient_id=Fall, Nr."]\nlabel_column = ["any=Blutung"]\n'

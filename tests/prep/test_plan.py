@@ -197,7 +197,8 @@ def test_without_all_numbers_a_slice_without_a_position_comes_last(lost: File) -
     plan = planned(files)
     assert names(plan) == ["c", "a", "b", "d"]
     assert plan.slices["position_mm"].to_pylist() == [0.0, 10.0, None, None]
-    assert flags(plan) == {"a": [], "b": ["no_position"], "c": [], "d": ["no_position"]}
+    last = ["direction_unknown", "no_position"]
+    assert flags(plan) == {"a": [], "b": last, "c": [], "d": last}
 
 
 def test_a_slice_of_another_orientation_is_flagged() -> None:
