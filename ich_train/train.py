@@ -90,7 +90,9 @@ def train(
         except OSError as error:
             remedy = "Fix this, then run the same command again."
             if (out / LAST).is_dir():
-                remedy = f"Its last checkpoint is kept: fix this, then continue with `ich-train run --resume --out {out}`."
+                remedy = (
+                    f"Its last checkpoint is kept: fix this, then continue with `ich-train run --resume --out {out}`."
+                )
             raise TrainError(f"The run in {out} stopped: {describe_os_error(error)}. {remedy}") from error
     if evaluation is None or evaluated or not result.finished or not ranks.first:
         return result

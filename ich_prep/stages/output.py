@@ -319,7 +319,7 @@ def clean(out: Path, folder: BuildFolder, *, forget_key: bool = False) -> int:
             "finished; nothing was removed."
         )
     with build_lock(folder):
-        files = [path for path in (*folder.own_files(), *folder.litter()) if forget_key or path != folder.key]
+        files = [*(path for path in folder.own_files() if forget_key or path != folder.key), *folder.litter()]
         freed = sum(size_of(path) or 0 for path in files)
         for path in sorted(
             files, key=lambda path: path == folder.state
