@@ -48,7 +48,7 @@ class BuildOptions(Spec):
 
     @field_validator("label_key", "label_column", "ignore_columns", "keep_columns", mode="before")
     @classmethod
-    def _as_list(cls, value: Any) -> Any:
+    def _as_columns(cls, value: Any) -> Any:
         # Not split at commas: a column's name may contain one.
         return [value] if isinstance(value, str) else value
 
