@@ -226,7 +226,8 @@ def test_a_series_without_positions_is_ordered_by_slice_location(slice_bytes: Sl
     build(src, out, Spec(size=16, layout="folder"), workers=0, allow=ANYTHING)
     slices = open_dataset(out).slices
     assert slices["sop_instance_uid"].to_pylist() == ["2.25.1", "2.25.0", "2.25.2"]
-    assert slices["position_mm"].to_pylist() == [-2, 3.5, 10]
+    assert slices["position_mm"].to_pylist() == [None, None, None]
+    assert slices["slice_spacing_mm"].to_pylist() == [5.5, 6.5, 6.5]
     assert [found[:1] for found in slices["flags"].to_pylist()] == [["direction_unknown"]] * 3
 
 
