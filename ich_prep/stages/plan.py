@@ -20,7 +20,7 @@ from ich_prep.stages import identity
 from ich_prep.stages.copies import settle
 from ich_prep.stages.geometry import SliceOrder, order_slices, slice_turns
 from ich_prep.stages.losses import lost_labels
-from ich_prep.stages.patients import Given, with_identities
+from ich_prep.stages.patients import IDENTIFIERS, Copied, Given, with_identities
 from ich_prep.stages.plan_tables import build_tables, matrix, nullable
 from ich_prep.stages.scan_words import with_scan_words
 from ich_prep.stages.selection import select
@@ -70,10 +70,13 @@ def make_plan(
     leaves = pc.is_valid(copies.reason)
     copied = _with_reason(slices.filter(leaves), copies.reason.filter(leaves), copies.detail.filter(leaves))
     left = pa.concat_tables([left, copied])
+    lines = np.flatnonzero(copies.copy_of >= 0)
+    remaining = np.cumsum(pc.invert(leaves).to_numpy(zero_copy_only=False)) - 1
+    twins = Copied(slices.select(IDENTIFIERS).take(pa.array(lines)), remaining[copies.copy_of[lines]])
     slices = slices.append_column("sop_uid_shared", pa.array(copies.shared)).filter(pc.invert(leaves))
 
     slices = slices.append_column("label_key", _label_keys(labels, slices))
-    slices, notes = with_identities(slices, _given(labels, slices["label_key"], spec), spec)
+    slices, notes = with_identities(slices, _given(labels, slices["label_key"], spec), spec, twins)
     slices = _sort_slices(_with_acquisitions(slices), upright=spec.orientation == "patient")
     joined = join_labels(labels, slices["label_key"])
     tables = build_tables(slices, labels, joined, spec)
@@ -169,7 +172,7 @@ def _with_acquisitions(slices: pa.Table) -> pa.Table:
     keys = [_codes(slices[name]) for name in ACQUISITIONS]
     if not any((codes >= 0).any() for codes in keys):
         return slices.append_column("acquisition", pa.nulls(len(slices), pa.string()))
-    position_mm = _order(slices, foot_to_head=False).position_mm
+    position_mm = _order(slices, foot_to_head=False, by_number=False).order_mm
     split = overlapping_groups(position_mm, volume, keys)
     texts: list[str | None] = [None] * len(slices)
     for number, (column, keyword) in enumerate(ACQUISITIONS.items()):
@@ -196,10 +199,13 @@ def _codes(values: pa.ChunkedArray) -> NDArray[np.int64]:
     return codes
 
 
-def _order(slices: pa.Table, *, foot_to_head: bool) -> SliceOrder:
+def _order(slices: pa.Table, *, foot_to_head: bool, by_number: bool = True) -> SliceOrder:
+    """Return the order of the slices; unless ``by_number``, one slice without a position takes it from no other."""
     numbers = (_codes(slices[name]) for name in ("instance_number", "acquisition_number"))
     # Ranks: as float64, numbers beyond 2**53, such as time stamps, would no longer be distinct.
     instance_number, acquisition_number = (np.where(codes < 0, np.nan, codes) for codes in numbers)
+    if not by_number:
+        instance_number = np.full(len(slices), np.nan)
     return order_slices(
         matrix(slices["position"], 3),
         matrix(slices["orientation"], 6),
