@@ -27,7 +27,7 @@ from ich_prep.dataset.schema import OK, shard_path
 from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.storage import clear_leftovers, local_path, size_of, sync_file, write_whole
 from ich_prep.dataset.tables import parquet_bytes, read_sealed, sealed_parquet_bytes, write_sealed
-from ich_prep.errors import CorruptionError, Reason, SourceError, count
+from ich_prep.errors import CONVERT_FRAMES, CorruptionError, Reason, SourceError, count
 from ich_prep.execute import Pool, default_workers
 from ich_prep.layouts import check_layout, choose_layout
 from ich_prep.layouts.label_keys import choose_key
@@ -313,9 +313,11 @@ def _write_plan(folder: BuildFolder, state: State, plan: Plan) -> State:
     """Write the plan, one row group per shard, and the state that names its digest, last."""
     if not len(plan.slices):
         counts = Counter(plan.quarantine["reason"].to_pylist())
+        is_framed = counts.most_common(1)[0][0] == Reason.MULTI_FRAME
+        remedy = CONVERT_FRAMES.capitalize() if is_framed else "Point --src at axial CT"
         raise SourceError(
             f"No CT slices: {count(len(plan.quarantine), 'file')} quarantined: "
-            f"{', '.join(f'{count} {reason}' for reason, count in counts.most_common())}. Point --src at axial CT."
+            f"{', '.join(f'{count} {reason}' for reason, count in counts.most_common())}. {remedy}."
         )
     data = sealed_parquet_bytes(plan.slices, row_group_size=state.spec.slices_per_shard, write_statistics=False)
     write_whole(folder.plan, data)

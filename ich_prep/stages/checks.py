@@ -96,8 +96,9 @@ def check_lost(lost: pa.Table, allow: Allowances, progress: Progress) -> None:
         return
     text = f"Labels whose images are not in the dataset: {'; '.join(describe(by_rule))}"
     if not allow.lost_labels:
+        widen = ", take their units as HU with --rescale-types" if Reason.NOT_HU in by_rule else ""
         raise BuildError(
-            f"{text}. `ich-prep quarantine` lists the files. Fix the source, widen the rule (--rescale-types), or continue "
-            "without these labels with --allow-lost-labels."
+            f"{text}. `ich-prep quarantine` lists the files. Fix the source{widen}, or continue without these labels with "
+            "--allow-lost-labels."
         )
     progress.say(f"{text}; allowed.")

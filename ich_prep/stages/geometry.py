@@ -244,12 +244,12 @@ def _rise_in_group(
     known = np.flatnonzero(~np.isnan(values) & ~np.isnan(position_mm))
     members, size = group[known], group.max(initial=-1) + 1
     counts = np.maximum(np.bincount(members, minlength=size), 1)
-    centred = []
+    product = np.ones(len(known))
     for column in (values[known], position_mm[known]):
         means = np.bincount(members, weights=column, minlength=size) / counts
-        centred.append(column - means[members])
-    rise: NDArray[np.float64] = np.bincount(members, weights=centred[0] * centred[1], minlength=size)[group]
-    return rise
+        product *= column - means[members]
+    # A covariance as float64 whatever is known: weights of no elements give integers.
+    return np.bincount(members, weights=product, minlength=size)[group].astype(np.float64)
 
 
 def _group_ids(values: NDArray[Any]) -> NDArray[np.int64]:

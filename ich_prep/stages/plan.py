@@ -5,6 +5,7 @@ Tables in, tables out. Equal inputs give equal plans, in whatever order the file
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ich_prep.dataset.schema import QUARANTINE_SCHEMA
-from ich_prep.errors import Reason
+from ich_prep.errors import Reason, count
 from ich_prep.layouts.label_keys import patients_of_table
 from ich_prep.layouts.labels import LabelTable, join_labels
 from ich_prep.stages import identity
@@ -89,7 +90,7 @@ def make_plan(
         without_image=joined.without_image.filter(pc.invert(pc.is_in(joined.without_image, value_set=lost["key"]))),
         lost=lost,
         unlabelled=slices["sop_instance_uid"].filter(pc.and_(train, pa.array(joined.unlabelled))).combine_chunks(),
-        notes=notes,
+        notes=(*notes, *_notes_of_planes(left, slices)),
     )
 
 
@@ -132,6 +133,15 @@ def _with_reason(files: pa.Table, reason: pa.Array | pa.ChunkedArray, detail: pa
     for name, values in (("reason", reason), ("detail", detail)):
         files = files.set_column(files.column_names.index(name), files.schema.field(name), values)
     return files
+
+
+def _notes_of_planes(left: pa.Table, slices: pa.Table) -> Iterator[str]:
+    """Yield a note if there are series of which all slices lie in another plane than the axial one."""
+    tilted = left.filter(pc.equal(left["reason"], str(Reason.NOT_AXIAL)))
+    whole = tilted.filter(pc.invert(pc.is_in(tilted["series_instance_uid"], slices["series_instance_uid"])))
+    if len(whole):
+        number = len(whole["series_instance_uid"].unique())
+        yield f"{count(number, 'series', 'series')} without an axial slice (not_axial), for example {whole['path'][0]}"
 
 
 def _quarantine(files: pa.Table) -> pa.Table:

@@ -201,3 +201,44 @@ def test_ids_that_a_spreadsheet_made_decimal(point: str, tmp_path: Path) -> None
     dataset, _ = build(write_files(tmp_path / "src", files), "--labels", labels)
     assert dataset is not None
     assert dataset.slices["any"].to_pylist() == [1] * 4 + [0] * 4
+
+
+# --- what leaves is told ---------------------------------------------------------------------------------------------
+
+
+def test_a_series_in_another_plane_is_told(tmp_path: Path) -> None:
+    files = series(1) | series(2, ImageOrientationPatient=[1, 0, 0, 0, 0, -1])
+    dataset, _ = build(write_files(tmp_path / "src", files), "--allow-unlabelled")
+    assert dataset is not None
+    assert len(dataset) == 4
+    again = prep("build", "--src", tmp_path / "src", "--out", tmp_path / "b.zarr", *FOLDER, "--allow-unlabelled")
+    assert "1 series without an axial slice (not_axial), for example 2/0.dcm." in again.stderr
+
+
+def test_files_of_many_frames_are_told_with_a_way_out(tmp_path: Path) -> None:
+    files = series(1, NumberOfFrames="3")
+    _, printed = build(write_files(tmp_path / "src", files), "--allow-unlabelled", ends=1)
+    assert "4 multi_frame. Convert them to one file per slice" in printed
+    _, printed = build(write_files(tmp_path / "src", series(2)), "--allow-unlabelled")
+    assert "Files of many frames: convert them to one file per slice" in printed
+
+
+def test_the_remedy_for_lost_labels_is_that_of_their_reason(tmp_path: Path) -> None:
+    src = write_files(tmp_path / "src", series(1) | series(2, ImageType=["DERIVED", "SECONDARY", "MIP"]))
+    labels = table(tmp_path / "labels.csv", [["StudyInstanceUID", "any"], ["1.5.1", 0], ["1.5.2", 1]])
+    _, printed = build(src, "--labels", labels, ends=1)
+    assert "1 label (1 positive) by derived" in printed
+    assert "--rescale-types" not in printed
+    write_files(src, series(2, RescaleType="MGML"))
+    _, printed = build(src, "--labels", labels, ends=1)
+    assert "1 label (1 positive) by not_hu" in printed
+    assert "--rescale-types" in printed
+
+
+def test_slices_without_a_unit_among_those_of_another_leave_with_them(tmp_path: Path) -> None:
+    files = series(1, RescaleType=lambda n: "MGML" if n % 2 else None)
+    files |= series(2, RescaleType=lambda n: ["HU", "MGML", None, "HU"][n]) | series(3)
+    dataset, printed = build(write_files(tmp_path / "src", files), "--allow-unlabelled")
+    assert dataset is not None
+    assert dataset.series["n_slices"].to_pylist() == [3, 4]
+    assert "Quarantined: 5 not_hu." in printed
