@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ich_prep.errors import count
+from ich_prep.errors import CONVERT_FRAMES, Reason, count
 
 if TYPE_CHECKING:
     from ich_prep.dataset import Dataset
@@ -24,6 +24,8 @@ def closing_lines(dataset: Dataset) -> Iterator[str]:
         example = {line["reason"]: line["path_min"] for line in ordered}
         numbers = ", ".join(f"{line['count_all']:,} {line['reason']}" for line in ordered)
         yield f"Quarantined: {numbers}."
+        if Reason.MULTI_FRAME in example:
+            yield f"Files of many frames: {CONVERT_FRAMES}, and build again."
         for reason, loss in dataset.root.lost_labels.items():
             named = "" if identifiers == "pseudonymise" else f" (a file of this reason: {example.get(reason, '-')})"
             yield f"Lost with {reason}: {count(loss.labels, 'label')}, {loss.positive:,} of them positive{named}."

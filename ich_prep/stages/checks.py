@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from ich_prep.dataset.tables import write_table
-from ich_prep.errors import BuildError, Reason, SourceError, count
+from ich_prep.errors import CONVERT_FRAMES, BuildError, Reason, SourceError, count
 from ich_prep.stages.losses import describe, losses_by_reason
 
 if TYPE_CHECKING:
@@ -102,9 +102,10 @@ def check_lost(lost: pa.Table, allow: Allowances, progress: Progress) -> None:
         return
     text = f"Labels whose images are not in the dataset: {'; '.join(describe(by_rule))}"
     if not allow.lost_labels:
+        widen = ", take their units as HU with --rescale-types" if Reason.NOT_HU in by_rule else ""
         raise BuildError(
-            f"{text}. `ich-prep quarantine` lists the files. Fix the source, widen the rule (--rescale-types), or continue "
-            "without these labels with --allow-lost-labels."
+            f"{text}. `ich-prep quarantine` lists the files. Fix the source{widen}, or continue without these labels with "
+            "--allow-lost-labels."
         )
     progress.say(f"{text}; allowed.")
 
@@ -113,7 +114,9 @@ def check_any_slice(plan: Plan) -> None:
     """Raise ``SourceError`` if there is no slice to build from."""
     if not len(plan.slices):
         counts = Counter(plan.quarantine["reason"].to_pylist())
+        is_framed = counts.most_common(1)[0][0] == Reason.MULTI_FRAME
+        remedy = CONVERT_FRAMES.capitalize() if is_framed else "Point --src at axial CT"
         raise SourceError(
             f"No CT slices: {count(len(plan.quarantine), 'file')} quarantined: "
-            f"{', '.join(f'{count} {reason}' for reason, count in counts.most_common())}. Point --src at axial CT."
+            f"{', '.join(f'{count} {reason}' for reason, count in counts.most_common())}. {remedy}."
         )

@@ -187,7 +187,7 @@ def test_a_series_in_which_a_position_is_missing_goes_by_instance_number(lost: F
     plan = planned(files)
     assert names(plan) == ["b", "c", "a", "z"]
     assert plan.slices["position_mm"].to_pylist() == [None, None, None, 1.0]
-    lost_flags = ["direction_unknown", "no_position"]
+    lost_flags = ["no_position"]
     assert flags(plan) == {"a": lost_flags, "b": lost_flags, "c": lost_flags, "z": []}
 
 
