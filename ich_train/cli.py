@@ -43,6 +43,7 @@ RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A TOML file o
 Resume = Annotated[bool, typer.Option("--resume", help="Resume the run in --out, or the last of its name.")]
 Evaluation = Annotated[Path | None, typer.Option("--out", help="Where to write. [default: the run's folder]")]
 Submission = Annotated[Path, typer.Option("--out", help="The CSV to write, with the columns ID,Label.")]
+FeaturesFolder = Annotated[Path, typer.Option("--out", help="The folder to write, such as features.zarr.")]
 Sample = Annotated[Path | None, typer.Option(help="A sample submission: its lines, in its order.")]
 
 
@@ -61,7 +62,9 @@ def program(*, show_version: Version = False) -> None:
 
 
 @app.command("run")
-@options_from(TrainConfig, "data", "model", "epochs", "weights", "seed", "batch_size", "threads", "device")
+@options_from(
+    TrainConfig, "data", "model", "head", "epochs", "weights", "features", "seed", "batch_size", "threads", "device"
+)
 def run_command(*, given: dict[str, Any], out: Out = None, recipe: RecipeFile = None, resume: Resume = False) -> None:
     """Train, keep the epoch of the lowest validation loss, evaluate it on held-out slices, write a report."""
     from ich_train.runs import RECIPE, latest_folder, new_folder, require_run
@@ -147,6 +150,28 @@ def predict_command(
             "lines of these give each label's share of the training slices.",
             soft_wrap=True,
         )
+
+
+@app.command("embed")
+@options_from(TrainConfig, "data", "threads", "device", into="place", default="the run's")
+def embed_command(run: RunFolder, *, place: dict[str, Any], out: FeaturesFolder) -> None:
+    """Write the features of all slices by a run's network, on which a head is trained with features = "..." in [train]."""
+    from ich_train.runs import settings_of
+
+    settings, _ = settings_of(run)
+    dataset = _dataset_of(run, settings, place)
+
+    from ich_train.embed import embed
+    from ich_train.ranks import choose_device
+
+    rows, features = embed(
+        run,
+        dataset,
+        out,
+        device=choose_device(place.get("device", settings.device)),
+        threads=place.get("threads", settings.threads),
+    )
+    _console().print(f"{count(features, 'feature')} of {count(rows, 'slice')} in {out}", soft_wrap=True)
 
 
 def main() -> NoReturn:

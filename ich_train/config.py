@@ -59,6 +59,34 @@ class TrainConfig(BaseModel):
     clip_norm: float = Field(default=1.0, gt=0, description="Largest norm of the gradient.")
     seed: int = Field(default=0, ge=0, description="The seed of everything random.")
 
+    # Whole scans, read as a sequence of slices or as a volume.
+    head: Literal["none", "gru", "lstm", "transformer", "attention", "volume"] = Field(
+        default="none",
+        description="What reads the slices of a scan after the network: gru, lstm, transformer, or attention alone; volume: "
+        "the network itself takes volumes.",
+    )
+    # 128 in each direction, one layer: two layers of a few hundred scans overfit.
+    head_size: int = Field(default=128, ge=4, description="Hidden units of the head.")
+    head_layers: int = Field(default=1, ge=1, description="Layers of the head.")
+    scans_per_batch: int = Field(default=2, ge=1, description="Scans in a batch of each process, with a head.")
+    # A scan has about 35 slices: its label then counts for as much as a third of theirs.
+    scan_weight: float = Field(
+        default=10.0, ge=0, description="How many slices the label of a scan counts for in the loss, with a head."
+    )
+    slab: int = Field(default=0, ge=0, description="Train on slabs of this many slices; 0: on whole scans.")
+    spacing_mm: float = Field(
+        default=0.0, ge=0, description="With head volume: resample to planes this far apart; 0: the slices as they are."
+    )
+    depth_mm: float = Field(
+        default=0.0,
+        ge=0,
+        description="With spacing_mm: what the planes span, cut or padded; 0: the longest of a batch.",
+    )
+    isotropic: bool = Field(default=False, description="With spacing_mm: resample the planes to that distance too.")
+    features: Path | None = Field(
+        default=None, description="Train the head alone, on the features that ich-train embed wrote."
+    )
+
     # Augmentation of the training batches; 0 or false turns a part off.
     flip: bool = Field(default=True, description="Mirror every second slice, left to right.")
     rotation_degrees: float = Field(default=20.0, ge=0, le=180, description="Largest rotation.")

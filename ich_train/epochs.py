@@ -28,6 +28,11 @@ class EpochLoader(ABC, Generic[PlanT, BatchT]):
         self._epoch = self._batch = 0
 
     @property
+    @abstractmethod
+    def items(self) -> int:
+        """How many items an epoch visits, of all ranks together."""
+
+    @property
     def wait_seconds(self) -> float:
         """How long the consumer has waited for data."""
         return self._feed.wait_seconds

@@ -104,6 +104,11 @@ class SliceLoader(EpochLoader["NDArray[np.int64]", Batch]):
         share = len(self.rows) // self.world_size
         return share // self.batch_size if self.drop_last else -(-share // self.batch_size)
 
+    @property
+    def items(self) -> int:
+        """How many slices an epoch visits, of all ranks together."""
+        return len(self.rows)
+
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings(), "rows": len(self.rows)}
 

@@ -36,9 +36,24 @@ def build_model(
     if name.startswith(TIMM):
         model = _from_timm(name.removeprefix(TIMM), channels, size, classes)
     elif ":" in name:
-        model = _from_module(name, channels, size, classes)
+        model = _from_module(name, channels, (size, size), classes)
     else:
         model = _included(name, channels, size, classes, dropout)
+    if weights is not None:
+        load_weights(model, name, weights)
+    return model
+
+
+def build_checked(
+    name: str, channels: int, sides: tuple[int, ...], classes: int, weights: Path | None = None
+) -> nn.Module:
+    """Return the network of one's own ``package.module:NAME``, which takes images of (b, ``channels``, ``*sides``).
+
+    It is called and tried, and ``weights`` are loaded, as in `build_model`. Raises `UsageError` as that does.
+    """
+    if ":" not in name or name.startswith(TIMM):
+        raise UsageError(f"Expected package.module:NAME for a network of volumes; found {name}.")
+    model = _from_module(name, channels, sides, classes)
     if weights is not None:
         load_weights(model, name, weights)
     return model
@@ -70,23 +85,23 @@ def _from_timm(name: str, channels: int, size: int, classes: int) -> nn.Module:
         title,
         lambda: timm.create_model(name, pretrained=False, in_chans=channels, num_classes=classes),
         channels,
-        size,
+        (size, size),
         classes,
     )
 
 
-def _from_module(name: str, channels: int, size: int, classes: int) -> nn.Module:
+def _from_module(name: str, channels: int, sides: tuple[int, ...], classes: int) -> nn.Module:
     """Return the network that a user's ``package.module:NAME`` makes."""
-    make = _imported(name)
+    make, size = _imported(name), sides[-1]
     signature = f"{name}(channels={channels}, size={size}, classes={classes})"
     try:
         inspect.signature(make).bind(channels=channels, size=size, classes=classes)
     except (TypeError, ValueError) as error:
         raise UsageError(f"Cannot call {signature}: {error}. It must take these three arguments.") from error
-    return _checked(signature, lambda: make(channels=channels, size=size, classes=classes), channels, size, classes)
+    return _checked(signature, lambda: make(channels=channels, size=size, classes=classes), channels, sides, classes)
 
 
-def _checked(title: str, make: Callable[[], Any], channels: int, size: int, classes: int) -> nn.Module:
+def _checked(title: str, make: Callable[[], Any], channels: int, sides: tuple[int, ...], classes: int) -> nn.Module:
     """Return the network that ``make`` returns, checked on one batch of zeros; errors call it ``title``.
 
     Its code may raise any exception.
@@ -99,9 +114,9 @@ def _checked(title: str, make: Callable[[], Any], channels: int, size: int, clas
         raise UsageError(f"{title} returned {type(model).__name__}; it must return a torch.nn.Module.")
     model.eval()
     try:
-        logits = model(torch.zeros(2, channels, size, size))
+        logits = model(torch.zeros(2, channels, *sides))
     except Exception as error:
-        raise UsageError(f"{title} fails on a batch of (2, {channels}, {size}, {size}): {_described(error)}") from error
+        raise UsageError(f"{title} fails on a batch of {(2, channels, *sides)}: {_described(error)}") from error
     shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
     if shape != (2, classes):
         raise UsageError(f"{title} returned {shape} for a batch of 2; it must return logits of (2, {classes}).")

@@ -16,6 +16,7 @@ from ich_train.loader import SliceLoader
 from ich_train.preprocess import Preprocess
 from ich_train.ranks import own_stream
 from ich_train.runs import BEST
+from ich_train.scan_network import SequenceNetwork
 from ich_train.to_device import to_device
 
 if TYPE_CHECKING:
@@ -32,6 +33,13 @@ class Predictor:
     preprocess: Preprocess
     meta: Meta
     device: torch.device
+
+    @property
+    def slice_network(self) -> nn.Module | None:
+        """The part of the network that sees single slices: all of it without a head, none of a network of volumes."""
+        if isinstance(self.model, SequenceNetwork):
+            return self.model.encoder
+        return self.model if self.meta.head is None else None
 
 
 def load_predictor(run: Path, dataset: Dataset, *, device: torch.device | str) -> Predictor:

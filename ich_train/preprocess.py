@@ -95,22 +95,30 @@ class Augment:
     """Turns stored pixels into normalized windows as `Preprocess` does, moved and changed at random.
 
     ``amounts`` says how much; every image of a batch has its own window jitter, flip, rotation, zoom, shift and noise,
-    the same for all its channels (except the noise).
+    the same for all its channels (except the noise). The slices of a scan share all but the noise.
     """
 
     def __init__(self, preprocess: Preprocess, amounts: TrainConfig) -> None:
         self.preprocess = preprocess
         self.amounts = amounts
 
-    def __call__(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def __call__(
+        self, images: torch.Tensor, generator: torch.Generator, lengths: Sequence[int] | None = None
+    ) -> torch.Tensor:
         """Return (b, c', h, w) float32 for (b, c, h, w) uint8 windows or int16 HU.
 
-        ``generator`` lives on the device of ``images``; its state determines the result.
+        ``generator`` lives on the device of ``images``; its state determines the result. ``lengths`` says that the images
+        are those of scans, one after the other, of so many slices each.
         """
         b, device, amounts = len(images), images.device, self.amounts
+        scan = None
+        if lengths is not None:
+            scan = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
 
         def between(low: float, high: float) -> torch.Tensor:
-            return torch.rand(b, generator=generator, device=device) * (high - low) + low
+            drawn = torch.rand(b if lengths is None else len(lengths), generator=generator, device=device)
+            drawn = drawn * (high - low) + low
+            return drawn if scan is None else drawn[scan]
 
         if amounts.window_jitter:
             shift = between(-amounts.window_jitter, amounts.window_jitter)

@@ -12,6 +12,7 @@ from ich_prep.errors import TrainError
 from ich_train.checkpoint import Images, Meta
 from ich_train.meters import Meter
 from ich_train.runs import Epoch
+from ich_train.scan_session import head_shape
 from ich_train.session import Session
 
 
@@ -26,6 +27,7 @@ def meta_of(session: Session) -> Meta:
         context=settings.context,
         windows=session.windows,
         scaling=session.preprocess.scaling,
+        head=head_shape(settings),
         dataset_digest=session.dataset.digest,
         val_fold=settings.val_fold,
         test_fold=settings.test_fold,

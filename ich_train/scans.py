@@ -37,14 +37,17 @@ class Scans:
         return self.rows[self.first[scan] : self.first[scan] + self.lengths[scan]]
 
 
-def scans_of(dataset: Dataset, series: ArrayLike | None = None) -> Scans:
+def scans_of(dataset: Dataset, series: ArrayLike | None = None, *, ordered: bool = True) -> Scans:
     """Return the volumes ``series``, integers of any type, as `Scans`; by default all that have a label.
 
     Rows whose status is not ok are left out, and so are those without a position, because their place in the scan is
-    not known. Raises `UsageError` for volumes that are not in the dataset, or that have no such row.
+    not known; unless ``ordered`` is false, as for predictions, of which each slice needs one. Raises `UsageError` for
+    volumes that are not in the dataset, or that have no such row.
     """
     of_row = dataset.slices["series_row"].fill_null(-1).to_numpy().astype(np.int64)
-    usable = dataset.is_ok & dataset.slices["position_mm"].is_valid().to_numpy() & (of_row >= 0)
+    usable = dataset.is_ok & (of_row >= 0)
+    if ordered:
+        usable &= dataset.slices["position_mm"].is_valid().to_numpy()
     wanted = _labelled(dataset, of_row, usable) if series is None else _checked(dataset, series)
     rows = np.flatnonzero(usable & np.isin(of_row, wanted))
     found, first, lengths = np.unique(of_row[rows], return_index=True, return_counts=True)
@@ -52,7 +55,7 @@ def scans_of(dataset: Dataset, series: ArrayLike | None = None) -> Scans:
     if len(missing):
         raise UsageError(
             f"{count(len(missing), 'volume')} of {dataset.path} cannot be read as a scan, such as series_row {missing[0]}: "
-            "no slice has both pixels and a position. Leave them out."
+            f"no slice has {'both pixels and a position' if ordered else 'pixels'}. Leave them out."
         )
     if not len(found):
         raise UsageError(
@@ -100,6 +103,23 @@ def spacings(dataset: Dataset, scans: Scans) -> NDArray[np.float32]:
     resized = np.fmax(numbers("source_rows"), numbers("source_columns")) / dataset.spec.size
     y, x = numbers("pixel_spacing_y_mm") * resized, numbers("pixel_spacing_x_mm") * resized
     return np.stack([numbers("slice_spacing_mm"), y, x], axis=1).astype(np.float32)
+
+
+def positions_mm(dataset: Dataset, scans: Scans, spacing_mm: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the position of each of the scans' rows along the normal of its slices, float64 (rows,).
+
+    A row without one is taken to be ``spacing_mm`` (scans,) above the row before, or 1 mm where that is not known.
+    """
+    found: NDArray[np.float64] = dataset.slices["position_mm"].fill_null(np.nan).to_numpy()
+    positions = found[scans.rows]
+    for scan in np.unique(np.searchsorted(scans.first, np.flatnonzero(np.isnan(positions)), side="right") - 1):
+        rows = positions[scans.first[scan] : scans.first[scan] + scans.lengths[scan]]
+        known = np.flatnonzero(~np.isnan(rows))
+        last = int(known[-1]) if len(known) else 0  # those without come after those with one
+        step = spacing_mm[scan] if np.isfinite(spacing_mm[scan]) else 1.0
+        start = rows[last] if len(known) else 0.0
+        rows[last:] = start + step * np.arange(len(rows) - last)
+    return positions
 
 
 def _labelled(dataset: Dataset, of_row: NDArray[np.int64], usable: NDArray[np.bool_]) -> NDArray[np.int64]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +12,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ich_prep.dataset.windows import Window, parse_windows
 from ich_prep.errors import UsageError, count
-from ich_train.loader import SliceLoader
+from ich_train.features import open_features
+from ich_train.loader import Batch, SliceLoader
 from ich_train.loss import label_weights
 from ich_train.meters import Meter
 from ich_train.model import build_model
 from ich_train.preprocess import Augment, Preprocess
 from ich_train.runs import Epoch, best_of
+from ich_train.scan_network import SequenceNetwork, build_scan_network
+from ich_train.scan_session import head_shape, scan_loaders, scan_step
 from ich_train.split import Split, balanced_weights, split_rows
 from ich_train.step import Step
+from ich_train.volume_loader import VolumeBatch, VolumeLoader
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,8 +42,8 @@ class Session:
     dataset: Dataset
     settings: TrainConfig
     ranks: Ranks
-    loader: SliceLoader
-    val_loader: SliceLoader
+    loader: SliceLoader | VolumeLoader
+    val_loader: SliceLoader | VolumeLoader
     windows: tuple[Window, ...]  # that the network sees
     preprocess: Preprocess
     model: nn.Module  # the bare network, which is saved
@@ -47,6 +51,11 @@ class Session:
     meter: Meter
     history: list[Epoch] = field(default_factory=list)
     steps_done: int = 0
+
+    @staticmethod
+    def batches(loader: SliceLoader | VolumeLoader) -> Iterable[Batch | VolumeBatch]:
+        """Return ``loader`` as what it is to a training loop: batches of slices or of scans."""
+        return loader
 
     @property
     def channels(self) -> int:
@@ -69,25 +78,38 @@ def prepare(dataset: Dataset, settings: TrainConfig, ranks: Ranks, *, weights: P
     """
     windows = windows_of(dataset, settings)
     loss_weights = label_weights(settings.loss, dataset.classes).to(ranks.device)
+    shape = head_shape(settings)
     split = split_rows(
         dataset,
         val_fold=settings.val_fold,
         test_fold=settings.test_fold,
-        allow_series_labels=settings.allow_series_labels,
+        # With a head the labels of a series are those of the scan, and no slice's.
+        allow_series_labels=settings.allow_series_labels or shape is not None,
     )
-    loader, val_loader = _loaders(dataset, split, settings, ranks)
+    features = None if settings.features is None else open_features(settings.features, dataset, settings, windows)
+    loader, val_loader = (
+        _loaders(dataset, split, settings, ranks)
+        if shape is None
+        else scan_loaders(dataset, split, settings, ranks, source=features)
+    )
     preprocess = Preprocess(pixels=dataset.spec.store, windows=windows, channels_last=True).to(ranks.device)
     torch.manual_seed(settings.seed)
-    model = build_model(
-        settings.model,
-        channels=input_channels(windows, settings),
-        size=dataset.spec.size,
-        classes=len(dataset.classes),
-        weights=weights,
-        dropout=settings.dropout,
+    given: dict[str, Any] = {
+        "channels": input_channels(windows, settings),
+        "size": dataset.spec.size,
+        "classes": len(dataset.classes),
+        "weights": weights,
+        "dropout": settings.dropout,
+    }
+    model = (
+        build_model(settings.model, **given) if shape is None else build_scan_network(settings.model, shape, **given)
     )
-    model.to(ranks.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in its stub
-    step = _step(model, Augment(preprocess, settings), loss_weights, settings, ranks)
+    if features is not None and isinstance(model, SequenceNetwork):
+        features.load_encoder(model.encoder)
+    model.to(ranks.device)
+    if shape is None or shape.kind != "volume":
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in its stub
+    step = _step(model, Augment(preprocess, settings), preprocess, loss_weights, settings, ranks, val_loader)
     return Session(
         dataset=dataset,
         settings=settings,
@@ -134,7 +156,15 @@ def _loaders(dataset: Dataset, split: Split, settings: TrainConfig, ranks: Ranks
     return loader, SliceLoader(dataset, split.val[ranks.rank :: ranks.world_size], order="sequential", **shared)
 
 
-def _step(model: nn.Module, augment: Augment, weights: torch.Tensor, settings: TrainConfig, ranks: Ranks) -> Step:
+def _step(
+    model: nn.Module,
+    augment: Augment,
+    preprocess: Preprocess,
+    weights: torch.Tensor,
+    settings: TrainConfig,
+    ranks: Ranks,
+    val_loader: SliceLoader | VolumeLoader,
+) -> Step:
     on_gpu = ranks.device.type == "cuda"
     network: Callable[[torch.Tensor], torch.Tensor] = model
     if ranks.world_size > 1:
@@ -146,19 +176,23 @@ def _step(model: nn.Module, augment: Augment, weights: torch.Tensor, settings: T
     precision = choose_precision(settings.precision, ranks.device)
     in_float16 = precision == torch.float16
     groups = parameter_groups(model, settings.weight_decay)
-    return Step(
-        model=model,
-        network=network,
-        augment=augment,
-        optimizer=torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True),
+    parts: dict[str, Any] = {
+        "model": model,
+        "network": network,
+        "augment": augment,
+        "preprocess": preprocess,
+        "optimizer": torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True),
         # Gradients in float16 vanish unless the loss is scaled up; bfloat16 has the range of float32.
-        scaler=torch.amp.GradScaler(ranks.device.type, enabled=in_float16),
-        weights=weights,
-        precision=precision,
-        clip_norm=settings.clip_norm,
-        ranks=ranks,
-        use_cuda_graph=settings.cuda_graph and on_gpu and ranks.world_size == 1 and not in_float16,
-    )
+        "scaler": torch.amp.GradScaler(ranks.device.type, enabled=in_float16),
+        "weights": weights,
+        "precision": precision,
+        "clip_norm": settings.clip_norm,
+        "ranks": ranks,
+    }
+    if isinstance(val_loader, VolumeLoader):
+        return scan_step(settings, val_loader, parts)
+    graph = settings.cuda_graph and on_gpu and ranks.world_size == 1 and not in_float16
+    return Step(**parts, use_cuda_graph=graph)
 
 
 def windows_of(dataset: Dataset, settings: TrainConfig) -> tuple[Window, ...]:
@@ -192,7 +226,7 @@ def choose_precision(precision: str, device: torch.device) -> torch.dtype:
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Return the parameters of ``model`` for an optimizer: kernels decay, biases and normalizations do not."""
-    parameters = list(model.parameters())
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},

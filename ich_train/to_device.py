@@ -12,7 +12,7 @@ import torch
 from ich_train.loader import Batch
 from ich_train.volume_loader import VolumeBatch
 
-BatchT = TypeVar("BatchT", Batch, VolumeBatch)
+BatchT = TypeVar("BatchT", bound=Batch | VolumeBatch)
 
 ON_HOST = frozenset({"rows", "series"})  # fields of a batch that stay on the CPU
 MAX_QUEUED_STEPS = 2  # computations in the queue of a GPU while the host prepares the next

@@ -20,7 +20,6 @@ import torch
 from ich_prep.errors import TrainError, UsageError, count
 from ich_train.checkpoint import WEIGHTS, has_checkpoint, load_parameters, load_state, read_meta, save_checkpoint
 from ich_train.config import TrainConfig
-from ich_train.loss import loss_sums
 from ich_train.meters import Meter, Reporter, tensorboard
 from ich_train.ranks import Ranks, Stop, join_ranks, own_stream
 from ich_train.resume import meta_of, restore, state_of
@@ -152,14 +151,14 @@ def _train_epoch(session: Session, stop: Stop, reporter: Reporter) -> bool:
     epoch, steps = len(session.history) + 1, len(loader)
     session.model.train()
     began, wait_began = time.perf_counter() - meter.seconds, loader.wait_seconds - meter.wait_s
-    for batch in to_device(loader, ranks.device):
+    for batch in to_device(session.batches(loader), ranks.device):
         rate = _rate(session, session.steps_done)
         seed = step_seed(settings.seed, epoch=epoch, step=session.steps_done, rank=ranks.rank)
-        sums = step(batch.images, batch.labels, rate=rate, seed=seed)
+        sums = step(*batch.inputs, rate=rate, seed=seed)
 
         session.steps_done += 1
         meter.sums += sums
-        meter.slices += len(batch.rows) * ranks.world_size
+        meter.slices += batch.slices * ranks.world_size
         meter.seconds = time.perf_counter() - began
         meter.wait_s = loader.wait_seconds - wait_began
         reporter.step(epoch, session.steps_done, steps, meter)
@@ -214,10 +213,8 @@ def _validate(session: Session) -> tuple[float, float]:
     ranks.share_buffers(session.model)
     session.model.eval()
     meter = Meter.new(ranks.device)
-    with torch.inference_mode(), step.autocast():
-        for batch in to_device(session.val_loader, ranks.device):
-            logits = session.model(session.preprocess(batch.images))
-            meter.sums += torch.stack(loss_sums(logits, batch.labels, step.weights))
+    for batch in to_device(session.batches(session.val_loader), ranks.device):
+        meter.sums += torch.stack(step.validate(session.model, *batch.inputs).sums)
     return meter.means(ranks)
 
 
@@ -278,10 +275,14 @@ def _outline(session: Session) -> str:
     name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else str(ranks.device)
     where = name if ranks.world_size == 1 else f"{ranks.world_size} x {name}"
     precision = str(session.step.precision).removeprefix("torch.")
+    noun, batch = ("slice", settings.batch_size) if settings.head == "none" else ("scan", settings.scans_per_batch)
+    loader = session.loader
+    to_train, to_validate = loader.items, session.val_loader.items
+    head = "" if settings.head == "none" else f" with head {settings.head}"
     return (
-        f"Training {settings.model} in {precision} on {where}: {count(len(session.loader.rows), 'slice')}, "
-        f"{count(len(session.loader), 'step')} an epoch, of {count(settings.batch_size, 'slice')} each; "
-        f"{count(len(session.val_loader.rows) * ranks.world_size, 'slice')} to validate."
+        f"Training {settings.model}{head} in {precision} on {where}: {count(to_train, noun)}, "
+        f"{count(len(loader), 'step')} an epoch, of {count(batch, noun)} each; "
+        f"{count(to_validate * ranks.world_size, noun)} to validate."
     )
 
 

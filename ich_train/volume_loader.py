@@ -14,7 +14,7 @@ from ich_train.epochs import EpochLoader
 from ich_train.feed import Arrays, Buffer, Feed, Tensors
 from ich_train.loader import opened
 from ich_train.order import bucketed_positions, check_order, epoch_positions, rank_positions
-from ich_train.scans import scan_labels, scans_of, slice_labels, spacings
+from ich_train.scans import positions_mm, scan_labels, scans_of, slice_labels, spacings
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -44,11 +44,11 @@ class VolumeBatch(NamedTuple):
     """Some scans, padded to the longest: views of a buffer that is reused once the next batch is taken.
 
     ``volumes``: (b, depth, channel, y, x), uint8 window codes or int16 HU, air where padded. ``labels``: (b, depth,
-    classes) int8, those given for the slice, else -1. ``scan_labels``: (b, classes) int8, -1 where unknown. ``mask``:
-    (b, depth) bool, true for slices, which come first. ``positions_mm``: (b, depth) float32, along the normal of the
-    slices, from the first one here. ``spacing_mm``: (b, 3) float32, of the stored voxels along z, y and x, NaN
-    where unknown. ``rows``: (b, depth) int64, the rows of the dataset, -1 where padded, and ``series``: (b,) int64,
-    their series_row, both always on the CPU.
+    classes) int8, those given for the slice, else -1. ``scan_labels``: (b, classes) int8, of the scan or the slab, -1
+    where unknown. ``mask``: (b, depth) bool, true for slices, which come first. ``positions_mm``: (b, depth) float32,
+    along the normal of the slices, from the first one here. ``spacing_mm``: (b, 3) float32, of the stored voxels along
+    z, y and x, NaN where unknown. ``rows``: (b, depth) int64, the rows of the dataset, -1 where padded, and ``series``:
+    (b,) int64, their series_row, both always on the CPU.
     """
 
     volumes: torch.Tensor
@@ -82,8 +82,8 @@ class VolumeLoader(EpochLoader[_Plan, VolumeBatch]):
     """Iterates over the batches of an epoch; each full pass moves on to the next epoch.
 
     ``dataset`` is an open dataset or its path. ``series`` are the volumes to visit by their ``series_row`` (default: all
-    labelled ones), each with its rows that have pixels and a position, in the order of their positions; see
-    `ich_train.scans.scans_of`. ``slab`` cuts scans into slabs of that many slices, spread evenly so that they cover the
+    labelled ones), each with its rows that have pixels and a position, in the order of their positions; ``ordered`` is as
+    in `ich_train.scans.scans_of`. ``slab`` cuts scans into slabs of that many slices, spread evenly so that they cover the
     scan; a shorter scan is one slab. ``order``, ``seed``, ``weights`` (one for each scan), ``rank`` and ``world_size``
     are as in `ich_train.loader.SliceLoader`; one batch of each rank together are one batch of a single process, padded
     alike. With ``buckets``, batches that are not sequential hold scans of similar length. ``source`` (default: the
@@ -114,6 +114,7 @@ class VolumeLoader(EpochLoader[_Plan, VolumeBatch]):
         prefetch: int = 2,
         pin: bool | None = None,
         source: Rows | None = None,
+        ordered: bool = True,
     ) -> None:
         if batch_size < 1 or threads < 1 or prefetch < 1 or slab < 0:
             raise UsageError(
@@ -122,16 +123,16 @@ class VolumeLoader(EpochLoader[_Plan, VolumeBatch]):
             )
         check_order(order, weighted=weights is not None)
         self.dataset = opened(dataset)
-        self.scans = scans_of(self.dataset, series)
+        self.scans = scans_of(self.dataset, series, ordered=ordered)
         self.batch_size, self.order, self.seed, self.slab, self.buckets = batch_size, order, seed, slab, buckets
         self.weights, self.rank, self.world_size, self.drop_last = weights, rank, world_size, drop_last
         self._scan_of_item, self._starts, self._lengths = _items(self.scans, slab)
         self._source: Rows = self.dataset if source is None else source
         self._padding = AIR[self.dataset.spec.store] if source is None else 0
         self._labels = slice_labels(self.dataset)[self.scans.rows]
-        self._scan_labels = scan_labels(self.dataset, self.scans)
-        self._positions = self.dataset.slices["position_mm"].to_numpy()[self.scans.rows]
+        self._item_labels = self._labels_of_items()
         self._spacing = spacings(self.dataset, self.scans)
+        self._positions = positions_mm(self.dataset, self.scans, self._spacing[:, 0])
         self.depth = int(self._lengths.max())  # of the longest item
         classes, flat = len(self.dataset.classes), batch_size * self.depth
         feed = Feed(
@@ -154,6 +155,16 @@ class VolumeLoader(EpochLoader[_Plan, VolumeBatch]):
     def __len__(self) -> int:
         share = len(self._lengths) // self.world_size
         return share // self.batch_size if self.drop_last else -(-share // self.batch_size)
+
+    @property
+    def items(self) -> int:
+        """How many scans, or slabs, an epoch visits, of all ranks together."""
+        return len(self._lengths)
+
+    @property
+    def has_slice_labels(self) -> bool:
+        """Whether the label of any slice is known, and not only those of scans."""
+        return bool((self._labels >= 0).any())
 
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings(), "scans": len(self.scans), "rows": len(self.scans.rows)}
@@ -183,6 +194,19 @@ class VolumeLoader(EpochLoader[_Plan, VolumeBatch]):
         items = rank_positions(together, rank=self.rank, world_size=self.world_size)
         return _Plan(items, depth=int(self._lengths[together].max()))
 
+    def _labels_of_items(self) -> NDArray[np.int8]:
+        """Return the labels of the items, int8 (items, classes): those of their scans or, of slabs, of their slices.
+
+        A slab of a positive scan may have nothing to show: it is unknown unless its slices are labelled.
+        """
+        labels = scan_labels(self.dataset, self.scans)[self._scan_of_item]
+        for item in np.flatnonzero(self._lengths < self.scans.lengths[self._scan_of_item]):
+            first = self.scans.first[self._scan_of_item[item]] + self._starts[item]
+            slices = self._labels[first : first + self._lengths[item]]
+            of_slab = np.where((slices > 0).any(axis=0), 1, np.where((slices == 0).all(axis=0), 0, -1))
+            labels[item] = np.where(labels[item] == 0, 0, of_slab)
+        return labels
+
     def _fill(self, arrays: Arrays, plan: _Plan) -> None:
         volumes, labels, of_scans, mask, positions, spacing, rows, series = arrays
         scans, (items, depth) = self.scans, plan
@@ -199,7 +223,7 @@ class VolumeLoader(EpochLoader[_Plan, VolumeBatch]):
             volumes[end:padded], labels[end:padded], rows[end:padded] = self._padding, -1, -1
             mask[end:padded], positions[end:padded] = False, 0
         size = len(items)
-        of_scans[:size], spacing[:size] = self._scan_labels[of_items], self._spacing[of_items]
+        of_scans[:size], spacing[:size] = self._item_labels[items], self._spacing[of_items]
         series[:size] = scans.series[of_items]
 
     def _batch_of(self, tensors: Tensors, plan: _Plan) -> VolumeBatch:

@@ -48,6 +48,24 @@ def load_weights(model: nn.Module, name: str, file: Path) -> None:
     model.load_state_dict(tensors, strict=False)
 
 
+def load_exactly(model: nn.Module, file: Path) -> None:
+    """Fill ``model`` with the weights of ``file``, which must be its own; raises `UsageError` otherwise."""
+    tensors = _read_tensors(file)
+    differences = weight_differences(tensors, model.state_dict())
+    if differences:
+        raise UsageError(f"The weights in {file} do not fit the network: {differences}.")
+    model.load_state_dict(tensors)
+
+
+def tensor_bytes(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """Return ``tensors`` as a safetensors file."""
+    from safetensors.torch import save
+
+    # safetensors wants each tensor dense in its own memory; channels_last ones are not. Its own function for files
+    # gives them mode 0600, whatever the umask.
+    return save({key: value.cpu().contiguous() for key, value in tensors.items()})
+
+
 def weight_differences(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> str:
     """Return where ``tensors`` differ from the ``expected`` in names or shapes, the first kind only; "" if nowhere."""
     missing = [key for key in expected if key not in tensors]

@@ -29,8 +29,9 @@ from ich_train.evaluation.figures import curves_of, draw_figures
 from ich_train.evaluation.metrics import best_f1_thresholds, by_series, measure, position_scores, roc_aucs
 from ich_train.evaluation.plots import png
 from ich_train.evaluation.report import report_html
-from ich_train.predict import Predictor, load_predictor, predict_rows
+from ich_train.predict import Predictor, load_predictor
 from ich_train.runs import METRICS, read_history, require_writable
+from ich_train.scan_predict import ScanProbabilities, predict_scans, predict_slices, series_rows
 from ich_train.split import Split, split_rows
 
 if TYPE_CHECKING:
@@ -58,6 +59,15 @@ class _Rows:
     complete: bool
 
 
+@dataclass(frozen=True)
+class _Predicted:
+    """The slices evaluated and those of validation; of a network with a head, the scans of both too."""
+
+    cases: Cases
+    validation: Cases
+    scans: ScanProbabilities | None
+
+
 def evaluate_run(
     run: Path,
     dataset: Dataset,
@@ -83,8 +93,9 @@ def evaluate_run(
     history = read_history(run)
     predictor = load_predictor(run, dataset, device=device)
     rows = _choose_rows(dataset, predictor.meta, evaluation)
-    cases, validation = _predict(dataset, predictor, rows, evaluation, threads=threads)
-    metrics = _measure(dataset, predictor.meta, rows, cases, validation, evaluation)
+    predicted = _predict(dataset, predictor, rows, evaluation, threads=threads)
+    cases = predicted.cases
+    metrics = _measure(dataset, predictor.meta, rows, predicted, evaluation)
     curves = curves_of(cases)
     figures = draw_figures(dataset, predictor, cases, curves, metrics["by_slice"], history)
     pictures = {name: png(figure) for name, figure in figures.items()}
@@ -112,8 +123,11 @@ def measure_views(
     complete: bool,
     resamples: int,
     seed: int,
+    scans: ScanProbabilities | None = None,
 ) -> dict[str, Any]:
     """Return the measures of ``cases`` by slice and, if they are ``complete`` series, by series (maximum and mean).
+
+    ``scans`` of a network with a head are measured too, ``by_scan``.
 
     The thresholds of best F1 are those of ``validation`` in the same view. ``position_only`` beside them is the area
     under the ROC curve of ``baseline`` (n, classes), probabilities that depend on each slice's place in its series only.
@@ -125,6 +139,7 @@ def measure_views(
         | {"position_only": roc_aucs(cases.labels, baseline, cases.classes)},
         "by_series_max": None,
         "by_series_mean": None,
+        "by_scan": None,
     }
     for how in ("max", "mean") if complete else ():
         val_labels, val_probabilities, _ = by_series(
@@ -138,7 +153,24 @@ def measure_views(
         views[f"by_series_{how}"] = measure(labels, probabilities, cases.patients[first], thresholds, **given) | {
             "position_only": roc_aucs(labels, by_position, cases.classes)
         }
+    if scans is not None and complete:
+        val_labels, of_validation, _ = _of_scans(validation, scans)
+        labels, of_scans, first = _of_scans(cases, scans)
+        _, by_position, _ = by_series(cases.series, cases.series_sizes, cases.labels, baseline, how="max")
+        thresholds = best_f1_thresholds(val_labels, of_validation)
+        views["by_scan"] = measure(labels, of_scans, cases.patients[first], thresholds, **given) | {
+            "position_only": roc_aucs(labels, by_position, cases.classes)
+        }
     return views
+
+
+def _of_scans(
+    cases: Cases, scans: ScanProbabilities
+) -> tuple[NDArray[np.int8], NDArray[np.float32], NDArray[np.int64]]:
+    """Return the labels and the head's probabilities of the series of ``cases``, and one slice of each."""
+    labels, _, first = by_series(cases.series, cases.series_sizes, cases.labels, cases.probabilities, how="max")
+    series = cases.series[first]
+    return labels, scans.scans[np.searchsorted(scans.series, series)], first
 
 
 def _choose_rows(dataset: Dataset, meta: Meta, evaluation: EvalConfig) -> _Rows:
@@ -157,30 +189,29 @@ def _choose_rows(dataset: Dataset, meta: Meta, evaluation: EvalConfig) -> _Rows:
 
 def _predict(
     dataset: Dataset, predictor: Predictor, rows: _Rows, evaluation: EvalConfig, *, threads: int
-) -> tuple[Cases, Cases]:
+) -> _Predicted:
     """Return the evaluated slices and those of the validation part, each slice predicted once."""
     rows_to_predict = np.union1d(rows.evaluated, rows.split.val)
-    probabilities = predict_rows(
-        predictor.model,
-        predictor.preprocess,
-        dataset,
-        rows_to_predict,
-        context=predictor.meta.context,
-        batch_size=evaluation.batch_size,
-        threads=threads,
-        device=predictor.device,
-    )
+    scans = None
+    if predictor.meta.head is None:
+        probabilities = predict_slices(
+            predictor, dataset, rows_to_predict, batch_size=evaluation.batch_size, threads=threads
+        )
+    else:
+        scans = predict_scans(predictor, dataset, series_rows(dataset, rows_to_predict), threads=threads)
+        probabilities = scans.of_rows(rows_to_predict)
     cases, validation = (
         cases_of(dataset, part, probabilities[np.searchsorted(rows_to_predict, part)])
         for part in (rows.evaluated, rows.split.val)
     )
-    return cases, validation
+    return _Predicted(cases, validation, scans)
 
 
 def _measure(
-    dataset: Dataset, meta: Meta, rows: _Rows, cases: Cases, validation: Cases, evaluation: EvalConfig
+    dataset: Dataset, meta: Meta, rows: _Rows, predicted: _Predicted, evaluation: EvalConfig
 ) -> dict[str, Any]:
     """Return the content of ``metrics.json``."""
+    cases, validation = predicted.cases, predicted.validation
     unpredicted = np.empty((len(rows.split.train), len(dataset.classes)), np.float32)
     training = cases_of(dataset, rows.split.train, unpredicted)
     baseline = position_scores(training.positions, training.labels, cases.positions)
@@ -192,7 +223,13 @@ def _measure(
         "evaluated": evaluation.model_dump(exclude={"batch_size"})
         | {"slices": len(cases.rows), "series_labels": bool(pc.any(pc.equal(levels, "series")).as_py())},
     } | measure_views(
-        cases, validation, baseline, complete=rows.complete, resamples=evaluation.bootstrap, seed=evaluation.seed
+        cases,
+        validation,
+        baseline,
+        complete=rows.complete,
+        resamples=evaluation.bootstrap,
+        seed=evaluation.seed,
+        scans=predicted.scans,
     )
 
 

@@ -59,7 +59,8 @@ def draw_figures(
     for name in cases.classes:
         threshold = view["labels"][name]["at_best_f1"]["threshold"]
         figures[f"sheet_{name}"] = draw_sheet(dataset, predictor, cases, name, 0.5 if threshold is None else threshold)
-    figures["feature_maps"] = draw_feature_maps(dataset, predictor, most_certain(cases))
+    if predictor.slice_network is not None:
+        figures["feature_maps"] = draw_feature_maps(dataset, predictor, most_certain(cases))
     return figures
 
 
@@ -106,9 +107,10 @@ def draw_sheet(dataset: Dataset, predictor: Predictor, cases: Cases, label: str,
 
 def draw_feature_maps(dataset: Dataset, predictor: Predictor, row: int) -> Figure:
     """Return the feature maps of each convolution layer of the network for the slice ``row``."""
-    context = predictor.meta.context
+    context, network = predictor.meta.context, predictor.slice_network
+    assert network is not None
     loader = SliceLoader(dataset, np.array([row]), batch_size=1, order="sequential", context=context, pin=False)
-    layers = conv_layers(predictor.model)
+    layers = conv_layers(network)
     maps: dict[str, torch.Tensor] = {}
     handles = [
         layer.register_forward_hook(lambda _layer, _inputs, output, name=name: maps.update({name: output}))
@@ -117,7 +119,7 @@ def draw_feature_maps(dataset: Dataset, predictor: Predictor, row: int) -> Figur
     (batch,) = loader
     images = batch.images.to(predictor.device)
     with torch.inference_mode():
-        predictor.model(predictor.preprocess(images))
+        network(predictor.preprocess(images))
     for handle in handles:
         handle.remove()
     # In the order of the forward pass.

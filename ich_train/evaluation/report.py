@@ -25,6 +25,10 @@ VIEW_WORDS = {
     "by_slice": ("By slice", ""),
     "by_series_max": ("By series, maximum over slices", BY_SERIES.format(how="highest")),
     "by_series_mean": ("By series, mean over slices", BY_SERIES.format(how="mean")),
+    "by_scan": (
+        "By scan, as the head says",
+        "A series is positive if any of its slices is, negative if all are known to be; its probability is the head's.",
+    ),
 }
 
 
@@ -92,7 +96,7 @@ def report_html(metrics: Mapping[str, Any], history: Sequence[Epoch], pictures: 
         notes=_notes(metrics, history),
         facts=_facts(metrics),
         parts=_parts(data, classes),
-        views=[_view(name, metrics[name]) for name in VIEW_WORDS if metrics[name] is not None],
+        views=[_view(name, metrics[name]) for name in VIEW_WORDS if metrics.get(name) is not None],
         history=_history(history, model),
         policies=POLICIES,
         captions=CAPTIONS,
