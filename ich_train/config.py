@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 MODELS = ("baseline", "resnet18", "resnet34", "resnet50", "densenet121", "densenet169", "seresnext50")
+
+
+Fold = Annotated[int, Field(ge=0)] | Literal["none"]
 
 
 class TrainConfig(BaseModel):
@@ -23,9 +26,11 @@ class TrainConfig(BaseModel):
     windows: tuple[str, ...] = Field(
         default=(), description="Windows of an HU dataset, made on the device; none: the dataset's."
     )
-    val_fold: int = Field(default=0, ge=0, description="The fold that chooses the best epoch.")
-    test_fold: int = Field(
-        default=1, ge=0, description="The fold held out, unless the dataset's test subset has labels."
+    val_fold: Fold = Field(
+        default=0, description="The fold that chooses the best epoch; none: train on it too, and keep the last epoch."
+    )
+    test_fold: Fold = Field(
+        default=1, description="The fold held out, unless the dataset's test subset has labels; none: train on it too."
     )
     allow_series_labels: bool = Field(default=False, description="Use the labels of a series for each of its slices.")
     order: Literal["shuffled", "windowed"] = Field(
@@ -47,8 +52,14 @@ class TrainConfig(BaseModel):
     dropout: float = Field(
         default=0.25, ge=0, le=1, description="Dropout before the fully connected layers of baseline."
     )
-    loss: Literal["bce", "rsna"] = Field(
-        default="bce", description="rsna: cross-entropy in which any counts twice; for RSNA's six classes only."
+    loss: str = Field(
+        default="bce",
+        description="bce; rsna: cross-entropy in which any counts twice, for RSNA's six classes only; or package.module:NAME.",
+    )
+    # The competition's metric is the plain cross-entropy: both of these trade it for recall of rare labels.
+    focal_gamma: float = Field(default=0.0, ge=0, description="Focal loss: how much easy labels count less; 0: not.")
+    pos_weight: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        default=(), description="Weight of positive labels in the loss: one number, or one for each class; none: 1."
     )
     epochs: int = Field(default=10, ge=1, description="Passes over the training slices.")
     # Small, because few patients need many steps.
@@ -56,6 +67,18 @@ class TrainConfig(BaseModel):
     learning_rate: float = Field(default=2e-3, gt=0, description="Peak learning rate; half a cosine to 0 follows.")
     weight_decay: float = Field(default=0.01, ge=0, description="AdamW's weight decay of kernels.")
     warmup_epochs: float = Field(default=0.5, ge=0, description="Epochs in which the learning rate rises.")
+    accumulate: int = Field(default=1, ge=1, description="Batches whose gradients are averaged for one update.")
+    # 0.999 needs some thousand steps: with the few of a small set the average would still hold the start.
+    ema_decay: float = Field(
+        default=0.0, ge=0, lt=1, description="Validate and keep an exponential average of the weights; 0: the weights."
+    )
+    average_epochs: int = Field(
+        default=0, ge=0, description="Validate and keep the mean of the weights after each of the last epochs; 0: not."
+    )
+    choose_best: Literal["loss", "auc"] = Field(
+        default="loss", description="What chooses the best epoch in validation: the lowest loss or the highest mean ROC AUC."
+    )
+    patience: int = Field(default=0, ge=0, description="Stop after so many epochs without a better one; 0: never.")
     clip_norm: float = Field(default=1.0, gt=0, description="Largest norm of the gradient.")
     seed: int = Field(default=0, ge=0, description="The seed of everything random.")
 
@@ -98,6 +121,10 @@ class TrainConfig(BaseModel):
     )
     noise: float = Field(default=0.0, ge=0, le=1, description="Standard deviation of noise; a window maps to 0..1.")
 
+    augmentation: str = Field(
+        default="", description="package.module:NAME of a further augmentation of your own, of windows in 0..1."
+    )
+
     # Where and how it runs.
     device: str = Field(default="auto", description="cpu, cuda, cuda:1 ...; auto: a GPU if there is one.")
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -126,6 +153,10 @@ class EvalConfig(BaseModel):
     seed: int = Field(default=0, ge=0, description="The seed of the draw and of the bootstrap.")
     bootstrap: int = Field(default=1000, ge=0, description="Resamples of the patients, for the intervals.")
     batch_size: int = Field(default=64, ge=1, description="Slices in a batch.")
+    mirror: bool = Field(default=False, description="Average the logits with those of the slices mirrored left to right.")
+    sensitivity: float | None = Field(
+        default=None, gt=0, le=1, description="Add an operating point: the threshold of this sensitivity on validation."
+    )
 
 
 def recipe_text(sections: Mapping[str, Mapping[str, Any]]) -> str:

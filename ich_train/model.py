@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from ich_prep.errors import UsageError
 from ich_prep.recipe import refuse_unknown
 from ich_train.config import MODELS
 from ich_train.networks import NETWORKS, Baseline
+from ich_train.own_code import described, imported
 from ich_train.weights import load_weights
 
 TIMM = "timm:"
@@ -92,7 +91,7 @@ def _from_timm(name: str, channels: int, size: int, classes: int) -> nn.Module:
 
 def _from_module(name: str, channels: int, sides: tuple[int, ...], classes: int) -> nn.Module:
     """Return the network that a user's ``package.module:NAME`` makes."""
-    make, size = _imported(name), sides[-1]
+    make, size = imported(name, "a network"), sides[-1]
     signature = f"{name}(channels={channels}, size={size}, classes={classes})"
     try:
         inspect.signature(make).bind(channels=channels, size=size, classes=classes)
@@ -109,14 +108,14 @@ def _checked(title: str, make: Callable[[], Any], channels: int, sides: tuple[in
     try:
         model = make()
     except Exception as error:
-        raise UsageError(f"{title} raised {_described(error)}") from error
+        raise UsageError(f"{title} raised {described(error)}") from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"{title} returned {type(model).__name__}; it must return a torch.nn.Module.")
     model.eval()
     try:
         logits = model(torch.zeros(2, channels, *sides))
     except Exception as error:
-        raise UsageError(f"{title} fails on a batch of {(2, channels, *sides)}: {_described(error)}") from error
+        raise UsageError(f"{title} fails on a batch of {(2, channels, *sides)}: {described(error)}") from error
     shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
     if shape != (2, classes):
         raise UsageError(f"{title} returned {shape} for a batch of 2; it must return logits of (2, {classes}).")
@@ -125,44 +124,3 @@ def _checked(title: str, make: Callable[[], Any], channels: int, sides: tuple[in
     if not logits.requires_grad:
         raise UsageError(f"{title} cannot be trained: its logits do not depend on a parameter with requires_grad.")
     return model.train()
-
-
-def _imported(name: str) -> Callable[..., Any]:
-    """Return the class or function that ``package.module:NAME`` names; the current folder is searched first."""
-    module_name, _, attribute = name.partition(":")
-    if not attribute.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")):
-        raise UsageError(f"Expected package.module:NAME for a network of your own; found {name!r}.")
-    folder = str(Path.cwd())
-    sys.path.insert(0, folder)  # as `python -m` does: a console script has its own folder there
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise UsageError(_import_failure(name, module_name, error)) from error
-    finally:
-        sys.path.remove(folder)
-    refuse_unknown([attribute], dir(module), where=f"In {module_name}, the name", listed=False)
-    make = getattr(module, attribute)
-    if not callable(make):
-        raise UsageError(
-            f"{name} is of the type {type(make).__name__}; it must be a class or function that makes a network."
-        )
-    return make  # type: ignore[no-any-return]
-
-
-def _import_failure(name: str, module_name: str, error: Exception) -> str:
-    """Return why the module of the network ``name`` cannot be imported: it is missing, or its own code fails."""
-    missing = error.name if isinstance(error, ModuleNotFoundError) else None
-    if missing is not None and f"{module_name}.".startswith(f"{missing}."):
-        return (
-            f"Cannot import {module_name}, for the network {name}: there is no module {missing}. Run in the folder that "
-            "holds it, or install it."
-        )
-    if missing is not None:
-        return f"Cannot import {module_name}, for the network {name}: it imports {missing}, which is not installed."
-    return f"Cannot import {module_name}, for the network {name}: it raised {_described(error)}"
-
-
-def _described(error: Exception) -> str:
-    """Return the type and first line of an exception of someone else's code, as the end of a sentence."""
-    first = next(iter(str(error).splitlines()), "")
-    return f"{type(error).__name__}: {first}".rstrip(": .") + "."
