@@ -21,7 +21,7 @@ class Average:
 
     def __init__(self, model: nn.Module, *, ema_decay: float, last_epochs: int) -> None:
         self.model, self.by_step, self.last_epochs = model, ema_decay > 0, last_epochs
-        how: Any = get_ema_multi_avg_fn(ema_decay) if ema_decay else None
+        how: Any = get_ema_multi_avg_fn(ema_decay) if ema_decay else None  # type: ignore[no-untyped-call]
         self._averaged = AveragedModel(model, multi_avg_fn=how, use_buffers=True)
 
     @property

@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from ich_prep.dataset.storage import sync_folder, write_whole
 from ich_prep.dataset.windows import Window
 from ich_prep.errors import TrainError, describe_os_error
+from ich_train.config import Fold
 from ich_train.model import build_model
 from ich_train.preprocess import Scaling
 from ich_train.scan_network import HeadShape, build_scan_network
@@ -79,8 +80,8 @@ class Meta(BaseModel):
     head: HeadShape | None = None
     # What it was trained on.
     dataset_digest: str
-    val_fold: int
-    test_fold: int
+    val_fold: Fold
+    test_fold: Fold
     epoch: int
     val_loss: float | None
 

@@ -47,14 +47,15 @@ class TrainConfig(BaseModel):
         description=f"The network: {', '.join(MODELS)}, timm:NAME, or package.module:NAME for one of your own.",
     )
     weights: Path | None = Field(
-        default=None, description="Initial weights: a run's, or ImageNet's as torchvision names them."
+        default=None,
+        description="Initial weights: a file, a run's or with torchvision's names; imagenet: downloaded once.",
     )
     dropout: float = Field(
         default=0.25, ge=0, le=1, description="Dropout before the fully connected layers of baseline."
     )
     loss: str = Field(
         default="bce",
-        description="bce; rsna: cross-entropy in which any counts twice, for RSNA's six classes only; or package.module:NAME.",
+        description="bce; rsna: any counts twice, for RSNA's six classes only; or package.module:NAME for one of your own.",
     )
     # The competition's metric is the plain cross-entropy: both of these trade it for recall of rare labels.
     focal_gamma: float = Field(default=0.0, ge=0, description="Focal loss: how much easy labels count less; 0: not.")
@@ -76,7 +77,8 @@ class TrainConfig(BaseModel):
         default=0, ge=0, description="Validate and keep the mean of the weights after each of the last epochs; 0: not."
     )
     choose_best: Literal["loss", "auc"] = Field(
-        default="loss", description="What chooses the best epoch in validation: the lowest loss or the highest mean ROC AUC."
+        default="loss",
+        description="What chooses the best epoch in validation: the lowest loss or the highest mean ROC AUC.",
     )
     patience: int = Field(default=0, ge=0, description="Stop after so many epochs without a better one; 0: never.")
     clip_norm: float = Field(default=1.0, gt=0, description="Largest norm of the gradient.")
@@ -153,7 +155,9 @@ class EvalConfig(BaseModel):
     seed: int = Field(default=0, ge=0, description="The seed of the draw and of the bootstrap.")
     bootstrap: int = Field(default=1000, ge=0, description="Resamples of the patients, for the intervals.")
     batch_size: int = Field(default=64, ge=1, description="Slices in a batch.")
-    mirror: bool = Field(default=False, description="Average the logits with those of the slices mirrored left to right.")
+    mirror: bool = Field(
+        default=False, description="Average the logits with those of the slices mirrored left to right."
+    )
     sensitivity: float | None = Field(
         default=None, gt=0, le=1, description="Add an operating point: the threshold of this sensitivity on validation."
     )

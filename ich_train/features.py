@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ich_prep.dataset.storage import write_whole
 from ich_prep.errors import UsageError, describe_os_error
+from ich_train.config import Fold
 from ich_train.weights import load_exactly, tensor_bytes
 
 if TYPE_CHECKING:
@@ -45,8 +46,8 @@ class Origin(BaseModel):
     context: int
     windows: tuple[str, ...]  # as text, such as brain=40/80
     dataset_digest: str
-    val_fold: int
-    test_fold: int
+    val_fold: Fold
+    test_fold: Fold
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ class Sums(NamedTuple):
 def label_weights(loss: str, classes: Sequence[str]) -> torch.Tensor:
     """Return the weight of each class in the loss named ``loss``, (classes,) float32.
 
-    ``bce`` and a loss of one's own weigh all alike; ``rsna`` counts ``any`` twice, as the weighted log loss of the RSNA 2019 challenge does.
+    ``bce`` and a loss of one's own weigh all alike; ``rsna`` counts ``any`` twice, as the weighted log loss of the RSNA
+    2019 challenge does.
     Raises `UsageError` for another name, or for ``rsna`` with other classes than the challenge's.
     """
     if loss not in LOSSES and ":" not in loss:
@@ -41,7 +42,12 @@ def label_weights(loss: str, classes: Sequence[str]) -> torch.Tensor:
 
 
 def elementwise_loss(
-    loss: str, *, classes: int, focal_gamma: float = 0.0, pos_weight: Sequence[float] = (), device: torch.device | str = "cpu"
+    loss: str,
+    *,
+    classes: int,
+    focal_gamma: float = 0.0,
+    pos_weight: Sequence[float] = (),
+    device: torch.device | str = "cpu",
 ) -> Elementwise:
     """Return the loss of each logit that the settings name: cross-entropy, or a function ``package.module:NAME``.
 
@@ -57,7 +63,9 @@ def elementwise_loss(
         return cross_entropy
     if len(pos_weight) not in (0, 1, classes):
         raise UsageError(f"Expected one pos_weight, or one for each of {classes} classes; found {len(pos_weight)}.")
-    weight = torch.tensor([*pos_weight] * (classes if len(pos_weight) == 1 else 1), device=device) if pos_weight else None
+    weight = (
+        torch.tensor([*pos_weight] * (classes if len(pos_weight) == 1 else 1), device=device) if pos_weight else None
+    )
     return partial(cross_entropy, focal_gamma=focal_gamma, pos_weight=weight)
 
 
@@ -67,7 +75,9 @@ def _own_loss(name: str, classes: int) -> Elementwise:
     try:
         losses = function(logits, targets)
     except Exception as error:  # anything: it is someone else's code
-        raise UsageError(f"The loss {name} fails on logits and targets of {(2, classes)}: {described(error)}") from error
+        raise UsageError(
+            f"The loss {name} fails on logits and targets of {(2, classes)}: {described(error)}"
+        ) from error
     shape = tuple(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
     if shape != (2, classes):
         raise UsageError(f"The loss {name} returned {shape}; it must return a loss for each logit, {(2, classes)}.")

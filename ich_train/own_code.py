@@ -31,15 +31,13 @@ def imported(name: str, what: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
-        raise UsageError(_import_failure(f"the {what.split()[-1]} {name}", module_name, error)) from error
+        raise UsageError(_import_failure(f"the {what.rsplit(maxsplit=1)[-1]} {name}", module_name, error)) from error
     finally:
         sys.path.remove(folder)
     refuse_unknown([attribute], dir(module), where=f"In {module_name}, the name", listed=False)
     make = getattr(module, attribute)
     if not callable(make):
-        raise UsageError(
-            f"{name} is of the type {type(make).__name__}; it must be {_USES[what]}."
-        )
+        raise UsageError(f"{name} is of the type {type(make).__name__}; it must be {_USES[what]}.")
     return make  # type: ignore[no-any-return]
 
 

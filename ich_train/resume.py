@@ -32,7 +32,7 @@ def meta_of(session: Session) -> Meta:
         val_fold=settings.val_fold,
         test_fold=settings.test_fold,
         epoch=len(session.history),
-        val_loss=session.history[-1].val_loss if session.history else None,
+        val_loss=session.history[-1].val_loss if session.history and session.val_loader is not None else None,
     )
 
 
@@ -47,6 +47,7 @@ def state_of(session: Session) -> dict[str, Any]:
         "history": [asdict(line) for line in session.history],
         "step": session.steps_done,
         "meter": asdict(session.meter),
+        "average": None if session.average is None else session.average.state_dict(),
     }
 
 
@@ -67,6 +68,8 @@ def restore(session: Session, state: Mapping[str, Any]) -> None:
     session.loader.load_state_dict(state["loader"] | {"rank": ranks.rank})
     session.history = [Epoch(**line) for line in state["history"]]
     session.steps_done = state["step"]
+    if session.average is not None:
+        session.average.load_state_dict(state["average"])
     session.meter = Meter(**state["meter"])
     # The sums of all ranks were added up before they were saved: the first rank continues from the totals.
     sums = session.meter.sums if ranks.first else torch.zeros_like(session.meter.sums)

@@ -65,7 +65,7 @@ def resample_of(shape: HeadShape, store: str) -> Resample | None:
 
 def scan_loaders(
     dataset: Dataset, split: Split, settings: TrainConfig, ranks: Ranks, *, source: Rows | None
-) -> tuple[VolumeLoader, VolumeLoader]:
+) -> tuple[VolumeLoader, VolumeLoader | None]:
     """Return the loaders of training and validation: whole series of the ``split``, or their features from ``source``.
 
     Raises `UsageError` if there are too few scans.
@@ -77,7 +77,7 @@ def scan_loaders(
             f"{count(ranks.world_size, 'process', 'processes')}; found {count(len(train), 'scan')} to train on. Lower "
             "scans_per_batch."
         )
-    if len(val) < ranks.world_size:
+    if settings.val_fold != "none" and len(val) < ranks.world_size:
         raise UsageError(
             f"Expected at least one scan to validate for each of {count(ranks.world_size, 'process', 'processes')}; "
             f"found {len(val)}. Start fewer processes."
@@ -103,10 +103,12 @@ def scan_loaders(
         drop_last=True,
         **shared,
     )
+    if not len(val):
+        return loader, None
     return loader, VolumeLoader(dataset, val[ranks.rank :: ranks.world_size], order="sequential", **shared)
 
 
-def scan_step(settings: TrainConfig, val_loader: VolumeLoader, parts: dict[str, Any]) -> ScanStep:
+def scan_step(settings: TrainConfig, loader: VolumeLoader, parts: dict[str, Any]) -> ScanStep:
     """Return the step of a run on scans, of the ``parts`` of every `ich_train.step.Step`."""
     shape = head_shape(settings)
     assert shape is not None
@@ -115,8 +117,8 @@ def scan_step(settings: TrainConfig, val_loader: VolumeLoader, parts: dict[str, 
         context=settings.context,
         scan_weight=settings.scan_weight,
         volumes=shape.kind == "volume",
-        resample=resample_of(shape, val_loader.dataset.spec.store),
-        by_slice=shape.kind != "volume" and val_loader.has_slice_labels,
+        resample=resample_of(shape, loader.dataset.spec.store),
+        by_slice=shape.kind != "volume" and loader.has_slice_labels,
     )
 
 

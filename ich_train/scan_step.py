@@ -66,13 +66,13 @@ class ScanStep(Step):
     def _sums_of(self, logits: ScanLogits, *inputs: torch.Tensor) -> tuple[Sums, torch.Tensor]:
         """Return the sums over slices and scans together, and the labels (n, classes) of the slices."""
         _, labels, scan_labels, _, _, _, rows = inputs
-        of_scans = loss_sums(logits.scans, scan_labels, self.weights)
+        of_scans = loss_sums(logits.scans, scan_labels, self.weights, self.entropy_of)
         weighted = Sums(of_scans.loss * self.scan_weight, of_scans.weight * self.scan_weight, *of_scans[2:])
         if self.volumes:
             return weighted, labels.flatten(0, 1)
         scan, place = (rows >= 0).nonzero(as_tuple=True)
         of_slices = labels[scan.to(labels.device), place.to(labels.device)]
-        slices = loss_sums(logits.slices, of_slices, self.weights)
+        slices = loss_sums(logits.slices, of_slices, self.weights, self.entropy_of)
         return Sums(*(a + b for a, b in zip(slices, weighted, strict=True))), of_slices
 
     def _mean_weight(self, weight: torch.Tensor) -> torch.Tensor:

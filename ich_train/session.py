@@ -12,13 +12,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ich_prep.dataset.windows import Window, parse_windows
 from ich_prep.errors import UsageError, count
+from ich_train.averaging import Average, averaged
 from ich_train.features import open_features
 from ich_train.loader import Batch, SliceLoader
-from ich_train.loss import label_weights
+from ich_train.loss import elementwise_loss, label_weights
 from ich_train.meters import Meter
 from ich_train.model import build_model
 from ich_train.preprocess import Augment, Preprocess
-from ich_train.runs import Epoch, best_of
+from ich_train.runs import Epoch, best_of, chosen_by
 from ich_train.scan_network import SequenceNetwork, build_scan_network
 from ich_train.scan_session import head_shape, scan_loaders, scan_step
 from ich_train.split import Split, balanced_weights, split_rows
@@ -43,12 +44,13 @@ class Session:
     settings: TrainConfig
     ranks: Ranks
     loader: SliceLoader | VolumeLoader
-    val_loader: SliceLoader | VolumeLoader
+    val_loader: SliceLoader | VolumeLoader | None  # None: nothing is validated
     windows: tuple[Window, ...]  # that the network sees
     preprocess: Preprocess
     model: nn.Module  # the bare network, which is saved
     step: Step
     meter: Meter
+    average: Average | None  # of the weights
     history: list[Epoch] = field(default_factory=list)
     steps_done: int = 0
 
@@ -64,8 +66,13 @@ class Session:
 
     @property
     def best(self) -> Epoch:
-        """The epoch of the lowest validation loss so far."""
-        return best_of(self.history)
+        """The best epoch in validation so far; the last one if there is no validation."""
+        return best_of(self.history, chosen_by(self.settings))
+
+    @property
+    def kept(self) -> nn.Module:
+        """The network that is validated and kept: the average of the weights, once there is one."""
+        return self.average.network if self.average is not None and self.average.begun else self.model
 
 
 def prepare(dataset: Dataset, settings: TrainConfig, ranks: Ranks, *, weights: Path | None) -> Session:
@@ -85,6 +92,7 @@ def prepare(dataset: Dataset, settings: TrainConfig, ranks: Ranks, *, weights: P
         test_fold=settings.test_fold,
         # With a head the labels of a series are those of the scan, and no slice's.
         allow_series_labels=settings.allow_series_labels or shape is not None,
+        needed=("train",) if settings.val_fold == "none" or settings.test_fold == "none" else ("train", "val", "test"),
     )
     features = None if settings.features is None else open_features(settings.features, dataset, settings, windows)
     loader, val_loader = (
@@ -109,7 +117,7 @@ def prepare(dataset: Dataset, settings: TrainConfig, ranks: Ranks, *, weights: P
     model.to(ranks.device)
     if shape is None or shape.kind != "volume":
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in its stub
-    step = _step(model, Augment(preprocess, settings), preprocess, loss_weights, settings, ranks, val_loader)
+    step = _step(model, Augment(preprocess, settings), preprocess, loss_weights, settings, ranks, loader)
     return Session(
         dataset=dataset,
         settings=settings,
@@ -121,17 +129,20 @@ def prepare(dataset: Dataset, settings: TrainConfig, ranks: Ranks, *, weights: P
         model=model,
         step=step,
         meter=Meter.new(ranks.device),
+        average=averaged(model, ema_decay=settings.ema_decay, last_epochs=settings.average_epochs),
     )
 
 
-def _loaders(dataset: Dataset, split: Split, settings: TrainConfig, ranks: Ranks) -> tuple[SliceLoader, SliceLoader]:
+def _loaders(
+    dataset: Dataset, split: Split, settings: TrainConfig, ranks: Ranks
+) -> tuple[SliceLoader, SliceLoader | None]:
     if len(split.train) < settings.batch_size * ranks.world_size:
         raise UsageError(
             f"Expected at least one batch of {count(settings.batch_size, 'slice')} for "
             f"{'each of ' if ranks.world_size > 1 else ''}{count(ranks.world_size, 'process', 'processes')}; found "
             f"{count(len(split.train), 'slice')} to train on. Lower the batch size."
         )
-    if len(split.val) < ranks.world_size:
+    if settings.val_fold != "none" and len(split.val) < ranks.world_size:
         raise UsageError(
             f"Expected at least one validation slice for each of {count(ranks.world_size, 'process', 'processes')}; found "
             f"{len(split.val)}. Start fewer processes."
@@ -153,6 +164,8 @@ def _loaders(dataset: Dataset, split: Split, settings: TrainConfig, ranks: Ranks
         drop_last=True,  # batch normalization fails on a last batch of one slice
         **shared,
     )
+    if not len(split.val):
+        return loader, None
     return loader, SliceLoader(dataset, split.val[ranks.rank :: ranks.world_size], order="sequential", **shared)
 
 
@@ -163,7 +176,7 @@ def _step(
     weights: torch.Tensor,
     settings: TrainConfig,
     ranks: Ranks,
-    val_loader: SliceLoader | VolumeLoader,
+    loader: SliceLoader | VolumeLoader,
 ) -> Step:
     on_gpu = ranks.device.type == "cuda"
     network: Callable[[torch.Tensor], torch.Tensor] = model
@@ -188,10 +201,19 @@ def _step(
         "precision": precision,
         "clip_norm": settings.clip_norm,
         "ranks": ranks,
+        "entropy_of": elementwise_loss(
+            settings.loss,
+            classes=len(weights),
+            focal_gamma=settings.focal_gamma,
+            pos_weight=settings.pos_weight,
+            device=ranks.device,
+        ),
+        "accumulate": settings.accumulate,
     }
-    if isinstance(val_loader, VolumeLoader):
-        return scan_step(settings, val_loader, parts)
-    graph = settings.cuda_graph and on_gpu and ranks.world_size == 1 and not in_float16
+    if isinstance(loader, VolumeLoader):
+        return scan_step(settings, loader, parts)
+    one_by_one = ranks.world_size > 1 or in_float16 or settings.accumulate > 1
+    graph = settings.cuda_graph and on_gpu and not one_by_one
     return Step(**parts, use_cuda_graph=graph)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -32,15 +32,16 @@ class Split:
 def split_rows(
     dataset: Dataset,
     *,
-    val_fold: int,
-    test_fold: int,
+    val_fold: int | Literal["none"],
+    test_fold: int | Literal["none"],
     allow_series_labels: bool,
     needed: Collection[str] = ("train", "val", "test"),
 ) -> Split:
     """Return the labelled rows of ``dataset`` as a `Split`.
 
     If the dataset's own test subset has labels, it is the test part, and the training part has all folds but
-    ``val_fold``; other slices of its patients are in no part. Otherwise ``test_fold`` is held out. Raises `UsageError`
+    ``val_fold``; other slices of its patients are in no part. Otherwise ``test_fold`` is held out. "none" holds nothing
+    out. Raises `UsageError`
     if the two folds are the same, a part that is ``needed`` would be empty, no slice has a label, or labels are those of
     whole series and ``allow_series_labels`` is false.
     """
@@ -54,11 +55,11 @@ def split_rows(
         patients = dataset.slices["patient_id"].take(pa.array(rows))
         tested = pc.unique(patients.filter(pa.array(is_test)))
         in_no_part = pc.is_in(patients, value_set=tested).to_numpy() & ~is_test
-    elif val_fold == test_fold:
+    elif val_fold == test_fold != "none":
         raise UsageError(f"val_fold and test_fold are both {val_fold}: they must differ.")
     else:
-        is_test = fold == test_fold
-    is_val = (fold == val_fold) & ~in_no_part
+        is_test = _in_fold(fold, test_fold)
+    is_val = _in_fold(fold, val_fold) & ~in_no_part
     split = Split(train=rows[~is_val & ~is_test & ~in_no_part], val=rows[is_val], test=rows[is_test])
     for part, part_rows in vars(split).items():
         if part in needed and not len(part_rows):
@@ -69,6 +70,13 @@ def split_rows(
                 f"{counts}. Choose other folds, or build with more patients or fewer folds."
             )
     return split
+
+
+def _in_fold(fold: NDArray[np.int64], number: int | Literal["none"]) -> NDArray[np.bool_]:
+    if number == "none":
+        return np.zeros(len(fold), bool)
+    equal: NDArray[np.bool_] = fold == number
+    return equal
 
 
 def balanced_weights(labels: NDArray[np.int8]) -> NDArray[np.float64]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ich_prep.errors import TrainError
-from ich_train.loss import Sums, loss_sums
+from ich_train.loss import Elementwise, Sums, cross_entropy, loss_sums
 
 if TYPE_CHECKING:
     from ich_train.ranks import Ranks
@@ -31,7 +31,8 @@ class Step:
     ``model`` is the bare network, ``network`` the same joined to the other ranks and compiled: that is what computes.
     ``augment`` turns stored pixels into its inputs, by a generator; ``preprocess`` does so without chance. ``weights``
     (classes,) float32 are those of the loss. Convolutions compute in ``precision``, and ``scaler`` keeps gradients in
-    float16 from vanishing.
+    float16 from vanishing. ``entropy_of`` is the loss of each logit; the gradients of ``accumulate`` batches are averaged
+    for one update.
 
     A step is thousands of kernels, and launching them one by one can take the host longer than the GPU needs to compute
     them. With ``use_cuda_graph`` the step is recorded after ``UNRECORDED_STEPS`` as a CUDA graph and replayed by one
@@ -54,20 +55,25 @@ class Step:
         clip_norm: float,
         ranks: Ranks,
         use_cuda_graph: bool,
+        entropy_of: Elementwise = cross_entropy,
+        accumulate: int = 1,
     ) -> None:
         self.model, self.network, self.augment, self.preprocess = model, network, augment, preprocess
         self.optimizer, self.scaler, self.weights = optimizer, scaler, weights
         self.precision, self.clip_norm = precision, clip_norm
         self.ranks, self.use_cuda_graph = ranks, use_cuda_graph
+        self.entropy_of, self.accumulate = entropy_of, accumulate
+        self._gathered = 0  # batches since the last update
         self.generator = torch.Generator(ranks.device)  # of the augmentation, reseeded for each step
         self._taken = 0
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def __call__(self, *inputs: torch.Tensor, rate: float, seed: int) -> torch.Tensor:
+    def __call__(self, *inputs: torch.Tensor, rate: float, seed: int, last: bool = False) -> torch.Tensor:
         """Learn from one batch; return the sums of `ich_train.loss.Sums`, (4,) float32, which the next step may overwrite.
 
         ``inputs`` are those of `measure`, on the device of the run; ``rate`` is the learning rate, ``seed`` decides the
-        augmentation and the dropout. Raises `TrainError` if the network does something that cannot be recorded.
+        augmentation and the dropout. The ``last`` batch of an epoch updates the weights whatever is accumulated. Raises
+        `TrainError` if the network does something that cannot be recorded.
         """
         if self.use_cuda_graph and self._graph is None and self._taken == UNRECORDED_STEPS:
             self._graph = self._record(inputs)
@@ -77,7 +83,7 @@ class Step:
         if self._graph is None:
             for group in self.optimizer.param_groups:
                 group["lr"] = float(np.float32(rate))  # rounded as in a recorded step
-            return self._learn(inputs)
+            return self._learn(inputs, last=last)
         self._rate.fill_(rate)
         for recorded, given in zip(self._inputs, inputs, strict=True):
             recorded.copy_(given)
@@ -94,19 +100,25 @@ class Step:
         augmented = self.augment(images, self.generator)
         with self.autocast():
             logits = self.network(augmented)
-        return loss_sums(logits, labels, self.weights)
+        return loss_sums(logits, labels, self.weights, self.entropy_of)
 
     def validate(self, model: nn.Module, *inputs: torch.Tensor) -> Judged:
         """Return what ``model``, in evaluation mode, says of a batch: without augmentation and gradients."""
         images, labels = inputs
         with torch.inference_mode(), self.autocast():
             logits = model(self.preprocess(images))
-            return Judged(loss_sums(logits, labels, self.weights), logits, labels)
+            return Judged(loss_sums(logits, labels, self.weights, self.entropy_of), logits, labels)
 
-    def _learn(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def _learn(self, inputs: tuple[torch.Tensor, ...], *, last: bool = False) -> torch.Tensor:
         sums = self.measure(*inputs)
-        self.optimizer.zero_grad()
-        self.scaler.scale(sums.loss / self._mean_weight(sums.weight)).backward()  # type: ignore[no-untyped-call]
+        if not self._gathered:
+            self.optimizer.zero_grad()
+        mean = sums.loss / self._mean_weight(sums.weight)
+        self.scaler.scale(mean / self.accumulate if self.accumulate > 1 else mean).backward()  # type: ignore[no-untyped-call]
+        self._gathered = (self._gathered + 1) % self.accumulate
+        if self._gathered and not last:
+            return torch.stack(sums).detach()
+        self._gathered = 0
         self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
         self.scaler.step(self.optimizer)

@@ -20,6 +20,7 @@ import torch
 from ich_prep.errors import TrainError, UsageError, count
 from ich_train.checkpoint import WEIGHTS, has_checkpoint, load_parameters, load_state, read_meta, save_checkpoint
 from ich_train.config import TrainConfig
+from ich_train.imagenet import IMAGENET, imagenet_weights
 from ich_train.meters import Meter, Reporter, tensorboard
 from ich_train.ranks import Ranks, Stop, join_ranks, own_stream
 from ich_train.resume import meta_of, restore, state_of
@@ -30,12 +31,16 @@ from ich_train.runs import (
     METRICS,
     Epoch,
     check_same,
+    chosen_by,
+    is_finished,
+    lengthen,
     read_history,
     settings_of,
     start,
     write_history,
 )
 from ich_train.session import Session, prepare
+from ich_train.split import split_rows
 from ich_train.to_device import to_device
 
 if TYPE_CHECKING:
@@ -73,8 +78,10 @@ def train(
     """
     with join_ranks(settings.device) as ranks, own_stream(ranks.device), Stop(ranks) as stop:
         session = _start_or_resume(dataset, out, settings, evaluation, ranks, resume=resume)
-        reporter = Reporter(console, epochs=settings.epochs, silent=not ranks.first)
-        finished = len(session.history) == settings.epochs
+        if evaluation is not None and settings.test_fold == "none" and not _has_test_part(dataset, settings):
+            evaluation = None
+        reporter = Reporter(console, epochs=settings.epochs, silent=not ranks.first, chosen_by=chosen_by(settings))
+        finished = is_finished(session.history, settings)
         # The metrics of a run that is not finished are those of an earlier best epoch.
         evaluated = evaluation is None or (finished and _is_evaluated(out, dataset, evaluation))
         if finished:
@@ -103,7 +110,7 @@ def _train_epochs(session: Session, out: Path, stop: Stop, reporter: Reporter, *
     settings, ranks = session.settings, session.ranks
     events = tensorboard(out, len(session.history) + 1) if ranks.first else nullcontext()
     with reporter, events as board:
-        while len(session.history) < settings.epochs:
+        while not is_finished(session.history, settings):
             complete = _train_epoch(session, stop, reporter)
             if not complete:
                 session.meter.sums = ranks.total(session.meter.sums)
@@ -122,7 +129,7 @@ def _train_epochs(session: Session, out: Path, stop: Stop, reporter: Reporter, *
             if board is not None:
                 for name, value in asdict(line).items():
                     board.add_scalar(name, value, line.epoch)
-            work_left = line.epoch < settings.epochs or evaluation_follows
+            work_left = not is_finished(session.history, settings) or evaluation_follows
             if work_left and stop.agreed():
                 return False
 
@@ -135,13 +142,22 @@ def _start_or_resume(
 ) -> Session:
     """Return a new run, its folder started, or with ``resume`` that in ``out`` at the place where it was stopped."""
     saved = _saved_state(out, settings, ranks) if resume else None
-    session = prepare(dataset, settings, ranks, weights=settings.weights if saved is None else None)
+    session = prepare(dataset, settings, ranks, weights=_weights_file(settings) if saved is None else None)
     if saved is not None:
         load_parameters(out / LAST, session.model)
         restore(session, saved)
+        if ranks.first and settings.epochs > settings_of(out)[0].epochs:
+            lengthen(out, settings.epochs)
     elif ranks.first and not resume:
         start(out, settings, evaluation)
     return session
+
+
+def _weights_file(settings: TrainConfig) -> Path | None:
+    """Return the file of the initial weights, downloaded if need be."""
+    if settings.weights == Path(IMAGENET):
+        return imagenet_weights(settings.model)
+    return settings.weights
 
 
 def _train_epoch(session: Session, stop: Stop, reporter: Reporter) -> bool:
@@ -154,15 +170,18 @@ def _train_epoch(session: Session, stop: Stop, reporter: Reporter) -> bool:
     for batch in to_device(session.batches(loader), ranks.device):
         rate = _rate(session, session.steps_done)
         seed = step_seed(settings.seed, epoch=epoch, step=session.steps_done, rank=ranks.rank)
-        sums = step(*batch.inputs, rate=rate, seed=seed)
+        sums = step(*batch.inputs, rate=rate, seed=seed, last=session.steps_done + 1 == steps)
 
         session.steps_done += 1
+        between = session.steps_done % settings.accumulate > 0  # two updates
+        if session.average is not None and not between:
+            session.average.after_step()
         meter.sums += sums
         meter.slices += batch.slices * ranks.world_size
         meter.seconds = time.perf_counter() - began
         meter.wait_s = loader.wait_seconds - wait_began
         reporter.step(epoch, session.steps_done, steps, meter)
-        if session.steps_done < steps and stop.agreed_at(session.steps_done):
+        if session.steps_done < steps and not between and stop.agreed_at(session.steps_done):
             return False
     meter.seconds = time.perf_counter() - began  # a GPU may have had some steps in its queue
     return True
@@ -184,8 +203,10 @@ def _close_epoch(session: Session) -> Epoch:
     meter, epoch = session.meter, len(session.history) + 1
     train_loss, train_accuracy = meter.means(session.ranks)
     began = time.perf_counter()
-    val_loss, val_accuracy = _validate(session)
-    if not math.isfinite(train_loss + val_loss):
+    if session.average is not None:
+        session.average.after_epoch(epoch, session.settings.epochs)
+    val_loss, val_accuracy, val_auc = _validate(session)
+    if not math.isfinite(train_loss + (0.0 if session.val_loader is None else val_loss)):
         raise TrainError(
             f"The loss is not finite in epoch {epoch}: {train_loss} in training, {val_loss} in validation. Start another "
             f"run with a lower learning_rate than {session.settings.learning_rate:g}, or in float32."
@@ -200,6 +221,7 @@ def _close_epoch(session: Session) -> Epoch:
         learning_rate=_rate(session, len(session.loader) - 1),
         slices_per_s=meter.slices / meter.seconds,
         wait_share=min(meter.wait_s / meter.seconds, 1.0),
+        val_auc=val_auc,
     )
     session.history.append(line)
     session.steps_done = 0
@@ -207,20 +229,37 @@ def _close_epoch(session: Session) -> Epoch:
     return line
 
 
-def _validate(session: Session) -> tuple[float, float]:
-    """Return the mean loss and the accuracy over the validation rows of all ranks."""
-    ranks, step = session.ranks, session.step
-    ranks.share_buffers(session.model)
-    session.model.eval()
-    meter = Meter.new(ranks.device)
+def _validate(session: Session) -> tuple[float, float, float]:
+    """Return the mean loss, accuracy and mean ROC AUC over the validation rows of all ranks; NaN if there are none."""
+    ranks, step, network = session.ranks, session.step, session.kept
+    if session.val_loader is None:
+        return math.nan, math.nan, math.nan
+    ranks.share_buffers(network)
+    network.eval()
+    meter, logits, labels = Meter.new(ranks.device), [], []
     for batch in to_device(session.batches(session.val_loader), ranks.device):
-        meter.sums += torch.stack(step.validate(session.model, *batch.inputs).sums)
-    return meter.means(ranks)
+        judged = step.validate(network, *batch.inputs)
+        meter.sums += torch.stack(judged.sums)
+        logits.append(judged.logits.float())
+        labels.append(judged.labels.clone())  # a buffer of the loader
+    loss, accuracy = meter.means(ranks)
+    return loss, accuracy, _mean_area(ranks.gathered(torch.cat(logits)), ranks.gathered(torch.cat(labels)))
+
+
+def _mean_area(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Return the mean ROC AUC of the classes for which it is defined, NaN if there are none; both (n, classes)."""
+    from ich_train.evaluation.metrics import roc_aucs
+
+    names = [str(k) for k in range(logits.shape[1])]
+    areas = roc_aucs(labels.cpu().numpy(), logits.cpu().numpy(), names)
+    defined = [area for area in areas.values() if area is not None]
+    return sum(defined) / len(defined) if defined else math.nan
 
 
 def _save(session: Session, folder: Path, *, with_state: bool = False) -> None:
     if session.ranks.first:
-        save_checkpoint(folder, session.model, meta_of(session), state_of(session) if with_state else None)
+        network = session.model if with_state else session.kept  # a run resumes from the weights, not their average
+        save_checkpoint(folder, network, meta_of(session), state_of(session) if with_state else None)
 
 
 def _saved_state(out: Path, settings: TrainConfig, ranks: Ranks) -> dict[str, Any] | None:
@@ -255,6 +294,14 @@ def _check_untrained(out: Path) -> None:
         )
 
 
+def _has_test_part(dataset: Dataset, settings: TrainConfig) -> bool:
+    """Return whether the dataset has a test subset with labels, for a run that holds out no fold."""
+    split = split_rows(
+        dataset, val_fold=settings.val_fold, test_fold="none", allow_series_labels=True, needed=("train",)
+    )
+    return len(split.test) > 0
+
+
 def _is_evaluated(out: Path, dataset: Dataset, evaluation: EvalConfig) -> bool:
     """Return whether the last evaluation of the run in ``out`` was on ``dataset``, as ``evaluation`` says."""
     if not (out / METRICS).exists():
@@ -277,7 +324,7 @@ def _outline(session: Session) -> str:
     precision = str(session.step.precision).removeprefix("torch.")
     noun, batch = ("slice", settings.batch_size) if settings.head == "none" else ("scan", settings.scans_per_batch)
     loader = session.loader
-    to_train, to_validate = loader.items, session.val_loader.items
+    to_train, to_validate = loader.items, 0 if session.val_loader is None else session.val_loader.items
     head = "" if settings.head == "none" else f" with head {settings.head}"
     return (
         f"Training {settings.model}{head} in {precision} on {where}: {count(to_train, noun)}, "

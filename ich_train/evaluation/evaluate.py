@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from ich_train.evaluation.figures import curves_of, draw_figures
 from ich_train.evaluation.metrics import best_f1_thresholds, by_series, measure, position_scores, roc_aucs
 from ich_train.evaluation.plots import png
 from ich_train.evaluation.report import report_html
-from ich_train.predict import Predictor, load_predictor
+from ich_train.predict import Mirrored, Predictor, load_predictor
 from ich_train.runs import METRICS, read_history, require_writable
 from ich_train.scan_predict import ScanProbabilities, predict_scans, predict_slices, series_rows
 from ich_train.split import Split, split_rows
@@ -192,6 +192,8 @@ def _predict(
 ) -> _Predicted:
     """Return the evaluated slices and those of the validation part, each slice predicted once."""
     rows_to_predict = np.union1d(rows.evaluated, rows.split.val)
+    if evaluation.mirror:
+        predictor = replace(predictor, model=Mirrored(predictor.model))
     scans = None
     if predictor.meta.head is None:
         probabilities = predict_slices(
