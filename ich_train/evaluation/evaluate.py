@@ -24,8 +24,9 @@ import pyarrow.parquet as pq
 from pyarrow import csv
 
 from ich_prep.dataset.storage import write_whole
+from ich_train.evaluation.calibration import calibration, operating_point
 from ich_train.evaluation.cases import Cases, cases_of
-from ich_train.evaluation.figures import curves_of, draw_figures
+from ich_train.evaluation.figures import curves_of, draw_figures, draw_reliability
 from ich_train.evaluation.metrics import best_f1_thresholds, by_series, measure, position_scores, roc_aucs
 from ich_train.evaluation.plots import png
 from ich_train.evaluation.report import report_html
@@ -98,6 +99,7 @@ def evaluate_run(
     metrics = _measure(dataset, predictor.meta, rows, predicted, evaluation)
     curves = curves_of(cases)
     figures = draw_figures(dataset, predictor, cases, curves, metrics["by_slice"], history)
+    figures["reliability"] = draw_reliability(cases, metrics["calibration"]["temperature"])
     pictures = {name: png(figure) for name, figure in figures.items()}
 
     out.mkdir(parents=True, exist_ok=True)
@@ -224,6 +226,19 @@ def _measure(
         "dataset": _describe(dataset, rows, meta),
         "evaluated": evaluation.model_dump(exclude={"batch_size"})
         | {"slices": len(cases.rows), "series_labels": bool(pc.any(pc.equal(levels, "series")).as_py())},
+        "calibration": calibration(
+            cases.labels, cases.probabilities, validation.labels, validation.probabilities, cases.classes
+        ),
+        "operating_point": None
+        if evaluation.sensitivity is None
+        else operating_point(
+            cases.labels,
+            cases.probabilities,
+            validation.labels,
+            validation.probabilities,
+            classes=cases.classes,
+            sensitivity=evaluation.sensitivity,
+        ),
     } | measure_views(
         cases,
         validation,

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ich_prep.dataset.classes import ANY
+from ich_train.evaluation.calibration import reliability, scaled
 from ich_train.evaluation.metrics import POLICIES, precision_recall_curves, roc_curves
 from ich_train.evaluation.plots import (
     Example,
@@ -17,6 +18,7 @@ from ich_train.evaluation.plots import (
     feature_maps,
     history_curve,
     precision_recall_panels,
+    reliability_diagram,
     roc_panels,
 )
 from ich_train.loader import SliceLoader
@@ -77,6 +79,14 @@ def draw_history(history: Sequence[Epoch], kept: int) -> dict[str, Figure]:
         )
         for quantity in ("loss", "accuracy")
     }
+
+
+def draw_reliability(cases: Cases, temperature: float | None) -> Figure:
+    """Return the reliability diagram of the probabilities and, if there is a ``temperature``, of those scaled by it."""
+    curves = {"as predicted": reliability(cases.labels, cases.probabilities)}
+    if temperature is not None:
+        curves[f"scaled, T = {temperature:.2f}"] = reliability(cases.labels, scaled(cases.probabilities, temperature))
+    return reliability_diagram({name: (bins.predicted, bins.observed) for name, bins in curves.items()})
 
 
 def draw_sheet(dataset: Dataset, predictor: Predictor, cases: Cases, label: str, threshold: float) -> Figure:

@@ -49,6 +49,10 @@ CAPTIONS = {
     "precision_recall": Caption(
         "Precision and recall", "The dotted line is the share of positives, which a guess also reaches."
     ),
+    "reliability": Caption(
+        "Reliability",
+        "Share of positives over the predicted probability, in 15 bins; on the dotted line they are the same.",
+    ),
     "confusion_at_half": Caption("Confusion at 0.5", "Counts of slices; percentages and shades are shares of a row."),
     "confusion_at_best_f1": Caption(
         "Confusion at best F1",
@@ -98,6 +102,8 @@ def report_html(metrics: Mapping[str, Any], history: Sequence[Epoch], pictures: 
         parts=_parts(data, classes),
         views=[_view(name, metrics[name]) for name in VIEW_WORDS if metrics.get(name) is not None],
         history=_history(history, model),
+        calibration=_calibration(metrics["calibration"]),
+        operating_point=_operating_point(metrics["operating_point"]),
         policies=POLICIES,
         captions=CAPTIONS,
         pictures=pictures,
@@ -268,6 +274,26 @@ def _decisions(view: Mapping[str, Any], policy: str) -> Table:
         rows.append(Row([Cell(name, (words,)), "", *numbers, *values], mean=True))
     head = ["label", "threshold", *map(str.upper, counts), *(DECISION_WORDS[name] for name in DECISION)]
     return Table(head, rows, title=_capital(POLICY_WORDS[policy]))
+
+
+def _calibration(found: Mapping[str, Any]) -> Table:
+    temperature = found["temperature"]
+    lines = {"as predicted": found["as_predicted"]}
+    if temperature is not None:
+        lines[f"scaled, T = {temperature:.3f}"] = found["scaled"]
+    rows = [Row([name, *(_number(line[key]) for key in ("ece", "brier", "log_loss"))]) for name, line in lines.items()]
+    return Table(["probabilities", "ECE", "Brier score", "log loss"], rows)
+
+
+def _operating_point(found: Mapping[str, Any] | None) -> Table | None:
+    if found is None:
+        return None
+    rows = [
+        Row([name, *(_number(point[key]) for key in ("threshold", "sensitivity", "specificity"))])
+        for name, point in found["labels"].items()
+    ]
+    title = f"At the thresholds of a sensitivity of {found['sensitivity']:g} on validation"
+    return Table(["label", "threshold", "sensitivity", "specificity"], rows, title=title)
 
 
 def _history(history: Sequence[Epoch], model: Mapping[str, Any]) -> Table:
