@@ -66,7 +66,7 @@ def program(*, show_version: Version = False) -> None:
     TrainConfig, "data", "model", "head", "epochs", "weights", "features", "seed", "batch_size", "threads", "device"
 )
 def run_command(*, given: dict[str, Any], out: Out = None, recipe: RecipeFile = None, resume: Resume = False) -> None:
-    """Train, keep the epoch of the lowest validation loss, evaluate it on held-out slices, write a report."""
+    """Train, keep the best epoch in validation, evaluate it on held-out slices, write a report."""
     from ich_train.runs import RECIPE, latest_folder, new_folder, require_run
 
     name = recipe.stem if recipe else given.get("model", TrainConfig().model).replace(":", "-").replace("/", "-")

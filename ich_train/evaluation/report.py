@@ -194,7 +194,7 @@ def _facts(metrics: Mapping[str, Any]) -> list[Row]:
     neighbours = f"; neighbouring slices on each side: {model['context']}" if model["context"] else ""
     drawn = f", {evaluated['limit']:,} drawn with seed {evaluated['seed']}" if metrics["by_series_max"] is None else ""
     facts = {
-        "network": f"{model['network']}, the epoch of the lowest validation loss: {model['epoch']}",
+        "network": f"{model['network']}{_head_words(model)}, epoch {model['epoch']}",
         "input": f"{size} × {size} pixels in the windows {windows} (center/width in HU){neighbours}",
         "dataset": f"{data['name']}: {count(data['slices'], 'slice')}, {data['series']:,} series, "
         f"{count(data['patients'], 'patient')}",
@@ -203,6 +203,13 @@ def _facts(metrics: Mapping[str, Any]) -> list[Row]:
         "intervals": f"{count(evaluated['bootstrap'], 'bootstrap resample')} of the patients, seed {evaluated['seed']}",
     }
     return [Row(fact) for fact in facts.items()]
+
+
+def _head_words(model: Mapping[str, Any]) -> str:
+    head = model.get("head")
+    if head is None:
+        return ""
+    return " of whole volumes" if head["kind"] == "volume" else f" with the head {head['kind']} over each scan"
 
 
 def _parts(data: Mapping[str, Any], classes: Sequence[str]) -> Table:
