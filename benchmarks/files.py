@@ -77,7 +77,9 @@ SYNTAXES = {
     "JPEG 2000 lossless": "1.2.840.10008.1.2.4.90",
     "JPEG lossless": "1.2.840.10008.1.2.4.70",
     "JPEG-LS lossless": "1.2.840.10008.1.2.4.80",
+    "JPEG, 8 bits": "1.2.840.10008.1.2.4.50",
 }
+COMPRESSED = ("JPEG 2000 lossless", "JPEG-LS lossless", "JPEG lossless", "RLE", "JPEG, 8 bits")
 
 
 def in_syntax(folder: Path, name: str, *, slices: int) -> Path:
@@ -99,11 +101,13 @@ def _encode(syntax: str, tree: Path, source: Path) -> None:
     stored = dataset.pixel_array
     if syntax in (SYNTAXES["RLE"], SYNTAXES["JPEG 2000 lossless"]):
         dataset.compress(UID(syntax), encoding_plugin="pylibjpeg", generate_instance_uid=False)
-    elif syntax in (SYNTAXES["JPEG lossless"], SYNTAXES["JPEG-LS lossless"]):
+    elif syntax in (SYNTAXES["JPEG lossless"], SYNTAXES["JPEG-LS lossless"], SYNTAXES["JPEG, 8 bits"]):
         import imagecodecs
 
         unsigned = stored.view(np.uint16)
-        if syntax == SYNTAXES["JPEG lossless"]:
+        if syntax == SYNTAXES["JPEG, 8 bits"]:
+            frame = imagecodecs.jpeg8_encode(_to_8_bits(dataset), level=90)
+        elif syntax == SYNTAXES["JPEG lossless"]:
             frame = imagecodecs.jpeg8_encode(unsigned, lossless=True, predictor=1, bitspersample=16)
         else:
             frame = imagecodecs.jpegls_encode(unsigned)
@@ -116,6 +120,14 @@ def _encode(syntax: str, tree: Path, source: Path) -> None:
     dataset.file_meta.TransferSyntaxUID = UID(syntax)
     encoding = {"implicit_vr": UID(syntax).is_implicit_VR, "little_endian": UID(syntax).is_little_endian}
     pydicom.dcmwrite(tree / source.name, dataset, force_encoding=True, **encoding)
+
+
+def _to_8_bits(dataset: pydicom.Dataset) -> np.ndarray:
+    """Return the pixels in steps of 16 HU from -1024 HU, and let the header say so."""
+    hu = dataset.pixel_array * float(dataset.RescaleSlope) + float(dataset.RescaleIntercept)
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 8, 8, 7, 0
+    dataset.RescaleSlope, dataset.RescaleIntercept = 16, -1024
+    return np.clip((hu + 1024) / 16, 0, 255).astype(np.uint8)
 
 
 def _is_slice(path: Path) -> bool:

@@ -29,10 +29,12 @@ class Reason(StrEnum):
     EMPTY_FILE = "empty_file"  # zero bytes
     BAD_PATH = "bad_path"  # a name that is not valid UTF-8, or leads out of its archive
     BAD_ARCHIVE = "bad_archive"  # a broken archive, or a member that is damaged, encrypted or in an unsupported form
-    NOT_DICOM = "not_dicom"  # no DICOM file meta information, or no data set that parses
+    NOT_DICOM = "not_dicom"  # by its name or first bytes a DICOM file, but it cannot be read as far as its modality
+    NOT_AN_IMAGE = "not_an_image"  # litter beside the slices: thumbnails, text, pictures, archives, programs
     NOT_CT = "not_ct"  # another modality or SOP class, a DICOMDIR, a presentation state
     LOCALIZER = "localizer"  # a scout
-    DERIVED = "derived"  # secondary capture, dose page, screen save, a reconstruction of other slices
+    DERIVED = "derived"  # secondary capture, dose page, screen save, a projection or rendering of slices
+    NOT_AXIAL = "not_axial"  # more than 45 degrees from the body axis
     NO_PIXELS = "no_pixels"  # a CT header without PixelData
     MULTI_FRAME = "multi_frame"  # more than one frame; expected one slice
     NOT_MONOCHROME = "not_monochrome"  # colour or palette
@@ -42,6 +44,10 @@ class Reason(StrEnum):
     SIZE_MISMATCH = "size_mismatch"  # more or other pixels than the header promises
     TOO_LARGE = "too_large"  # dimensions or an inflated size beyond what a CT slice can be
     # Found while planning.
+    NOT_HU = "not_hu"  # a series whose pixels are not in Hounsfield units
+    BURNED_IN = "burned_in"  # text is burned into the pixels, perhaps the patient's name
+    SOP_CONFLICT = "sop_conflict"  # one SOP Instance UID on different images, where it is the key of the labels
+    FILTERED = "filtered"  # what the user's own filters leave out
     DUPLICATE = "duplicate"  # a second file with the same SOP Instance UID
     SCAN_TYPE = "scan_type"  # a contrast, bone or reformatted series that the layout excludes
     # Found while decoding.
@@ -55,15 +61,27 @@ class Reason(StrEnum):
         return self not in _NO_DAMAGE
 
     @property
+    def is_rule(self) -> bool:
+        """Whether a rule of the build, not damage and not an option, removes such slices: their labels are lost by it."""
+        return self in _RULES
+
+    @property
+    def is_filter(self) -> bool:
+        """Whether the user's options, or the layout's scan types, remove such slices."""
+        return self in _FILTERS
+
+    @property
     def is_transient(self) -> bool:
         """True for transient failures (machine, missing decoder): the next run retries them."""
         return self in _TRANSIENT
 
 
 _NO_DAMAGE = frozenset(
-    (Reason.NOT_CT, Reason.LOCALIZER, Reason.DERIVED, Reason.MULTI_FRAME, Reason.NOT_MONOCHROME)
-    + (Reason.DUPLICATE, Reason.SCAN_TYPE)
+    (Reason.NOT_AN_IMAGE, Reason.NOT_CT, Reason.LOCALIZER, Reason.DERIVED, Reason.NOT_AXIAL, Reason.MULTI_FRAME)
+    + (Reason.NOT_MONOCHROME, Reason.NOT_HU, Reason.BURNED_IN, Reason.FILTERED, Reason.DUPLICATE, Reason.SCAN_TYPE)
 )
+_RULES = frozenset((Reason.DERIVED, Reason.NOT_AXIAL, Reason.NOT_HU, Reason.SOP_CONFLICT))
+_FILTERS = frozenset((Reason.SCAN_TYPE, Reason.FILTERED))
 _TRANSIENT = frozenset((Reason.UNREADABLE, Reason.UNSUPPORTED_SYNTAX, Reason.DECODER_DIED))
 
 

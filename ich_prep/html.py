@@ -13,6 +13,8 @@ from typing import Any
 
 from jinja2 import DictLoader, Environment, StrictUndefined
 
+from ich_prep.messages import escaped
+
 # The palette of the pages in light mode, and of the pictures in them.
 INK, MUTED, FAINT = "#1f2933", "#66727f", "#d5dae0"
 BLUE, GREY, ORANGE = "#1f5a96", "#8a96a3", "#c2571a"
@@ -59,12 +61,22 @@ def png_uri(png: bytes) -> str:
 def _environment() -> Environment:
     loader = DictLoader({"page.html": _PAGE, "kit.html": _KIT})
     environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=loader,
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_visible,
     )
     environment.filters["png_uri"] = png_uri
     environment.tests["cell"] = lambda value: isinstance(value, Cell)
     environment.globals["notice"] = NOTICE
     return environment
+
+
+def _visible(value: Any) -> Any:
+    """Return a value with escapes for control characters, if it is text that is not yet HTML."""
+    return escaped(value) if type(value) is str else value
 
 
 _STYLE = f"""

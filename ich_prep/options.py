@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ich_prep.dataset.spec import Spec
 from ich_prep.recipe import read_section, validate
@@ -15,9 +15,27 @@ from ich_prep.recipe import read_section, validate
 class BuildOptions(Spec):
     """The options that a recipe's ``[build]`` and the command line may set."""
 
-    labels: Path | None = Field(default=None, description="Label CSV. [default: the one found in the source]")
+    labels: Path | None = Field(
+        default=None,
+        description="Label table: CSV, TSV, Parquet or XLSX. [default: the CSV or TSV found in the source]",
+    )
+    label_key: tuple[str, ...] = Field(
+        default=(), description="KEY or KEY=COLUMN: what joins the labels to the files. May be repeated."
+    )
+    label_column: tuple[str, ...] = Field(
+        default=(), description="CLASS=COLUMN: the column with the labels of a class. May be repeated."
+    )
+    ignore_columns: tuple[str, ...] = Field(
+        default=(), description="Columns of the label table to leave out, as a,b; or all that have no meaning."
+    )
+    keep_columns: tuple[str, ...] = Field(
+        default=(), description="Columns of the label table to carry into the dataset, as a,b; a is then x_a."
+    )
     build_dir: Path | None = Field(
         default=None, description="Working folder, needed to resume. [default: the dataset's path with .build appended]"
+    )
+    key: Path | None = Field(
+        default=None, description="Key of the pseudonyms. [default: identifiers.key in the working folder, made once]"
     )
     workers: int | None = Field(
         default=None, ge=0, le=4096, description="Processes; 0: this one. [default: one per core]"
@@ -26,11 +44,44 @@ class BuildOptions(Spec):
     max_quarantined: float = Field(default=0.01, ge=0, le=1, description="Largest share of damaged files.")
     allow_unlabelled: bool = Field(default=False, description="Keep slices without a label.")
     allow_missing_images: bool = Field(default=False, description="Continue when labels have no image.")
+    allow_lost_labels: bool = Field(
+        default=False, description="Continue when a rule of the build removes all images of a label."
+    )
+    allow_kept_columns: bool = Field(default=False, description="Publish --keep-columns as they are beside pseudonyms.")
     allow_contradictions: bool = Field(default=False, description="Take contradictory labels as unknown.")
+
+    @field_validator("label_key", "label_column", "ignore_columns", "keep_columns", mode="before")
+    @classmethod
+    def _columns_as_list(cls, value: Any) -> Any:  # not the name of a validator of Spec, which it would replace
+        # Not split at commas: a column's name may contain one.
+        return [value] if isinstance(value, str) else value
 
     def spec(self) -> Spec:
         """Return the part that changes the bytes."""
         return Spec(**{name: getattr(self, name) for name in Spec.model_fields})
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the rest as the keyword arguments that ``build`` and ``dry_run`` share."""
+        from ich_prep.layouts.labels import LabelOptions
+        from ich_prep.stages.checks import Allowances
+
+        return {
+            "labels": self.labels,
+            "label_options": LabelOptions(
+                key=self.label_key, column=self.label_column, ignore=self.ignore_columns, keep=self.keep_columns
+            ),
+            "build_dir": self.build_dir,
+            "workers": self.workers,
+            "scheduler": self.scheduler,
+            "allow": Allowances(
+                unlabelled=self.allow_unlabelled,
+                missing_images=self.allow_missing_images,
+                contradictions=self.allow_contradictions,
+                lost_labels=self.allow_lost_labels,
+                kept_columns=self.allow_kept_columns,
+                max_quarantined=self.max_quarantined,
+            ),
+        }
 
 
 def resolve(recipe: Path | None, given: Mapping[str, Any]) -> BuildOptions:

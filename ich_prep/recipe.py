@@ -10,6 +10,11 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from ich_prep.errors import UsageError, did_you_mean
+from ich_prep.files import read_regular
+
+MAX_RECIPE_BYTES = 1 << 20
+LONGEST = 200  # characters of a value, or of a parser's error, in a message
+MOST_PROBLEMS = 5  # in a message
 
 SECTIONS = ("build", "train", "eval")
 
@@ -33,17 +38,17 @@ def read_section(path: Path, section: str) -> dict[str, Any]:
 def read_recipe(path: Path) -> dict[str, dict[str, Any]]:
     """Return all sections of the recipe at ``path``, their keys not checked; a missing section is empty."""
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        document = tomllib.loads(read_regular(path, limit=MAX_RECIPE_BYTES).decode())
     except FileNotFoundError:
         raise UsageError(f"Expected a recipe at {path}; there is no such file.") from None
     except OSError as error:
         raise UsageError(f"Expected a recipe at {path}; it cannot be read ({error.strerror}).") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"Expected a TOML recipe at {path}; it does not parse: {error}.") from None
+    except (ValueError, RecursionError) as error:  # ValueError: not TOML, not UTF-8, an integer of thousands of digits
+        raise UsageError(f"Expected a TOML recipe at {path}; it does not parse: {str(error)[:LONGEST]}.") from None
     refuse_unknown(document, SECTIONS, where=f"{path}: section")
     for section, values in document.items():
         if not isinstance(values, dict):
-            raise UsageError(f"Expected a table [{section}] in {path}; found the value {values!r}.")
+            raise UsageError(f"Expected a table [{section}] in {path}; found the value {_shown(values)}.")
     return {section: document.get(section, {}) for section in SECTIONS}
 
 
@@ -52,13 +57,24 @@ def validate(model: type[Model], values: Mapping[str, Any], *, where: str) -> Mo
     refuse_unknown(values, model.model_fields, where=f"{where}: key")
     try:
         return model.model_validate(dict(values))
+    except (OverflowError, RecursionError) as error:
+        raise UsageError(f"{where}: a value is too large or too deeply nested ({str(error)[:LONGEST]}).") from None
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].removeprefix('Value error, ')} "
-            f"(found {problem['input']!r})"
-            for problem in error.errors()
+            f"(found {_shown(problem['input'])})"
+            for problem in error.errors()[:MOST_PROBLEMS]
         )
         raise UsageError(f"{where}: {problems}.") from None
+
+
+def _shown(value: object) -> str:
+    """Return a value as a message shows it, its end left out if it is long."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # too deeply nested, or an integer of thousands of digits
+        return f"a {type(value).__name__} that is too large to show"
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def refuse_unknown(given: Iterable[str], known: Iterable[str], *, where: str, listed: bool = True) -> None:
@@ -70,4 +86,5 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], *, where: str, li
     for name in given:
         if name not in known:
             choices = f" Known: {', '.join(known)}." if listed else ""
-            raise UsageError(f"{where} {name!r} is unknown.{choices}{did_you_mean(name, known)}")
+            short = name[:LONGEST]
+            raise UsageError(f"{where} {short!r} is unknown.{choices}{did_you_mean(short, known)}")

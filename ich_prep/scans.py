@@ -6,8 +6,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 
+from ich_prep.dataset.affine import upright_turns
+from ich_prep.dataset.schema import AS_STORED
 from ich_prep.dicom.decode import Decoder
 from ich_prep.errors import Reason, SliceError
 from ich_prep.layouts import LAYOUTS
@@ -25,8 +28,9 @@ def render_file(path: str | os.PathLike[str], spec: Spec) -> NDArray[Any]:
     """Return the pixels of one DICOM file, (channel, y, x), as a build with ``spec`` stores them.
 
     uint8 window codes, or int16 HU if ``spec.store`` is "hu". Known defects are repaired as ``spec.layout`` says; with
-    the layout "auto" none are, because one file does not show which data set it is from. Raises ``SliceError``, with the
-    reason, for a file that is not a CT slice or that cannot be decoded.
+    the layout "auto" none are, because one file does not show which data set it is from. The slice is turned upright by its
+    own orientation, unless ``spec.orientation`` is "as-stored"; a build turns the slices of a volume alike. Raises
+    ``SliceError``, with the reason, for a file that is not a CT slice or that cannot be decoded.
     """
     file = Path(path)
     folder, key = FolderSource(file.parent), os.fsencode(file.name)
@@ -34,6 +38,7 @@ def render_file(path: str | os.PathLike[str], spec: Spec) -> NDArray[Any]:
     if line["reason"] is not None:
         raise SliceError(Reason(line["reason"]), line["detail"])
     line["repairs"] = _repairs(line, spec, file)
+    line["turn"] = _turn(line, spec)
     decoder = Decoder()
     try:
         stored = decoder.read(pixel_source(folder, key, line))
@@ -42,6 +47,12 @@ def render_file(path: str | os.PathLike[str], spec: Spec) -> NDArray[Any]:
     finally:
         decoder.close()
     return slices.out
+
+
+def _turn(line: dict[str, Any], spec: Spec) -> str:
+    if spec.orientation == AS_STORED or line["orientation"] is None:
+        return ""
+    return str(upright_turns(np.array([line["orientation"]], np.float64))[0])
 
 
 def _repairs(line: dict[str, Any], spec: Spec, file: Path) -> list[str]:

@@ -8,7 +8,7 @@ the definitions.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,17 +20,19 @@ import pyarrow.compute as pc
 from ich_prep.dataset import open_dataset, shard_format
 from ich_prep.dataset.classes import SUBTYPES, is_rsna
 from ich_prep.dataset.codecs import CODECS
-from ich_prep.dataset.schema import IMAGES, ROOT, TABLES, shard_path
+from ich_prep.dataset.schema import IMAGES, LABELS, OK, ROOT, TABLES, shard_path
 from ich_prep.dataset.storage import local_path
-from ich_prep.dataset.tables import read_parquet
+from ich_prep.dataset.tables import read_sealed
 from ich_prep.dataset.windows import MAX_HU, MIN_HU, window_codes
 from ich_prep.dicom.decode import decode_with_pydicom
 from ich_prep.errors import CorruptionError, IchError, SliceError, SourceError, UsageError
+from ich_prep.files import is_litter, read_regular
 from ich_prep.pixels.repairs import SIGN_12BIT, SIGN_12BIT_SHIFT, SIGN_12BIT_WRAP
 from ich_prep.pixels.resize import resize_hu
 from ich_prep.sources import LARGEST_MEMBER, Source, open_source, read_whole
 from ich_prep.stages import ledger
-from ich_prep.stages.publish import digest_of, root_document
+from ich_prep.stages.folds import fold_of
+from ich_prep.stages.publish import root_document
 from ich_prep.stages.shard import ShardReport
 from ich_prep.stages.state import BuildFolder, build_folder, readable_state
 
@@ -39,6 +41,19 @@ if TYPE_CHECKING:
 
     from ich_prep.dataset import Dataset
     from ich_prep.progress import Progress
+
+
+# The turns, independently of ``TURNS``: a slice (rows, columns) -> as it is stored.
+_TURNED: dict[str, Callable[[NDArray[np.int16]], NDArray[np.int16]]] = {
+    "": lambda hu: hu,
+    "flip_x": np.fliplr,
+    "flip_y": np.flipud,
+    "rotate_180": lambda hu: np.rot90(hu, 2),
+    "transpose": np.transpose,
+    "rotate_90_left": np.rot90,
+    "rotate_90_right": lambda hu: np.rot90(hu, -1),
+    "transverse": lambda hu: np.rot90(hu, 2).T,
+}
 
 
 @dataclass(frozen=True)
@@ -51,12 +66,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was checked, and the problems found."""
+    """What was checked, the problems found, and notes: what is remarkable and no problem."""
 
     shards: int
     slices: int
     compared: int
     problems: tuple[Problem, ...]
+    notes: tuple[Problem, ...] = ()
 
 
 def verify(
@@ -89,23 +105,27 @@ def verify(
             f"Comparing with the sources needs the working folder of the build, whose plan names the source file of each "
             f"row; {folder.path} {problem}. Name it with --build-dir, or verify without --src."
         )
-    problems = [*_check_digest(dataset), *_check_files(dataset)]
+    problems = [*_check_files(dataset)]
     intact = not problems
     required = {str(dataset.path / ROOT), *(str(dataset.table_path(table)) for table in ("slices", "shards"))}
     if any(problem.culprit in required for problem in problems):
         # These files are damaged, so the shards cannot be checked against them.
         return Verification(0, 0, 0, tuple(problems))
-    if intact:
-        problems += [*_check_root(dataset), *_check_tables(dataset), *_check_zarr(dataset)]
-    problems += _check_shards(dataset, progress)
-    problems += _check_strays(dataset)
+    try:
+        if intact:
+            problems += [*_check_root(dataset), *_check_tables(dataset), *_check_zarr(dataset)]
+        problems += _check_shards(dataset, progress)
+    except CorruptionError as error:  # a table that was sealed again says what no table can
+        return Verification(0, 0, 0, (*problems, Problem(str(dataset.path), str(error))))
+    strays, notes = _check_strays(dataset)
+    problems += strays
     if intact and belongs:
         problems += _check_ledger(dataset, folder)
     compared = 0
     if source is not None:
         try:
-            plan = read_parquet(folder.plan)
-        except (OSError, pa.ArrowException):
+            plan = read_sealed(folder.plan)
+        except (OSError, CorruptionError):
             problems.append(Problem(str(folder.plan), "cannot be read: the source file of each row is not known"))
         else:
             rows = _sample(dataset, sample, seed)
@@ -118,19 +138,13 @@ def verify(
                 )
             problems += _compare(dataset, source, keys, sampled, progress)
             compared = len(rows)
-    return Verification(dataset.counts.shards, len(dataset), compared, tuple(problems))
+    return Verification(dataset.counts.shards, len(dataset), compared, tuple(problems), notes)
 
 
 def _belongs(folder: BuildFolder, dataset: Dataset) -> bool:
     """Return whether ``folder`` is the working folder of the build that made ``dataset``."""
     state = readable_state(folder)
     return state is not None and state.published == dataset.digest
-
-
-def _check_digest(dataset: Dataset) -> Iterator[Problem]:
-    """Yield a problem if the root's record of the dataset was changed."""
-    if digest_of(dataset.attributes) != dataset.digest:
-        yield Problem(str(dataset.path / ROOT), "digest mismatch: it was changed")
 
 
 def _check_root(dataset: Dataset) -> Iterator[Problem]:
@@ -142,10 +156,14 @@ def _check_root(dataset: Dataset) -> Iterator[Problem]:
 
 def _check_files(dataset: Dataset) -> Iterator[Problem]:
     """Yield the tables and metadata whose bytes are not the ones that were published."""
-    for name, digest in sorted(dataset.root.digests.items()):
+    digests = dataset.root.digests
+    for name in (f"{IMAGES}/{ROOT}", f"{LABELS}/{ROOT}"):  # of the tables the root always has one
+        if name not in digests:
+            yield Problem(str(dataset.path / ROOT), f"has no digest of {name}")
+    for name, digest in sorted(digests.items()):
         path = dataset.path / name
         try:
-            data = path.read_bytes()
+            data = read_regular(path)
         except OSError as error:
             yield Problem(str(path), f"cannot be read: {error.strerror}")
             continue
@@ -172,18 +190,37 @@ def _check_tables(dataset: Dataset) -> Iterator[Problem]:
                 str(dataset.table_path("series")), f"series {number} is not rows {first}..{first + length - 1}"
             )
     yield from _check_any(dataset)
-    folds = slices.filter(pc.is_valid(slices["fold"])).group_by("patient_id").aggregate([("fold", "count_distinct")])
-    split = folds.filter(pc.greater(folds["fold_count_distinct"], 1))
-    if len(split):
-        yield Problem(
-            culprit, f"patient {split['patient_id'][0].as_py()} is in {split['fold_count_distinct'][0]} folds"
-        )
+    yield from _check_folds(dataset)
     quarantine = dataset.read_table("quarantine")
     if len(quarantine) != counts.quarantined or counts.found != counts.ok + counts.quarantined:
         yield Problem(
             str(dataset.table_path("quarantine")),
             f"{counts.found} files were found; {counts.ok} slices are ok and {len(quarantine)} quarantined",
         )
+
+
+def _check_folds(dataset: Dataset) -> Iterator[Problem]:
+    """Yield the first fold group, or patient of an older dataset, in several folds or in another than its name's hash.
+
+    Folds that the label table gave are what they are.
+    """
+    if dataset.attributes["spec"].get("split_groups"):
+        return
+    culprit, folds = str(dataset.table_path("slices")), dataset.attributes["spec"].get("folds")
+    drawn = isinstance(folds, int) and not dataset.root.given_folds
+    lines = dataset.slices.select(["fold", "series_row"]).append_column("group", dataset.fold_groups)
+    lines = lines.filter(pc.and_(pc.is_valid(lines["fold"]), pc.equal(dataset.slices["status"], OK)))
+    for line in lines.group_by("group").aggregate([("fold", "min"), ("fold", "max")]).to_pylist():
+        group, first, last = line["group"], line["fold_min"], line["fold_max"]
+        if first != last:
+            yield Problem(culprit, f"fold group {group!r} is in folds {first} and {last}")
+            return
+        if drawn and first != fold_of(group, folds=folds):
+            yield Problem(culprit, f"fold group {group!r} is in fold {first}, not {fold_of(group, folds=folds)}")
+            return
+    of_series = dataset.series["fold"].take(lines["series_row"])
+    if not pc.all(pc.equal(of_series, lines["fold"]).fill_null(False)).as_py():
+        yield Problem(str(dataset.table_path("series")), "a series has another fold than its slices")
 
 
 def _check_any(dataset: Dataset) -> Iterator[Problem]:
@@ -229,21 +266,22 @@ def _check_shards(dataset: Dataset, progress: Progress) -> Iterator[Problem]:
     progress.end()
 
 
-def _check_strays(dataset: Dataset) -> Iterator[Problem]:
-    """Yield the files that are not part of the dataset."""
+def _check_strays(dataset: Dataset) -> tuple[list[Problem], tuple[Problem, ...]]:
+    """Return the files that are not part of the dataset, and those among them that are mere litter."""
     expected = {dataset.path / name for name in (ROOT, *dataset.root.digests)}
     expected.update(dataset.table_path(table) for table in TABLES)
     expected.update(shard_path(dataset.path, shard) for shard in range(dataset.counts.shards))
-    for path in sorted(dataset.path.rglob("*")):
-        if path not in expected and not path.is_dir():
-            yield Problem(str(path), "is not part of this dataset")
+    strays = [path for path in sorted(dataset.path.rglob("*")) if path not in expected and not path.is_dir()]
+    litter = [path for path in strays if is_litter(path.relative_to(dataset.path))]
+    notes = tuple(Problem(str(path), "is litter of an operating system, and ignored") for path in litter)
+    return [Problem(str(path), "is not part of this dataset") for path in strays if path not in litter], notes
 
 
 def _check_shard(
     path: Path, line: dict[str, Any], ok: NDArray[np.bool_], dataset: Dataset, buffer: NDArray[np.uint8]
 ) -> None:
     """Raise ``CorruptionError`` if the shard is not, byte for byte, the one that was written."""
-    data = np.fromfile(path, np.uint8)
+    data = np.frombuffer(read_regular(path), np.uint8)
     if len(data) != line["bytes"]:
         raise CorruptionError(f"expected {line['bytes']} bytes, found {len(data)}")
     chunks = dataset.spec.slices_per_shard
@@ -278,7 +316,7 @@ def _check_ledger(dataset: Dataset, folder: BuildFolder) -> Iterator[Problem]:
             report = ShardReport.from_json(ledger.read(folder.done, line["shard"]))
             recorded = [row.status for row in report.rows]
             same = report.fingerprint == line["fingerprint"] and report.bytes == line["bytes"]
-        except (OSError, ValueError):
+        except (OSError, ValueError, CorruptionError):
             yield Problem(str(path), "the ledger entry of this shard cannot be read")
             continue
         if not same or recorded != status[line["first_row"] : line["first_row"] + line["n_rows"]]:
@@ -331,7 +369,8 @@ def _compare(
 def reference_pixels(data: bytes, line: dict[str, Any], dataset: Dataset) -> NDArray[Any]:
     """Return the pixels (channel, y, x) of one DICOM file computed independently of the build: pydicom, then float64.
 
-    ``line`` is the file's line of the plan, whose repairs are applied. Raises ``SliceError`` if pydicom cannot decode it.
+    ``line`` is the file's line of the plan, whose repairs and turn are applied. Raises ``SliceError`` if pydicom
+    cannot decode it.
     """
     stored = decode_with_pydicom(data).astype(np.int64)
     bits, signed, intercept = line["bits_stored"], line["signed"], line["rescale_intercept"]
@@ -346,7 +385,7 @@ def reference_pixels(data: bytes, line: dict[str, Any], dataset: Dataset) -> NDA
         exact[(stored >= line["padding_low"]) & (stored <= line["padding_high"])] = MIN_HU
     size = dataset.spec.size
     hu = np.empty((size, size), np.int16)
-    resize_hu(exact.astype(np.int16), out=hu)
+    resize_hu(np.ascontiguousarray(_TURNED[line["turn"] or ""](exact.astype(np.int16))), out=hu)
     if dataset.spec.store == "hu":
         return hu[np.newaxis]
     return np.stack([window_codes(hu, window) for window in dataset.spec.windows])

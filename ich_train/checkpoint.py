@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from ich_prep.dataset.storage import sync_folder, write_whole
 from ich_prep.dataset.windows import Window
 from ich_prep.errors import TrainError, describe_os_error
+from ich_prep.files import read_regular, require_regular
 from ich_train.config import Fold
 from ich_train.model import build_model
 from ich_train.preprocess import Scaling
@@ -48,14 +49,16 @@ class Images(BaseModel):
     size: int
     pixels: Literal["windows", "hu"]
     windows: tuple[Window, ...]  # stored; of HU, those that the dataset names as its default
+    orientation: Literal["patient", "as-stored"] = "as-stored"  # of the first runs, which did not record it
 
     @classmethod
     def of(cls, dataset: Dataset) -> Self:
         """Return what ``dataset`` stores."""
-        return cls(size=dataset.spec.size, pixels=dataset.spec.store, windows=tuple(dataset.spec.windows))
+        spec = dataset.spec
+        return cls(size=spec.size, pixels=spec.store, windows=tuple(spec.windows), orientation=spec.orientation)
 
     def describe(self) -> str:
-        """Describe it; equal text means equal images, because any windows can be computed from HU."""
+        """Describe its pixels; equal text means equal pixels, because any windows can be computed from HU."""
         if self.pixels == "hu":
             return f"HU at {self.size} x {self.size}"
         names = ", ".join(f"{window.name} {window.center:g}/{window.width:g}" for window in self.windows)
@@ -105,6 +108,19 @@ def save_checkpoint(folder: Path, model: torch.nn.Module, meta: Meta, state: Map
     for left_over in (new, old):
         shutil.rmtree(left_over, ignore_errors=True)
     new.mkdir(parents=True)
+    try:
+        _write_checkpoint(new, model, meta, state)
+    except BaseException:  # a full disk: what was there stays, and its space is free again
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_checkpoint(new: Path, model: torch.nn.Module, meta: Meta, state: Mapping[str, Any] | None) -> None:
     write_whole(new / WEIGHTS, tensor_bytes(model.state_dict()))
     write_whole(new / META, meta.model_dump_json(indent=1).encode())
     if state is not None:
@@ -112,11 +128,6 @@ def save_checkpoint(folder: Path, model: torch.nn.Module, meta: Meta, state: Map
         torch.save(dict(state), saved)
         write_whole(new / STATE, saved.getvalue())
     sync_folder(new)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    sync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -150,7 +161,7 @@ def read_meta(folder: Path) -> Meta:
         raise TrainError(f"No checkpoint in {folder}. Name a run that has trained.")
     file = folder / META
     try:
-        return Meta.model_validate_json(file.read_bytes())
+        return Meta.model_validate_json(read_regular(file))
     except OSError as error:
         raise TrainError(f"Cannot read the description of a network: {describe_os_error(error)}.") from error
     except ValidationError as error:
@@ -164,6 +175,7 @@ def load_parameters(folder: Path, model: torch.nn.Module) -> None:
     """Fill ``model`` with the weights saved at ``folder``; raises `TrainError` if they are damaged or do not fit."""
     file = folder / WEIGHTS
     try:
+        require_regular(file)
         tensors = load_file(file)
     except OSError as error:
         raise TrainError(f"Cannot read the weights of a run in {file}: {describe_os_error(error)}.") from error
@@ -174,6 +186,12 @@ def load_parameters(folder: Path, model: torch.nn.Module) -> None:
         raise TrainError(
             f"The weights in {file} do not fit the network that {META} describes: {differences}. Was its code changed?"
         )
+    not_finite = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if not_finite:
+        raise TrainError(
+            f"The weights in {file} are damaged: {not_finite[0]} has a value that is not finite. Use another checkpoint of "
+            "the run, or train again with a lower learning_rate."
+        )
     model.load_state_dict(tensors)
 
 
@@ -181,6 +199,7 @@ def load_state(folder: Path) -> dict[str, Any]:
     """Return the ``state`` saved at ``folder``, tensors on the CPU; raises `TrainError` if it is damaged."""
     file = folder / STATE
     try:
+        require_regular(file)
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # an unpickler may raise anything on bytes that it does not expect
         reason = describe_os_error(error) if isinstance(error, OSError) else "the file is damaged"
@@ -188,6 +207,8 @@ def load_state(folder: Path) -> dict[str, Any]:
             f"Cannot read the state of a training run in {file}: {reason}. The run cannot be resumed: start another one, "
             "optionally from its best weights."
         ) from error
+    if not isinstance(state, dict):
+        raise TrainError(f"The state of a training run in {file} is damaged: it is a {type(state).__name__}.")
     return state
 
 

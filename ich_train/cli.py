@@ -1,6 +1,7 @@
 """The command line: parses, calls one function, prints, sets the exit code.
 
-Exit codes: 0 done; 1 an error; 2 an invalid command or recipe; 130 stopped by Ctrl-C, to be resumed.
+Exit codes: 0 done; 1 an error; 2 an invalid command or recipe; 128 + n stopped by signal n
+(130: Ctrl-C), to be resumed.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ Resume = Annotated[bool, typer.Option("--resume", help="Resume the run in --out,
 Evaluation = Annotated[Path | None, typer.Option("--out", help="Where to write. [default: the run's folder]")]
 Submission = Annotated[Path, typer.Option("--out", help="The CSV to write, with the columns ID,Label.")]
 FeaturesFolder = Annotated[Path, typer.Option("--out", help="The folder to write, such as features.zarr.")]
+Where = Annotated[
+    str | None, typer.Option(help="A filter (docs/filters.md) of the slices. [default: those of predictions.parquet]")
+]
 Sample = Annotated[Path | None, typer.Option(help="A sample submission: its lines, in its order.")]
 
 
@@ -95,7 +99,7 @@ def run_command(*, given: dict[str, Any], out: Out = None, recipe: RecipeFile = 
 
 @app.command("eval")
 @options_from(
-    EvalConfig, "subset", "limit", "seed", "batch_size", "mirror", "sensitivity", default="as in the run's recipe"
+    EvalConfig, "subset", "limit", "seed", "batch_size", "by", "mirror", "sensitivity", default="as in the run's recipe"
 )
 @options_from(TrainConfig, "data", "threads", "device", into="place", default="the run's")
 def eval_command(run: RunFolder, *, given: dict[str, Any], place: dict[str, Any], out: Evaluation = None) -> None:
@@ -176,6 +180,38 @@ def embed_command(run: RunFolder, *, place: dict[str, Any], out: FeaturesFolder)
     _console().print(f"{count(features, 'feature')} of {count(rows, 'slice')} in {out}", soft_wrap=True)
 
 
+@app.command("explain")
+@options_from(EvalConfig, "limit", "seed", "batch_size", default="as in the run's recipe")
+@options_from(TrainConfig, "data", "threads", "device", into="place", default="the run's")
+def explain_command(run: RunFolder, *, given: dict[str, Any], place: dict[str, Any], where: Where = None) -> None:
+    """Write class activation maps (Grad-CAM) of the evaluated slices, for `ich-prep view --run`."""
+    from ich_train.runs import RECIPE, settings_of
+
+    settings, _ = settings_of(run)
+    evaluation = _section(run / RECIPE, read_recipe(run / RECIPE), EvalConfig, given)
+    dataset = _dataset_of(run, settings, place)
+
+    from ich_train.explain import explain_run
+    from ich_train.ranks import choose_device
+
+    written = explain_run(
+        run,
+        dataset,
+        where=where,
+        limit=evaluation.limit,
+        seed=evaluation.seed,
+        batch_size=evaluation.batch_size,
+        device=str(choose_device(place.get("device", settings.device))),
+        threads=place.get("threads", settings.threads),
+    )
+    _console().print(
+        f"Maps of {count(written.slices, 'slice')} from {written.layer} in {written.folder}. See them with: ich-prep view "
+        f"{dataset.path} --run {run}",
+        soft_wrap=True,
+        markup=False,
+    )
+
+
 def main() -> NoReturn:
     """Run the command line; see ``run_program``."""
     run_program(app)
@@ -232,14 +268,14 @@ def _shown(value: object) -> str:
 
 def _console() -> Console:
     """Return standard error; of the processes that torchrun started, only the first one prints."""
-    from rich.console import Console
+    from ich_prep.terminal import Terminal
 
-    return Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
+    return Terminal(quiet=os.environ.get("RANK", "0") != "0")
 
 
 def _print_metrics(console: Console, metrics: dict[str, Any], run: Path) -> None:
     from ich_train.evaluation.evaluate import REPORT
-    from ich_train.evaluation.report import log_loss_name, part_words
+    from ich_train.evaluation.report import areas_by_value, log_loss_name, part_words
 
     evaluated, view = metrics["evaluated"], metrics["by_slice"]
     title = f"{count(evaluated['slices'], 'slice')} of {part_words(evaluated['subset'])}"
@@ -258,6 +294,14 @@ def _print_metrics(console: Console, metrics: dict[str, Any], run: Path) -> None
     console.print(f"{title}:", soft_wrap=True)
     head = ("label", "positive", "ROC AUC", "95%", "average precision")
     console.print(text_table(head, rows), soft_wrap=True, markup=False)
+    if metrics["by_value"]:
+        names = [*view["labels"]]
+        lines = [
+            (value, f"{views['by_slice']['cases']:,}", *(_number(entry) for entry in areas_by_value(views, names)))
+            for value, views in metrics["by_value"].items()
+        ]
+        console.print("ROC AUC by value:", soft_wrap=True)
+        console.print(text_table((evaluated["by"], "slices", *names), lines), soft_wrap=True, markup=False)
     loss = log_loss_name([*view["labels"]]).capitalize()
     console.print(f"{loss} {_number(view['log_loss'])}. Report: {run / REPORT}", soft_wrap=True)
 

@@ -82,7 +82,7 @@ class TrainConfig(BaseModel):
     )
     patience: int = Field(default=0, ge=0, description="Stop after so many epochs without a better one; 0: never.")
     clip_norm: float = Field(default=1.0, gt=0, description="Largest norm of the gradient.")
-    seed: int = Field(default=0, ge=0, description="The seed of everything random.")
+    seed: int = Field(default=0, ge=0, le=(1 << 63) - 1, description="The seed of everything random.")
 
     # Whole scans, read as a sequence of slices or as a volume.
     head: Literal["none", "gru", "lstm", "transformer", "attention", "volume"] = Field(
@@ -152,9 +152,12 @@ class EvalConfig(BaseModel):
         default="test", description="The part of the split to evaluate, or all; not the dataset's own subsets."
     )
     limit: int | None = Field(default=None, ge=1, description="Evaluate this many slices, drawn by the seed.")
-    seed: int = Field(default=0, ge=0, description="The seed of the draw and of the bootstrap.")
+    seed: int = Field(default=0, ge=0, le=(1 << 63) - 1, description="The seed of the draw and of the bootstrap.")
     bootstrap: int = Field(default=1000, ge=0, description="Resamples of the patients, for the intervals.")
     batch_size: int = Field(default=64, ge=1, description="Slices in a batch.")
+    by: str | None = Field(
+        default=None, description="A column of the dataset, such as x_sex: measure the slices of each value, too."
+    )
     mirror: bool = Field(
         default=False, description="Average the logits with those of the slices mirrored left to right."
     )

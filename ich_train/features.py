@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ich_prep.dataset.storage import write_whole
 from ich_prep.errors import UsageError, describe_os_error
+from ich_prep.files import read_regular
 from ich_train.config import Fold
 from ich_train.weights import load_exactly, tensor_bytes
 
@@ -118,12 +119,12 @@ def write_features(path: Path, origin: Origin, values: NDArray[np.float32], enco
 def read_features(path: Path) -> Features:
     """Return the features in the folder ``path``; raises `UsageError` if it holds none, or they are damaged."""
     try:
-        root = json.loads((path / ROOT).read_bytes())
+        root = json.loads(read_regular(path / ROOT))
         origin = Origin.model_validate(root["attributes"][KEY])
         rows, features = (int(n) for n in root["shape"])
         values = np.empty((rows, features), np.float32)
         for chunk in range(-(-rows // ROWS_PER_CHUNK)):
-            part = np.fromfile(path / "c" / str(chunk) / "0", "<f4").reshape(ROWS_PER_CHUNK, features)
+            part = np.frombuffer(read_regular(path / "c" / str(chunk) / "0"), "<f4").reshape(ROWS_PER_CHUNK, features)
             values[chunk * ROWS_PER_CHUNK : (chunk + 1) * ROWS_PER_CHUNK] = part[: rows - chunk * ROWS_PER_CHUNK]
     except OSError as error:
         raise UsageError(

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ich_prep.errors import UsageError
+from ich_prep.dataset.volumes import volumes_not_upright
+from ich_prep.errors import UsageError, count
 from ich_train.checkpoint import Images, Meta, load_model
 from ich_train.loader import SliceLoader
 from ich_train.preprocess import Preprocess
@@ -48,7 +49,7 @@ def load_predictor(run: Path, dataset: Dataset, *, device: torch.device | str) -
     """Return the best network of the folder ``run``, ready for the slices of ``dataset``.
 
     Raises `TrainError` if the run has none, and `UsageError` if the dataset's images or classes are not those that the
-    network was trained on.
+    network was trained on, or if volumes of the dataset lie otherwise than they would have for the network.
     """
     loaded = load_model(run / BEST, device)
     meta, stored = loaded.meta, Images.of(dataset)
@@ -61,6 +62,7 @@ def load_predictor(run: Path, dataset: Dataset, *, device: torch.device | str) -
                 f"{run} was trained on other {what} than those of {dataset.path}: {trained_on}, not {present}. Name "
                 "another dataset with --data, or build one with the recipe of the run's dataset."
             )
+    _check_orientation(run, meta.images, dataset)
     preprocess = Preprocess(pixels=stored.pixels, windows=meta.windows, scaling=meta.scaling).to(device)
     return Predictor(loaded.model, preprocess, meta, torch.device(device))
 
@@ -78,6 +80,21 @@ class Mirrored(nn.Module):
         if isinstance(one, torch.Tensor):
             return (one + other) / 2
         return type(one)(*((a + b) / 2 for a, b in zip(one, other, strict=True)))
+
+
+def _check_orientation(run: Path, trained_on: Images, dataset: Dataset) -> None:
+    """Raise `UsageError` if the other orientation of the dataset makes a difference: most files lie upright anyway."""
+    if trained_on.orientation == dataset.spec.orientation:
+        return
+    differing = volumes_not_upright(dataset.slices, dataset.series)
+    if len(differing):
+        raise UsageError(
+            f'{run} was trained on images with the orientation "{trained_on.orientation}"; {dataset.path} has '
+            f'"{dataset.spec.orientation}", and {count(len(differing), "volume")} of {len(dataset.series):,} '
+            f"{'lies' if len(differing) == 1 else 'lie'} otherwise than the network expects (the first is series_row "
+            f"{differing[0]}). Build the dataset with `ich-prep build --orientation {trained_on.orientation}`, or train "
+            "a network on images of its orientation."
+        )
 
 
 def predict_rows(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
 import signal
 import threading
@@ -15,6 +17,7 @@ import torch
 from torch import distributed
 
 from ich_prep.errors import UsageError
+from ich_prep.signals import heeded, note
 
 AGREE_STEPS = 10  # between two agreements of the ranks on whether to stop: agreeing makes a GPU wait
 
@@ -59,7 +62,7 @@ class Ranks:
 
 
 class Stop:
-    """Records a request to stop, by Ctrl-C or SIGTERM on any rank; a context manager that replaces their handlers.
+    """Records a request to stop, by Ctrl-C, SIGTERM or SIGHUP on any rank; a context manager that replaces their handlers.
 
     A third signal acts as usual, for a run that does not reach its next step.
     """
@@ -72,7 +75,7 @@ class Stop:
     def __enter__(self) -> Self:
         # Python allows signal handlers in the main thread only; no other thread receives a Ctrl-C.
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._count) for number in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {number: signal.signal(number, self._count) for number in heeded()}
         return self
 
     def __exit__(
@@ -92,6 +95,7 @@ class Stop:
         return step % AGREE_STEPS == 0 and self.agreed()
 
     def _count(self, number: int, frame: FrameType | None) -> None:
+        note(number)
         self._signals += 1
         if self._signals == 2:
             self._restore()
@@ -105,6 +109,7 @@ class Stop:
 def join_ranks(device: str) -> Iterator[Ranks]:
     """Join the processes that torchrun says there are, or be the only one; leave them at the end.
 
+    The threads and connections of the group end with it, once nothing refers to a network that was distributed over it.
     ``device`` is as in `choose_device`. Raises `UsageError` as that does.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -114,10 +119,14 @@ def join_ranks(device: str) -> Iterator[Ranks]:
     chosen = choose_device(device, index=int(os.environ["LOCAL_RANK"]))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    # DistributedDataParallel imports this module, whose functions take the group of that moment for a default argument.
+    # If there is one by then, nobody can end it, and a thread of it that drops a tensor while Python exits aborts.
+    importlib.import_module("torch.distributed.nn")
     distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield Ranks(rank=distributed.get_rank(), world_size=world_size, device=chosen)
     finally:
+        gc.collect()  # a network that belongs to the group, in a cycle of references
         distributed.destroy_process_group()
 
 

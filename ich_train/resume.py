@@ -52,7 +52,17 @@ def state_of(session: Session) -> dict[str, Any]:
 
 
 def restore(session: Session, state: Mapping[str, Any]) -> None:
-    """Bring ``session`` to where ``state`` was taken; raises `TrainError` if that was on another dataset."""
+    """Bring ``session`` to where ``state`` was taken; raises `TrainError` if that was on another dataset, or is damaged."""
+    try:
+        _restore(session, state)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        raise TrainError(
+            f"The state of the run is damaged ({type(error).__name__}: {str(error)[:200]}). It cannot be resumed: start "
+            "another run, optionally from its best weights."
+        ) from error
+
+
+def _restore(session: Session, state: Mapping[str, Any]) -> None:
     dataset, step, ranks = session.dataset, session.step, session.ranks
     if state["dataset_digest"] != dataset.digest:
         raise TrainError(

@@ -19,16 +19,17 @@ if TYPE_CHECKING:
 def labelled_rows(dataset: Dataset, *, allow_series_labels: bool = False) -> NDArray[np.int64]:
     """Return the rows whose status is ok and that have a known label, ascending.
 
-    Raises ``UsageError`` if there are none, or if labels are those of whole series, which are weak labels of their
-    slices, unless allowed.
+    Raises ``UsageError`` if there are none, or if labels are those of a whole series, study or patient, which are weak
+    labels of their slices, unless allowed.
     """
     levels = dataset.slices["label_level"]
     ok = dataset.is_ok
-    by_series = _equal(levels, "series")
-    if by_series.any() and not allow_series_labels:
+    weak = ~_equal(levels, "slice") & ~_equal(levels, "none")
+    if weak.any() and not allow_series_labels:
+        level = levels[int(np.argmax(weak))].as_py()
         raise UsageError(
-            f"Expected labels of slices; in {dataset.path} {count(int(by_series.sum()), 'slice')} have the label of the "
-            "whole series. To use those as labels of each slice, set allow_series_labels = true in [train], or in Python "
+            f"Expected labels of slices; in {dataset.path} {count(int(weak.sum()), 'slice')} have the label of the "
+            f"whole {level}. To use those as labels of each slice, set allow_series_labels = true in [train], or in Python "
             "pass rows=labelled_rows(dataset, allow_series_labels=True)."
         )
     rows = np.flatnonzero(ok & ~_equal(levels, "none"))
@@ -59,6 +60,13 @@ def checked_rows(dataset: Dataset, rows: ArrayLike) -> NDArray[np.int64]:
     if len(outside):
         raise UsageError(f"Expected rows of 0 to {len(dataset.slices) - 1} of {dataset.path}; found {outside[0]}.")
     return array.astype(np.int64, copy=False)
+
+
+def draw_rows(rows: NDArray[np.int64], *, limit: int | None, seed: int) -> NDArray[np.int64]:
+    """Return ``limit`` of ``rows``, ascending, drawn by ``seed`` without repeats; all of them if there are no more."""
+    if limit is None or limit >= len(rows):
+        return rows
+    return np.sort(np.random.default_rng(seed).choice(rows, size=limit, replace=False))
 
 
 def neighbours(dataset: Dataset, rows: NDArray[np.int64], context: int) -> NDArray[np.int64]:

@@ -13,21 +13,28 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import errno
+import fcntl
 import io
 import math
+import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
 from ich_prep.dataset.storage import write_whole
 from ich_prep.errors import TrainError, UsageError, describe_os_error
+from ich_prep.files import read_regular
 from ich_prep.recipe import load_section
 from ich_train.config import FREE_ON_RESUME, EvalConfig, TrainConfig, recipe_text
 
 RECIPE, HISTORY, BEST, LAST, METRICS = "recipe.toml", "history.csv", "best", "last", "metrics.json"
+
+_NO_LOCKS = frozenset((errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL))
 
 # Differences below these, of a loss as a share of it, are noise and no sign of overfitting.
 LOSS_MARGIN, ACCURACY_MARGIN = 0.01, 0.002
@@ -111,6 +118,28 @@ def lengthen(out: Path, epochs: int) -> None:
     write_whole(out / RECIPE, recipe_text({name: values.model_dump() for name, values in sections.items()}).encode())
 
 
+@contextmanager
+def run_lock(out: Path) -> Iterator[None]:
+    """Hold the lock of the run in the folder ``out``, which exists; raises `TrainError` if another process trains it.
+
+    It is a lock on the folder itself, and leaves no file. On a file system without locks there is none.
+    """
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TrainError(
+                f"Another process trains the run in {out}. Wait for it, or stop it, then run this command again."
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def check_same(out: Path, before: TrainConfig, settings: TrainConfig) -> None:
     """Raise `UsageError` if ``settings`` would make another run than ``before``, those of the run in ``out``.
 
@@ -167,7 +196,7 @@ def read_history(out: Path) -> list[Epoch]:
     """Return the epochs in ``history.csv`` of the run in the folder ``out``; raises `TrainError` for another table."""
     file = out / HISTORY
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_regular(file).decode()
     except OSError as error:
         raise TrainError(f"Cannot read the history of a run: {describe_os_error(error)}.") from error
     except UnicodeDecodeError as error:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from ich_prep.errors import UsageError
 from ich_train.rows import column, labelled_rows
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Split:
-    """The rows of the three parts, int64, ascending; no row and no patient is in two of them."""
+    """The rows of the three parts, int64, ascending; no row and no fold group, and so no patient, is in two of them."""
 
     train: NDArray[np.int64]
     val: NDArray[np.int64]
@@ -40,26 +39,25 @@ def split_rows(
     """Return the labelled rows of ``dataset`` as a `Split`.
 
     If the dataset's own test subset has labels, it is the test part, and the training part has all folds but
-    ``val_fold``; other slices of its patients are in no part. Otherwise ``test_fold`` is held out. "none" holds nothing
-    out. Raises `UsageError`
-    if the two folds are the same, a part that is ``needed`` would be empty, no slice has a label, or labels are those of
-    whole series and ``allow_series_labels`` is false.
+    ``val_fold``. Otherwise ``test_fold`` is held out. "none" holds nothing out. Where a fold group is in several folds or
+    subsets, its slices are in the test part if some belong there, else in the validation part; its other slices are in
+    no part. Raises `UsageError` if the two folds are the same, a part that is ``needed`` would be empty, no slice has a
+    label, or labels are those of whole series and ``allow_series_labels`` is false.
     """
     rows = labelled_rows(dataset, allow_series_labels=allow_series_labels)
     in_test_subset = column(dataset, "subset", rows) == "test"
     # A slice of the test subset has no fold.
     fold = np.where(in_test_subset, -1, column(dataset, "fold", rows)).astype(np.int64)
-    in_no_part = np.zeros(len(rows), bool)
+    group = _group_numbers(dataset, rows)
     if in_test_subset.any():
         is_test = in_test_subset
-        patients = dataset.slices["patient_id"].take(pa.array(rows))
-        tested = pc.unique(patients.filter(pa.array(is_test)))
-        in_no_part = pc.is_in(patients, value_set=tested).to_numpy() & ~is_test
     elif val_fold == test_fold != "none":
         raise UsageError(f"val_fold and test_fold are both {val_fold}: they must differ.")
     else:
         is_test = _in_fold(fold, test_fold)
+    in_no_part = np.isin(group, group[is_test]) & ~is_test
     is_val = _in_fold(fold, val_fold) & ~in_no_part
+    in_no_part |= np.isin(group, group[is_val]) & ~is_val & ~is_test
     split = Split(train=rows[~is_val & ~is_test & ~in_no_part], val=rows[is_val], test=rows[is_test])
     for part, part_rows in vars(split).items():
         if part in needed and not len(part_rows):
@@ -77,6 +75,13 @@ def _in_fold(fold: NDArray[np.int64], number: int | Literal["none"]) -> NDArray[
         return np.zeros(len(fold), bool)
     equal: NDArray[np.bool_] = fold == number
     return equal
+
+
+def _group_numbers(dataset: Dataset, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return a number for the fold group of each of ``rows``, (n,)."""
+    groups = dataset.fold_groups.take(pa.array(rows)).combine_chunks().dictionary_encode()
+    numbers: NDArray[np.int64] = groups.indices.to_numpy().astype(np.int64)
+    return numbers
 
 
 def balanced_weights(labels: NDArray[np.int8]) -> NDArray[np.float64]:

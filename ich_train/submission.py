@@ -14,6 +14,7 @@ from pyarrow import csv
 
 from ich_prep.dataset.storage import write_whole
 from ich_prep.errors import UsageError, count
+from ich_prep.files import require_regular
 from ich_train.predict import Predictor, load_predictor
 from ich_train.rsna import require_rsna
 from ich_train.runs import require_writable
@@ -58,12 +59,17 @@ def write_submission(
     The lines are ``ID,Label`` with IDs of the form ``<sop_instance_uid>_<class>``: those of the file ``sample`` in its
     order, or without it six for each row of the subset, in the order of the label file and then of the dataset. A slice
     without a usable image gets the training slices' share of each label. Raises `UsageError` if the dataset has other
-    classes than RSNA's or no test subset, ``sample`` is not such a file, or ``out`` cannot be written.
+    classes than RSNA's pseudonyms or no test subset, ``sample`` is not such a file, or ``out`` cannot be written.
     """
     if out.is_dir():
         raise UsageError(f"{out} is a folder. Name the CSV file to write with --out.")
     require_writable(out.parent, hint="Name another file with --out.")
     require_rsna(dataset.classes, "A submission")
+    if dataset.attributes["spec"].get("identifiers") == "pseudonymise":
+        raise UsageError(
+            f"A submission names slices by their SOP Instance UID; {dataset.path} has pseudonyms. Build the dataset with "
+            "--identifiers keep."
+        )
     predictor = load_predictor(run, dataset, device=device)
     slices = dataset.slices
     test = np.flatnonzero(pc.equal(slices["subset"], "test").to_numpy())
@@ -107,6 +113,7 @@ def _lines_of_sample(sample: Path, classes: tuple[str, ...]) -> _Lines:
     """Return the lines of a sample submission; raises `UsageError` if the file is not one."""
     expected = "Expected a sample submission with the columns ID,Label and lines such as ID_0123abcde_any,0.5"
     try:
+        require_regular(sample)
         table = csv.read_csv(sample, convert_options=csv.ConvertOptions(column_types={"ID": pa.string()}))
     except (OSError, pa.ArrowInvalid) as error:
         raise UsageError(f"Cannot read {sample}: {error}. {expected}.") from error

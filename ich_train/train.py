@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import math
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
-from ich_prep.errors import TrainError, UsageError, count
+from ich_prep.errors import TrainError, UsageError, count, describe_os_error
+from ich_prep.files import read_regular
 from ich_train.checkpoint import WEIGHTS, has_checkpoint, load_parameters, load_state, read_meta, save_checkpoint
 from ich_train.config import TrainConfig
 from ich_train.imagenet import IMAGENET, imagenet_weights
@@ -35,6 +37,8 @@ from ich_train.runs import (
     is_finished,
     lengthen,
     read_history,
+    require_run,
+    run_lock,
     settings_of,
     start,
     write_history,
@@ -76,33 +80,64 @@ def train(
     settings, `TrainError` if the loss is no longer finite, a checkpoint is damaged, or a step cannot be recorded as a
     CUDA graph.
     """
-    with join_ranks(settings.device) as ranks, own_stream(ranks.device), Stop(ranks) as stop:
-        session = _start_or_resume(dataset, out, settings, evaluation, ranks, resume=resume)
-        if evaluation is not None and settings.test_fold == "none" and not _has_test_part(dataset, settings):
-            evaluation = None
-        reporter = Reporter(console, epochs=settings.epochs, silent=not ranks.first, chosen_by=chosen_by(settings))
-        finished = is_finished(session.history, settings)
-        # The metrics of a run that is not finished are those of an earlier best epoch.
-        evaluated = evaluation is None or (finished and _is_evaluated(out, dataset, evaluation))
-        if finished:
-            reporter.say(
-                f"{out} is already finished: {'nothing to do' if evaluated else 'only its evaluation is left'}."
+    with ExitStack() as stack:
+        ranks = stack.enter_context(join_ranks(settings.device))
+        stack.enter_context(own_stream(ranks.device))
+        stop = stack.enter_context(Stop(ranks))
+        if resume and ranks.first:
+            require_run(out)
+            stack.enter_context(run_lock(out))
+        try:
+            result, evaluated = _train(
+                dataset, out, settings, evaluation, ranks, stop, held=stack, console=console, resume=resume
             )
-        else:
-            reporter.say(_outline(session))
-            if resume:
-                epoch, steps = len(session.history) + 1, session.steps_done
-                reporter.say(f"Resuming {out} in epoch {epoch}, after {steps:,} of its steps.")
-            finished = _train_epochs(session, out, stop, reporter, evaluation_follows=evaluation is not None)
-
-    result = Result(out, tuple(session.history), finished=finished)
-    del session  # a recorded step keeps its memory until it is deleted
-    if evaluation is None or evaluated or not finished or not ranks.first:
+        except OSError as error:
+            raise TrainError(
+                f"The run in {out} stopped: {describe_os_error(error)}. Its last checkpoint is kept: fix the cause, then "
+                f"continue with `ich-train run --resume --out {out}`."
+            ) from error
+    if evaluation is None or evaluated or not result.finished or not ranks.first:
         return result
     from ich_train.evaluation.evaluate import evaluate_run
 
     metrics = evaluate_run(out, dataset, evaluation, device=str(ranks.device), threads=settings.threads)
     return replace(result, metrics=metrics)
+
+
+def _train(
+    dataset: Dataset,
+    out: Path,
+    settings: TrainConfig,
+    evaluation: EvalConfig | None,
+    ranks: Ranks,
+    stop: Stop,
+    *,
+    held: ExitStack,
+    console: Console,
+    resume: bool,
+) -> tuple[Result, bool]:
+    """Train; return the result, and whether its evaluation is there already. The lock of a new run goes to ``held``.
+
+    A function of its own: what it makes is gone when it returns, the memory of a recorded step too.
+    """
+    session = _start_or_resume(dataset, out, settings, evaluation, ranks, resume=resume)
+    if ranks.first and not resume:
+        held.enter_context(run_lock(out))
+    if evaluation is not None and settings.test_fold == "none" and not _has_test_part(dataset, settings):
+        evaluation = None
+    reporter = Reporter(console, epochs=settings.epochs, silent=not ranks.first, chosen_by=chosen_by(settings))
+    finished = is_finished(session.history, settings)
+    # The metrics of a run that is not finished are those of an earlier best epoch.
+    evaluated = evaluation is None or (finished and _is_evaluated(out, dataset, evaluation))
+    if finished:
+        reporter.say(f"{out} is already finished: {'nothing to do' if evaluated else 'only its evaluation is left'}.")
+    else:
+        reporter.say(_outline(session))
+        if resume:
+            epoch, steps = len(session.history) + 1, session.steps_done
+            reporter.say(f"Resuming {out} in epoch {epoch}, after {steps:,} of its steps.")
+        finished = _train_epochs(session, out, stop, reporter, evaluation_follows=evaluation is not None)
+    return Result(out, tuple(session.history), finished=finished), evaluated
 
 
 def _train_epochs(session: Session, out: Path, stop: Stop, reporter: Reporter, *, evaluation_follows: bool) -> bool:
@@ -273,7 +308,13 @@ def _saved_state(out: Path, settings: TrainConfig, ranks: Ranks) -> dict[str, An
     if state is None:
         _check_untrained(out)
     else:  # the recipe may have been edited since
-        before = TrainConfig.model_validate(state["settings"])
+        try:
+            before = TrainConfig.model_validate(state["settings"])
+        except (KeyError, ValidationError):
+            raise TrainError(
+                f"The state of a training run in {out / LAST} is damaged: it has no valid settings. The run cannot be "
+                "resumed: start another one, optionally from its best weights."
+            ) from None
     check_same(out, before, settings)
     return state
 
@@ -307,12 +348,12 @@ def _is_evaluated(out: Path, dataset: Dataset, evaluation: EvalConfig) -> bool:
     if not (out / METRICS).exists():
         return False
     try:
-        metrics = json.loads((out / METRICS).read_text(encoding="utf-8"))
+        metrics = json.loads(read_regular(out / METRICS))
     except ValueError:  # damaged: evaluate again
         return False
     evaluated = metrics["evaluated"]
     return metrics["dataset"]["digest"] == dataset.digest and all(
-        evaluated[name] == value for name, value in evaluation.model_dump(exclude={"batch_size"}).items()
+        evaluated.get(name) == value for name, value in evaluation.model_dump(exclude={"batch_size"}).items()
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ich_prep.errors import UsageError, count, describe_os_error
+from ich_prep.files import require_regular
 
 # torchvision's first DenseNet files have a dot where its networks have none: norm.1 for norm1.
 _OLD_DENSENET = re.compile(r"(denselayer\d+)\.(norm|conv)\.([12])\.")
@@ -121,6 +122,7 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     try:
+        require_regular(file)
         if file.suffix == ".safetensors":
             content: Any = load_file(file)
         else:

@@ -98,6 +98,12 @@ def test_invalid_and_repeated_options_are_refused(words: list[str], message: str
     assert not calls
 
 
+def test_an_option_of_a_tuple_may_be_repeated() -> None:
+    app, calls = app_of()
+    assert run(app, "here", "--windows", "a,b", "--windows", "c")[0] == 0
+    assert calls[0]["given"] == {"windows": ["a,b", "c"]}
+
+
 def test_several_models_fill_several_parameters() -> None:
     app, calls = typer.Typer(), []
 

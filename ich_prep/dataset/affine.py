@@ -32,6 +32,11 @@ MAX_OF_SPACING = 0.25
 # Of unit length and right angle; headers have at most six decimals.
 TOLERANCE_OF_COSINES = 1e-3
 
+# A slice more than 45 degrees from the axial plane does not lie one way or another; the least z of an axial normal. The
+# margin is for six decimals.
+_LEAST_AXIAL_Z = np.sqrt(0.5) - 1e-5
+_SCORE_DECIMALS = 5  # of the cosines that decide between turns: what differs by rounding only is a tie
+
 # The eight turns of a slice: whether rows and columns are exchanged, then whether the source is read from its last
 # column, and from its last row.
 TURNS: dict[str, tuple[bool, bool, bool]] = {
@@ -107,6 +112,42 @@ def volume_affine(
     source[:3] = np.column_stack([across * between_columns, down * between_rows, step, first])
     affine: Affine = source @ _stored_to_source(rows, columns, turn or "", stored_size)
     return affine
+
+
+def upright_turns(orientation: NDArray[np.float64]) -> NDArray[np.str_]:
+    """Return for each ``orientation``, (n, 6), the turn that brings a slice nearest to upright: (n,), keys of ``TURNS``.
+
+    Upright are rows along (1, 0, 0) and columns along (0, 1, 0) in LPS: the patient's left on the right, the front on top.
+    Nearest is the turn whose two directions have the greatest sum of cosines with these; of equal ones the first in
+    ``TURNS``, so that at 45 degrees a slice stays as it is. A tilt or a rotation of less than 45 degrees is no turn. ""
+    where the orientation is unknown (NaN), has no normal, or is more than 45 degrees from axial.
+    """
+    across, down = (unit_vectors(orientation[:, part]) for part in (slice(0, 3), slice(3, 6)))
+    scores = []
+    for exchanged, from_last_column, from_last_row in TURNS.values():
+        columns = -across if from_last_column else across
+        rows = -down if from_last_row else down
+        x, y = (rows, columns) if exchanged else (columns, rows)
+        scores.append(x[:, 0] + y[:, 1])
+    best = np.argmax(np.round(np.nan_to_num(np.stack(scores)), _SCORE_DECIMALS), axis=0)
+    names = np.array(list(TURNS))[best]
+    turns: NDArray[np.str_] = np.where(is_axial(orientation), names, "")
+    return turns
+
+
+def is_axial(orientation: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return whether each ``orientation``, (n, 6), is at most 45 degrees from the axial plane; unknown ones are not."""
+    normal = unit_vectors(np.cross(orientation[:, :3], orientation[:, 3:]))
+    with np.errstate(invalid="ignore"):
+        axial: NDArray[np.bool_] = np.abs(normal[:, 2]) >= _LEAST_AXIAL_Z
+    return axial
+
+
+def unit_vectors(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return ``vectors``, (n, 3), at unit length; NaN for those without a length."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        unit: NDArray[np.float64] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return unit
 
 
 def to_ras(affine: Affine) -> Affine:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MAX_BLOCK_BYTES = 1 << 18  # a block fits in L2
+FRAME_HEADER_BYTES = 16  # of blosc 1: byte 3 is the length of an item, bytes 4 to 8 the decoded length
 
 # Pixels of one slice -> payload, uint8 (n,), valid until the next call.
 Encode = Callable[["NDArray[Any]"], "NDArray[np.uint8]"]
@@ -58,11 +59,22 @@ class Codec:
 
         Raises ``CorruptionError`` for a payload that is invalid or of another length.
         """
-        # Bytes 4 to 8 of a frame are its decoded length. A shorter frame would leave a part of ``out`` unchanged.
-        size = payload.nbytes if self.blosc_level is None else int.from_bytes(payload[4:8].data, "little")
+        # A shorter frame would leave a part of ``out`` unchanged.
+        size, _ = self.decoded_form(payload, payload_bytes=payload.nbytes)
         if size != out.nbytes:
             raise CorruptionError(f"expected {out.nbytes} bytes, found {size}")
         self._decode(payload, out)
+
+    def decoded_form(self, payload: NDArray[np.uint8], *, payload_bytes: int) -> tuple[int, int | None]:
+        """Return the length in bytes of a decoded payload, uint8 (n,), and of one of its items if the payload says so.
+
+        Of ``payload_bytes`` bytes the first ``FRAME_HEADER_BYTES`` are enough.
+        """
+        if self.blosc_level is None:
+            return payload_bytes, None
+        if payload.nbytes < FRAME_HEADER_BYTES:
+            return 0, None
+        return int.from_bytes(payload[4:8].data, "little"), int(payload[3])
 
     def zarr_metadata(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> list[dict[str, Any]]:
         """Return the compressors of slices of that ``shape`` and ``dtype``, as Zarr v3 metadata writes them."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import threading
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -12,15 +14,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ich_prep.dataset.affine import AffineError, to_ras
+from ich_prep.dataset.checks import lines_expected, table_problem
 from ich_prep.dataset.classes import UNKNOWN
 from ich_prep.dataset.codecs import CODECS
 from ich_prep.dataset.schema import OK, ROOT, Root, parse_root, shard_path
-from ich_prep.dataset.shard_reader import ShardReader, require_out
+from ich_prep.dataset.shard_reader import ShardReader, require_out, stored_form
 from ich_prep.dataset.storage import local_path
-from ich_prep.dataset.tables import read_parquet
+from ich_prep.dataset.tables import read_published
 from ich_prep.dataset.volumes import affine_of_slices, find_series
 from ich_prep.dataset.where import select_slices
 from ich_prep.errors import CorruptionError, DatasetError
+from ich_prep.files import read_regular
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
 
 BUILD_SUFFIX = ".build"  # of the working folder next to a dataset
 STATE = "state.json"
+READER_COLUMNS = ("status", "chunk_crc32c")  # of the slices, that reading pixels needs
+MAX_ROOT_BYTES = 1 << 24  # a root has some kilobytes
 
 
 def open_dataset(path: str | Path) -> Dataset:
@@ -50,7 +56,7 @@ def working_folder(root: Path) -> Path:
 def read_attributes(root: Path) -> Any:
     """Return the attributes of the root group; raises ``DatasetError`` where there is none."""
     try:
-        document = json.loads((root / ROOT).read_bytes())
+        document = json.loads(read_regular(root / ROOT, limit=MAX_ROOT_BYTES))
     except PermissionError as error:
         raise DatasetError(
             f"Cannot read {root / ROOT}: {(error.strerror or '').lower()}. Fix its permissions, or run as a user who "
@@ -62,6 +68,10 @@ def read_attributes(root: Path) -> Any:
         raise DatasetError(
             f"Expected a dataset at {root}; found {found}. Make one with `ich-prep build --src DICOM --out {root}`."
         ) from None
+    except OSError as error:
+        raise CorruptionError(
+            f"{root / ROOT} cannot be read: {error.strerror}. Restore it, or remove the folder and build again."
+        ) from None
     except (ValueError, RecursionError):
         raise CorruptionError(
             f"{root / ROOT} is damaged: it is not JSON. Restore it, or remove the folder and build again."
@@ -72,7 +82,7 @@ def read_attributes(root: Path) -> Any:
 def _explain_by_working_folder(root: Path) -> None:
     """Raise ``DatasetError`` where a working folder beside ``root`` says why there is no dataset."""
     try:
-        state = json.loads((working_folder(root) / STATE).read_bytes())
+        state = json.loads(read_regular(working_folder(root) / STATE))
     except (OSError, ValueError):
         return
     if isinstance(state, dict) and state.get("published"):
@@ -98,17 +108,16 @@ class Dataset:
         self.spec, self.classes, self.counts, self.digest = root.spec, root.classes, root.counts, root.digest
         self.shape = (root.counts.rows, self.spec.channels, self.spec.size, self.spec.size)
         self.dtype = self.spec.dtype
-        self._reader = ShardReader(
-            lambda shard: shard_path(path, shard),
-            slices=len(self),
-            slice_bytes=int(np.prod(self.shape[1:])) * self.dtype.itemsize,
-            slices_per_shard=self.spec.slices_per_shard,
-            codec=CODECS[self.spec.codec],
-        )
+        self._opening = threading.Lock()
+        self._reader: ShardReader | None = None
+        self._closed = False
 
     def close(self) -> None:
-        """Close the shards and end the threads that read them; a closed dataset opens them again on the next read."""
-        self._reader.close()
+        """Close the shards and end the threads that read them; further reads of pixels raise ``ValueError``."""
+        with self._opening:
+            self._closed = True
+            if self._reader is not None:
+                self._reader.close()
 
     def __enter__(self) -> Self:
         return self
@@ -125,7 +134,9 @@ class Dataset:
     @cached_property
     def slices(self) -> pa.Table:
         """The slice table: line i is row i; the columns of ``schema.slice_schema``, and any that a later version added."""
-        return self.read_table("slices")
+        table = self.read_table("slices")
+        self._check_stored_form(table)  # before anyone allocates memory for slices of this shape
+        return table
 
     @cached_property
     def series(self) -> pa.Table:
@@ -141,11 +152,20 @@ class Dataset:
         return labels
 
     @cached_property
+    def fold_groups(self) -> pa.ChunkedArray:
+        """Who shares a fold with whom, string (slices,): slices with one value are never in two parts of a split.
+
+        The column ``fold_group``; where it is null, as in older datasets, the patient.
+        """
+        patients = self.slices["patient_id"]
+        if "fold_group" not in self.slices.column_names:
+            return patients
+        return pc.coalesce(self.slices["fold_group"], patients)
+
+    @cached_property
     def is_ok(self) -> NDArray[np.bool_]:
         """Whether each row has pixels, bool (slices,); read only."""
-        ok: NDArray[np.bool_] = pc.equal(self.slices["status"], OK).fill_null(False).to_numpy(zero_copy_only=False)
-        ok.flags.writeable = False
-        return ok
+        return _is_ok(self.slices)
 
     def table_path(self, table: str) -> Path:
         """Return the path of the ``table`` of this generation: slices, series, shards or quarantine."""
@@ -154,16 +174,25 @@ class Dataset:
     def read_table(self, table: str, columns: Sequence[str] | None = None) -> pa.Table:
         """Return a published table (slices, series, shards or quarantine), or only some of its columns.
 
-        Raises ``CorruptionError`` if it cannot be read.
+        Raises ``CorruptionError`` if it cannot be read, is not the table that was published, or says what no table can.
         """
         path = self.table_path(table)
         try:
-            return read_parquet(path, columns)
-        except (OSError, pa.ArrowException) as error:
-            raise CorruptionError(
-                f"{path} cannot be read: {error}. Run `ich-prep verify {self.path}`, then restore it, or build again "
-                "with --overwrite."
-            ) from None
+            found = read_published(
+                path,
+                columns=columns,
+                lines=lines_expected(table, self.root),
+                sha256=self.root.digests[str(getattr(self.root.tables, table))],
+            )
+            problem = table_problem(table, found, self.root, columns)
+            if problem is None:
+                return found
+            what = f"is damaged: {problem}"
+        except (OSError, ValueError, pa.ArrowException) as error:
+            what = f"cannot be read: {error}"
+        raise CorruptionError(
+            f"{path} {what}. Run `ich-prep verify {self.path}`, then restore it, or build again with --overwrite."
+        )
 
     def read(
         self, rows: Sequence[int] | NDArray[np.integer[Any]], out: NDArray[Any] | None = None, *, threads: int = 1
@@ -180,11 +209,12 @@ class Dataset:
             raise TypeError(f"Expected row numbers, as a list or (n,); got {wanted.dtype} of shape {wanted.shape}.")
         wanted = wanted.astype(np.int64, copy=False)
         shape = (len(wanted), *self.shape[1:])
+        reader = self._reader or self._open_reader()
         if out is None:
             out = np.empty(shape, self.dtype)
         require_out(out, shape, self.dtype)
         lines = out.reshape(len(wanted), int(np.prod(shape[1:]))).view(np.uint8)
-        missing = self._reader.read(wanted, lines, threads=threads)
+        missing = reader.read(wanted, lines, threads=threads)
         if missing:
             self._refuse_row(missing[0])
         return out
@@ -244,6 +274,49 @@ class Dataset:
         rows = np.arange(first, first + count, dtype=np.int64)
         return rows[self.is_ok[rows]]
 
+    def _open_reader(self) -> ShardReader:
+        """Return the reader of the pixels, which knows of each row whether it has some, and their checksum."""
+        with self._opening:
+            if self._closed:
+                raise ValueError("This dataset was closed: open it again.")
+            if self._reader is None:
+                table = self.__dict__.get("slices")
+                if table is None:
+                    table = self.read_table("slices", READER_COLUMNS)
+                    self._check_stored_form(table)
+                self._reader = ShardReader(
+                    lambda shard: shard_path(self.path, shard),
+                    slices=len(self),
+                    slice_bytes=self._slice_bytes,
+                    slices_per_shard=self.spec.slices_per_shard,
+                    codec=CODECS[self.spec.codec],
+                    expected_crc=_checksums(table),
+                    has_pixels=_is_ok(table),
+                )
+            return self._reader
+
+    @property
+    def _slice_bytes(self) -> int:
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    def _check_stored_form(self, slices: pa.Table) -> None:
+        """Raise ``CorruptionError`` if the first chunk of the dataset decodes to other slices than the root says."""
+        row = int(pc.index(slices["status"], OK).as_py())
+        if row < 0:
+            return
+        shard, chunk = divmod(row, self.spec.slices_per_shard)
+        path, codec = shard_path(self.path, shard), CODECS[self.spec.codec]
+        found = stored_form(path, chunk, chunks=self.spec.slices_per_shard, codec=codec)
+        if found is None:
+            return
+        size, item = found
+        if size != self._slice_bytes or item not in (None, self.dtype.itemsize):
+            raise CorruptionError(
+                f"{self.path / ROOT} is damaged, or {path} is of another dataset: a slice of {self.spec.store} at "
+                f"{self.spec.size} x {self.spec.size} has {self._slice_bytes} bytes, in items of {self.dtype.itemsize}; "
+                f"row {row} has {size}, in items of {item}. Restore the dataset, or build again with --overwrite."
+            )
+
     def _refuse_row(self, row: int) -> None:
         status = self.slices["status"][row].as_py()
         shard = row // self.spec.slices_per_shard
@@ -256,3 +329,17 @@ class Dataset:
             f"Row {row} has the status {status!r} and no pixels. Read only rows whose status is ok: "
             "np.flatnonzero(dataset.is_ok)."
         )
+
+
+def _is_ok(slices: pa.Table) -> NDArray[np.bool_]:
+    ok: NDArray[np.bool_] = pc.equal(slices["status"], OK).fill_null(False).to_numpy(zero_copy_only=False)
+    ok.flags.writeable = False
+    return ok
+
+
+def _checksums(slices: pa.Table) -> NDArray[np.uint32] | None:
+    """Return the checksum of each row's chunk; None for a dataset from before there were any."""
+    if "chunk_crc32c" not in slices.column_names or slices["chunk_crc32c"].null_count == len(slices):
+        return None
+    checksums: NDArray[np.uint32] = slices["chunk_crc32c"].fill_null(0).to_numpy()
+    return checksums

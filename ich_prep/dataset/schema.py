@@ -17,15 +17,19 @@ Readers are tolerant: they require what they use, and ignore keys, columns and w
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ich_prep.dataset.classes import RSNA_CLASSES
+from ich_prep.dataset.classes import RSNA_CLASSES, class_name_problem
+from ich_prep.dataset.native import MAX_SLICE_BYTES
 from ich_prep.dataset.spec import Stored
 from ich_prep.errors import CorruptionError, DatasetError, UsageError
 
@@ -38,9 +42,12 @@ HISTOGRAM_BINS = 64
 # The statuses of a row that are not quarantine reasons. Readers treat any other word as a row without pixels.
 OK = "ok"
 UNUSED = "unused"  # a row between two generations that belongs to no slice
+AS_STORED = "as-stored"  # the orientation of a dataset whose spec names none
 WITHDRAWN = "withdrawn"  # a slice that was dropped from the dataset
 
 _FORMAT = re.compile(r"ich/1(\.[0-9]+)?")  # a later 1.x may add keys and columns
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
+_LONGEST_SHOWN = 80  # characters of a value in a message
 
 
 def table_name(table: str, generation: int) -> str:
@@ -51,8 +58,11 @@ def table_name(table: str, generation: int) -> str:
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def slice_schema(classes: Sequence[str] = RSNA_CLASSES) -> pa.Schema:
-    """Return the columns of the slice table of a dataset with these ``classes``."""
+def slice_schema(classes: Sequence[str] = RSNA_CLASSES, extra: Iterable[pa.Field] = ()) -> pa.Schema:
+    """Return the columns of the slice table of a dataset with these ``classes``.
+
+    ``extra`` are the columns ``x_...`` from a user's label table, at the end.
+    """
     return pa.schema(
         [
             ("row", pa.int64()),
@@ -91,6 +101,7 @@ def slice_schema(classes: Sequence[str] = RSNA_CLASSES) -> pa.Schema:
             ("share_bone", pa.float32()),
             ("content_hash", pa.string()),
             ("chunk_crc32c", pa.uint32()),
+            *extra,
         ]
     )
 
@@ -166,22 +177,36 @@ RESERVED_COLUMNS = frozenset((*slice_schema(()).names, *series_schema(()).names)
 
 # --- the root --------------------------------------------------------------------------------------------------------
 
-Count = Annotated[int, Field(ge=0)]
+
+def _file_name(value: str) -> str:
+    """Return the name of a file in a dataset; raises ``ValueError`` for one that is absolute or leads out of it."""
+    if not _FILE_NAME.fullmatch(value):
+        raise ValueError(f"{clipped(value)} is not the name of a file in a dataset")
+    return value
+
+
+Count = Annotated[int, Field(ge=0, le=1 << 48, strict=True)]
+FileName = Annotated[str, AfterValidator(_file_name)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Counts(BaseModel):
-    """The counts of a dataset: ``rows`` is the length of the dataset; found = ok + quarantined."""
+    """The counts of a dataset: ``rows`` is the length of the dataset; found = ok + quarantined.
+
+    Those without a default say how long the tables are.
+    """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     rows: Count
     found: Count = 0
     planned: Count = 0
-    ok: Count = 0
-    quarantined: Count = 0
-    series: Count = 0
+    ok: Count
+    quarantined: Count
+    series: Count
     patients: Count = 0
-    shards: Count = 0
+    fold_groups: Count = 0
+    shards: Count
     bytes: Count = 0
 
 
@@ -190,10 +215,19 @@ class TableNames(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    slices: str
-    series: str
-    shards: str
-    quarantine: str
+    slices: FileName
+    series: FileName
+    shards: FileName
+    quarantine: FileName
+
+
+class LostLabels(BaseModel):
+    """The labels that had images in the source and have none in the dataset, for one reason."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    labels: Count
+    positive: Count
 
 
 class Event(BaseModel):
@@ -216,29 +250,70 @@ class Root(BaseModel):
     spec: Stored
     classes: tuple[str, ...]
     counts: Counts
+    lost_labels: dict[str, LostLabels] = {}
+    given_folds: bool = False
     tables: TableNames
-    digests: dict[str, str] = {}
+    digests: dict[FileName, Sha256]
     generation: Annotated[int, Field(ge=1)] = 1
     labels_digest: str = ""
     history: tuple[Event, ...] = ()
     created_by: str = "unknown"
     versions: dict[str, str | None] = {}
-    digest: str
+    digest: Sha256
 
     @field_validator("spec", mode="before")
     @classmethod
     def _complete(cls, value: Any) -> Any:
-        # The defaults are a build's; a reader must not assume them.
+        # The defaults are a build's; a reader must not assume them. The first builds had no orientation, and turned nothing.
+        if isinstance(value, dict):
+            value = {"orientation": AS_STORED, **value}
         missing = [name for name in Stored.model_fields if not isinstance(value, dict) or name not in value]
         if missing:
             raise ValueError(f"the spec lacks {', '.join(missing)}")
         return value
 
+    @field_validator("classes")
+    @classmethod
+    def _named(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        reserved = sorted(RESERVED_COLUMNS.intersection(value))
+        problem = f"{reserved[0]} is another column" if reserved else class_name_problem(value)
+        if problem:
+            raise ValueError(clipped(problem))
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        spec, counts = self.spec, self.counts
+        shards = -(-counts.rows // spec.slices_per_shard)
+        if counts.shards != shards:
+            raise ValueError(f"counts: {counts.rows} rows are {shards} shards, not {counts.shards}")
+        if max(counts.ok, counts.series) > counts.rows:
+            raise ValueError(f"counts: {counts.ok} slices in {counts.series} series are more than {counts.rows} rows")
+        if math.prod((spec.channels, spec.size, spec.size, spec.dtype.itemsize)) > MAX_SLICE_BYTES:
+            raise ValueError(f"spec: a slice of {spec.channels} channels of {spec.size} x {spec.size} is too large")
+        lacking = sorted(set(self.tables.model_dump().values()) - self.digests.keys())
+        if lacking:
+            raise ValueError(f"digests: that of {lacking[0]} is missing")
+        return self
+
+
+def digest_of(ich: dict[str, Any]) -> str:
+    """Return the SHA-256 of everything the root records, including the digests of the tables, and so of every shard."""
+    rest = {key: value for key, value in ich.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def clipped(value: object) -> str:
+    """Return ``value`` as a message shows it: a literal, its end left out if it is long."""
+    text = ascii(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
+
 
 def parse_root(attributes: Any, path: Path) -> Root:
     """Return the typed root of the dataset at ``path``, whose root group has these ``attributes``.
 
-    Raises ``DatasetError`` for another Zarr group or format, ``CorruptionError`` if a required part is missing.
+    Raises ``DatasetError`` for another Zarr group or format, ``CorruptionError`` if a required part is missing or
+    impossible, or if the root is not the one that its digest was computed of.
     """
     ich = attributes.get("ich") if isinstance(attributes, dict) else None
     if not isinstance(ich, dict):
@@ -246,17 +321,28 @@ def parse_root(attributes: Any, path: Path) -> Root:
     found = ich.get("format")
     if not (isinstance(found, str) and _FORMAT.fullmatch(found)):
         raise DatasetError(
-            f"{path} has format {found!r}, written by {ich.get('created_by', 'an unknown version')}; this version "
-            f"reads {FORMAT}. Install the version that wrote it, or build the dataset again."
+            f"{path} has format {clipped(found)}, written by {_writer(ich)}; this version reads {FORMAT}. Install the "
+            "version that wrote it, or build the dataset again."
         )
     try:
-        return Root.model_validate(ich)
+        root = Root.model_validate(ich)
+        if digest_of(ich) == root.digest:
+            return root
+        problem = "digest mismatch: it was changed"
     except ValidationError as error:
-        first = error.errors()[0]
-        problem = f"{'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')}"
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        problem = f"{clipped(place)[1:-1]}: " * bool(place) + first["msg"].removeprefix("Value error, ")
+    except (RecursionError, UnicodeEncodeError) as error:
+        problem = str(error)
     except UsageError as error:  # a window that is none
         problem = str(error).removesuffix(".")
     raise CorruptionError(f"{path / ROOT} is damaged: {problem}. Restore it, or build again with --overwrite.")
+
+
+def _writer(ich: dict[str, Any]) -> str:
+    writer = ich.get("created_by", "an unknown version")
+    return writer if isinstance(writer, str) and writer.isprintable() and len(writer) < 40 else clipped(writer)
 
 
 def shard_path(out: Path, shard: int) -> Path:

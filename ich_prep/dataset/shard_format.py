@@ -132,7 +132,10 @@ def parse_index(data: bytes, *, chunks: int, body: int) -> NDArray[np.uint64]:
     if stored != computed:
         raise CorruptionError(f"index {mismatch(stored, computed)}")
     index = np.frombuffer(entries, "<u8").reshape(chunks, 2)
-    offsets, lengths = index[index[:, 0] != MISSING].T
+    missing = index[:, 0] == MISSING
+    if (index[missing, 1] != MISSING).any():
+        raise CorruptionError("the index has a length for a missing chunk")
+    offsets, lengths = index[~missing].T
     if (offsets > body).any() or (lengths > body - offsets).any() or (lengths <= CRC_BYTES).any():
         raise CorruptionError("the index points outside the shard")
     return index

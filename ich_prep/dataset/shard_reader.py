@@ -7,6 +7,7 @@ longer than that, so they are decoded by blosc, one by one.
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import threading
@@ -17,9 +18,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from ich_prep.dataset.codecs import FRAME_HEADER_BYTES
 from ich_prep.dataset.native import REQUEST, ChunkCodec, read_chunks, scratch_bytes
 from ich_prep.dataset.shard_format import CRC_BYTES, MISSING, index_bytes, parse_index
 from ich_prep.errors import CorruptionError
+from ich_prep.files import open_regular
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
 
 MIN_SCRATCH = 4 << 20  # from this size on NumPy asks the kernel for huge pages
 MAX_OPEN = 16384
+MAX_GROWTH = 2  # no codec makes a slice longer than that
+_NO_FILE = frozenset((errno.EINVAL, errno.ELOOP, errno.ENXIO))  # a FIFO, a device, a socket, a link to itself
 
 
 class _File:
@@ -36,7 +41,7 @@ class _File:
     __slots__ = ("descriptor",)
 
     def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY)
+        self.descriptor = open_regular(path)
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
@@ -48,7 +53,8 @@ class ShardReader:
 
     ``slices`` is the number of rows, ``slices_per_shard`` the number of chunks in the index of each shard; shards may
     contain further chunks, which are not read. ``expected_crc``, uint32 (slices or more,), is the checksum that each row
-    must have after its payload: it detects a valid chunk from elsewhere.
+    must have after its payload: it detects a valid chunk from elsewhere. ``has_pixels``, bool (slices or more,), says
+    which rows may be read; a chunk of another is treated as missing.
 
     The index of a shard is read once, when one of its rows is first read. Files stay open, up to half of the process's
     limit (``ulimit -n``). Beyond that the file opened first is closed, once no thread reads it; each thread uses up to a
@@ -64,12 +70,13 @@ class ShardReader:
         slices_per_shard: int,
         codec: Codec,
         expected_crc: NDArray[np.uint32] | None = None,
+        has_pixels: NDArray[np.bool_] | None = None,
     ) -> None:
         if expected_crc is not None and (expected_crc.dtype != np.uint32 or expected_crc.ndim != 1):
             raise ValueError(f"Expected checksums as uint32 (n,); got {expected_crc.dtype} {expected_crc.shape}.")
         if expected_crc is not None and len(expected_crc) < slices:
             raise ValueError(f"Expected a checksum for each of {slices} rows; got {len(expected_crc)}.")
-        self._path_of, self._codec, self._expected_crc = path_of, codec, expected_crc
+        self._path_of, self._codec, self._expected_crc, self._has_pixels = path_of, codec, expected_crc, has_pixels
         self._slices, self._slice_bytes, self._per_shard = slices, slice_bytes, slices_per_shard
         shards = -(-slices // slices_per_shard)
         # Where the chunk of each row begins and ends in its shard; equal if it is missing.
@@ -120,6 +127,8 @@ class ShardReader:
             for number in np.unique(numbers[~self._indexed[numbers]]).tolist():
                 self._read_index(number)
         missing = self._begins[rows] == self._ends[rows]
+        if self._has_pixels is not None:
+            missing |= ~self._has_pixels[rows]
         if missing.any():
             return np.unique(rows[missing]).tolist()  # type: ignore[no-any-return]
         if threads <= 1 or len(rows) < 2 * threads:
@@ -188,6 +197,10 @@ class ShardReader:
             file = _File(self._path_of(number))
         except (FileNotFoundError, NotADirectoryError):
             raise self._corrupt(number, "file not found") from None
+        except OSError as error:
+            if error.errno not in _NO_FILE:
+                raise
+            raise self._corrupt(number, f"cannot be opened: {error.strerror}") from None
         with self._lock:
             if self._closed:
                 return file
@@ -210,6 +223,9 @@ class ShardReader:
         except CorruptionError as error:
             raise self._corrupt(number, str(error)) from None
         present = index[:, 0] != MISSING
+        longest = int(index[present, 1].max(initial=0))
+        if longest > MAX_GROWTH * self._slice_bytes + MIN_SCRATCH:
+            raise self._corrupt(number, f"a chunk of {longest} bytes cannot be a slice of {self._slice_bytes}")
         rows = slice(number * self._per_shard, (number + 1) * self._per_shard)
         self._begins[rows] = np.where(present, index[:, 0], 0)
         self._ends[rows] = np.where(present, index[:, 0] + index[:, 1], 0)
@@ -231,6 +247,26 @@ class ShardReader:
             f"{place}: {what}. The dataset is damaged: run `ich-prep verify` to list every problem, then restore it, or "
             "build again with --overwrite."
         )
+
+
+def stored_form(path: Path, chunk: int, *, chunks: int, codec: Codec) -> tuple[int, int | None] | None:
+    """Return the bytes of the decoded slice in one chunk of a shard, and of one of its items if the chunk says so.
+
+    None if the shard or the chunk is not there, or damaged: reading it will say so.
+    """
+    try:
+        with open(open_regular(path), "rb", buffering=0) as file:
+            body = os.fstat(file.fileno()).st_size - index_bytes(chunks)
+            if body < 0:
+                return None
+            index = parse_index(os.pread(file.fileno(), index_bytes(chunks), body), chunks=chunks, body=body)
+            offset, length = index[chunk].tolist()
+            if offset == MISSING:
+                return None
+            head = np.frombuffer(os.pread(file.fileno(), min(length - CRC_BYTES, FRAME_HEADER_BYTES), offset), np.uint8)
+    except (OSError, CorruptionError):
+        return None
+    return codec.decoded_form(head, payload_bytes=length - CRC_BYTES)
 
 
 def require_out(out: NDArray[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:

@@ -9,6 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ich_prep.dataset.classes import RSNA_CLASSES, class_name_problem
 from ich_prep.dataset.windows import PRESETS, Window, parse_windows
+from ich_prep.recipe import refuse_unknown
+
+LINKS = ("patient", "study", "series", "image")
 
 
 class Stored(BaseModel):
@@ -28,6 +31,9 @@ class Stored(BaseModel):
     )
     slices_per_shard: int = Field(default=256, ge=1, le=65536, description="Slices in one file.")
     codec: Literal["lz4", "zstd", "none"] = Field(default="lz4", description="lz4, zstd or none.")
+    orientation: Literal["patient", "as-stored"] = Field(
+        default="patient", description="patient (slices turned upright, foot to head) or as-stored (as in the files)."
+    )
 
     @field_validator("windows", mode="before")
     @classmethod
@@ -55,9 +61,53 @@ class Spec(Stored):
 
     layout: str = Field(default="auto", description="auto, rsna, cq500 or folder.")
     classes: tuple[str, ...] = Field(default=RSNA_CLASSES, description="Label columns of the folder layout, as a,b,c.")
-    folds: int = Field(default=5, ge=2, le=127, description="Number of folds, by patient.")
+    image_types: Literal["all", "original"] = Field(
+        default="all", description="all, or original: without derived and reformatted slices."
+    )
+    rescale_types: tuple[str, ...] = Field(
+        default=(), description="RescaleTypes to take as HU, as a,b, besides those that say so."
+    )
+    allow_burned_in: bool = Field(default=False, description="Keep slices with burned-in text.")
+    folds: int = Field(default=5, ge=2, le=127, description="Number of folds, by groups of linked patients.")
+    patients: Literal["header", "study", "column"] = Field(
+        default="header",
+        description="What identifies a patient: PatientID, the study, or the column patient_id of the label table.",
+    )
+    link: tuple[str, ...] = Field(
+        default=LINKS, description="What keeps slices in one fold: of patient, study, series, image."
+    )
+    split_groups: bool = Field(
+        default=False, description="Let the columns subset and fold of the label table split linked patients."
+    )
 
-    @field_validator("classes", mode="before")
+    include: tuple[str, ...] = Field(
+        default=(), description="Keep only files that match, such as BodyPartExamined=HEAD,BRAIN. May be repeated."
+    )
+    exclude: tuple[str, ...] = Field(
+        default=(), description="Leave out files that match, such as 'SeriesDescription~bone|angio'. May be repeated."
+    )
+    min_slices: int = Field(default=1, ge=1, description="Leave out series of fewer slices.")
+    one_series_per_study: Literal["off", "thickest"] = Field(
+        default="off", description="Keep one series of each study: plain before others, then the thickest slices."
+    )
+    identifiers: Literal["keep", "pseudonymise"] = Field(
+        default="keep",
+        description="keep, or pseudonymise: UIDs, patients and paths replaced by means of a key, header texts removed.",
+    )
+
+    @field_validator("include", "exclude", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        # Not split at commas: a filter may contain some.
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("link")
+    @classmethod
+    def _known_links(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        refuse_unknown(value, LINKS, where="--link")
+        return tuple(name for name in LINKS if name in value)
+
+    @field_validator("classes", "link", "rescale_types", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return _words(value)
@@ -72,5 +122,7 @@ class Spec(Stored):
 
 
 def _words(value: Any) -> Any:
-    """Split a text at its commas; return anything else unchanged."""
+    """Split a text at its commas, also each text of a list: an option may be repeated. Return anything else unchanged."""
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        value = ",".join(value) if value else value
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ich_prep.dataset.affine import Affine, AffineError, NoAffine, volume_affine
+from ich_prep.dataset.affine import Affine, AffineError, NoAffine, upright_turns, volume_affine
 from ich_prep.errors import UsageError
 
 if TYPE_CHECKING:
@@ -75,6 +75,18 @@ def affine_of_slices(
         stored_size=stored_size,
         thickness_mm=thickness_mm,
     )
+
+
+def volumes_not_upright(slices: pa.Table, series: pa.Table) -> NDArray[np.int64]:
+    """Return the ``series_row``, ascending, of the volumes whose files do not lie upright: see ``upright_turns``.
+
+    These are the volumes whose pixels differ between the orientations "patient" and "as-stored".
+    """
+    known = np.flatnonzero(pc.is_valid(series["orientation"]).to_numpy(zero_copy_only=False))
+    cosines = np.array(series["orientation"].take(pa.array(known)).to_pylist(), np.float64).reshape(-1, 6)
+    lying = series["series_row"].to_numpy()[known[upright_turns(cosines) != ""]]
+    turned = slices["series_row"].filter(pc.not_equal(slices["turn"], "").fill_null(False)).to_numpy()
+    return np.union1d(lying, turned).astype(np.int64)
 
 
 def _check_flags(slices: pa.Table) -> None:

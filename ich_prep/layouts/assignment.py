@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.csv as pcsv
 
-from ich_prep.errors import SourceError
+from ich_prep.errors import SourceError, UsageError
+from ich_prep.layouts.labels import LabelOptions, LabelRules
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,10 +51,37 @@ def read_csv(table: TableFile, types: dict[str, pa.DataType] | None = None) -> p
     # Arrow's threads may outlive the reader: they must not own a Python object while the interpreter shuts down.
     copy = pa.BufferOutputStream()
     copy.write(table.read())
+    options = pcsv.ConvertOptions(column_types=types)
     try:
-        return pcsv.read_csv(pa.BufferReader(copy.getvalue()), convert_options=pcsv.ConvertOptions(column_types=types))
-    except pa.ArrowInvalid as error:
-        raise SourceError(f"Expected a CSV of labels at {table.path}; it cannot be read: {error}.") from None
+        return pcsv.read_csv(pa.BufferReader(copy.getvalue()), convert_options=options)
+    except (pa.ArrowInvalid, pa.ArrowKeyError):
+        problem = _csv_problem(copy.getvalue(), options, header_of(table))
+        raise SourceError(f"Expected a CSV of labels at {table.path}; it cannot be read: {problem}.") from None
+
+
+def _csv_problem(data: pa.Buffer, options: pcsv.ConvertOptions, header: Sequence[str]) -> str:
+    """Return why a CSV cannot be read, with a line if possible, but without the cells that Arrow's message quotes."""
+    try:  # with one thread: only then does Arrow say which line
+        pcsv.read_csv(pa.BufferReader(data), read_options=pcsv.ReadOptions(use_threads=False), convert_options=options)
+    except (pa.ArrowInvalid, pa.ArrowKeyError) as error:
+        message = str(error)
+        row = re.search(r"Row #(\d+)", message)
+        line = f" in line {row[1]}" if row else ""
+        if cells := re.search(r"Expected (\d+) columns, got (\d+)", message):
+            return f"expected {cells[1]} cells{line} as in the header, found {cells[2]}"
+        if column := re.search(r"column #(\d+): .*conversion error to (\w+)", message):
+            name = header[int(column[1])][:60] if int(column[1]) < len(header) else column[1]
+            return f"expected values of type {column[2]} in column {name}, found another{line}"
+    return "it is empty, is not in UTF-8, or has a quote that is not closed or a line that is too long"
+
+
+def refuse_options(rules: LabelRules, layout: str) -> None:
+    """Raise ``UsageError`` if the rules say how to read a user's table, which ``layout`` does not have."""
+    if rules.options != LabelOptions():
+        raise UsageError(
+            f"The layout {layout} has label files of its own form: --label-key, --label-column, --ignore-columns and "
+            "--keep-columns are for --layout folder."
+        )
 
 
 def header_of(table: TableFile) -> tuple[str, ...]:

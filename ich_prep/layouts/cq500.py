@@ -12,8 +12,16 @@ import pyarrow.compute as pc
 
 from ich_prep.dataset.classes import RSNA_CLASSES
 from ich_prep.errors import SourceError
-from ich_prep.layouts.assignment import Assignment, no_repairs, read_csv, require_single, tables_with
+from ich_prep.layouts.assignment import (
+    Assignment,
+    no_repairs,
+    read_csv,
+    refuse_options,
+    require_single,
+    tables_with,
+)
 from ich_prep.layouts.labels import DEFAULT_RULES, LabelRules, LabelTable, labels_from_long_table, no_labels
+from ich_prep.layouts.scan_types import scan_type_of
 
 if TYPE_CHECKING:
     from ich_prep.sources import Listing, TableFile
@@ -29,8 +37,7 @@ COLUMNS = {
     "any": "ICH",
 }
 _SUBJECT = re.compile(r"CQ500-?CT-?([0-9]+)")
-# Scan types that are not plain axial series of the brain: after contrast, bone and lung kernels, volume renderings.
-_NOT_PLAIN = re.compile(r"post.?contrast|\bcect\b|\+c\b|\bc\b|\bbone\b|\bhrct\b|3d", re.IGNORECASE)
+_RENDERED = re.compile(r"3d", re.IGNORECASE)  # in the name of a folder of volume renderings
 
 
 def recognise(listing: Listing) -> str | None:
@@ -48,6 +55,7 @@ def read_labels(listing: Listing, given: TableFile | None, rules: LabelRules = D
     Readers may agree on a bleed but not on its type: then ``any`` is 1 and no subtype is. If a majority for a subtype
     exists without one for ICH, ``any`` is set to 1, and a note counts these subjects.
     """
+    refuse_options(rules, "cq500")
     tables = tables_with(listing, HEADER)
     if given is None and rules.allow_unlabelled and not tables:
         return replace(no_labels(rules.classes), key="subject")
@@ -88,12 +96,17 @@ def _subject(name: str) -> str | None:
     return None if match is None else f"CQ500-CT-{int(match[1])}"
 
 
+def _is_excluded(folder: str) -> bool:
+    """Return whether a folder holds series after contrast, of bone and lung kernels, or renderings."""
+    return _RENDERED.search(folder) is not None or scan_type_of(None, folder, None, None)[0] in ("contrast", "bone")
+
+
 def assign(slices: pa.Table, root: str) -> Assignment:
     """Assign each slice to its subject; exclude series that are not plain CT."""
     paths, ids = slices["path"].to_pylist(), slices["patient_id"].to_pylist()
     subjects = [_subject(path) or _subject(patient or "") for path, patient in zip(paths, ids, strict=True)]
     types = [path.rsplit("/", 2)[-2] if "/" in path else "" for path in paths]
-    excluded_because = [f"the scan type {name!r} is no plain CT" if _NOT_PLAIN.search(name) else None for name in types]
+    excluded_because = [f"the scan type {name!r} is no plain CT" if _is_excluded(name) else None for name in types]
     patients = pa.array(subjects, pa.string())
     return Assignment(
         subset=pa.array(["train"] * len(paths), pa.string()),

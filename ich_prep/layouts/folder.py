@@ -1,31 +1,20 @@
-"""Any tree of DICOM files, with a label CSV whose columns are a UID and class names."""
+"""Any tree of DICOM files, with a table of labels by slice, series, study or patient."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, get_args
+from functools import partial
+from typing import TYPE_CHECKING
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from ich_prep.errors import SourceError
-from ich_prep.layouts.assignment import Assignment, header_of, no_repairs, nulls, read_csv, require_single
-from ich_prep.layouts.labels import (
-    DEFAULT_RULES,
-    Key,
-    LabelRules,
-    LabelTable,
-    join_labels,
-    labels_from_long_table,
-    no_labels,
-)
-from ich_prep.recipe import refuse_unknown
+from ich_prep.layouts.assignment import Assignment, no_repairs, nulls, require_single
+from ich_prep.layouts.labels import DEFAULT_RULES, UIDS, LabelRules, LabelTable, labels_from_lines, no_labels
+from ich_prep.layouts.user_columns import find_columns, ignored_note, is_known, key_of, named, names_labels, read_lines
+from ich_prep.layouts.user_tables import header_of, open_user_table
 
 if TYPE_CHECKING:
     from ich_prep.sources import Listing, TableFile
-
-KEYS: tuple[Key, ...] = get_args(Key)[:2]
 
 
 def recognise(listing: Listing) -> str | None:
@@ -34,59 +23,33 @@ def recognise(listing: Listing) -> str | None:
 
 
 def read_labels(listing: Listing, given: TableFile | None, rules: LabelRules = DEFAULT_RULES) -> LabelTable:
-    """Return the labels of the CSV ``given``, or of the one in the tree that has a UID column.
+    """Return the labels of the table ``given``, or of the one CSV or TSV in the tree that has a key and labels.
 
-    If none has, there are no labels, and a note for each CSV in the tree.
-
-    Columns: ``sop_instance_uid`` or ``series_instance_uid``, and any of the rules' classes; values 0, 1 or empty.
+    If none has, there are no labels, and a note for each table in the tree. A table has at least one key column (see
+    ``user_columns.key_of``) and any of the rules' classes. With several keys the labels are by the finest, until
+    ``choose_key`` has seen the files; contradictions are an error only then.
     """
+    known = partial(is_known, rules=rules)
     if given is None:
-        with_key = [table for table in listing.tables if _key_of(header_of(table))]
-        if not with_key:
-            expected = " or ".join(KEYS)
+        headers = [(table, header_of(table, known)) for table in listing.tables]
+        with_key = [
+            (table, header) for table, header in headers if any(key_of(name) for name in header) or rules.options.key
+        ]
+        labelled = [table for table, header in with_key if names_labels(header, rules)]
+        by_uid = [table for table, header in with_key if any(key_of(name) in UIDS for name in header)]
+        if not labelled and not by_uid:
             others = tuple(
-                f"{table.path} is not read: it has no column {expected}, but {', '.join(header_of(table))}"
-                for table in listing.tables
+                f"{table.path} is not read: it has no column sop_instance_uid or other key with labels, but {named(header)}"
+                for table, header in headers
             )
             return replace(no_labels(rules.classes), notes=others)
-        given = require_single(with_key, "CSV of labels")
-    header = header_of(given)
-    repeated = sorted({name for name in header if header.count(name) > 1})
-    if repeated:
-        raise SourceError(f"The column {repeated[0]} is {header.count(repeated[0])} times in {given.path}. Keep one.")
-    key = _key_of(header)
-    if key is None:
-        raise SourceError(
-            f"Expected a column {' or '.join(KEYS)} in {given.path}; found {', '.join(header) or 'no header line'}."
-        )
-    named = [name for name in header if name != key]
-    refuse_unknown(named, rules.classes, where=f"{given.path}: label column")
-    if not named:
-        raise SourceError(f"Expected label columns in {given.path}, some of {', '.join(rules.classes)}; found none.")
-    table = read_csv(given, {key: pa.string(), **dict.fromkeys(named, pa.int8())})
-    lines = []
-    for name in named:
-        labelled = table.filter(pc.is_valid(table[name]))
-        values = labelled[name].to_numpy().astype(np.int8)
-        wrong = ~np.isin(values, (0, 1))
-        if wrong.any():
-            raise SourceError(f"Expected 0, 1 or nothing in column {name} of {given.path}; found {values[wrong][0]}.")
-        lines.append((labelled[key].combine_chunks(), np.full(len(labelled), rules.classes.index(name)), values))
-    keys, columns, values = (list(parts) for parts in zip(*lines, strict=True))
-    labels = labels_from_long_table(
-        pa.chunked_array(keys, pa.string()).combine_chunks(),
-        np.concatenate(columns),
-        np.concatenate(values),
-        classes=rules.classes,
-        allow_contradictions=rules.allow_contradictions,
-    )
-    # In the order of the file: `labels` is sorted by column first.
-    order = pc.unique(table[key].combine_chunks())
-    return replace(labels, key=key, keys=order, values=join_labels(labels, order).values)
-
-
-def _key_of(columns: tuple[str, ...]) -> Key | None:
-    return next((key for key in KEYS if key in columns), None)
+        given = require_single(labelled or by_uid, "table of labels")
+    table = open_user_table(given, known)
+    columns = find_columns(table.path, table.columns, rules)
+    lines = read_lines(table, columns, rules)
+    labels = labels_from_lines(lines, columns.candidates[0], classes=rules.classes, strict=len(columns.candidates) == 1)
+    notes = (*table.notes, *filter(None, [ignored_note(table.path, columns)]))
+    return replace(labels, notes=(*labels.notes, *notes))
 
 
 def assign(slices: pa.Table, root: str) -> Assignment:

@@ -12,7 +12,14 @@ import pyarrow.compute as pc
 
 from ich_prep.dataset.classes import RSNA_CLASSES
 from ich_prep.errors import SourceError
-from ich_prep.layouts.assignment import Assignment, nulls, read_csv, require_single, tables_with
+from ich_prep.layouts.assignment import (
+    Assignment,
+    nulls,
+    read_csv,
+    refuse_options,
+    require_single,
+    tables_with,
+)
 from ich_prep.layouts.labels import DEFAULT_RULES, LabelRules, LabelTable, labels_from_long_table, no_labels
 from ich_prep.pixels import repairs
 
@@ -44,6 +51,7 @@ def read_labels(listing: Listing, given: TableFile | None, rules: LabelRules = D
     The label file is ``given``, or the one CSV with the header ``ID,Label`` that is not a sample submission. A line is
     ``<SOP Instance UID>_<class>,<0 or 1>``.
     """
+    refuse_options(rules, "rsna")
     tables = tables_with(listing, HEADER)
     if given is None and rules.allow_unlabelled and not tables:
         return no_labels(rules.classes)
@@ -54,7 +62,7 @@ def read_labels(listing: Listing, given: TableFile | None, rules: LabelRules = D
     valid = np.isin(values, (0, 1))
     if not valid.all():
         raise SourceError(
-            f"Expected labels of 0 or 1 in {label_file.path}; found {values[~valid][0]:g} in line "
+            f"Expected labels of 0 or 1 in {label_file.path}; found another value in line "
             f"{int(np.argmin(valid)) + 2}. Give the training labels with --labels (a sample submission has none)."
         )
     labels = labels_from_long_table(
@@ -88,8 +96,8 @@ def _read_long(table_file: TableFile) -> tuple[pa.Array, NDArray[np.intp], NDArr
     if (classes < 0).any():
         line = int(np.argmax(classes < 0))
         raise SourceError(
-            f"Expected each ID of {table_file.path} to end in _<class>, one of {', '.join(RSNA_CLASSES)}; line {line + 2} "
-            f"has {names[line].as_py()!r}."
+            f"Expected each ID of {table_file.path} to end in _<class>, one of {', '.join(RSNA_CLASSES)}; "
+            f"that of line {line + 2} does not."
         )
     return keys, classes, table["Label"].to_numpy()
 

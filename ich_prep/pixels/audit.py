@@ -22,6 +22,10 @@ NOISE_ROWS = 16
 NOISE_SHARE = 0.125
 
 HISTOGRAM_BIN_HU = 64  # bin i counts HU from -1024 + 64 i up to, but not including, -1024 + 64 (i + 1)
+# Bins of air (below -512 HU), soft tissue (0 to 127 HU) and bone (from 320 HU).
+AIR_BINS, SOFT_BINS, BONE_BINS = slice(0, 8), slice(16, 18), slice(21, 64)
+# Bins of lung (-896 to -449 HU); what lies between pixels from -320 HU in a row is inside the body.
+LUNG_BINS, BODY_BIN = (2, 9), 11
 SAMPLED_SIDE = 16  # minimum number of pixels counted along the longer side: 256 in a slice of 512 x 512
 
 
@@ -82,6 +86,19 @@ def _is_noisy(values: NDArray[np.integer], limits: tuple[int, int], *, bits_stor
     return int((roughness > rough).sum()) >= 2
 
 
+@dataclass(frozen=True)
+class Tissues:
+    """What a sample of the pixels of n slices shows.
+
+    ``shares``: float32 (n, 3), the shares of air, soft tissue and bone. ``body``: int64 (n,), pixels inside the body, and
+    ``lung``: how many of them, and their four neighbours in the sample, are in the range of lung.
+    """
+
+    shares: NDArray[np.float32]
+    body: NDArray[np.int64]
+    lung: NDArray[np.int64]
+
+
 class HuHistogram:
     """Counts HU over a sample of the pixels of slices: 64 bins of 64 HU, from -1024 to 3072.
 
@@ -95,12 +112,38 @@ class HuHistogram:
     def add(self, stored: NDArray[np.uint16], rescale: Rescale) -> None:
         """Count the next slice: its ``stored`` values (rows, columns), repaired and masked."""
         step = max(1, max(stored.shape) // SAMPLED_SIDE)
-        self._bins.append(_bin_table(rescale).take(stored[::step, ::step]).reshape(-1))
+        self._bins.append(_bin_table(rescale).take(stored[::step, ::step]))
 
     def counts(self) -> NDArray[np.int64]:
         """Return the counts of all slices together, int64 (64,)."""
-        bins = np.concatenate(self._bins) if self._bins else np.empty(0, np.uint8)
+        bins = np.concatenate([one.reshape(-1) for one in self._bins]) if self._bins else np.empty(0, np.uint8)
         return np.bincount(bins, minlength=HISTOGRAM_BINS)
+
+    def tissues(self) -> Tissues:
+        """Return what the samples show, slice by slice, in the order in which slices were added."""
+        count = len(self._bins)
+        result = Tissues(np.zeros((count, 3), np.float32), np.zeros(count, np.int64), np.zeros(count, np.int64))
+        for shape in {one.shape for one in self._bins}:  # nearly always one
+            which = [index for index, one in enumerate(self._bins) if one.shape == shape]
+            bins = np.stack([self._bins[index] for index in which])
+            for column, kind in enumerate((AIR_BINS, SOFT_BINS, BONE_BINS)):
+                result.shares[which, column] = ((bins >= kind.start) & (bins < kind.stop)).mean(axis=(1, 2))
+            tissue = bins >= BODY_BIN
+            inside = np.logical_or.accumulate(tissue, axis=2)
+            inside &= np.logical_or.accumulate(tissue[:, :, ::-1], axis=2)[:, :, ::-1]
+            result.body[which] = inside.sum(axis=(1, 2))
+            result.lung[which] = _interior(inside & (bins >= LUNG_BINS[0]) & (bins < LUNG_BINS[1])).sum(axis=(1, 2))
+        return result
+
+
+def _interior(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return the elements of ``mask`` (n, rows, columns) whose four neighbours are in it, too: a rim of foam has none."""
+    rows, columns = mask[:, 1:-1], mask[:, :, 1:-1]
+    interior = np.zeros_like(mask)
+    interior[:, 1:-1] = rows & mask[:, :-2] & mask[:, 2:]
+    interior[:, :, 1:-1] &= columns & mask[:, :, :-2] & mask[:, :, 2:]
+    interior[:, :, [0, -1]] = False
+    return interior
 
 
 @lru_cache(maxsize=64)

@@ -9,6 +9,7 @@ member, inflate    bytes of a file inside an archive
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -30,6 +31,7 @@ __all__ = [
     "Source",
     "TableFile",
     "ZipSource",
+    "check_table_path",
     "is_utf8",
     "local_table",
     "open_source",
@@ -67,8 +69,33 @@ def _open_one(path: Path) -> Source:
     )
 
 
+def check_table_path(path: Path) -> None:
+    """Raise ``SourceError`` unless ``path`` is a regular file, or a link to one, that can be opened; nothing is read.
+
+    A path inside an archive is left to the archive's listing.
+    """
+    problem = ""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            problem = "found a folder" if path.is_dir() else "found a pipe, socket or device"
+        else:
+            with path.open("rb"):
+                pass
+    except FileNotFoundError:
+        problem = "there is no such file"
+    except NotADirectoryError:
+        inside = any(above.suffix.lower() == ".zip" and above.is_file() for above in path.parents)
+        problem = "" if inside else "part of its path is no folder"
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        problem = f"it cannot be read ({getattr(error, 'strerror', None) or 'not a path'})"
+    if problem:
+        raise SourceError(
+            f"Expected a label table at {str(path)[:500]}; {problem}. Give the path of a file with --labels."
+        )
+
+
 def local_table(path: Path) -> TableFile:
-    """Return the CSV file at ``path``, which need not belong to a source."""
+    """Return the table at ``path``, which need not belong to a source."""
     folder = FolderSource(path.absolute().parent)
     return TableFile(folder, path.name.encode(), str(path))
 

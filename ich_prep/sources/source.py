@@ -60,7 +60,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class TableFile:
-    """A CSV file: in a source, or given by its path. ``path`` is what messages call it."""
+    """A table, mostly CSV: in a source, or given by its path. ``path`` is what messages call it."""
 
     source: Source
     key: bytes
@@ -84,15 +84,17 @@ class TableFile:
             return read_whole(self.source, self.key, limit=LARGEST_TABLE)
         except OSError as error:
             raise SourceError(
-                f"Expected a CSV of labels at {self.path}; it cannot be read: {error.strerror}."
+                f"Expected a table of labels at {self.path}; it cannot be read: {error.strerror}."
             ) from None
         except SliceError as error:
-            raise SourceError(f"Expected a CSV of labels at {self.path}; it cannot be read: {error.detail}.") from None
+            raise SourceError(
+                f"Expected a table of labels at {self.path}; it cannot be read: {error.detail}."
+            ) from None
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a source: ``files`` (``LISTING_SCHEMA``, sorted by path), and ``tables``, its CSV files.
+    """The files of a source: ``files`` (``LISTING_SCHEMA``, sorted by path), and ``tables``, its CSV and TSV files.
 
     ``name`` is the source's.
     """

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ich_prep.dataset.affine import is_axial, unit_vectors, upright_turns
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SAME_POSITION_MM = 0.01
 GAP_SPACINGS = 1.5
 SAME_DIRECTION_COSINE = 0.9998  # about one degree
-_NORMAL_STEPS = 1000  # normals that agree to three decimals, a twentieth of a degree, count as equal
+_DIRECTION_STEPS = 1000  # directions that agree to three decimals, a twentieth of a degree, count as equal
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,12 @@ class SliceOrder:
     """The order of slices; every array has n elements and, except ``order``, is in the order of the input.
 
     ``order``: int64, the indices that sort the slices. ``position_mm``: float64, the distance along the
-    normal of the reference slice, NaN if a slice is ordered by its number. ``reference``: int64, the index of the slice
-    whose orientation is that of the series, -1 if no slice of the series has one. ``other_orientation``: bool, has
-    a position, but another orientation than the reference. ``no_position``: bool, ordered by instance number.
+    normal of the reference slice, NaN if a slice is not ordered by its position. ``order_mm``: float64, the distance in mm
+    that slices are ordered and spaced by: ``position_mm``, or SliceLocation for a series ordered by that; NaN for slices
+    ordered by number. ``reference``: int64, the index of the slice whose orientation is that of the series, -1 if no slice
+    of the series has one. ``other_orientation``: bool, has a position, but another orientation than the reference.
+    ``no_position``: bool, not ordered by its position. ``direction_unknown``: bool, no slice of its series is: whether the
+    first slice is the lowest or the highest cannot be told.
     """
 
     order: NDArray[np.int64]
@@ -35,6 +40,8 @@ class SliceOrder:
     reference: NDArray[np.int64]
     other_orientation: NDArray[np.bool_]
     no_position: NDArray[np.bool_]
+    order_mm: NDArray[np.float64]
+    direction_unknown: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -60,41 +67,78 @@ def order_slices(
     *,
     series: NDArray[Any],
     uid: NDArray[Any],
+    acquisition_number: NDArray[np.float64] | None = None,
+    slice_location: NDArray[np.float64] | None = None,
+    foot_to_head: bool = False,
 ) -> SliceOrder:
     """Return the order of n slices: by series, then by position along the normal that most slices of the series share.
 
-    ``position`` (n, 3) and ``orientation`` (n, 6) are NaN where unknown, ``instance_number`` (n,) likewise. ``series`` and
-    ``uid``, (n,), are UIDs or their ranks. Slices without a position or orientation follow those with
-    one, by instance number, unless every slice of their series has a number: then that orders the whole series. Ties are
-    broken by instance number, then ``uid``, so the result does not depend on the order of the input.
+    ``position`` (n, 3) and ``orientation`` (n, 6) are NaN where unknown, ``instance_number``, ``acquisition_number`` and
+    ``slice_location`` in mm, (n,), likewise. ``series`` and ``uid``, (n,), are UIDs or their ranks. With ``foot_to_head``
+    the normal of axial slices is the one that points to the head, whatever the direction of their rows and columns.
+
+    Slices without a position or orientation follow those with one, by instance number, unless every slice of their series
+    has a number: then that orders the whole series. A series of which no slice has a position is ordered by SliceLocation
+    (PS3.3 C.7.6.2.1.2) if all its slices have one and not all the same. Slices of which neighbours are less than
+    ``SAME_POSITION_MM`` apart count as being at one position, and are ordered among themselves by acquisition number,
+    instance number, then ``uid``, unknown numbers last; so the result does not depend on the order of the input.
     """
     normal = normals(orientation)
     group = _group_ids(series)
-    reference = _reference_slices(normal, group, uid)[group]
+    reference = _reference_slices(orientation, normal, group, uid)[group]
     shared = np.where((reference < 0)[:, np.newaxis], np.nan, normal[reference])
-    with np.errstate(invalid="ignore"):
-        position_mm = np.einsum("ij,ij->i", position, shared)
-        other_orientation = ~(np.abs(np.einsum("ij,ij->i", normal, shared)) >= SAME_DIRECTION_COSINE)
+    if foot_to_head:
+        downward = is_axial(orientation)[reference] & (shared[:, 2] < 0)
+        shared[downward] *= -1
+    position_mm = np.einsum("ij,ij->i", position, shared)
 
     no_number = np.isnan(instance_number)
     no_position = np.isnan(position_mm) | np.isnan(normal[:, 0])
     no_position |= _any_in_group(no_position, group) & ~_any_in_group(no_number, group)
-    number = np.where(no_number, np.inf, instance_number)
+    direction_unknown = ~_any_in_group(~no_position, group)
     position_mm = np.where(no_position, np.nan, position_mm)
-    key = np.where(no_position, number, position_mm)
+    order_mm = position_mm
+    if slice_location is not None:
+        by_location = direction_unknown & _varies_in_group(slice_location, group)
+        order_mm = np.where(by_location, slice_location, position_mm)
+    numbers = [
+        np.where(np.isnan(values), np.inf, values)
+        for values in (instance_number, acquisition_number)
+        if values is not None
+    ]
+    by_number = np.isnan(order_mm)
+    place = _ranks(np.where(by_number, numbers[0], order_mm), no_position, group)
     return SliceOrder(
-        order=np.lexsort((uid, number, key, no_position, group)),
+        order=np.lexsort((uid, *numbers, place)),
         position_mm=position_mm,
         reference=reference,
-        other_orientation=other_orientation & ~no_position,
+        other_orientation=~_same_orientation(orientation, orientation[reference]) & ~no_position,
         no_position=no_position,
+        order_mm=order_mm,
+        direction_unknown=direction_unknown,
     )
+
+
+def slice_turns(orientation: NDArray[np.float64], reference: NDArray[np.int64]) -> NDArray[np.str_]:
+    """Return the turn of each slice that brings it upright, (n,), keys of ``TURNS``; "" where nothing is to be turned.
+
+    ``orientation`` is (n, 6), NaN where unknown; ``reference``, (n,), as in ``SliceOrder``. All slices of a series get the
+    turn of its reference, so that a volume rotated by about 45 degrees is not torn apart by rounding; only those of another
+    orientation get their own.
+    """
+    references, number = np.unique(reference, return_inverse=True)
+    shared = np.where(references < 0, "", upright_turns(orientation[references]))
+    turns: NDArray[np.str_] = shared[number.reshape(-1)]
+    differs = ~np.isnan(orientation).any(axis=1) & ~_same_orientation(orientation, orientation[reference])
+    turns[differs] = upright_turns(orientation[differs])
+    return turns
 
 
 def measure_spacing(position_mm: NDArray[np.float64], starts: NDArray[np.int64]) -> Spacing:
     """Return the distances between neighbours of the same series.
 
-    ``position_mm``, (n,): slices in their order, NaN where unknown. ``starts``, (s,): where each series begins.
+    ``position_mm``, (n,): of slices in their order, NaN where unknown; with ``SliceOrder.order_mm`` a series that is ordered
+    by SliceLocation is measured too. ``starts``, (s,): where each series begins.
     """
     before = np.diff(position_mm, prepend=np.nan)
     before[starts] = np.nan
@@ -113,10 +157,7 @@ def measure_spacing(position_mm: NDArray[np.float64], starts: NDArray[np.int64])
 
 def normals(orientation: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the unit normal of each ``orientation``, (n, 6), as (n, 3); NaN if it is unknown or has no normal."""
-    normal = np.cross(orientation[:, :3], orientation[:, 3:])
-    with np.errstate(invalid="ignore", divide="ignore"):
-        normal /= np.linalg.norm(normal, axis=1, keepdims=True)
-    return normal
+    return unit_vectors(np.cross(orientation[:, :3], orientation[:, 3:]))
 
 
 def tilt_degrees(orientation: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -132,22 +173,63 @@ def group_starts(values: NDArray[Any]) -> NDArray[np.int64]:
     return np.flatnonzero(np.r_[True, values[1:] != values[:-1]])
 
 
-def _reference_slices(normal: NDArray[np.float64], group: NDArray[np.int64], uid: NDArray[Any]) -> NDArray[np.int64]:
-    """Return for each group the index of a slice whose normal, (n, 3), most slices of the group share, -1 if none has one.
+def _reference_slices(
+    orientation: NDArray[np.float64], normal: NDArray[np.float64], group: NDArray[np.int64], uid: NDArray[Any]
+) -> NDArray[np.int64]:
+    """Return for each group the index of a slice whose orientation most slices of the group share, -1 if none has one.
 
-    Ties, between slices and between normals, are broken by the least ``uid``. A scout or a reformatted slice among the
-    others must not be the reference.
+    The ``normal``, (n, 3), that most slices share comes first, then of the slices with it the direction of their rows.
+    Ties, between slices and between directions, are broken by the least ``uid``. A scout or a reformatted slice among the
+    others must not be the reference, nor one that was turned within its plane.
     """
     references = np.full(group.max(initial=-1) + 1, -1, np.int64)
     known = np.flatnonzero(~np.isnan(normal[:, 0]))
-    steps = np.rint(normal[known] * _NORMAL_STEPS).astype(np.int64) + _NORMAL_STEPS
-    radix = 2 * _NORMAL_STEPS + 1
-    same_normal = _group_ids(group[known] * radix**3 + steps @ np.array([radix**2, radix, 1]))
-    votes = np.bincount(same_normal)[same_normal]
-    order = known[np.lexsort((uid[known], -votes, group[known]))]
+    same_normal = _same_directions(group[known], normal[known])
+    same_rows = _same_directions(same_normal, unit_vectors(orientation[known, :3]))
+    votes, row_votes = (np.bincount(same)[same] for same in (same_normal, same_rows))
+    order = known[np.lexsort((uid[known], -row_votes, -votes, group[known]))]
     first = order[group_starts(group[order])]
     references[group[first]] = first
     return references
+
+
+def _same_directions(group: NDArray[np.int64], directions: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return numbers, (n,), that are equal where ``group`` and the unit vectors ``directions``, (n, 3), are."""
+    radix = 2 * _DIRECTION_STEPS + 1
+    steps = np.rint(directions * _DIRECTION_STEPS).astype(np.int64) + _DIRECTION_STEPS
+    return _group_ids(group * radix**3 + steps @ np.array([radix**2, radix, 1]))
+
+
+def _same_orientation(one: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return whether rows and columns have the same directions, about a degree apart at most; orientations are (n, 6)."""
+    cosines = [
+        np.einsum("ij,ij->i", unit_vectors(one[:, part]), unit_vectors(other[:, part]))
+        for part in (slice(3), slice(3, 6))
+    ]
+    same: NDArray[np.bool_] = np.minimum(*cosines) >= SAME_DIRECTION_COSINE
+    return same
+
+
+def _ranks(key: NDArray[np.float64], last: NDArray[np.bool_], group: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return each slice's place by group, then those that are not ``last``, then ``key``; the same for one position."""
+    first = np.lexsort((key, last, group))
+    with np.errstate(invalid="ignore"):
+        apart = np.diff(key[first], prepend=np.nan) >= SAME_POSITION_MM  # unknown numbers, all infinite, are not
+    apart |= np.diff(group[first], prepend=-1) > 0
+    apart |= np.diff(last[first], prepend=False)
+    place = np.empty(len(key), np.int64)
+    place[first] = np.cumsum(apart)
+    return place
+
+
+def _varies_in_group(values: NDArray[np.float64], group: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return for each element whether all values of its group are known and not all at one position."""
+    low, high = np.full((2, group.max(initial=-1) + 1), np.nan)
+    np.fmin.at(low, group, values)
+    np.fmax.at(high, group, values)
+    with np.errstate(invalid="ignore"):
+        varies: NDArray[np.bool_] = (high - low >= SAME_POSITION_MM)[group] & ~_any_in_group(np.isnan(values), group)
+    return varies
 
 
 def _group_ids(values: NDArray[Any]) -> NDArray[np.int64]:

@@ -6,19 +6,25 @@ Tables in, tables out. Equal inputs give equal plans, in whatever order the file
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ich_prep.dataset.classes import UNKNOWN
-from ich_prep.dataset.schema import QUARANTINE_SCHEMA, series_schema, slice_schema
-from ich_prep.dicom.decode import PIXEL_FIELDS
+from ich_prep.dataset.schema import QUARANTINE_SCHEMA
 from ich_prep.errors import Reason
-from ich_prep.layouts.labels import Joined, LabelTable, join_labels
-from ich_prep.stages.folds import assign_folds
-from ich_prep.stages.geometry import Spacing, group_starts, measure_spacing, order_slices, tilt_degrees
+from ich_prep.layouts.label_keys import patients_of_table
+from ich_prep.layouts.labels import LabelTable, join_labels
+from ich_prep.stages import identity
+from ich_prep.stages.copies import settle
+from ich_prep.stages.geometry import SliceOrder, order_slices, slice_turns
+from ich_prep.stages.losses import lost_labels
+from ich_prep.stages.patients import Given, with_identities
+from ich_prep.stages.plan_tables import build_tables, matrix, nullable
+from ich_prep.stages.scan_words import with_scan_words
+from ich_prep.stages.selection import select
+from ich_prep.stages.volumes import overlapping_groups
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -26,283 +32,205 @@ if TYPE_CHECKING:
     from ich_prep.dataset.spec import Spec
     from ich_prep.layouts.assignment import Assignment
 
-# Columns of the slice table that the scan or the layout provides under the same name.
-SCANNED_COLUMNS = (
-    "sop_instance_uid", "series_instance_uid", "study_instance_uid", "patient_id", "subset",
-    "rescale_slope", "rescale_intercept", "repairs",
-)  # fmt: skip
-
-# Columns of the plan that the slice table does not have: where a slice's pixels are and how they are stored.
-PIXEL_COLUMNS = ("path", *PIXEL_FIELDS, "padding_low", "padding_high")
-
 
 @dataclass(frozen=True)
 class Plan:
-    """``slices``: the slice table before any pixel is decoded, and ``PIXEL_COLUMNS``; ``series``; ``quarantine`` so far.
+    """``slices``: the slice table before any pixel is decoded, and ``PLAN_COLUMNS``; ``series``; ``quarantine`` so far.
 
-    ``without_image`` are the keys of labels without a file, ``unlabelled`` the SOP Instance UIDs of training slices without
-    a label.
+    ``without_image`` are the keys of labels without a file, ``lost`` the labels whose images all left (``LOST_SCHEMA``),
+    ``unlabelled`` the SOP Instance UIDs of training slices without a label, ``notes`` sentences for the user.
     """
 
     slices: pa.Table
     series: pa.Table
     quarantine: pa.Table
     without_image: pa.Array
+    lost: pa.Table
     unlabelled: pa.Array
+    notes: tuple[str, ...]
 
 
-def make_plan(scanned: pa.Table, *, assignment: Assignment, labels: LabelTable, spec: Spec) -> Plan:
+def make_plan(
+    scanned: pa.Table, *, assignment: Assignment, labels: LabelTable, spec: Spec, image: pa.Array | None = None
+) -> Plan:
     """Return the plan of the files in ``scanned`` (``scan.SCHEMA``, sorted by path).
 
-    ``assignment`` is the layout's, with one value per line of ``scanned``.
+    ``assignment`` is the layout's, with one value per line of ``scanned``; ``image`` are the image hashes of slices that
+    share a SOP Instance UID, one per line (see ``copies.hash_images``). Raises ``BuildError`` if one fold group
+    would have most of the studies.
     """
-    placed = _with_assignment(scanned, assignment)
-    is_slice = pc.is_null(scanned["reason"])
-    refused, slices = placed.filter(pc.invert(is_slice)), placed.filter(is_slice)
+    if image is None:
+        image = pa.nulls(len(scanned), pa.string())
+    placed = select(with_scan_words(_with_assignment(scanned, assignment).append_column("image", image)), spec)
+    is_slice = pc.is_null(placed["reason"])
+    left, slices = placed.filter(pc.invert(is_slice)), placed.filter(is_slice)
 
-    excluded_because = pc.is_valid(slices["excluded_because"])
-    excluded, slices = slices.filter(excluded_because), slices.filter(pc.invert(excluded_because))
-    repeated, kept_path = _repeats(slices)
-    duplicates, slices = slices.filter(pa.array(repeated)), slices.filter(pa.array(~repeated))
+    keyed_by_uid = labels.key == "sop_instance_uid" and len(labels.keys) > 0
+    copies = settle(slices, slices["image"].combine_chunks(), keyed_by_uid=keyed_by_uid)
+    leaves = pc.is_valid(copies.reason)
+    copied = _with_reason(slices.filter(leaves), copies.reason.filter(leaves), copies.detail.filter(leaves))
+    left = pa.concat_tables([left, copied])
+    slices = slices.append_column("sop_uid_shared", pa.array(copies.shared)).filter(pc.invert(leaves))
 
-    slices = _sort_slices(slices)
-    joined = join_labels(labels, slices[labels.key])
-    slices, series = _build_tables(slices, _label_level(labels), joined, spec)
-    quarantine = pa.concat_tables(
-        [
-            _quarantine(refused, "scan", refused["reason"], refused["detail"]),
-            _quarantine(excluded, "plan", _constant(excluded, Reason.SCAN_TYPE), excluded["excluded_because"]),
-            _quarantine(duplicates, "plan", _constant(duplicates, Reason.DUPLICATE), kept_path),
-        ]
-    ).sort_by("path")
-    excluded_keys = _label_keys_of_excluded(labels, refused, excluded)
+    slices = slices.append_column("label_key", _label_keys(labels, slices))
+    slices, notes = with_identities(slices, _given(labels, slices["label_key"], spec), spec)
+    slices = _sort_slices(_with_acquisitions(slices), upright=spec.orientation == "patient")
+    joined = join_labels(labels, slices["label_key"])
+    tables = build_tables(slices, labels, joined, spec)
+    lost = lost_labels(labels, joined.without_image, _images_of(left, labels))
     train = pc.equal(slices["subset"], "train")
-    unlabelled = slices["sop_instance_uid"].filter(pc.and_(train, pa.array(joined.unlabelled)))
     return Plan(
-        slices=slices,
-        series=series,
-        quarantine=quarantine,
-        without_image=joined.without_image.filter(pc.invert(pc.is_in(joined.without_image, value_set=excluded_keys))),
-        unlabelled=unlabelled.combine_chunks(),
+        slices=tables.slices,
+        series=tables.series,
+        quarantine=_quarantine(left).sort_by("path"),
+        without_image=joined.without_image.filter(pc.invert(pc.is_in(joined.without_image, value_set=lost["key"]))),
+        lost=lost,
+        unlabelled=slices["sop_instance_uid"].filter(pc.and_(train, pa.array(joined.unlabelled))).combine_chunks(),
+        notes=notes,
     )
 
 
-def _with_assignment(slices: pa.Table, assignment: Assignment) -> pa.Table:
-    """Return ``slices`` with the layout's columns; without a patient, the study or else the series is used as one."""
-    patient = pc.coalesce(assignment.patient_id, slices["study_instance_uid"], slices["series_instance_uid"])
-    slices = slices.set_column(slices.column_names.index("patient_id"), "patient_id", patient)
-    unnamed = pc.is_null(assignment.patient_id)
+_PLAN_REASONS = frozenset(
+    map(str, (Reason.SCAN_TYPE, Reason.FILTERED, Reason.DUPLICATE, Reason.SOP_CONFLICT))
+)  # what the scan of a header alone cannot tell
+# Attributes of which the first that divides a series names its acquisitions.
+ACQUISITIONS = {
+    "acquisition_number": "AcquisitionNumber",
+    "temporal_position_identifier": "TemporalPositionIdentifier",
+    "acquisition_time": "AcquisitionTime",
+}
+
+
+def _with_assignment(scanned: pa.Table, assignment: Assignment) -> pa.Table:
+    """Return ``scanned`` with the layout's columns; the assigned patient is the column ``assigned_patient``.
+
+    Slices that the layout excludes have the reason SCAN_TYPE.
+    """
+    excluded = pc.and_(pc.is_null(scanned["reason"]), pc.is_valid(assignment.excluded_because))
+    reason = pc.if_else(excluded, str(Reason.SCAN_TYPE), scanned["reason"])
+    detail = pc.if_else(excluded, assignment.excluded_because, scanned["detail"])
     return (
-        slices.append_column("subset", assignment.subset)
+        _with_reason(scanned, reason, detail)
+        .append_column("subset", assignment.subset)
+        .append_column("assigned_patient", assignment.patient_id)
         .append_column("subject", assignment.subject)
         .append_column("repairs", assignment.repairs)
-        .append_column("excluded_because", assignment.excluded_because)
-        .append_column("unnamed_patient", unnamed)
     )
 
 
-def _repeats(slices: pa.Table) -> tuple[NDArray[np.bool_], pa.Array]:
-    """Return which slices repeat the SOP Instance UID of another, and for each of these a sentence with the other's path.
-
-    The first path is kept, but a training slice rather than a test slice: RSNA's test slices of stage 1 are also among the
-    training slices of stage 2, where they have labels.
-    """
-    codes = slices["sop_instance_uid"].combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)
-    order = np.argsort(pc.equal(slices["subset"], "test").to_numpy(), kind="stable")
-    _, first = np.unique(codes[order], return_index=True)
-    first = order[first]
-    repeated = np.ones(len(codes), bool)
-    repeated[first] = False
-    kept = slices["path"].take(pa.array(first[codes[repeated]], pa.int64()))
-    return repeated, pc.binary_join_element_wise("the same SOP Instance UID as", kept, " ")
+def _given(labels: LabelTable, keys: pa.ChunkedArray, spec: Spec) -> Given:
+    """Return what the label table says about slices with these label ``keys`` beside their labels."""
+    joined = join_labels(labels, keys)
+    patient = patients_of_table(labels, keys) if spec.patients == "column" else None
+    return Given(joined.subset, joined.fold, patient)
 
 
-def _quarantine(files: pa.Table, stage: str, reason: object, detail: object) -> pa.Table:
-    columns = [files["path"], _constant(files, stage), pa.nulls(len(files), pa.int64()), reason, detail]
+def _with_reason(files: pa.Table, reason: pa.Array | pa.ChunkedArray, detail: pa.Array | pa.ChunkedArray) -> pa.Table:
+    for name, values in (("reason", reason), ("detail", detail)):
+        files = files.set_column(files.column_names.index(name), files.schema.field(name), values)
+    return files
+
+
+def _quarantine(files: pa.Table) -> pa.Table:
+    stages = ["plan" if reason in _PLAN_REASONS else "scan" for reason in files["reason"].to_pylist()]
+    columns = [
+        files["path"],
+        pa.array(stages, pa.string()),
+        pa.nulls(len(files), pa.int64()),
+        files["reason"],
+        files["detail"],
+    ]
     return pa.table(columns, schema=QUARANTINE_SCHEMA)
 
 
-def _label_level(labels: LabelTable) -> str:
-    """Return what one label describes: a slice, or a whole series."""
-    return "slice" if labels.key == "sop_instance_uid" else "series"
+def _images_of(left: pa.Table, labels: LabelTable) -> pa.Table:
+    """Return the label key, reason and path of each file without a row.
 
-
-def _label_keys_of_excluded(labels: LabelTable, *excluded: pa.Table) -> pa.Array:
-    """Return the label keys of files without a row: from their header, or from a file name that is a UID."""
-    keys: list[str] = []
-    for table in excluded:
-        if labels.key in table.column_names:
-            keys += table[labels.key].drop_null().to_pylist()
-        keys += [path.rsplit("/", 1)[-1].removesuffix(".dcm").strip() for path in table["path"].to_pylist()]
-    return pa.array(keys, pa.string())
-
-
-def _sort_slices(slices: pa.Table) -> pa.Table:
-    """Return the slices in the order of their rows: by subset, series and position, as ``order_slices`` says.
-
-    Adds ``position_mm``, ``other_orientation`` and ``no_position``, and the orientation of the series' reference slice.
+    A file whose header has no SOP Instance UID may still have it as its name.
     """
-    result = order_slices(
-        _matrix(slices["position"], 3),
-        _matrix(slices["orientation"], 6),
-        slices["instance_number"].cast(pa.float64()).fill_null(np.nan).to_numpy(),
-        series=_rank(slices["series_instance_uid"]) + _rank(slices["subset"]) * len(slices),
-        uid=_rank(slices["sop_instance_uid"]),
-    )
-    return (
-        slices.append_column("position_mm", _nullable(result.position_mm))
-        .append_column(
-            "series_orientation", slices["orientation"].take(pa.array(result.reference, mask=result.reference < 0))
-        )
-        .append_column("other_orientation", pa.array(result.other_orientation))
-        .append_column("no_position", pa.array(result.no_position))
-        .take(pa.array(result.order))
-    )
+    keys = _label_keys(labels, left)
+    if labels.key == "sop_instance_uid":
+        names = [path.rsplit("/", 1)[-1].removesuffix(".dcm").strip() for path in left["path"].to_pylist()]
+        keys = pc.coalesce(keys, pa.array(names, pa.string()))
+    return pa.table({"key": keys, "reason": left["reason"], "path": left["path"]})
 
 
-def _build_tables(slices: pa.Table, level: str, joined: Joined, spec: Spec) -> tuple[pa.Table, pa.Table]:
-    """Return the slice table, to which ``PIXEL_COLUMNS`` are appended, and the series table, of the sorted ``slices``."""
-    count = len(slices)
-    test = pc.equal(slices["subset"], "test").to_numpy()
-    starts = group_starts(_rank(slices["series_instance_uid"]) * 2 + test)
-    lengths = np.diff(np.r_[starts, count])
-    series_row = np.repeat(np.arange(len(starts)), lengths)
-    spacing = measure_spacing(slices["position_mm"].to_numpy(), starts)
-    columns = {
-        **{name: slices[name] for name in SCANNED_COLUMNS},
-        "row": np.arange(count),
-        "fold": _folds(slices["patient_id"], test, spec.folds),
-        **_label_columns(joined, level, spec.classes),
-        "series_row": series_row,
-        "slice_index": np.arange(count) - starts[series_row],
-        **_position_columns(slices),
-        "slice_spacing_mm": _nullable(spacing.slice_spacing_mm),
-        "source_rows": slices["rows"],
-        "source_columns": slices["columns"],
-        "flags": _flag_column(slices, spacing),
-    }
-    table = _table_of(columns, slice_schema(spec.classes))
-    planned = table
-    for name in PIXEL_COLUMNS:
-        planned = planned.append_column(name, slices[name])
-    unlabelled = np.logical_and.reduceat(joined.unlabelled, starts) if count else joined.unlabelled
-    series = {
-        "label_level": _label_levels(unlabelled, level),
-        "first_row": starts,
-        "n_slices": lengths,
-        "orientation": slices["series_orientation"].take(pa.array(starts, pa.int64())),
-        "slice_spacing_mm": _nullable(spacing.series_spacing_mm),
-    }
-    return planned, _series_table(table, series, starts, spec.classes)
+def _label_keys(labels: LabelTable, slices: pa.Table) -> pa.ChunkedArray | pa.Array:
+    """Return each slice's own key of the kind that the labels have, null where its header has none."""
+    return slices[labels.key] if labels.key in slices.column_names else pa.nulls(len(slices), pa.string())
 
 
-def _folds(patient_id: pa.ChunkedArray, test: NDArray[np.bool_], folds: int) -> pa.Array:
-    """Return the fold of each slice, null in the test set."""
-    values = assign_folds(patient_id, folds=folds) if len(patient_id) else np.empty(0, np.int8)
-    return pa.array(values, mask=test)
+def _with_acquisitions(slices: pa.Table) -> pa.Table:
+    """Return the slices with volumes that are divided by acquisition, as ``overlapping_groups`` says.
 
-
-def _label_columns(joined: Joined, level: str, classes: tuple[str, ...]) -> dict[str, pa.Array]:
-    values = joined.values
-    return {
-        "label_level": _label_levels(joined.unlabelled, level),
-        **{name: pa.array(values[:, i], mask=values[:, i] == UNKNOWN) for i, name in enumerate(classes)},
-        "label_line": pa.array(joined.label_line, mask=joined.label_line < 0),
-    }
-
-
-def _label_levels(unlabelled: NDArray[np.bool_], level: str) -> pa.Array:
-    return pa.array(np.where(unlabelled, "none", level), pa.string())
-
-
-def _position_columns(slices: pa.Table) -> dict[str, pa.Array | pa.ChunkedArray]:
-    """Return the position of the first pixel of each file (ImagePositionPatient), and its pixel spacing, in mm."""
-    position, pixel_spacing = _matrix(slices["position"], 3), _matrix(slices["pixel_spacing"], 2)
-    return {
-        "position_mm": slices["position_mm"],
-        **{f"position_{axis}_mm": _nullable(position[:, i]) for i, axis in enumerate("xyz")},
-        **{f"pixel_spacing_{axis}_mm": _nullable(pixel_spacing[:, i]) for i, axis in enumerate("yx")},
-    }
-
-
-def _flag_column(slices: pa.Table, spacing: Spacing) -> pa.Array:
-    """Return for each slice the sorted names of the flags that it carries."""
-    flags = {
-        "duplicate_position": spacing.duplicate_position,
-        "gap_before": spacing.gap_before,
-        "other_orientation": slices["other_orientation"].to_numpy(),
-        "no_position": slices["no_position"].to_numpy(),
-        "patient_is_study": slices["unnamed_patient"].to_numpy(),
-        "monochrome1": slices["monochrome1"].to_numpy(),
-    }
-    lists: list[list[str]] = [[] for _ in range(len(slices))]
-    for name in sorted(flags):
-        for index in np.flatnonzero(flags[name]).tolist():
-            lists[index].append(name)
-    return pa.array(lists, pa.list_(pa.string()))
-
-
-def _series_table(
-    table: pa.Table, series: dict[str, Any], starts: NDArray[np.int64], classes: tuple[str, ...]
-) -> pa.Table:
-    """Return one line per series: the given columns, what its slices share, and for each label whether a slice has it.
-
-    ``table`` are the slices, ``starts`` the rows at which the series begin.
+    Adds ``acquisition``, what separates a volume from the others of its series, as text: null if nothing does.
     """
-    first_slices = table.take(pa.array(starts, pa.int64()))
-    labels: dict[str, pa.Array] = {}
-    for name in classes:
-        values = table[name].fill_null(UNKNOWN).to_numpy()
-        highest = np.maximum.reduceat(values, starts) if len(starts) else np.empty(0, np.int8)
-        labels[name] = pa.array(highest, mask=highest == UNKNOWN)
+    volume = slices["volume"].to_numpy()
+    keys = [_codes(slices[name]) for name in ACQUISITIONS]
+    if not any((codes >= 0).any() for codes in keys):
+        return slices.append_column("acquisition", pa.nulls(len(slices), pa.string()))
+    position_mm = _order(slices, foot_to_head=False).position_mm
+    split = overlapping_groups(position_mm, volume, keys)
+    texts: list[str | None] = [None] * len(slices)
+    for number, (column, keyword) in enumerate(ACQUISITIONS.items()):
+        value_of: dict[int, str] = {}
+        codes, values = keys[number], slices[column]
+        for index in np.flatnonzero(split.attribute == number).tolist():
+            key = int(split.key[index])
+            if key not in value_of:
+                known = np.flatnonzero(codes == key)
+                value_of[key] = f"{keyword} {values[int(known[0])].as_py()}" if len(known) else f"no {keyword}"
+            texts[index] = value_of[key]
+    return slices.set_column(
+        slices.column_names.index("volume"), "volume", pa.array(identity.join(volume, split.volume))
+    ).append_column("acquisition", pa.array(texts, pa.string()))
+
+
+def _codes(values: pa.ChunkedArray) -> NDArray[np.int64]:
+    """Return the rank of each value among the distinct ones, (n,), -1 for null; of numbers by size, of text as it sorts."""
+    if pa.types.is_string(values.type):
+        return identity.codes_of(values)
+    known = values.is_valid().to_numpy()
+    codes = np.full(len(values), -1, np.int64)
+    codes[known] = np.unique(values.drop_null().to_numpy(), return_inverse=True)[1]
+    return codes
+
+
+def _order(slices: pa.Table, *, foot_to_head: bool) -> SliceOrder:
+    numbers = (_codes(slices[name]) for name in ("instance_number", "acquisition_number"))
+    # Ranks: as float64, numbers beyond 2**53, such as time stamps, would no longer be distinct.
+    instance_number, acquisition_number = (np.where(codes < 0, np.nan, codes) for codes in numbers)
+    return order_slices(
+        matrix(slices["position"], 3),
+        matrix(slices["orientation"], 6),
+        instance_number,
+        series=slices["volume"].to_numpy(),
+        uid=identity.codes_of(slices["sop_instance_uid"]),
+        acquisition_number=acquisition_number,
+        slice_location=slices["slice_location"].fill_null(np.nan).to_numpy(),
+        foot_to_head=foot_to_head,
+    )
+
+
+def _sort_slices(slices: pa.Table, *, upright: bool) -> pa.Table:
+    """Return the slices in the order of their rows: by subset, volume and position, as ``order_slices`` says.
+
+    Adds ``position_mm``, ``order_mm``, ``turn``, ``other_orientation``, ``no_position`` and ``direction_unknown``, and the
+    orientation of the volume's reference slice. ``upright``: slices from foot to head, each turned upright.
+    """
+    result = _order(slices, foot_to_head=upright)
+    turns = np.full(len(slices), "")
+    if upright:
+        turns = slice_turns(matrix(slices["orientation"], 6), result.reference)
     columns = {
-        **{name: first_slices[name] for name in first_slices.column_names if name != "flags"},
-        **labels,
-        **series,
-        "n_ok": np.zeros(len(starts), np.int32),
-        "tilt_degrees": _nullable(tilt_degrees(_matrix(series["orientation"], 6))),
+        "position_mm": nullable(result.position_mm),
+        "order_mm": nullable(result.order_mm),
+        "series_orientation": slices["orientation"].take(pa.array(result.reference, mask=result.reference < 0)),
+        "turn": pa.array(turns, pa.string(), mask=turns == ""),
+        "other_orientation": pa.array(result.other_orientation),
+        "no_position": pa.array(result.no_position),
+        "direction_unknown": pa.array(result.direction_unknown),
     }
-    return _table_of(columns, series_schema(classes))
-
-
-# --- columns ---------------------------------------------------------------------------------------------------------
-
-
-def _matrix(column: pa.ChunkedArray, width: int) -> NDArray[np.float64]:
-    """Return a column of lists of ``width`` numbers as float64 (n, width), NaN for null."""
-    array = column.combine_chunks()
-    matrix = np.full((len(array), width), np.nan)
-    valid = array.is_valid().to_numpy(zero_copy_only=False)
-    matrix[valid] = array.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
-    return matrix
-
-
-def _rank(column: pa.ChunkedArray) -> NDArray[np.int64]:
-    """Return each value's rank among the sorted distinct values of its column."""
-    encoded = column.combine_chunks().dictionary_encode()
-    rank_of = np.empty(len(encoded.dictionary), np.int64)
-    rank_of[pc.sort_indices(encoded.dictionary).to_numpy()] = np.arange(len(encoded.dictionary))
-    ranks: NDArray[np.int64] = rank_of[encoded.indices.to_numpy(zero_copy_only=False)]
-    return ranks
-
-
-def _constant(table: pa.Table, value: str) -> pa.Array:
-    return pa.array([value] * len(table), pa.string())
-
-
-def _nullable(values: NDArray[np.float64]) -> pa.Array:
-    """Return ``values`` as a column, with null for NaN."""
-    return pa.array(values, pa.float64(), from_pandas=True)
-
-
-def _table_of(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
-    """Return a table of ``schema`` from these columns, each cast to its type; missing columns are null."""
-    length = len(next(iter(columns.values())))
-    arrays = []
-    for field in schema:
-        values = columns.get(field.name)
-        if values is None:
-            values = pa.nulls(length, field.type)
-        column = values if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(values)
-        arrays.append(column.cast(field.type))
-    return pa.table(arrays, schema=schema)
+    for name, values in columns.items():
+        slices = slices.append_column(name, values)
+    return slices.take(pa.array(result.order))

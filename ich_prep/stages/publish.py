@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,30 +17,59 @@ import pyarrow.compute as pc
 
 from ich_prep.dataset import schema
 from ich_prep.dataset.codecs import CODECS
-from ich_prep.dataset.schema import FORMAT, IMAGES, LABELS, OK, QUARANTINE_SCHEMA, ROOT, SHARD_SCHEMA, TABLES
+from ich_prep.dataset.schema import (
+    FORMAT,
+    IMAGES,
+    LABELS,
+    OK,
+    QUARANTINE_SCHEMA,
+    ROOT,
+    SHARD_SCHEMA,
+    TABLES,
+    digest_of,
+)
 from ich_prep.dataset.storage import clear_leftovers, size_of, sync_folder, write_whole
-from ich_prep.dataset.tables import read_parquet, write_table
+from ich_prep.dataset.tables import read_sealed, write_table
 from ich_prep.dataset.windows import MIN_HU
 from ich_prep.errors import BuildError
 from ich_prep.stages import ledger
-from ich_prep.stages.plan import PIXEL_COLUMNS
+from ich_prep.stages.images import equal_images, link_images
+from ich_prep.stages.losses import losses_by_reason, lost_in_shards
+from ich_prep.stages.plan_tables import PLAN_COLUMNS
+from ich_prep.stages.pseudonyms import key_id, published_quarantine, published_rows, published_state
 from ich_prep.stages.shard import RowReport, ShardReport
 from ich_prep.stages.state import write_state
 from ich_prep.versions import PACKAGE, all_versions, library_versions
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from ich_prep.dataset.spec import Spec
     from ich_prep.stages.state import BuildFolder, State
 
 
+_REPORTED = (
+    "hu_min", "hu_max", "hu_mean", "share_air", "share_soft", "share_bone", "content_hash", "chunk_crc32c",
+)  # fmt: skip
+# The share of the body in the range of lung from which on a volume is flagged as not a head.
+LUNG_SHARE = 0.05
+
+
 @dataclass(frozen=True)
 class Tables:
-    """The published tables, with the columns of ``dataset.schema``."""
+    """The published tables, with the columns of ``dataset.schema``; ``lost``: labels without an ok row (``LOST_SCHEMA``)."""
 
     slices: pa.Table
     series: pa.Table
     shards: pa.Table
     quarantine: pa.Table
+    lost: pa.Table
+
+    @property
+    def ok(self) -> int:
+        """The number of rows that are ok."""
+        number: int = pc.sum(self.shards["n_ok"]).as_py()
+        return number
 
 
 def collect_tables(out: Path, folder: BuildFolder, state: State) -> Tables:
@@ -48,7 +77,7 @@ def collect_tables(out: Path, folder: BuildFolder, state: State) -> Tables:
 
     Raises ``BuildError`` if a shard does not have the length that its entry records.
     """
-    plan = read_parquet(folder.plan)
+    plan = read_sealed(folder.plan)
     per_shard = state.spec.slices_per_shard
     starts = np.arange(0, len(plan), per_shard)
     entries = [_entry(out, folder, number) for number in range(len(starts))]
@@ -64,9 +93,8 @@ def collect_tables(out: Path, folder: BuildFolder, state: State) -> Tables:
         status.filter(pa.array(~ok)),
         pa.array([line.detail for line in lines if line.status != OK], pa.string()),
     ]
-    series = read_parquet(folder.series)
-    index = series.schema.get_field_index("n_ok")
-    counted = np.add.reduceat(ok.astype(np.int64), series["first_row"].to_numpy())
+    slices = _with_results(plan.drop_columns(list(PLAN_COLUMNS)), lines, status)
+    slices = link_images(slices, plan["given_fold"], equal_images(slices), state.spec)
     shards = [
         pa.array(np.arange(len(starts))),
         pa.array(starts),
@@ -77,11 +105,44 @@ def collect_tables(out: Path, folder: BuildFolder, state: State) -> Tables:
         pa.array([entry.hu_histogram for entry in entries], pa.list_(pa.int64())),
     ]
     return Tables(
-        slices=_with_results(plan.drop_columns(list(PIXEL_COLUMNS)), lines, status),
-        series=series.set_column(index, series.schema.field(index), pa.array(counted, pa.int32())),
+        slices=slices,
+        series=_with_rows(read_sealed(folder.series), slices, ok),
         shards=pa.table(shards, schema=SHARD_SCHEMA),
-        quarantine=pa.concat_tables([read_parquet(folder.quarantine), pa.table(quarantined, schema=QUARANTINE_SCHEMA)]),
+        quarantine=pa.concat_tables([read_sealed(folder.quarantine), pa.table(quarantined, schema=QUARANTINE_SCHEMA)]),
+        lost=pa.concat_tables([read_sealed(folder.lost), lost_in_shards(plan, status, _is_positive(plan, state.spec))]),
     )
+
+
+def _is_positive(plan: pa.Table, spec: Spec) -> pa.Array:
+    """Return whether any class of each row is 1."""
+    values = np.stack([plan[name].fill_null(0).to_numpy() for name in spec.classes], axis=1)
+    return pa.array((values == 1).any(axis=1), pa.bool_())
+
+
+def _with_rows(series: pa.Table, slices: pa.Table, ok: NDArray[np.bool_]) -> pa.Table:
+    """Return the series table with what its rows of ``slices`` say: the number that are ``ok``, fold group, fold, flags."""
+    starts = series["first_row"]
+    first = slices.take(starts)
+    columns = {
+        "n_ok": np.add.reduceat(ok.astype(np.int64), starts.to_numpy()),
+        "fold": first["fold"],
+        "fold_group": first["fold_group"],
+        "flags": series_flags(series, slices),
+    }
+    for name, values in columns.items():
+        field = series.schema.field(name)
+        column = values if isinstance(values, pa.ChunkedArray) else pa.array(values, field.type)
+        series = series.set_column(series.schema.get_field_index(name), field, column)
+    return series
+
+
+def series_flags(series: pa.Table, slices: pa.Table) -> list[list[str]]:
+    """Return for each volume of ``series`` the sorted flags of its ``slices``."""
+    flags, starts = slices["flags"].to_pylist(), series["first_row"].to_pylist()
+    ends = [*starts, len(slices)][1:]
+    return [
+        sorted({flag for line in flags[begin:end] for flag in line}) for begin, end in zip(starts, ends, strict=True)
+    ]
 
 
 def _entry(out: Path, folder: BuildFolder, number: int) -> ShardReport:
@@ -100,20 +161,52 @@ def _entry(out: Path, folder: BuildFolder, number: int) -> ShardReport:
 
 def _with_results(slices: pa.Table, lines: list[RowReport], status: pa.Array) -> pa.Table:
     """Return the slice table with what the shards reported: status, flags, HU range and mean, hash, checksum."""
-    flags = [sorted({*planned, *line.flags}) for planned, line in zip(slices["flags"].to_pylist(), lines, strict=True)]
-    results = {"status": status, "flags": pa.array(flags, pa.list_(pa.string()))}
-    for name in ("hu_min", "hu_max", "hu_mean", "content_hash", "chunk_crc32c"):
+    results = {"status": status}
+    for name in _REPORTED:
         results[name] = pa.array([getattr(line, name) for line in lines], slices.schema.field(name).type)
     columns = [results.get(field.name, slices[field.name]) for field in slices.schema]
-    return pa.table(columns, schema=slices.schema)
+    slices = pa.table(columns, schema=slices.schema)
+    found = {"same_image": equal_images(slices) >= 0, "not_head": _shows_lung(slices["series_row"].to_numpy(), lines)}
+    flags: list[list[str]] = slices["flags"].to_pylist()
+    for row, line in enumerate(lines):
+        if line.flags:
+            flags[row] = sorted({*flags[row], *line.flags})
+    for name, where in found.items():
+        for row in np.flatnonzero(where).tolist():
+            flags[row] = sorted({*flags[row], name})
+    index = slices.schema.get_field_index("flags")
+    return slices.set_column(index, slices.schema.field(index), pa.array(flags, pa.list_(pa.string())))
 
 
-def publish(out: Path, folder: BuildFolder, *, state: State, tables: Tables, found: int) -> dict[str, int]:
+def _shows_lung(series_row: NDArray[np.int64], lines: list[RowReport]) -> NDArray[np.bool_]:
+    """Return for each row whether much of what its volume shows inside the body is in the range of lung."""
+    lung, body = (np.bincount(series_row, [getattr(line, name) for line in lines]) for name in ("lung", "body"))
+    shows: NDArray[np.bool_] = (lung > LUNG_SHARE * body)[series_row]
+    return shows
+
+
+def pseudonymised(tables: Tables, key: bytes, spec: Spec) -> Tables:
+    """Return the tables with pseudonyms by ``key`` in place of identifiers; columns ``x_...`` stay as they are."""
+    extra = [name for name in tables.slices.column_names if name.startswith("x_")]
+    return replace(
+        tables,
+        slices=published_rows(tables.slices, key, classes=spec.classes, extra=extra),
+        series=published_rows(tables.series, key, classes=spec.classes),
+        quarantine=published_quarantine(tables.quarantine, key),
+    )
+
+
+def publish(
+    out: Path, folder: BuildFolder, *, state: State, tables: Tables, found: int, key: bytes | None = None
+) -> dict[str, int]:
     """Write ``tables`` and the metadata of the dataset ``out``, the root's last; return its counts.
 
     ``found`` is the number of files in the source. Every shard must be on disk. The working ``folder`` records the
-    dataset's digest just before the root is written, which binds the two.
+    dataset's digest just before the root is written, which binds the two. With a ``key``, what identifies is replaced
+    by pseudonyms; the folder keeps the originals.
     """
+    shown = published_state(state, key)
+    tables = tables if key is None else pseudonymised(tables, key, state.spec)
     (out / LABELS).mkdir(exist_ok=True)
     names = {table: schema.table_name(table, generation=1) for table in TABLES}
     for name in (*names.values(), ROOT, f"{IMAGES}/{ROOT}", f"{LABELS}/{ROOT}"):
@@ -128,31 +221,44 @@ def publish(out: Path, folder: BuildFolder, *, state: State, tables: Tables, fou
         "rows": len(tables.slices),
         "found": found,
         "planned": len(tables.slices),
-        "ok": pc.sum(tables.shards["n_ok"]).as_py(),
+        "ok": tables.ok,
         "quarantined": len(tables.quarantine),
         "series": len(tables.series),
         "patients": len(pc.unique(tables.slices["patient_id"])),
+        "fold_groups": len(pc.unique(tables.slices["fold_group"])),
         "shards": len(tables.shards),
         "bytes": pc.sum(tables.shards["bytes"]).as_py(),
     }
     ich: dict[str, Any] = {
         "format": FORMAT,
-        "spec": state.spec.model_dump(mode="json", exclude={"classes"}),
+        "spec": shown.spec.model_dump(mode="json", exclude={"classes"}),
         "classes": list(state.spec.classes),
         "counts": counts,
+        "lost_labels": {
+            reason: {"labels": loss.labels, "positive": loss.positive}
+            for reason, loss in losses_by_reason(tables.lost).items()
+        },
+        # Otherwise verify expects each fold to be the hash of its group.
+        "given_folds": bool(
+            pc.any(pc.greater_equal(read_sealed(folder.plan, ["given_fold"])["given_fold"], 0)).as_py()
+        ),
         "tables": names,
         "digests": {
             name: _sha256((out / name).read_bytes())
             for name in sorted((*names.values(), f"{IMAGES}/{ROOT}", f"{LABELS}/{ROOT}"))
         },
         "generation": 1,
-        "labels_digest": state.labels,
+        "labels_digest": shown.labels,
         "history": [
             {
                 "command": "build",
                 "generation": 1,
                 "counts": counts,
-                "digests": {"sources": state.sources, "labels": state.labels},
+                "digests": {
+                    "sources": shown.sources,
+                    "labels": shown.labels,
+                    **({} if key is None else {"key": key_id(key)}),
+                },
             }
         ],
         "created_by": f"ich-prep {all_versions()[PACKAGE]}",
@@ -168,12 +274,6 @@ def publish(out: Path, folder: BuildFolder, *, state: State, tables: Tables, fou
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def digest_of(ich: dict[str, Any]) -> str:
-    """Return the SHA-256 of everything the root records, including the digests of the tables, and so of every shard."""
-    rest = {key: value for key, value in ich.items() if key != "digest"}
-    return _sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
 
 
 def root_document(out: Path, ich: dict[str, Any]) -> bytes:

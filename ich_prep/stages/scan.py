@@ -10,28 +10,29 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ich_prep.dataset.storage import write_whole
-from ich_prep.dataset.tables import parquet_bytes
-from ich_prep.dicom.accept import check_slice
+from ich_prep.dataset.tables import write_sealed
+from ich_prep.dicom.accept import check_slice, flags_of, oriented
 from ich_prep.dicom.elements import ELEMENTS, Element, Header
-from ich_prep.dicom.header import SKIM_BYTES, read_header_from
+from ich_prep.dicom.header import SKIM_BYTES, read_with_faults
+from ich_prep.dicom.litter import FIRST_BYTES, judge_unreadable
 from ich_prep.errors import Reason, SliceError
-from ich_prep.sources import Source, open_source, read_ahead, shown
+from ich_prep.sources import Source, open_source, read_ahead, read_first, shown
 from ich_prep.stages.state import BuildFolder
 
 FILES_PER_BATCH = 512
 FILES_AHEAD = 64  # at a tenth of a millisecond per header, enough to hide the latency of a remote disk
 _COLUMN_TYPES = {b"IS": pa.int64(), b"US": pa.int32(), b"DS": pa.float64()}  # by VR; all others are text
 _KEPT = tuple(element for element in ELEMENTS if element.kept)
-_LISTS = tuple((element.name, element.count) for element in _KEPT if element.count != 1)
+_LISTS = tuple((element.name, element.count) for element in _KEPT if element.count != 1 and element.vr == b"DS")
 # Fields of Header that become columns unchanged, except that those of _LISTS are checked.
 _FIELDS = (*(one.name for one in _KEPT), "transfer_syntax", "file_size", "header_bytes", "crc32c", "pixel_offset")
 _values_of = attrgetter(*_FIELDS)
+_MAYBE_LITTER = (Reason.EMPTY_FILE, Reason.NOT_DICOM)
 
 
 def _column_type(element: Element) -> pa.DataType:
     kind = _COLUMN_TYPES.get(element.vr, pa.string())
-    return kind if element.count == 1 else pa.list_(kind)
+    return kind if element.count == 1 or kind == pa.string() else pa.list_(kind)
 
 
 # One line per file. The header of a quarantined file is kept if it could be read: its label is then accounted for.
@@ -50,6 +51,7 @@ SCHEMA = pa.schema(
         ("monochrome1", pa.bool_()),
         ("padding_low", pa.int32()),
         ("padding_high", pa.int32()),
+        ("flags", pa.list_(pa.string())),  # sorted; null for most slices
     ]
 )
 
@@ -66,7 +68,7 @@ def scan_batch(folder: str, sources: tuple[str, ...], batch: int) -> tuple[int, 
         files = listed.read_row_group(batch).to_pylist()
     ahead = read_ahead(source, files, itemgetter("key"), files=FILES_AHEAD, length=SKIM_BYTES)
     lines = [_scan_listed(source, file) for file in ahead]
-    write_whole(build.batch(batch), parquet_bytes(pa.Table.from_pylist(lines, SCHEMA), write_statistics=False))
+    write_sealed(build.batch(batch), pa.Table.from_pylist(lines, SCHEMA), write_statistics=False)
     quarantined = sum(line.get("reason") is not None for line in lines)
     return len(lines) - quarantined, quarantined
 
@@ -85,19 +87,32 @@ def scan_file(source: Source, key: bytes, path: bytes) -> dict[str, Any]:
         return {"path": shown(path), "reason": Reason.BAD_PATH, "detail": "expected a file name in UTF-8"}
     line: dict[str, Any] = {}
     try:
-        header = read_header_from(source, key)
+        header, faults = read_with_faults(source, key)
         line = _columns(header)
-        check_slice(header)
+        check_slice(header, faults)
+        if flags := flags_of(header):
+            line["flags"] = flags
     except SliceError as error:
-        line["reason"], line["detail"] = error.reason, error.detail
+        judged = _judge(source, key, name, error) if error.reason in _MAYBE_LITTER else error
+        line["reason"], line["detail"] = judged.reason, judged.detail
     line["path"] = name
     return line
+
+
+def _judge(source: Source, key: bytes, name: str, error: SliceError) -> SliceError:
+    """Return why a file is quarantined that could not be read as DICOM."""
+    try:
+        return judge_unreadable(name, read_first(source, key, min(source.size(key), FIRST_BYTES)), error)
+    except (OSError, SliceError):
+        return error
 
 
 def _columns(header: Header) -> dict[str, Any]:
     line: dict[str, Any] = dict(zip(_FIELDS, _values_of(header)))
     for name, count in _LISTS:
         line[name] = _finite(line[name], count)
+    line["orientation"] = list(oriented(header.orientation))
+    line["image_type"] = "\\".join(header.image_type) or None
     line["signed"] = header.pixel_representation == 1
     line["monochrome1"] = header.photometric == "MONOCHROME1"
     line["padding_low"], line["padding_high"] = _padding_range(header.padding, header.padding_limit)

@@ -20,16 +20,17 @@ from ich_prep.dataset.storage import renamed_when_whole
 from ich_prep.dicom.decode import PIXEL_FIELDS, Decoder, PixelSource
 from ich_prep.errors import SliceError
 from ich_prep.pixels import repairs
-from ich_prep.pixels.audit import Audit, HuHistogram, audit
+from ich_prep.pixels.audit import Audit, HuHistogram, Tissues, audit
 from ich_prep.pixels.hounsfield import Rescale
 from ich_prep.pixels.render import Scratch, render
 from ich_prep.pixels.stored import mask_unused_bits
+from ich_prep.pixels.turn import turn
 from ich_prep.sources import open_source, read_ahead
-from ich_prep.stages.plan import PIXEL_COLUMNS
+from ich_prep.stages.plan_tables import PIXEL_COLUMNS
 from ich_prep.stages.state import BuildFolder, read_state
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from numpy.typing import NDArray
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from ich_prep.sources import Source
 
 FILES_AHEAD = 8
-COLUMNS = [*PIXEL_COLUMNS, "rescale_slope", "rescale_intercept", "repairs"]  # of the plan that rendering needs
+COLUMNS = [*PIXEL_COLUMNS, "rescale_slope", "rescale_intercept", "repairs", "turn"]  # of the plan that rendering needs
 
 
 class RowReport(BaseModel):
@@ -54,6 +55,11 @@ class RowReport(BaseModel):
     hu_mean: float | None = None
     content_hash: str | None = None
     chunk_crc32c: int | None = None
+    share_air: float | None = None
+    share_soft: float | None = None
+    share_bone: float | None = None
+    body: int = 0  # sampled pixels inside the body, and how many of them are in the range of lung
+    lung: int = 0
     flags: tuple[str, ...] = ()
 
 
@@ -91,7 +97,7 @@ def write_shard(out: str, folder: str, sources: tuple[str, ...], digest: str, nu
     rows = plan.read_row_group(number, columns=COLUMNS).to_pylist()
     path = shard_path(Path(out), number)
     path.parent.mkdir(parents=True, exist_ok=True)
-    decoder = _decoder()
+    decoder = shared_decoder()
     slices = SliceRenderer(spec)
     results: list[Audit | SliceError] = []
     with renamed_when_whole(path) as partial, open(partial, "wb", buffering=0) as file:
@@ -112,31 +118,46 @@ def write_shard(out: str, folder: str, sources: tuple[str, ...], digest: str, nu
         plan=digest,
         bytes=written.size,
         fingerprint=written.fingerprint,
-        rows=tuple(map(_row_report, results, written.chunk_crc32c.tolist())),
+        rows=tuple(_row_reports(results, written.chunk_crc32c.tolist(), slices.histogram.tissues())),
         hu_histogram=tuple(slices.histogram.counts().tolist()),
     )
 
 
-def _row_report(result: Audit | SliceError, chunk_crc32c: int) -> RowReport:
-    if isinstance(result, SliceError):
-        return RowReport(status=str(result.reason), detail=result.detail)
-    return RowReport(
-        status=OK,
-        hu_min=result.hu_min,
-        hu_max=result.hu_max,
-        hu_mean=result.hu_mean,
-        content_hash=result.content_hash,
-        chunk_crc32c=chunk_crc32c,
-        flags=result.flags,
-    )
+def _row_reports(results: list[Audit | SliceError], checksums: list[int], tissues: Tissues) -> Iterator[RowReport]:
+    """Yield the report of each row; ``tissues`` are those of the slices that were rendered, in their order."""
+    samples = zip(tissues.shares.tolist(), tissues.body.tolist(), tissues.lung.tolist(), strict=True)
+    for result, checksum in zip(results, checksums, strict=False):
+        if isinstance(result, SliceError):
+            yield RowReport(status=str(result.reason), detail=result.detail)
+            continue
+        (air, soft, bone), body, lung = next(samples)
+        yield RowReport(
+            status=OK,
+            hu_min=result.hu_min,
+            hu_max=result.hu_max,
+            hu_mean=result.hu_mean,
+            content_hash=result.content_hash,
+            chunk_crc32c=checksum,
+            share_air=air,
+            share_soft=soft,
+            share_bone=bone,
+            body=body,
+            lung=lung,
+            flags=result.flags,
+        )
 
 
 @lru_cache(maxsize=1)
 def _opened(folder: str, digest: str) -> tuple[Spec, pq.ParquetFile]:
     """Return the spec and the open plan of the build; a new ``digest`` means a new plan in ``folder``."""
-    cv2.setNumThreads(1)
+    use_one_thread()
     build = BuildFolder(Path(folder))
     return read_state(build).spec, pq.ParquetFile(build.plan)
+
+
+def use_one_thread() -> None:
+    """Make OpenCV use one thread in this process, as each worker does: there is a worker for every core."""
+    cv2.setNumThreads(1)
 
 
 def _keys(folder: str, number: int) -> list[bytes]:
@@ -147,7 +168,8 @@ def _keys(folder: str, number: int) -> list[bytes]:
 
 
 @cache
-def _decoder() -> Decoder:
+def shared_decoder() -> Decoder:
+    """Return the decoder of this process."""
     decoder = Decoder()
     atexit.register(decoder.close)
     return decoder
@@ -182,7 +204,10 @@ class SliceRenderer:
         self._scratch = Scratch()
 
     def render(self, stored: NDArray[np.uint16], line: Mapping[str, Any]) -> Audit:
-        """Fill ``out`` from the ``stored`` values (rows, columns) of the slice that a plan's ``line`` describes."""
+        """Fill ``out`` from the ``stored`` values (rows, columns) of the slice that a plan's ``line`` describes.
+
+        The audit and the histogram are of the values as the file stores them, before the turn.
+        """
         content_hash = xxhash.xxh3_128_hexdigest(stored.data)
         bits_stored = line["bits_stored"]
         repaired, rescale = repairs.apply(stored, rescale_of(line), line["repairs"])
@@ -196,5 +221,5 @@ class SliceRenderer:
             content_hash=content_hash,
             flags=() if masked is repaired else ("unused_bits",),
         )
-        render(masked, rescale, windows=self._windows, out=self.out, scratch=self._scratch)
+        render(turn(masked, line["turn"]), rescale, windows=self._windows, out=self.out, scratch=self._scratch)
         return result

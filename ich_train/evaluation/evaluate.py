@@ -20,17 +20,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pyarrow import csv
 
 from ich_prep.dataset.storage import write_whole
+from ich_prep.dataset.tables import parquet_bytes
 from ich_train.evaluation.calibration import calibration, operating_point
-from ich_train.evaluation.cases import Cases, cases_of
+from ich_train.evaluation.cases import Cases, cases_of, select, values_of
 from ich_train.evaluation.figures import curves_of, draw_figures, draw_reliability
 from ich_train.evaluation.metrics import best_f1_thresholds, by_series, measure, position_scores, roc_aucs
 from ich_train.evaluation.plots import png
 from ich_train.evaluation.report import report_html
 from ich_train.predict import Mirrored, Predictor, load_predictor
+from ich_train.rows import draw_rows
 from ich_train.runs import METRICS, read_history, require_writable
 from ich_train.scan_predict import ScanProbabilities, predict_scans, predict_slices, series_rows
 from ich_train.split import Split, split_rows
@@ -94,9 +95,10 @@ def evaluate_run(
     history = read_history(run)
     predictor = load_predictor(run, dataset, device=device)
     rows = _choose_rows(dataset, predictor.meta, evaluation)
+    values = None if evaluation.by is None else values_of(dataset, rows.evaluated, evaluation.by)
     predicted = _predict(dataset, predictor, rows, evaluation, threads=threads)
     cases = predicted.cases
-    metrics = _measure(dataset, predictor.meta, rows, predicted, evaluation)
+    metrics = _measure(dataset, predictor.meta, rows, predicted, evaluation, values)
     curves = curves_of(cases)
     figures = draw_figures(dataset, predictor, cases, curves, metrics["by_slice"], history)
     figures["reliability"] = draw_reliability(cases, metrics["calibration"]["temperature"])
@@ -108,13 +110,6 @@ def evaluate_run(
     write_whole(out / REPORT, report_html(metrics, history, pictures).encode())
     write_whole(out / METRICS, (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode())
     return metrics
-
-
-def draw_rows(rows: NDArray[np.int64], *, limit: int | None, seed: int) -> NDArray[np.int64]:
-    """Return ``limit`` of ``rows``, ascending, drawn by ``seed`` without repeats; all of them if there are no more."""
-    if limit is None or limit >= len(rows):
-        return rows
-    return np.sort(np.random.default_rng(seed).choice(rows, size=limit, replace=False))
 
 
 def measure_views(
@@ -133,12 +128,14 @@ def measure_views(
 
     The thresholds of best F1 are those of ``validation`` in the same view. ``position_only`` beside them is the area
     under the ROC curve of ``baseline`` (n, classes), probabilities that depend on each slice's place in its series only.
+    Intervals resample fold groups, each with all its patients.
     """
+    patients = len(np.unique(cases.patients))
     given: dict[str, Any] = {"classes": cases.classes, "resamples": resamples, "seed": seed}
     thresholds = best_f1_thresholds(validation.labels, validation.probabilities)
     views: dict[str, Any] = {
-        "by_slice": measure(cases.labels, cases.probabilities, cases.patients, thresholds, **given)
-        | {"position_only": roc_aucs(cases.labels, baseline, cases.classes)},
+        "by_slice": measure(cases.labels, cases.probabilities, cases.groups, thresholds, **given)
+        | {"patients": patients, "position_only": roc_aucs(cases.labels, baseline, cases.classes)},
         "by_series_max": None,
         "by_series_mean": None,
         "by_scan": None,
@@ -152,16 +149,18 @@ def measure_views(
         )
         _, by_position, _ = by_series(cases.series, cases.series_sizes, cases.labels, baseline, how=how)
         thresholds = best_f1_thresholds(val_labels, val_probabilities)
-        views[f"by_series_{how}"] = measure(labels, probabilities, cases.patients[first], thresholds, **given) | {
-            "position_only": roc_aucs(labels, by_position, cases.classes)
+        views[f"by_series_{how}"] = measure(labels, probabilities, cases.groups[first], thresholds, **given) | {
+            "patients": patients,
+            "position_only": roc_aucs(labels, by_position, cases.classes),
         }
     if scans is not None and complete:
         val_labels, of_validation, _ = _of_scans(validation, scans)
         labels, of_scans, first = _of_scans(cases, scans)
         _, by_position, _ = by_series(cases.series, cases.series_sizes, cases.labels, baseline, how="max")
         thresholds = best_f1_thresholds(val_labels, of_validation)
-        views["by_scan"] = measure(labels, of_scans, cases.patients[first], thresholds, **given) | {
-            "position_only": roc_aucs(labels, by_position, cases.classes)
+        views["by_scan"] = measure(labels, of_scans, cases.groups[first], thresholds, **given) | {
+            "patients": patients,
+            "position_only": roc_aucs(labels, by_position, cases.classes),
         }
     return views
 
@@ -212,20 +211,35 @@ def _predict(
 
 
 def _measure(
-    dataset: Dataset, meta: Meta, rows: _Rows, predicted: _Predicted, evaluation: EvalConfig
+    dataset: Dataset,
+    meta: Meta,
+    rows: _Rows,
+    predicted: _Predicted,
+    evaluation: EvalConfig,
+    values: pa.Array | None,
 ) -> dict[str, Any]:
-    """Return the content of ``metrics.json``."""
+    """Return the content of ``metrics.json``; ``values`` (n,) are those by which the cases are also measured apart."""
     cases, validation = predicted.cases, predicted.validation
     unpredicted = np.empty((len(rows.split.train), len(dataset.classes)), np.float32)
     training = cases_of(dataset, rows.split.train, unpredicted)
     baseline = position_scores(training.positions, training.labels, cases.positions)
-    levels = dataset.slices["label_level"].take(pa.array(cases.rows))
+    levels = pc.unique(dataset.slices["label_level"].take(pa.array(cases.rows))).to_pylist()
+    given: dict[str, Any] = {
+        "complete": rows.complete,
+        "resamples": evaluation.bootstrap,
+        "seed": evaluation.seed,
+        "scans": predicted.scans,
+    }
+    by_value = {}
+    for value in [] if values is None else sorted(values.unique().to_pylist()):
+        chosen = pc.equal(values, value).to_numpy(zero_copy_only=False)
+        by_value[value] = measure_views(select(cases, chosen), validation, baseline[chosen], **given)
     return {
         "version": VERSION,
         "model": meta.model_dump(mode="json"),
         "dataset": _describe(dataset, rows, meta),
         "evaluated": evaluation.model_dump(exclude={"batch_size"})
-        | {"slices": len(cases.rows), "series_labels": bool(pc.any(pc.equal(levels, "series")).as_py())},
+        | {"slices": len(cases.rows), "series_labels": bool({*levels} - {"slice", "none"})},
         "calibration": calibration(
             cases.labels, cases.probabilities, validation.labels, validation.probabilities, cases.classes
         ),
@@ -239,15 +253,8 @@ def _measure(
             classes=cases.classes,
             sensitivity=evaluation.sensitivity,
         ),
-    } | measure_views(
-        cases,
-        validation,
-        baseline,
-        complete=rows.complete,
-        resamples=evaluation.bootstrap,
-        seed=evaluation.seed,
-        scans=predicted.scans,
-    )
+        "by_value": by_value,
+    } | measure_views(cases, validation, baseline, **given)
 
 
 def _describe(dataset: Dataset, rows: _Rows, meta: Meta) -> dict[str, Any]:
@@ -287,14 +294,14 @@ def _write_files(
     curves: Mapping[str, Mapping[str, Curve]],
     pictures: Mapping[str, bytes],
 ) -> None:
-    pq.write_table(_predictions(dataset, cases), out / PREDICTIONS)
+    write_whole(out / PREDICTIONS, parquet_bytes(_predictions(dataset, cases)))
     (out / CURVES).mkdir(exist_ok=True)
     for name, of_labels in curves.items():
         x, y = AXES[name]
         _write_curves(out / CURVES / f"{name}.csv", of_labels, x=x, y=y)
     (out / PICTURES).mkdir(exist_ok=True)
     for name, picture in pictures.items():
-        (out / PICTURES / f"{name}.png").write_bytes(picture)
+        write_whole(out / PICTURES / f"{name}.png", picture)
 
 
 def _predictions(dataset: Dataset, cases: Cases) -> pa.Table:
@@ -313,4 +320,6 @@ def _write_curves(path: Path, curves: Mapping[str, Curve], *, x: str, y: str) ->
             "threshold": np.concatenate([np.empty(0), *(curve.threshold for curve in curves.values())]),
         }
     )
-    csv.write_csv(table, path)
+    written = pa.BufferOutputStream()
+    csv.write_csv(table, written)
+    write_whole(path, written.getvalue().to_pybytes())

@@ -101,6 +101,7 @@ def report_html(metrics: Mapping[str, Any], history: Sequence[Epoch], pictures: 
         facts=_facts(metrics),
         parts=_parts(data, classes),
         views=[_view(name, metrics[name]) for name in VIEW_WORDS if metrics.get(name) is not None],
+        by_value=_by_value(metrics) if metrics.get("by_value") else None,
         history=_history(history, model),
         calibration=_calibration(metrics["calibration"]),
         operating_point=_operating_point(metrics["operating_point"]),
@@ -263,6 +264,22 @@ def _ranking(view: Mapping[str, Any]) -> Table:
         values = [_averaged(view[name], measure, total) for measure in ("roc_auc", "average_precision")]
         rows.append(Row([Cell(name, (words,)), "", "", values[0], "", values[1]], mean=True))
     return Table(["label", "positive", "negative", "ROC AUC", "position only", "average precision"], rows)
+
+
+def areas_by_value(views: Mapping[str, Any], names: Sequence[str]) -> list[float | None]:
+    """Return the area under the ROC curve of each label among the slices of one value of the column of ``--by``."""
+    return [views["by_slice"]["labels"][name]["roc_auc"] for name in names]
+
+
+def _by_value(metrics: Mapping[str, Any]) -> Table:
+    names = [*metrics["by_slice"]["labels"]]
+    rows = []
+    for value, views in metrics["by_value"].items():
+        view = views["by_slice"]
+        counts = f"{view['cases']:,}", f"{view['patients']:,}"
+        rows.append(Row([value, *counts, *(_measured(view["labels"][name], "roc_auc") for name in names)]))
+    column = metrics["evaluated"]["by"]
+    return Table([column, "slices", "patients", *names], rows, title=f"ROC AUC for each value of {column}, by slice")
 
 
 def _decisions(view: Mapping[str, Any], policy: str) -> Table:

@@ -105,10 +105,10 @@ def test_too_many_damaged_files_end_the_build_and_may_be_allowed(damaged_tree: P
     words = ["build", "--src", damaged_tree, "--out", tmp_path / "data.zarr", "--size", 64, "--workers", 0]
     refused = prep(*words)
     assert refused.returncode == 1
-    # Two that are not DICOM, one empty, one truncated, one with a wrong size; a scout is not damage.
-    assert "5 of " in refused.stderr
+    # One that is not DICOM, one empty, one truncated, one with a wrong size; a scout and a thumbnail are not damage.
+    assert "4 of " in refused.stderr
     assert "; for example stage_2_train/" in refused.stderr
-    assert "2 not_dicom" in refused.stderr
+    assert "1 not_dicom" in refused.stderr
     assert "localizer" not in refused.stderr
     assert "--max-quarantined" in refused.stderr
     assert prep(*words, "--max-quarantined", 0.5).returncode == 0
@@ -120,7 +120,7 @@ def test_a_replaced_damaged_file_is_read_again(tree: Path, dataset_path: Path, t
     broken = [content[:-100], content[:132] + bytes(len(content) - 132)]  # shorter, and of the same length
     for damaged in broken:
         cut.write_bytes(damaged)
-        with pytest.raises(BuildError, match=r"1 of .* files damaged.*run the same command again"):
+        with pytest.raises(BuildError, match=r"1 of .* slices damaged.*run the same command again"):
             build(tree, out, SMALL, workers=0, allow=Allowances(max_quarantined=0.0))
     cut.write_bytes(content)
     build(tree, out, SMALL, workers=0)
@@ -231,7 +231,7 @@ def test_contradicting_labels_are_refused_or_unknown(tree: Path, tmp_path: Path)
 def test_a_tree_without_slices_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tree").mkdir()
     (tmp_path / "tree" / "notes.txt").write_text("none")
-    with pytest.raises(SourceError, match="1 file quarantined: 1 not_dicom"):
+    with pytest.raises(SourceError, match="1 file quarantined: 1 not_an_image"):
         build(tmp_path / "tree", tmp_path / "data.zarr", SMALL, workers=0, allow=ANYTHING)
 
 

@@ -17,26 +17,16 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from ich_prep.build_dataset import Allowances, build
-from ich_prep.dataset.affine import TURNS, AffineError, NoAffine, to_ras, volume_affine
+from ich_prep.dataset.affine import TURNS, AffineError, NoAffine, to_ras, upright_turns, volume_affine
 from ich_prep.dataset.dataset import open_dataset
 from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.volumes import affine_of_slices, find_series
 from ich_prep.dataset.windows import MAX_HU, MIN_HU
 from ich_prep.errors import UsageError
 from ich_prep.pixels.resize import resize_hu
+from tests.support.turned import TURNED, UNDONE, directions, stored_as
 
 AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
-# What each turn does to the pixels of a slice, (rows, columns).
-TURNED = {
-    "": lambda pixels: pixels,
-    "flip_x": lambda pixels: pixels[:, ::-1],
-    "flip_y": lambda pixels: pixels[::-1],
-    "rotate_180": lambda pixels: np.rot90(pixels, 2),
-    "transpose": lambda pixels: pixels.T,
-    "rotate_90_left": np.rot90,
-    "rotate_90_right": lambda pixels: np.rot90(pixels, -1),
-    "transverse": lambda pixels: np.rot90(pixels.T, 2),
-}
 
 
 def stacked(
@@ -98,6 +88,43 @@ def test_every_stored_pixel_maps_to_its_source_pixel(
             seen += 1
     assert seen == rows * columns
     assert affine.shape == (4, 4) and affine.dtype == np.float64 and affine[3].tolist() == [0, 0, 0, 1]
+
+
+@given(
+    turn=st.sampled_from(sorted(TURNS)),
+    rotation=st.floats(-44, 44),
+    tilt=st.floats(-30, 30),
+    scale=st.sampled_from([1.0, 2.0, 0.5]),
+)
+@settings(max_examples=300, deadline=None)
+def test_the_turn_of_an_orientation_brings_it_upright(turn: str, rotation: float, tilt: float, scale: float) -> None:
+    header = stored_as(turn, (3, 4), directions(rotation, tilt), (0.5, 0.7))
+    orientation = np.round(header["orientation"] * scale, 6)
+    assert upright_turns(orientation[np.newaxis]).tolist() == [UNDONE[turn]]
+
+
+def test_a_slice_half_way_between_two_turns_stays_as_it_is() -> None:
+    for rotation in (45, -45):
+        orientation = directions(rotation).reshape(1, 6)
+        for noise in (0, 1e-7, -1e-7):
+            assert upright_turns(orientation + noise).tolist() == [""]
+
+
+@pytest.mark.parametrize(
+    "orientation",
+    [
+        (np.nan,) * 6,
+        (1, 0, 0, np.nan, 1, 0),
+        (0,) * 6,
+        (1, 0, 0, 1, 0, 0),
+        (0, 1, 0, 0, 0, -1),  # sagittal
+        (1, 0, 0, 0, 0, -1),  # coronal
+        (-1, 0, 0, 0, -np.cos(np.radians(50)), np.sin(np.radians(50))),
+    ],
+)
+def test_what_is_not_axial_is_not_turned(orientation: tuple[float, ...]) -> None:
+    assert upright_turns(np.array([orientation], float)).tolist() == [""]
+    assert upright_turns(np.empty((0, 6))).tolist() == []
 
 
 @st.composite

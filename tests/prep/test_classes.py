@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,7 @@ def test_a_folder_with_custom_classes(labelled_tree: Path, tmp_path: Path) -> No
     out = tmp_path / "data.zarr"
     words = ["build", "--src", labelled_tree, "--out", out, "--size", 32, "--workers", 0]
     refused = prep(*words)
-    assert refused.returncode == 2 and "label column 'mass_effect' is unknown" in refused.stderr
+    assert refused.returncode == 1 and re.search("found none among .*mass_effect", refused.stderr)
     built = prep(*words, "--classes", "fracture,mass_effect")
     assert built.returncode == 0, built.stderr
     dataset = open_dataset(out)
@@ -86,9 +87,12 @@ def test_a_class_without_a_column_is_unknown_everywhere(labelled_tree: Path, tmp
     assert set(open_dataset(tmp_path / "data.zarr").labels[:, 2].tolist()) == {-1}
 
 
-def test_a_column_that_is_not_a_class_is_refused(labelled_tree: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"'mass_effect' is unknown.*fracture"):
-        build(labelled_tree, tmp_path / "data.zarr", Spec(size=32, layout="folder", classes=("fracture",)), workers=0)
+def test_a_column_that_is_not_a_class_is_named_and_not_read(labelled_tree: Path, tmp_path: Path) -> None:
+    words = ["build", "--src", labelled_tree, "--out", tmp_path / "data.zarr", "--size", 32, "--workers", 0]
+    built = prep(*words, "--classes", "fracture", "--allow-unlabelled")
+    assert built.returncode == 0, built.stderr
+    assert "1 other column of" in built.stderr and "not read: mass_effect" in built.stderr
+    assert open_dataset(tmp_path / "data.zarr").classes == ("fracture",)
 
 
 @pytest.mark.parametrize("name", ["row", "fold", "status", "kvp"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import warnings
@@ -26,17 +25,17 @@ from numpy.typing import NDArray
 
 from ich_prep.build_dataset import build
 from ich_prep.dataset.dataset import Dataset, open_dataset
-from ich_prep.dataset.schema import series_schema, shard_path, slice_schema, table_name
+from ich_prep.dataset.schema import digest_of, series_schema, shard_path, slice_schema, table_name
 from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.tables import write_table
 from ich_prep.dataset.windows import window_codes
 from ich_prep.errors import CorruptionError, DatasetError, UsageError
-from ich_prep.stages.publish import digest_of
 from ich_prep.stages.state import BuildFolder, read_state, write_state
 from ich_prep.summary import summary_of
 from ich_train.loader import SliceLoader
 from ich_train.rows import labelled_rows
 from tests.support.cli import copy_with_working_folder, working
+from tests.support.sealing import replace_table, reseal, rewrite_root, with_column
 
 
 @pytest.fixture(scope="module")
@@ -226,12 +225,6 @@ def test_zarr_tools_open_it_without_a_warning(dataset_path: Path) -> None:
 # --- what does not open ----------------------------------------------------------------------------------------------
 
 
-def rewrite_root(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    document = json.loads((path / "zarr.json").read_bytes())
-    change(document["attributes"]["ich"])
-    (path / "zarr.json").write_text(json.dumps(document))
-
-
 def test_a_path_that_is_not_a_dataset_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="found nothing"):
         open_dataset(tmp_path / "none")
@@ -273,17 +266,6 @@ def test_a_root_that_lacks_a_part_is_damage(key: str, copy: Path) -> None:
         open_dataset(copy)
 
 
-def reseal(path: Path) -> None:
-    """Update the digests of a dataset to those of its current files."""
-
-    def change(ich: dict[str, Any]) -> None:
-        for name in ich["digests"]:
-            ich["digests"][name] = hashlib.sha256((path / name).read_bytes()).hexdigest()
-        ich["digest"] = digest_of(ich)
-
-    rewrite_root(path, change)
-
-
 def test_readers_ignore_what_they_do_not_know(copy: Path, pixels: NDArray[Any]) -> None:
     """A dataset of a later version of the same format: one unknown of each kind."""
     table = pq.read_table(copy / "labels/slices.parquet")
@@ -308,7 +290,7 @@ def test_readers_ignore_what_they_do_not_know(copy: Path, pixels: NDArray[Any]) 
         ich["format"] = "ich/1.4"
         ich["spec"] |= {"layout": "mimic", "orientation": "patient"}
         ich["later_key"] = {"a": [1]}
-        ich["counts"] |= {"later": 3}
+        ich["counts"] |= {"later": 3, "ok": ich["counts"]["ok"] - 1, "quarantined": 1}
         ich["tables"] |= {"slices": "labels/slices.9.parquet", "lesions": "labels/lesions.parquet"}
         ich["digests"]["labels/slices.9.parquet"] = ich["digests"].pop("labels/slices.parquet")
         ich["history"].append({"command": "annotate", "generation": 9, "reader": "x"})
@@ -343,9 +325,9 @@ def test_a_root_spec_without_a_required_key_is_damage(key: str, copy: Path) -> N
 
 def test_a_root_needs_no_more_than_a_reader_uses(copy: Path, pixels: NDArray[Any]) -> None:
     def change(ich: dict[str, Any]) -> None:
-        for key in ("digests", "generation", "labels_digest", "history", "created_by", "versions"):
+        for key in ("generation", "labels_digest", "history", "created_by", "versions"):
             del ich[key]
-        ich["counts"] = {"rows": ich["counts"]["rows"]}
+        ich["counts"] = {key: ich["counts"][key] for key in ("rows", "ok", "quarantined", "series", "shards")}
 
     rewrite_root(copy, change)
     np.testing.assert_array_equal(open_dataset(copy).read([3]), pixels[[3]])
@@ -363,9 +345,7 @@ def test_volumes_are_named_by_row_or_by_a_uid_of_one_volume(copy: Path, pixels: 
     with pytest.raises(TypeError, match="either series_row"):
         opened.volume("uid", series_row=1)
     series = opened.series
-    uids = pa.array(["same"] * len(series), pa.string())
-    place = series.schema.get_field_index("series_instance_uid")
-    write_table(copy / "labels/series.parquet", series.set_column(place, "series_instance_uid", uids))
+    replace_table(copy, "series", with_column(series, "series_instance_uid", ["same"] * len(series)))
     with pytest.raises(UsageError, match=r"'same' has \d+ volumes. Choose one by series_row: 0, 1"):
         open_dataset(copy).volume("same")
 
@@ -407,8 +387,7 @@ def test_a_quarantined_row_is_refused_with_its_status(copy: Path) -> None:
     slices = pq.read_table(copy / table_name("slices", 1))
     status = slices["status"].to_pylist()
     status[5] = "truncated"
-    place = slices.schema.get_field_index("status")
-    pq.write_table(slices.set_column(place, slices.schema.field(place), [status]), copy / table_name("slices", 1))
+    replace_table(copy, "slices", with_column(slices, "status", status))
     changed = open_dataset(copy)
     with pytest.raises(DatasetError, match=r"Row 5 has the status 'truncated'") as caught:
         changed.read([5])

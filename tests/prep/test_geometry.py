@@ -16,6 +16,7 @@ from ich_prep.stages.geometry import (
     measure_spacing,
     normals,
     order_slices,
+    slice_turns,
     tilt_degrees,
 )
 
@@ -57,7 +58,7 @@ def test_the_order_does_not_depend_on_how_slices_are_given(
     random.shuffle(shuffled)
     after = ordered([lines[number] for number in shuffled], uids[shuffled])
     assert uids[shuffled][after.order].tolist() == uids[before.order].tolist()
-    for name in ("position_mm", "other_orientation", "no_position"):
+    for name in ("position_mm", "other_orientation", "no_position", "order_mm", "direction_unknown"):
         np.testing.assert_array_equal(getattr(after, name), getattr(before, name)[shuffled])
 
 
@@ -96,6 +97,133 @@ def test_the_reference_is_a_slice_whose_orientation_most_share() -> None:
     assert nowhere.order.tolist() == [1, 0]
     assert nowhere.no_position.all()
     assert not nowhere.other_orientation.any()
+
+
+def test_the_reference_is_not_a_slice_that_was_turned_within_its_plane() -> None:
+    upside_down = (-1.0, 0.0, 0.0, 0.0, -1.0, 0.0)
+    mirrored = (1.0, 0.0, 0.0, 0.0, -1.0, 0.0)
+    found = ordered([("s", 0.0, upside_down, 1.0), ("s", 5.0, AXIAL, 2.0), ("s", 9.0, AXIAL, 3.0)], np.arange(3))
+    assert found.reference.tolist() == [1, 1, 1]
+    assert found.other_orientation.tolist() == [True, False, False]
+    found = ordered([("s", 0.0, mirrored, 1.0), ("s", 5.0, AXIAL, 2.0), ("s", 9.0, AXIAL, 3.0)], np.arange(3))
+    assert found.other_orientation.tolist() == [True, False, False]
+
+
+def along_z(z: list[float], orientation: Any = AXIAL, **others: Any) -> SliceOrder:
+    """The order of slices of one series at these heights; UIDs ascend."""
+    count = len(z)
+    given: dict[str, Any] = {"instance_number": np.full(count, np.nan), "uid": np.arange(count)} | others
+    position = np.zeros((count, 3))
+    position[:, 2] = z
+    position[np.isnan(position[:, 2])] = np.nan
+    return order_slices(
+        position,
+        np.tile(np.array(orientation, float), (count, 1)),
+        given.pop("instance_number"),
+        series=np.zeros(count, np.int64),
+        **given,
+    )
+
+
+def test_slices_at_one_position_are_ordered_by_acquisition_number_and_uid() -> None:
+    z = [5.0, 5.004, 5.008, 0.0, 9.0]
+    assert along_z(z).order.tolist() == [3, 0, 1, 2, 4]
+    assert along_z(z, uid=np.array([4, 3, 2, 1, 0])).order.tolist() == [3, 2, 1, 0, 4]
+    number = np.array([3.0, 2.0, 1.0, 7.0, 8.0])
+    assert along_z(z, instance_number=number).order.tolist() == [3, 2, 1, 0, 4]
+    acquisition = np.array([1.0, np.nan, 2.0, 9.0, 0.0])
+    assert along_z(z, instance_number=number, acquisition_number=acquisition).order.tolist() == [3, 0, 2, 1, 4]
+
+
+def test_positions_are_equal_below_a_hundredth_of_a_millimetre() -> None:
+    backwards = np.array([1, 0])
+    assert along_z([0.0, 0.0099], uid=backwards).order.tolist() == [1, 0]
+    assert along_z([0.0, 0.0101], uid=backwards).order.tolist() == [0, 1]
+    assert along_z([4.9999, 5.0001], uid=backwards).order.tolist() == [1, 0]  # rounding would not tell
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.sampled_from([np.nan, 1.0, 2.0]), st.sampled_from([np.nan, 1.0, 2.0]))),
+    st.randoms(use_true_random=False),
+)
+@settings(max_examples=200, deadline=None)
+def test_each_run_of_close_positions_is_sorted_by_numbers(lines: list[tuple[int, float, float]], random: Any) -> None:
+    z = [line[0] * 0.006 for line in lines]
+    uid = list(range(len(lines)))
+    random.shuffle(uid)
+    found = along_z(
+        z,
+        instance_number=np.array([line[1] for line in lines]),
+        acquisition_number=np.array([line[2] for line in lines]),
+        uid=np.array(uid, np.int64),
+    )
+    runs: list[list[int]] = []
+    for index in sorted(range(len(z)), key=lambda index: z[index]):
+        if not runs or z[index] - z[runs[-1][-1]] >= 0.01:
+            runs.append([])
+        runs[-1].append(index)
+    last = {True: np.inf}
+    expected = [
+        index
+        for run in runs
+        for index in sorted(
+            run, key=lambda i: (*(last.get(np.isnan(value), value) for value in lines[i][:0:-1]), uid[i])
+        )
+    ]
+    assert found.order.tolist() == expected
+
+
+def test_from_foot_to_head_whatever_the_normal() -> None:
+    """Rows mirrored: the normal points to the feet."""
+    mirrored = (1.0, 0.0, 0.0, 0.0, -np.cos(np.radians(20)), -np.sin(np.radians(20)))
+    z = [10.0, 0.0, 5.0]
+    assert along_z(z, mirrored).order.tolist() == [0, 2, 1]
+    found = along_z(z, mirrored, foot_to_head=True)
+    assert found.order.tolist() == [1, 2, 0]
+    assert (np.diff(found.position_mm[found.order]) > 0).all()
+    for orientation in (AXIAL, TILTED, CORONAL):
+        before, after = along_z(z, orientation), along_z(z, orientation, foot_to_head=True)
+        np.testing.assert_array_equal(before.order, after.order)
+        np.testing.assert_array_equal(before.position_mm, after.position_mm)
+
+
+def test_without_positions_the_slice_location_orders_a_series() -> None:
+    nowhere, number = [np.nan] * 3, np.array([1.0, 2.0, 3.0])
+    found = along_z(nowhere, instance_number=number, slice_location=np.array([7.5, 2.5, 5.0]))
+    assert found.order.tolist() == [1, 2, 0]
+    assert found.order_mm.tolist() == [7.5, 2.5, 5.0]
+    assert found.no_position.all() and np.isnan(found.position_mm).all() and found.direction_unknown.all()
+    spacing = measure_spacing(found.order_mm[found.order], np.array([0]))
+    assert spacing.series_spacing_mm.tolist() == [2.5]
+    for location in ([7.5, np.nan, 5.0], [0.0, 0.0, 0.0], nowhere):
+        found = along_z(nowhere, instance_number=number, slice_location=np.array(location))
+        assert found.order.tolist() == [0, 1, 2]
+        assert np.isnan(found.order_mm).all() and found.direction_unknown.all()
+
+
+def test_slice_locations_do_not_matter_where_there_are_positions() -> None:
+    location = np.array([9.0, 5.0, 1.0])
+    found = along_z([0.0, 5.0, 9.0], slice_location=location)
+    assert found.order.tolist() == [0, 1, 2] and not found.direction_unknown.any()
+    np.testing.assert_array_equal(found.order_mm, found.position_mm)
+    some = along_z([0.0, np.nan, 9.0], slice_location=location)
+    assert some.order.tolist() == [0, 2, 1] and not some.direction_unknown.any()
+    numbered = along_z([0.0, np.nan, 9.0], instance_number=np.array([3.0, 2.0, 1.0]), slice_location=location)
+    assert numbered.order.tolist() == [2, 1, 0] and numbered.direction_unknown.all()
+
+
+def test_slices_of_a_series_are_turned_alike_unless_they_differ() -> None:
+    """Rotated by 45 degrees and rounded, slices of one series would need different turns."""
+    rotated = [np.r_[np.cos(a), np.sin(a), 0, -np.sin(a), np.cos(a), 0] for a in np.radians([44.9, 45.1, 45.2])]
+    upside_down, unknown = np.array([-1.0, 0, 0, 0, -1.0, 0]), np.full(6, np.nan)
+    orientation = np.array([*rotated, upside_down, unknown])
+    assert slice_turns(orientation, np.zeros(5, np.int64)).tolist() == ["", "", "", "rotate_180", ""]
+    assert slice_turns(orientation, np.full(5, 2)).tolist() == ["rotate_90_right"] * 3 + [
+        "rotate_180",
+        "rotate_90_right",
+    ]
+    assert slice_turns(orientation[4:], np.array([-1])).tolist() == [""]
+    assert slice_turns(np.empty((0, 6)), np.empty(0, np.int64)).tolist() == []
 
 
 def test_no_slices_have_an_order_too() -> None:

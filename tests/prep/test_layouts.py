@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from ich_prep.dataset.classes import RSNA_CLASSES, UNKNOWN
-from ich_prep.errors import SourceError, UsageError
+from ich_prep.errors import SourceError
 from ich_prep.layouts import LAYOUTS, cq500, folder, recognise, rsna
 from ich_prep.layouts.labels import LabelRules, fill_any
 from ich_prep.phantom import synthesize
@@ -158,9 +158,9 @@ def test_a_uid_may_hold_underscores_and_class_names(tmp_path: Path) -> None:
             {"a.csv": long_csv({"ID_a": NEGATIVE}), **{f"stage_{n}_sample_submission.csv": SAMPLE for n in (1, 2)}},
             r"one sample submission.*stage_1.*stage_2.*Keep only the one of the stage",
         ),
-        ({"a.csv": "ID,Label\nID_a_haematoma,0\n"}, r"line 2 has 'ID_a_haematoma'"),
-        ({"a.csv": "ID,Label\nID_a_any,0\nID_b_any,0.5\n"}, r"found 0\.5 in line 3"),
-        ({"a.csv": "ID,Label\nID_a_any,\n"}, r"found nan in line 2"),
+        ({"a.csv": "ID,Label\nID_a_haematoma,0\n"}, r"that of line 2 does not"),
+        ({"a.csv": "ID,Label\nID_a_any,0\nID_b_any,0.5\n"}, r"found another value in line 3"),
+        ({"a.csv": "ID,Label\nID_a_any,\n"}, r"found another value in line 2"),
         ({"a.csv": "ID,Label\nID_a_any,yes\n"}, "cannot be read"),
     ],
 )
@@ -236,19 +236,20 @@ def test_a_csv_as_spreadsheets_write_it(tmp_path: Path) -> None:
     assert labels.keys.to_pylist() == ["a"]
 
 
-def test_a_space_before_a_column_name_is_not_ignored(tmp_path: Path) -> None:
-    listing = tree(tmp_path, {"1.dcm": "", "labels.csv": "sop_instance_uid, any\na, 1\n"})
-    with pytest.raises(UsageError, match=r"' any' is unknown.*Did you mean 'any'"):
-        folder.read_labels(listing, None)
+def test_blanks_around_names_and_values_are_ignored(tmp_path: Path) -> None:
+    listing = tree(tmp_path, {"1.dcm": "", "labels.csv": "sop_instance_uid, any\n a , 1 \n"})
+    labels = folder.read_labels(listing, None)
+    assert labels.keys.to_pylist() == ["a"]
+    assert labels.values[0, RSNA_CLASSES.index("any")] == 1
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("sop_instance_uid\na\n", "Expected label columns"),
-        ("sop_instance_uid,any\na,2\n", "found 2"),
-        ("sop_instance_uid,any\na,0\nb,-1\n", "found -1"),
-        ("sop_instance_uid,any\na,maybe\n", "cannot be read"),
+        ("sop_instance_uid,any\na,2\n", "another value in line 2"),
+        ("sop_instance_uid,any\na,0\nb,-1\n", "another value in line 3"),
+        ("sop_instance_uid,any\na,maybe\n", "Expected 0, 1 or nothing"),
         ("sop_instance_uid,any\na,0\na,1\n", r"contradict.*a \(any\)"),
     ],
 )
@@ -260,7 +261,7 @@ def test_invalid_label_csvs_are_refused(text: str, message: str, tmp_path: Path)
 
 def test_an_unknown_label_column_names_the_nearest(tmp_path: Path) -> None:
     listing = tree(tmp_path, {"1.dcm": "", "labels.csv": "sop_instance_uid,subdual\na,1\n"})
-    with pytest.raises(UsageError, match=r"'subdual' is unknown.*Did you mean 'subdural'"):
+    with pytest.raises(SourceError, match=r"'subdual' is unknown.*Did you mean 'subdural'"):
         folder.read_labels(listing, None)
 
 
@@ -275,8 +276,8 @@ def test_two_csvs_with_labels_are_one_too_many(tmp_path: Path) -> None:
 
 def test_a_given_csv_without_a_key_is_refused(tmp_path: Path) -> None:
     listing = tree(tmp_path, {"1.dcm": ""})
-    (tmp_path / "mine.csv").write_text("patient,any\na,1\n", encoding="utf-8")
-    with pytest.raises(SourceError, match=r"Expected a column sop_instance_uid or series_instance_uid.*patient, any"):
+    (tmp_path / "mine.csv").write_text("who,any\na,1\n", encoding="utf-8")
+    with pytest.raises(SourceError, match=r"Expected a column sop_instance_uid, series_instance_uid.*who, any"):
         folder.read_labels(listing, local_table(tmp_path / "mine.csv"))
 
 

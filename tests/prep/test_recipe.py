@@ -67,3 +67,25 @@ def test_a_dissimilar_name_gets_no_hint() -> None:
     with pytest.raises(UsageError) as raised:
         refuse_unknown(["zzz"], ["size", "codec"], where="here: key")
     assert str(raised.value) == "here: key 'zzz' is unknown. Known: size, codec."
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"[train]\nseed = {'9' * 5000}\n",
+        f"[train]\nseed = 0x{'9' * 5000}\n",
+        f"[train]\nmodel = {'[' * 3000}{']' * 3000}\n",
+        f"[train]\nmodel = '{'x' * (1 << 21)}'\n",
+        f"[train]\n{'k' * 100_000} = 1\n",
+        f"[train]\nmodel = {[{'a': 1}] * 5000}\n".replace(":", "=").replace("'", ""),
+    ],
+    ids=["decimal", "hexadecimal", "nested", "long", "long key", "wrong type"],
+)
+def test_a_huge_recipe_is_one_short_message(text: str, tmp_path: Path) -> None:
+    from ich_train.config import TrainConfig
+
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        load_section(path, "train", TrainConfig)
+    assert len(str(caught.value)) < 2000

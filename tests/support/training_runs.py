@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -12,10 +11,10 @@ import torch
 
 from ich_prep.dataset.classes import RSNA_CLASSES
 from ich_prep.dataset.dataset import Dataset, open_dataset
-from ich_prep.dataset.schema import ROOT
 from ich_prep.dataset.tables import write_table
 from ich_train.checkpoint import Images, Meta, save_checkpoint
 from ich_train.model import build_model
+from tests.support.sealing import reseal, rewrite_root
 
 
 def meta_for(dataset: Dataset, *, context: int = 0, network: str = "baseline") -> Meta:
@@ -60,9 +59,8 @@ def with_classes(source: Path, copy: Path, classes: tuple[str, ...]) -> Dataset:
         for number, (name, column) in enumerate(values.items()):
             kept = kept.add_column(place + number, pa.field(name, pa.int8()), column)
         write_table(copy / "labels" / f"{table_name}.parquet", kept)
-    root = json.loads((copy / ROOT).read_bytes())
-    root["attributes"]["ich"]["classes"] = list(classes)
-    (copy / ROOT).write_text(json.dumps(root))
+    rewrite_root(copy, lambda ich: ich.update(classes=list(classes)))
+    reseal(copy)
     opened = open_dataset(copy)
     assert np.array_equal(opened.labels, dataset.labels[:, [RSNA_CLASSES.index(name) for name in chosen.values()]])
     return opened

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from ich_prep.dataset.classes import RSNA_CLASSES
 from ich_prep.dataset.windows import PRESETS
@@ -190,3 +191,21 @@ def test_files_have_the_permissions_that_the_umask_leaves(tmp_path: Path, umask:
     assert {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "last").iterdir()} == dict.fromkeys(
         ("model.safetensors", "meta.json", "state.pt"), mode
     )
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    model = build_model("baseline", channels=3, size=32, classes=6)
+    with torch.no_grad():
+        next(iter(model.parameters())).fill_(float("nan"))
+    folder = tmp_path / "best"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(save(dict(model.state_dict())))
+    with pytest.raises(TrainError, match="not finite"):
+        load_parameters(folder, model)
+
+
+@pytest.mark.parametrize("state", [[1], 3, "text"])
+def test_a_state_of_another_type_is_damage(state: object, tmp_path: Path) -> None:
+    torch.save(state, tmp_path / "state.pt")
+    with pytest.raises(TrainError, match="is damaged: it is a"):
+        load_state(tmp_path)

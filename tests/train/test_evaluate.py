@@ -14,18 +14,19 @@ from ich_prep.build_dataset import Allowances, build
 from ich_prep.dataset.classes import RSNA_CLASSES
 from ich_prep.dataset.dataset import open_dataset
 from ich_prep.dataset.spec import Spec
-from ich_prep.dataset.tables import write_table
 from ich_prep.errors import TrainError, UsageError
 from ich_prep.phantom import synthesize
 from ich_train.checkpoint import load_model
 from ich_train.config import EvalConfig
-from ich_train.evaluation.evaluate import draw_rows, evaluate_run
+from ich_train.evaluation.evaluate import evaluate_run
 from ich_train.evaluation.metrics import log_loss
 from ich_train.evaluation.report import CAPTIONS
 from ich_train.predict import predict_rows
 from ich_train.preprocess import Preprocess
+from ich_train.rows import draw_rows
 from ich_train.runs import Epoch, write_history
 from ich_train.split import split_rows
+from tests.support.sealing import replace_table
 from tests.support.training_runs import save_untrained
 
 SPLIT = {"val_fold": 0, "test_fold": 1}
@@ -194,7 +195,7 @@ def relabelled(dataset, tmp_path):
         for name, values in columns.items():
             field = table.schema.field(name)
             table = table.set_column(table.schema.get_field_index(name), field, pa.array(values, field.type))
-        write_table(copy / "labels/slices.parquet", table)
+        replace_table(copy, "slices", table)
         return open_dataset(copy)
 
     return change
@@ -214,6 +215,19 @@ def test_a_series_of_which_a_slice_has_no_label_is_not_known_to_be_negative(eval
         for name in RSNA_CLASSES:
             entry, was = after[view]["labels"][name], before[view]["labels"][name]
             assert (entry["positives"], entry["negatives"]) == (was["positives"], was["negatives"] - 1)
+
+
+def test_intervals_resample_fold_groups(evaluated, dataset, relabelled, tmp_path):
+    """Two patients that are one person: the measures stay, one case fewer is drawn, so the intervals change."""
+    run, before = evaluated
+    test = split_rows(dataset, **SPLIT, allow_series_labels=False).test
+    patients = dataset.slices["patient_id"].to_pylist()
+    one, other = sorted({patients[row] for row in test.tolist()})[:2]
+    linked = relabelled(fold_group=[one if patient == other else patient for patient in patients])
+    after = evaluate_run(run, linked, EvalConfig(bootstrap=20), out=tmp_path / "evaluated")
+    assert after["by_slice"]["patients"] == before["by_slice"]["patients"]
+    assert after["by_slice"]["log_loss"] == before["by_slice"]["log_loss"]
+    assert after["by_slice"]["log_loss_interval"] != before["by_slice"]["log_loss_interval"]
 
 
 def test_a_limit_draws_unseen_slices_by_seed_without_repeats(dataset):
@@ -300,3 +314,34 @@ def test_a_folder_without_a_trained_network_is_refused(dataset, tmp_path):
     shutil.rmtree(run / "best")
     with pytest.raises(TrainError, match="No checkpoint"):
         evaluate_run(run, dataset, EvalConfig())
+
+
+def test_each_value_of_a_column_is_measured_by_itself(evaluated, dataset, relabelled, tmp_path):
+    run, whole = evaluated
+    table = pq.read_table(dataset.path / "labels/slices.parquet")
+    patients = sorted({*table["patient_id"].to_pylist()})
+    sex = [(None, "F", "M")[patients.index(patient) % 3] for patient in table["patient_id"].to_pylist()]
+    copy = relabelled()
+    replace_table(copy.path, "slices", table.append_column("x_sex", pa.array(sex)))
+    carried = open_dataset(copy.path)
+    out = tmp_path / "by"
+    metrics = evaluate_run(run, carried, EvalConfig(bootstrap=20, by="x_sex"), out=out)
+    assert metrics["by_slice"] == whole["by_slice"]
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    frame = pq.read_table(out / "predictions.parquet").to_pandas()
+    frame["sex"] = [sex[row] or "none" for row in frame["row"]]
+    assert metrics["by_value"].keys() == {*frame["sex"]}
+    for value, part in frame.groupby("sex"):
+        entry = metrics["by_value"][value]["by_slice"]
+        assert (entry["cases"], entry["patients"]) == (len(part), part["patient_id"].nunique())
+        expected = roc_auc_score(part["any"], part["p_any"]) if part["any"].nunique() == 2 else None
+        assert entry["labels"]["any"]["roc_auc"] == (None if expected is None else pytest.approx(expected))
+    assert "ROC AUC for each value of x_sex" in (out / "report.html").read_text()
+    for name, message in (
+        ("x_sx", "Did you mean 'x_sex'"),
+        ("sop_instance_uid", "at most 20"),
+        ("flags", "of type list"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            evaluate_run(run, carried, EvalConfig(bootstrap=0, by=name), out=tmp_path / "never")
+    assert not (tmp_path / "never").exists()

@@ -21,7 +21,6 @@ from ich_prep.build_dataset import build
 from ich_prep.dataset.classes import RSNA_CLASSES
 from ich_prep.dataset.dataset import Dataset, open_dataset
 from ich_prep.dataset.spec import Spec
-from ich_prep.dataset.tables import write_table
 from ich_prep.dataset.windows import Window
 from ich_prep.errors import TrainError, UsageError
 from ich_prep.phantom import synthesize
@@ -34,6 +33,7 @@ from ich_train.runs import Epoch, read_history, settings_of
 from ich_train.session import prepare
 from ich_train.split import split_rows
 from ich_train.train import Result, learning_rate, step_seed, train
+from tests.support.sealing import replace_table
 from tests.support.slow_reads import interrupt_at_read
 
 TIMES = {"seconds", "slices_per_s", "wait_share"}
@@ -308,7 +308,7 @@ def with_unknown_labels(path: Path, copy: Path) -> Path:
     for name in RSNA_CLASSES[:-1]:
         values = pc.if_else(bare, pa.scalar(None, pa.int8()), slices[name])
         slices = slices.set_column(slices.schema.get_field_index(name), slices.schema.field(name), values)
-    write_table(copy / "labels/slices.parquet", slices)
+    replace_table(copy, "slices", slices)
     return copy
 
 
@@ -474,7 +474,7 @@ def test_from_shuffled_labels_there_is_nothing_to_learn(sixty: Path, tmp_path: P
     source[train_rows] = np.random.default_rng(0).permutation(train_rows)
     for name in RSNA_CLASSES:
         slices = slices.set_column(slices.schema.get_field_index(name), name, slices[name].take(pa.array(source)))
-    write_table(copy / "labels/slices.parquet", slices)
+    replace_table(copy, "slices", slices)
     aucs = held_out_aucs(copy, tmp_path / "run", seed=0)
     assert 0.4 <= aucs["any"] <= 0.6
     # A subtype has a dozen positives here: only their mean is that certain.

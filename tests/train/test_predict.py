@@ -1,17 +1,22 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from ich_prep.build_dataset import Allowances, build
 from ich_prep.dataset.dataset import Dataset, open_dataset
+from ich_prep.dataset.spec import Spec
 from ich_prep.errors import UsageError
+from ich_prep.phantom import synthesize
 from ich_train.loader import SliceLoader
 from ich_train.predict import load_predictor, predict_rows
 from ich_train.preprocess import Scaling
 from tests.support.training_runs import save_untrained, with_classes
+from tests.support.turned import write_turned
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +61,36 @@ def test_a_dataset_of_other_classes_is_refused(
     other = with_classes(dataset.path, tmp_path / "other.zarr", classes)
     with pytest.raises(UsageError, match=rf"other classes .*: epidural, .* any, not {', '.join(classes)}\. Name"):
         load_predictor(run, other, device="cpu")
+
+
+def test_a_run_of_another_orientation_is_refused_where_volumes_lie_otherwise(dataset: Dataset, tmp_path: Path) -> None:
+    synthesize(tmp_path / "head", series=1, size=64, layout="folder", workers=0)
+    files = sorted((tmp_path / "head").rglob("*.dcm"))[:3]
+    write_turned(files, tmp_path / "tree" / "one", "")
+    write_turned(files, tmp_path / "tree" / "two", "flip_y")
+    paths = {name: tmp_path / f"{name}.zarr" for name in ("patient", "as-stored")}
+    for name, path in paths.items():
+        spec = Spec.model_validate({"size": 64, "layout": "folder", "orientation": name})
+        build(tmp_path / "tree", path, spec, workers=0, allow=Allowances(unlabelled=True))
+    runs = {name: save_untrained(tmp_path / f"run {name}", open_dataset(path)) for name, path in paths.items()}
+    for trained_on, run in runs.items():
+        for built, path in paths.items():
+            if trained_on == built:
+                load_predictor(run, open_dataset(path), device="cpu")
+                continue
+            expected = (
+                rf'orientation "{trained_on}"; .* has "{built}", and 1 volume of 2 lies otherwise .* series_row \d\).*'
+                rf"--orientation {trained_on}`"
+            )
+            with pytest.raises(UsageError, match=expected):
+                load_predictor(run, open_dataset(path), device="cpu")
+        assert load_predictor(run, dataset, device="cpu").meta.images.orientation == trained_on  # all lie upright
+
+
+def test_a_run_without_an_orientation_was_trained_on_slices_as_stored(dataset: Dataset, tmp_path: Path) -> None:
+    run = save_untrained(tmp_path / "run", dataset)
+    meta = run / "best" / "meta.json"
+    values = json.loads(meta.read_text())
+    assert values["images"].pop("orientation") == "patient"
+    meta.write_text(json.dumps(values))
+    assert load_predictor(run, dataset, device="cpu").meta.images.orientation == "as-stored"

@@ -2,7 +2,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,3 +68,41 @@ def test_another_thread_may_train() -> None:
     thread.start()
     thread.join()
     assert agreed == [False]
+
+
+LEAVING = """
+import os, sys, torch
+from torch.nn.parallel import DistributedDataParallel
+from ich_train.ranks import join_ranks
+
+def one_step():
+    network = DistributedDataParallel(torch.nn.Linear(3, 3))
+    network(torch.ones(2, 3)).sum().backward()
+
+with join_ranks("cpu"):
+    one_step()
+tasks = os.listdir("/proc/self/task")
+print(sorted(open(f"/proc/self/task/{task}/comm").read().strip() for task in tasks))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc to list threads")
+def test_no_thread_of_the_group_outlives_it() -> None:
+    """One that drops a tensor while Python exits would abort the process."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment |= {"OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", LEAVING],
+            env=environment | {"RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    for process in processes:
+        printed, _ = process.communicate(timeout=120)
+        assert process.returncode == 0
+        assert "gloo" not in printed and "python" in printed

@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
@@ -12,10 +11,10 @@ from ich_prep.build_dataset import Allowances, build
 from ich_prep.dataset.dataset import open_dataset
 from ich_prep.dataset.schema import OK
 from ich_prep.dataset.spec import Spec
-from ich_prep.dataset.tables import write_table
 from ich_prep.errors import UsageError
 from ich_prep.phantom import synthesize
 from ich_train.rows import column, labelled_rows, neighbours
+from tests.support.sealing import replace_table, with_column
 
 
 def test_a_null_number_of_a_column_is_minus_one(dataset_path: Path) -> None:
@@ -34,10 +33,7 @@ def test_a_neighbour_that_is_quarantined_is_the_nearest_one_that_is_not(dataset_
     table = open_dataset(dataset_path).slices
     status = table["status"].to_pylist()
     status[5] = "decode_failed"
-    write_table(
-        copy / "labels/slices.parquet",
-        table.set_column(table.schema.get_field_index("status"), "status", pa.array(status)),
-    )
+    replace_table(copy, "slices", with_column(table, "status", status))
     dataset = open_dataset(copy)
     assert 5 not in labelled_rows(dataset)
     found = neighbours(dataset, np.array([4, 6, 7]), 2)

@@ -17,6 +17,7 @@ from ich_train.runs import (
     overfitting_text,
     read_history,
     require_writable,
+    run_lock,
     settings_of,
     start,
     write_history,
@@ -156,3 +157,10 @@ def test_a_run_goes_on_with_its_settings_only(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"epochs \(was 10, now 9\)"):
         check_same(tmp_path, TrainConfig(), TrainConfig(epochs=9))
     check_same(tmp_path, TrainConfig(), TrainConfig(epochs=11))  # makes it longer
+
+
+def test_two_processes_do_not_train_one_run(tmp_path: Path) -> None:
+    with run_lock(tmp_path), pytest.raises(TrainError, match="Another process trains the run"), run_lock(tmp_path):
+        pass
+    with run_lock(tmp_path):
+        assert list(tmp_path.iterdir()) == []

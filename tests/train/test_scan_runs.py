@@ -306,3 +306,22 @@ def test_a_submission_of_a_run_on_scans(dataset: Dataset, tmp_path: Path, call: 
     assert len(lines) == 1 + 6 * tested
     assert json.loads((tmp_path / "run" / "best" / "meta.json").read_text())["head"]["kind"] == "gru"
     assert isinstance(load_predictor(tmp_path / "run", dataset, device="cpu").slice_network, nn.Module)
+
+
+def test_the_scans_of_each_value_of_a_column_are_measured(dataset: Dataset, tmp_path: Path) -> None:
+    quiet(dataset, tmp_path / "run", settings(epochs=1))
+    of_folds = EvalConfig(bootstrap=10, subset="all", by="fold")
+    found = evaluate_run(tmp_path / "run", dataset, of_folds)
+    assert len(found["by_value"]) > 1
+    scans = [views["by_scan"]["cases"] for views in found["by_value"].values()]
+    assert sum(scans) == found["by_scan"]["cases"]
+    assert found["by_scan"]["patients"] == found["by_slice"]["patients"]
+
+
+def test_maps_of_a_run_on_scans_are_refused(
+    dataset: Dataset, tmp_path: Path, call: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    quiet(dataset, tmp_path / "run", settings(epochs=1), evaluate=True)
+    assert call("explain", tmp_path / "run", "--data", dataset.path) == 1
+    assert "reads whole scans (head gru)" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "explanations").exists()

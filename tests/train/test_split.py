@@ -14,10 +14,10 @@ from hypothesis.extra.numpy import arrays
 
 from ich_prep.dataset.classes import RSNA_CLASSES
 from ich_prep.dataset.dataset import Dataset, open_dataset
-from ich_prep.dataset.tables import write_table
 from ich_prep.errors import UsageError
 from ich_train.rows import column
 from ich_train.split import balanced_weights, split_rows
+from tests.support.sealing import replace_table, with_column
 
 Change = Callable[[pa.Table], pa.Table]
 
@@ -29,7 +29,7 @@ def changed(dataset_path: Path, tmp_path: Path) -> Callable[[Change], Dataset]:
     def change(with_table: Change) -> Dataset:
         copy = tmp_path / "data.zarr"
         shutil.copytree(dataset_path, copy)
-        write_table(copy / "labels/slices.parquet", with_table(open_dataset(dataset_path).slices))
+        replace_table(copy, "slices", with_table(open_dataset(dataset_path).slices))
         return open_dataset(copy)
 
     return change
@@ -80,7 +80,8 @@ def test_a_patient_of_a_labelled_test_subset_is_in_no_other_part(changed: Callab
         moved, taken = (patients[subsets.index(subset)] for subset in ("test", "train"))
         for name in RSNA_CLASSES:
             table = replaced(table, name, pc.fill_null(table[name], 0).to_pylist())
-        table = replaced(table, "patient_id", [taken if patient == moved else patient for patient in patients])
+        joined = [taken if patient == moved else patient for patient in patients]
+        table = replaced(replaced(table, "patient_id", joined), "fold_group", joined)
         return replaced(table, "label_level", ["slice"] * len(table))
 
     dataset = changed(label_test_subset)
@@ -151,3 +152,57 @@ def test_a_slice_weighs_as_its_rarest_label(labels: np.ndarray) -> None:
         for line in labels
     ]
     assert weights == pytest.approx([kinds.count(kind) ** -0.5 for kind in kinds])
+
+
+def linked(table: pa.Table, patients: list[str]) -> pa.Table:
+    """The slices table with ``patients`` in one fold group, and every other patient in one of its own."""
+    groups = [patients[0] if patient in patients else patient for patient in table["patient_id"].to_pylist()]
+    return with_column(table, "fold_group", groups)
+
+
+def patients_of(dataset: Dataset, rows: np.ndarray) -> set[str]:
+    return set(column(dataset, "patient_id", rows).tolist())
+
+
+def test_no_fold_group_is_in_two_parts(changed: Callable[[Change], Dataset]) -> None:
+    """Two patients of one fold group in different folds: whatever the table says, no part judges what another learned."""
+
+    def link(table: pa.Table) -> pa.Table:
+        first = {fold: patient for patient, fold in zip(*fold_columns(table), strict=True) if fold is not None}
+        return linked(table, list(first.values())[:2])
+
+    dataset = changed(link)
+    groups = dataset.fold_groups.to_pylist()
+    for val, test in [(a, b) for a in folds_of(dataset) for b in folds_of(dataset) if a != b]:
+        split = split_rows(dataset, val_fold=val, test_fold=test, allow_series_labels=False, needed=())
+        parts = [{groups[row] for row in rows.tolist()} for rows in vars(split).values()]
+        assert sum(map(len, parts)) == len(set.union(*parts))
+        assert set(column(dataset, "fold", split.test)) == {test}
+
+
+def fold_columns(table: pa.Table) -> tuple[list[str], list[int | None]]:
+    return table["patient_id"].to_pylist(), table["fold"].to_pylist()
+
+
+def test_a_patient_linked_to_a_labelled_test_subset_is_in_no_part(changed: Callable[[Change], Dataset]) -> None:
+    linked_patients: list[str] = []
+
+    def link_to_test(table: pa.Table) -> pa.Table:
+        patients, subsets = (table[name].to_pylist() for name in ("patient_id", "subset"))
+        linked_patients.extend(patients[subsets.index(subset)] for subset in ("test", "train"))
+        for name in RSNA_CLASSES:
+            table = replaced(table, name, pc.fill_null(table[name], 0).to_pylist())
+        return linked(replaced(table, "label_level", ["slice"] * len(table)), linked_patients)
+
+    dataset = changed(link_to_test)
+    val, *_ = folds_of(dataset)
+    split = split_rows(dataset, val_fold=val, test_fold=9, allow_series_labels=False, needed=())
+    tested, learned = linked_patients
+    assert tested in patients_of(dataset, split.test)
+    assert learned not in patients_of(dataset, np.concatenate([split.train, split.val]))
+
+
+def test_without_fold_groups_the_patient_is_the_group(changed: Callable[[Change], Dataset]) -> None:
+    dataset = changed(lambda table: replaced(table, "fold_group", [None] * len(table)))
+    assert dataset.slices["fold_group"].null_count == len(dataset)
+    assert dataset.fold_groups.to_pylist() == dataset.slices["patient_id"].to_pylist()

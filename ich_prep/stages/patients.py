@@ -1,0 +1,154 @@
+"""Identifiers of the headers, and of the label table -> patient, volume, fold group and conflicts of each slice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ich_prep.errors import BuildError, UsageError
+from ich_prep.stages import identity
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ich_prep.dataset.spec import Spec
+
+_TEST_FOLD = -2  # among given folds: the test set
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the label table says about n slices: null, or -1 for a ``fold``, where it says nothing.
+
+    ``subset``: train or test; ``fold``: int (n,); ``patient``: whose slices they are (``--patients column``).
+    """
+
+    subset: pa.Array | None = None
+    fold: NDArray[np.int8] | None = None
+    patient: pa.Array | pa.ChunkedArray | None = None
+
+
+def with_identities(slices: pa.Table, given: Given, spec: Spec) -> tuple[pa.Table, tuple[str, ...]]:
+    """Return the slices with their patient, volume and fold group, and notes for the user.
+
+    Adds ``patient`` (the study or else the series stands in for a missing patient id), ``unnamed_patient``,
+    ``patient_conflict``, ``volume``, ``series_uid_shared``, ``fold_group`` and ``given_fold``, and sets the ``subset`` that
+    is given. Raises ``BuildError`` as ``identity.check_group_sizes``, and if given folds or subsets split a group.
+    """
+    patient_id = _patient_ids(slices, given, spec)
+    study_uid = identity.usable(slices["study_instance_uid"])
+    issuer = slices["issuer_of_patient_id"]
+    series, study = identity.codes_of(slices["series_instance_uid"]), identity.codes_of(study_uid)
+    person = identity.codes_of(identity.with_issuer(patient_id, issuer))
+    unit = identity.study_units(series, study, person)
+    common = identity.too_common(person, unit)
+    notes = tuple(_too_common_note(patient_id, person, unit, code) for code in common)
+    patient_id = pc.if_else(pa.array(np.isin(person, common)), pa.scalar(None, pa.string()), patient_id)
+    person = np.where(np.isin(person, common), -1, person)
+
+    links = {
+        "patient": (person, patient_id),
+        "study": (study, study_uid),
+        "series": (series, slices["series_instance_uid"]),
+    }
+    links = {name: link for name, link in links.items() if name in spec.link}
+    volume, shared = identity.divide_series(series, study, person)
+    group = identity.connect(volume, [codes for codes, _ in links.values()])
+    identity.check_group_sizes(group, unit, links, folds=spec.folds)
+    stand_in = pc.coalesce(study_uid, slices["series_instance_uid"])
+    name = identity.group_names(group, pc.coalesce(identity.with_issuer(patient_id, issuer), stand_in))
+
+    subset, fold = _given_to_groups(slices["subset"], name, group, given, spec)
+    # Slices of two subsets are two volumes.
+    volume, _ = identity.divide_series(identity.join(identity.codes_of(subset), series), study, person)
+    columns = {
+        "patient": pc.coalesce(patient_id, stand_in),
+        "unnamed_patient": pc.is_null(patient_id),
+        "patient_conflict": pa.array(_conflicts(slices, study, person)),
+        "volume": pa.array(volume),
+        "series_uid_shared": pa.array(shared),
+        "fold_group": name,
+        "given_fold": pa.array(fold, pa.int8()),
+    }
+    slices = slices.set_column(slices.column_names.index("subset"), "subset", subset)
+    for column, values in columns.items():
+        slices = slices.append_column(column, values)
+    return slices, notes
+
+
+def _patient_ids(slices: pa.Table, given: Given, spec: Spec) -> pa.Array:
+    """Return the patient ids that identify somebody, null for all others."""
+    if spec.patients == "study":
+        return pa.nulls(len(slices), pa.string())
+    if spec.patients == "column":
+        assert given.patient is not None
+        return identity.usable(given.patient)
+    return identity.usable(slices["assigned_patient"])
+
+
+def _too_common_note(patient_id: pa.Array, person: NDArray[np.int64], unit: NDArray[np.int64], code: int) -> str:
+    value = patient_id[int(np.argmax(person == code))].as_py()
+    studies, total = len(np.unique(unit[person == code])), len(np.unique(unit))
+    return (
+        f"PatientID {value!r} is on {studies:,} of {total:,} studies: it is taken for a placeholder, and each study for a "
+        "patient"
+    )
+
+
+def _conflicts(slices: pa.Table, study: NDArray[np.int64], person: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return whether a slice's study has several patients, or its patient several sexes or birth years."""
+    sex = pc.if_else(pc.is_in(slices["patient_sex"], value_set=pa.array(["M", "F"])), slices["patient_sex"], None)
+    year = pc.utf8_slice_codeunits(slices["patient_birth_date"], 0, 4)
+    year = pc.if_else(pc.match_substring_regex(year, "^[0-9]{4}$"), year, None)
+    conflict = identity.contradictions(study, person)
+    for value in (sex, year):
+        conflict |= identity.contradictions(person, identity.codes_of(value.cast(pa.string())))
+    return conflict
+
+
+def _given_to_groups(
+    subset: pa.ChunkedArray, name: pa.Array, group: NDArray[np.int64], given: Given, spec: Spec
+) -> tuple[pa.ChunkedArray, NDArray[np.int8]]:
+    """Return each slice's subset, and its given fold, -1 where none is given.
+
+    What is given for one slice of a fold ``group`` (n,) holds for all of it. Raises ``BuildError`` if two slices of a group
+    are given different ones, unless the spec allows it, and ``UsageError`` for a fold beyond the spec's.
+    """
+    fold = np.full(len(group), -1, np.int64) if given.fold is None else given.fold.astype(np.int64)
+    if (fold >= spec.folds).any():
+        raise UsageError(
+            f"The label table has fold {int(fold.max())}; with --folds {spec.folds} they are 0 to {spec.folds - 1}. "
+            f"Give --folds {int(fold.max()) + 1}."
+        )
+    stated = pa.nulls(len(group), pa.string()) if given.subset is None else given.subset
+    test = pc.equal(stated, "test").fill_null(False).to_numpy(zero_copy_only=False)
+    trains = pc.equal(stated, "train").fill_null(False).to_numpy(zero_copy_only=False)
+    wanted = agreed(np.where(test, _TEST_FOLD, np.where(trains, 0, -1)), group, name, "subsets", spec)
+    subset = pc.coalesce(
+        pc.if_else(pa.array(wanted == _TEST_FOLD), "test", pc.if_else(pa.array(wanted == 0), "train", None)), subset
+    )
+    return subset, agreed(fold, group, name, "folds", spec).astype(np.int8)
+
+
+def agreed(
+    values: NDArray[np.int64], group: NDArray[np.int64], name: pa.Array, what: str, spec: Spec
+) -> NDArray[np.int64]:
+    """Return for each slice its own of the ``values`` (n,), or the one of its group; -1 is none."""
+    stated = np.flatnonzero(values != -1)
+    if not len(stated):
+        return values
+    split = identity.contradictions(group, np.where(values == -1, -1, values + 3))
+    if split.any() and not spec.split_groups:
+        raise BuildError(
+            f"The label table gives slices of one fold group different {what}, those of "
+            f"{name[int(np.argmax(split))].as_py()!r}. "
+            "Expected one for all slices that may be of one patient: correct the table, or let it split them with "
+            "--split-groups."
+        )
+    of_group = np.full(int(group.max()) + 1, -1)
+    of_group[group[stated]] = values[stated]
+    return np.where((values == -1) & ~split, of_group[group], values)
