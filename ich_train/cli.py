@@ -44,6 +44,7 @@ RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A TOML file o
 Resume = Annotated[bool, typer.Option("--resume", help="Resume the run in --out, or the last of its name.")]
 Evaluation = Annotated[Path | None, typer.Option("--out", help="Where to write. [default: the run's folder]")]
 Submission = Annotated[Path, typer.Option("--out", help="The CSV to write, with the columns ID,Label.")]
+FeaturesFolder = Annotated[Path, typer.Option("--out", help="The folder to write, such as features.zarr.")]
 Where = Annotated[
     str | None, typer.Option(help="A filter (docs/filters.md) of the slices. [default: those of predictions.parquet]")
 ]
@@ -65,9 +66,11 @@ def program(*, show_version: Version = False) -> None:
 
 
 @app.command("run")
-@options_from(TrainConfig, "data", "model", "epochs", "weights", "seed", "batch_size", "threads", "device")
+@options_from(
+    TrainConfig, "data", "model", "head", "epochs", "weights", "features", "seed", "batch_size", "threads", "device"
+)
 def run_command(*, given: dict[str, Any], out: Out = None, recipe: RecipeFile = None, resume: Resume = False) -> None:
-    """Train, keep the epoch of the lowest validation loss, evaluate it on held-out slices, write a report."""
+    """Train, keep the best epoch in validation, evaluate it on held-out slices, write a report."""
     from ich_train.runs import RECIPE, latest_folder, new_folder, require_run
 
     name = recipe.stem if recipe else given.get("model", TrainConfig().model).replace(":", "-").replace("/", "-")
@@ -95,7 +98,9 @@ def run_command(*, given: dict[str, Any], out: Out = None, recipe: RecipeFile = 
 
 
 @app.command("eval")
-@options_from(EvalConfig, "subset", "limit", "seed", "batch_size", "by", default="as in the run's recipe")
+@options_from(
+    EvalConfig, "subset", "limit", "seed", "batch_size", "by", "mirror", "sensitivity", default="as in the run's recipe"
+)
 @options_from(TrainConfig, "data", "threads", "device", into="place", default="the run's")
 def eval_command(run: RunFolder, *, given: dict[str, Any], place: dict[str, Any], out: Evaluation = None) -> None:
     """Evaluate a run's best epoch on a part of a dataset and rewrite the run's report, or write another to --out."""
@@ -151,6 +156,28 @@ def predict_command(
             "lines of these give each label's share of the training slices.",
             soft_wrap=True,
         )
+
+
+@app.command("embed")
+@options_from(TrainConfig, "data", "threads", "device", into="place", default="the run's")
+def embed_command(run: RunFolder, *, place: dict[str, Any], out: FeaturesFolder) -> None:
+    """Write the features of all slices by a run's network, on which a head is trained with features = "..." in [train]."""
+    from ich_train.runs import settings_of
+
+    settings, _ = settings_of(run)
+    dataset = _dataset_of(run, settings, place)
+
+    from ich_train.embed import embed
+    from ich_train.ranks import choose_device
+
+    rows, features = embed(
+        run,
+        dataset,
+        out,
+        device=choose_device(place.get("device", settings.device)),
+        threads=place.get("threads", settings.threads),
+    )
+    _console().print(f"{count(features, 'feature')} of {count(rows, 'slice')} in {out}", soft_wrap=True)
 
 
 @app.command("explain")

@@ -64,10 +64,15 @@ def explain_run(
 
     The slices are those of the run's ``predictions.parquet``, or those with pixels that the filter ``where`` selects; of
     them, ``limit`` drawn by ``seed``. Raises ``UsageError`` if none is left, the dataset does not fit the network or its
-    predictions, a filter is invalid, or the network has no layer whose output is an image.
+    predictions, a filter is invalid, the network reads whole scans, or it has no layer whose output is an image.
     """
     require_writable(run, hint="Copy the run to a folder that can be written to.")
     predictor = load_predictor(run, dataset, device=device)
+    if predictor.meta.head is not None:
+        raise UsageError(
+            f"{run} reads whole scans (head {predictor.meta.head.kind}); the maps are those of networks of single slices. "
+            'Name a run with head = "none".'
+        )
     rows = draw_rows(_rows(run, dataset, where), limit=limit, seed=seed)
     folder = run / FOLDER
     folder.mkdir(exist_ok=True)

@@ -15,9 +15,10 @@ from pyarrow import csv
 from ich_prep.dataset.storage import write_whole
 from ich_prep.errors import UsageError, count
 from ich_prep.files import require_regular
-from ich_train.predict import Predictor, load_predictor, predict_rows
+from ich_train.predict import Predictor, load_predictor
 from ich_train.rsna import require_rsna
 from ich_train.runs import require_writable
+from ich_train.scan_predict import predict_slices
 from ich_train.split import split_rows
 
 if TYPE_CHECKING:
@@ -83,16 +84,7 @@ def write_submission(
     without_image = len(pc.unique(lines.slice_ids.filter(pa.array(place < 0))))
     shares = _training_shares(dataset, predictor) if without_image else np.zeros(len(dataset.classes), np.float32)
 
-    probabilities = predict_rows(
-        predictor.model,
-        predictor.preprocess,
-        dataset,
-        usable,
-        context=predictor.meta.context,
-        batch_size=batch_size,
-        threads=threads,
-        device=device,
-    )
+    probabilities = predict_slices(predictor, dataset, usable, batch_size=batch_size, threads=threads)
     values = np.vstack([probabilities, shares])[place, lines.classes]
     names = np.array(dataset.classes)[lines.classes]
     # Nine digits are what a float32 needs to read back as the same number.

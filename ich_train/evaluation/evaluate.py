@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,14 +24,16 @@ from pyarrow import csv
 
 from ich_prep.dataset.storage import write_whole
 from ich_prep.dataset.tables import parquet_bytes
+from ich_train.evaluation.calibration import calibration, operating_point
 from ich_train.evaluation.cases import Cases, cases_of, select, values_of
-from ich_train.evaluation.figures import curves_of, draw_figures
+from ich_train.evaluation.figures import curves_of, draw_figures, draw_reliability
 from ich_train.evaluation.metrics import best_f1_thresholds, by_series, measure, position_scores, roc_aucs
 from ich_train.evaluation.plots import png
 from ich_train.evaluation.report import report_html
-from ich_train.predict import Predictor, load_predictor, predict_rows
+from ich_train.predict import Mirrored, Predictor, load_predictor
 from ich_train.rows import draw_rows
 from ich_train.runs import METRICS, read_history, require_writable
+from ich_train.scan_predict import ScanProbabilities, predict_scans, predict_slices, series_rows
 from ich_train.split import Split, split_rows
 
 if TYPE_CHECKING:
@@ -57,6 +59,15 @@ class _Rows:
     split: Split
     evaluated: NDArray[np.int64]
     complete: bool
+
+
+@dataclass(frozen=True)
+class _Predicted:
+    """The slices evaluated and those of validation; of a network with a head, the scans of both too."""
+
+    cases: Cases
+    validation: Cases
+    scans: ScanProbabilities | None
 
 
 def evaluate_run(
@@ -85,10 +96,12 @@ def evaluate_run(
     predictor = load_predictor(run, dataset, device=device)
     rows = _choose_rows(dataset, predictor.meta, evaluation)
     values = None if evaluation.by is None else values_of(dataset, rows.evaluated, evaluation.by)
-    cases, validation = _predict(dataset, predictor, rows, evaluation, threads=threads)
-    metrics = _measure(dataset, predictor.meta, rows, cases, validation, evaluation, values)
+    predicted = _predict(dataset, predictor, rows, evaluation, threads=threads)
+    cases = predicted.cases
+    metrics = _measure(dataset, predictor.meta, rows, predicted, evaluation, values)
     curves = curves_of(cases)
     figures = draw_figures(dataset, predictor, cases, curves, metrics["by_slice"], history)
+    figures["reliability"] = draw_reliability(cases, metrics["calibration"]["temperature"])
     pictures = {name: png(figure) for name, figure in figures.items()}
 
     out.mkdir(parents=True, exist_ok=True)
@@ -107,8 +120,11 @@ def measure_views(
     complete: bool,
     resamples: int,
     seed: int,
+    scans: ScanProbabilities | None = None,
 ) -> dict[str, Any]:
     """Return the measures of ``cases`` by slice and, if they are ``complete`` series, by series (maximum and mean).
+
+    ``scans`` of a network with a head are measured too, ``by_scan``.
 
     The thresholds of best F1 are those of ``validation`` in the same view. ``position_only`` beside them is the area
     under the ROC curve of ``baseline`` (n, classes), probabilities that depend on each slice's place in its series only.
@@ -122,6 +138,7 @@ def measure_views(
         | {"patients": patients, "position_only": roc_aucs(cases.labels, baseline, cases.classes)},
         "by_series_max": None,
         "by_series_mean": None,
+        "by_scan": None,
     }
     for how in ("max", "mean") if complete else ():
         val_labels, val_probabilities, _ = by_series(
@@ -136,7 +153,25 @@ def measure_views(
             "patients": patients,
             "position_only": roc_aucs(labels, by_position, cases.classes),
         }
+    if scans is not None and complete:
+        val_labels, of_validation, _ = _of_scans(validation, scans)
+        labels, of_scans, first = _of_scans(cases, scans)
+        _, by_position, _ = by_series(cases.series, cases.series_sizes, cases.labels, baseline, how="max")
+        thresholds = best_f1_thresholds(val_labels, of_validation)
+        views["by_scan"] = measure(labels, of_scans, cases.groups[first], thresholds, **given) | {
+            "patients": patients,
+            "position_only": roc_aucs(labels, by_position, cases.classes),
+        }
     return views
+
+
+def _of_scans(
+    cases: Cases, scans: ScanProbabilities
+) -> tuple[NDArray[np.int8], NDArray[np.float32], NDArray[np.int64]]:
+    """Return the labels and the head's probabilities of the series of ``cases``, and one slice of each."""
+    labels, _, first = by_series(cases.series, cases.series_sizes, cases.labels, cases.probabilities, how="max")
+    series = cases.series[first]
+    return labels, scans.scans[np.searchsorted(scans.series, series)], first
 
 
 def _choose_rows(dataset: Dataset, meta: Meta, evaluation: EvalConfig) -> _Rows:
@@ -155,41 +190,46 @@ def _choose_rows(dataset: Dataset, meta: Meta, evaluation: EvalConfig) -> _Rows:
 
 def _predict(
     dataset: Dataset, predictor: Predictor, rows: _Rows, evaluation: EvalConfig, *, threads: int
-) -> tuple[Cases, Cases]:
+) -> _Predicted:
     """Return the evaluated slices and those of the validation part, each slice predicted once."""
     rows_to_predict = np.union1d(rows.evaluated, rows.split.val)
-    probabilities = predict_rows(
-        predictor.model,
-        predictor.preprocess,
-        dataset,
-        rows_to_predict,
-        context=predictor.meta.context,
-        batch_size=evaluation.batch_size,
-        threads=threads,
-        device=predictor.device,
-    )
+    if evaluation.mirror:
+        predictor = replace(predictor, model=Mirrored(predictor.model))
+    scans = None
+    if predictor.meta.head is None:
+        probabilities = predict_slices(
+            predictor, dataset, rows_to_predict, batch_size=evaluation.batch_size, threads=threads
+        )
+    else:
+        scans = predict_scans(predictor, dataset, series_rows(dataset, rows_to_predict), threads=threads)
+        probabilities = scans.of_rows(rows_to_predict)
     cases, validation = (
         cases_of(dataset, part, probabilities[np.searchsorted(rows_to_predict, part)])
         for part in (rows.evaluated, rows.split.val)
     )
-    return cases, validation
+    return _Predicted(cases, validation, scans)
 
 
 def _measure(
     dataset: Dataset,
     meta: Meta,
     rows: _Rows,
-    cases: Cases,
-    validation: Cases,
+    predicted: _Predicted,
     evaluation: EvalConfig,
     values: pa.Array | None,
 ) -> dict[str, Any]:
     """Return the content of ``metrics.json``; ``values`` (n,) are those by which the cases are also measured apart."""
+    cases, validation = predicted.cases, predicted.validation
     unpredicted = np.empty((len(rows.split.train), len(dataset.classes)), np.float32)
     training = cases_of(dataset, rows.split.train, unpredicted)
     baseline = position_scores(training.positions, training.labels, cases.positions)
     levels = pc.unique(dataset.slices["label_level"].take(pa.array(cases.rows))).to_pylist()
-    given: dict[str, Any] = {"complete": rows.complete, "resamples": evaluation.bootstrap, "seed": evaluation.seed}
+    given: dict[str, Any] = {
+        "complete": rows.complete,
+        "resamples": evaluation.bootstrap,
+        "seed": evaluation.seed,
+        "scans": predicted.scans,
+    }
     by_value = {}
     for value in [] if values is None else sorted(values.unique().to_pylist()):
         chosen = pc.equal(values, value).to_numpy(zero_copy_only=False)
@@ -200,6 +240,19 @@ def _measure(
         "dataset": _describe(dataset, rows, meta),
         "evaluated": evaluation.model_dump(exclude={"batch_size"})
         | {"slices": len(cases.rows), "series_labels": bool({*levels} - {"slice", "none"})},
+        "calibration": calibration(
+            cases.labels, cases.probabilities, validation.labels, validation.probabilities, cases.classes
+        ),
+        "operating_point": None
+        if evaluation.sensitivity is None
+        else operating_point(
+            cases.labels,
+            cases.probabilities,
+            validation.labels,
+            validation.probabilities,
+            classes=cases.classes,
+            sensitivity=evaluation.sensitivity,
+        ),
         "by_value": by_value,
     } | measure_views(cases, validation, baseline, **given)
 

@@ -71,6 +71,18 @@ def history_curve(
     return figure
 
 
+def reliability_diagram(curves: Mapping[str, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]) -> Figure:
+    """Return the share of positives over the mean probability of each bin, a line for each of ``curves`` by name."""
+    figure = _figure(4.6, 4.6)
+    axes = figure.add_subplot()
+    _style(axes, x="predicted probability", y="share of positives", unit_square=True)
+    axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)))
+    for (name, (predicted, observed)), colour in zip(curves.items(), (GREY, BLUE), strict=False):
+        axes.plot(predicted, observed, color=colour, linewidth=1.8, marker="o", markersize=4, label=name, clip_on=False)
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+    return figure
+
+
 def roc_panels(curves: Mapping[str, Curve], measures: Mapping[str, Any]) -> Figure:
     """Return the ROC curve of each label in its own panel, the other labels in grey.
 
