@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from ich_prep.cli_report import report
 from ich_prep.command_options import options_from, run_program
 from ich_prep.errors import InterruptError, count
 from ich_prep.options import BuildOptions, resolve
@@ -126,6 +127,8 @@ def build(
             hint = "Run the same command without --overwrite to resume."
         raise InterruptError(hint) from None
     _print_outcome(out, outcome)
+    if options.report:
+        report(out, build_dir=options.build_dir)
 
 
 def _print_outcome(out: Path, outcome: Outcome) -> None:
@@ -202,6 +205,9 @@ def _label_table(summary: dict[str, Any]) -> Iterator[str]:
         yield f"{title:{width}}" + "".join(f"{heading:>9}" for heading in headings)
         for name in names:
             yield f"  {name:{width - 2}}" + "".join(f"{line[name]:9,}" for line in folds)
+
+
+app.command()(report)
 
 
 @app.command()
