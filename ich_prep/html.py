@@ -143,6 +143,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["png_uri"] = png_uri
+    environment.filters["words"] = lambda text: Cell(text, words=True)
     environment.tests["cell"] = lambda value: isinstance(value, Cell)
     environment.globals["notice"] = NOTICE
     environment.globals["levels"] = LEVELS
@@ -152,8 +153,8 @@ def _environment() -> Environment:
 _STYLE = f"""
 :root {{ --ink: {INK}; --muted: {MUTED}; --faint: {FAINT}; --blue: {BLUE}; --orange: {ORANGE}; --paper: #fff;
   --wash: #f4f6f8; --line: #eceff2; --note: #fdf6f1; --amber: #b7860b; --green: #2f7d4f; color-scheme: light dark; }}
-@media screen and (prefers-color-scheme: dark) {{ :root {{ --ink: #e4e8ec; --muted: #9aa5b1; --faint: #3b4550; --blue: #7db1e8;
-  --orange: #e08a52; --paper: #15191e; --wash: #1f252c; --line: #262d35; --note: #2a211a; --amber: #d8ae45;
+@media screen and (prefers-color-scheme: dark) {{ :root {{ --ink: #e4e8ec; --muted: #9aa5b1; --faint: #3b4550;
+  --blue: #7db1e8; --orange: #e08a52; --paper: #15191e; --wash: #1f252c; --line: #262d35; --note: #2a211a; --amber: #d8ae45;
   --green: #6fbf8e; }} }}
 * {{ box-sizing: border-box; }}
 body {{ margin: 0 auto; max-width: 62rem; padding: 2rem 1.25rem 4rem; color: var(--ink); background: var(--paper);
@@ -174,6 +175,8 @@ nav a {{ color: var(--blue); text-decoration: none; }}
 .act, .check, .fine {{ border-left: 4px solid var(--orange); background: var(--note); padding: .5rem .75rem; margin: .5rem 0;
   border-radius: 0 .375rem .375rem 0; }}
 .check {{ border-color: var(--amber); background: var(--wash); }} .fine {{ border-color: var(--green); background: none; }}
+.points {{ display: grid; gap: .5rem .75rem; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); }}
+.points > div {{ margin: 0; font-size: .9375rem; line-height: 1.45; }}
 .points p {{ margin: 0; max-width: none; overflow-wrap: anywhere; }} .points a {{ color: var(--blue); }}
 .level {{ font-size: .75rem; font-weight: 600; letter-spacing: .04em; text-transform: uppercase; color: var(--muted); }}
 .wide {{ overflow-x: auto; margin: .5rem 0 1rem; }}
@@ -185,11 +188,13 @@ th:first-child, td:first-child, .facts td {{ text-align: left; }}
 .facts td {{ white-space: normal; overflow-wrap: anywhere; }}
 th small, td small {{ display: block; color: var(--muted); font-size: .75rem; font-weight: 400; }}
 td.words, th.words {{ text-align: left; white-space: normal; min-width: 13rem; max-width: 26rem; overflow-wrap: anywhere; }}
-.bars {{ width: 100%; }} .bars th {{ font-weight: 400; white-space: normal; overflow-wrap: anywhere; max-width: 12rem; }}
+.bars {{ width: 100%; max-width: 34rem; }}
+.bars th {{ font-weight: 400; white-space: normal; overflow-wrap: anywhere; max-width: 12rem; }}
 .bars td {{ width: 1%; }} .bars td:nth-child(2) {{ width: 60%; }} .bars tbody tr + tr {{ border: 0; }}
 .bars svg {{ display: block; width: 100%; height: .8rem; margin-top: .3rem; }}
 .heat td {{ background: color-mix(in srgb, var(--blue) var(--heat, 0%), transparent); padding: .3rem .5rem; }}
-.chart {{ display: block; width: 100%; max-width: 34rem; height: auto; }} .chart text {{ font-size: 11px; fill: var(--muted); }}
+.chart {{ display: block; width: 100%; max-width: 34rem; height: auto; }}
+.chart text {{ font-size: 11px; fill: var(--muted); }}
 .chart line {{ stroke: var(--faint); }} .fill {{ fill: var(--blue); }} .band {{ fill: var(--orange); opacity: .13; }}
 .chart .bound {{ stroke: var(--orange); stroke-width: 1.5; }} .chart .name {{ fill: var(--orange); font-weight: 600; }}
 .thumbs {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(var(--thumb, 6rem), 1fr)); gap: .5rem;
@@ -203,14 +208,19 @@ td.words, th.words {{ text-align: left; white-space: normal; min-width: 13rem; m
 .pair img {{ min-width: 0; }}
 figure {{ margin: 1rem 0 1.5rem; }}
 img {{ display: block; width: 100%; height: auto; min-width: 34rem; background: #fff; }}
-@media screen and (prefers-color-scheme: dark) {{ img {{ border-radius: .375rem; padding: .25rem; filter: brightness(.9); }} }}
+@media screen and (prefers-color-scheme: dark) {{
+  img {{ border-radius: .375rem; padding: .25rem; filter: brightness(.9); }} }}
 img.tall {{ max-width: 48rem; }} details {{ margin: .5rem 0; }} summary {{ cursor: pointer; color: var(--blue); }}
 footer {{ margin-top: 3rem; border-top: 1px solid var(--faint); padding-top: .75rem; }}
 @media (max-width: 40rem) {{ body {{ padding: 1rem 1rem 3rem; }} th, td {{ padding-right: .5rem; }}
-  td.words, th.words {{ min-width: 10rem; }} }}
-@media print {{ :root {{ color-scheme: light; }} body {{ max-width: none; padding: 0; font-size: 12px; }}
+  .stack, .stack tbody, .stack tr, .stack tbody th, .stack td {{ display: block; text-align: left; white-space: normal;
+    max-width: none; min-width: 0; overflow-wrap: anywhere; }} .stack thead {{ display: none; }}
+  .stack tr {{ padding: .5rem 0; }} .stack tbody th, .stack td {{ padding: .1rem 0; }} .stack td:empty {{ display: none; }}
+  .stack td[data-head]::before {{ content: attr(data-head) ": "; color: var(--muted); }}
+  .stack small {{ display: inline; }} }}
+@media print {{ :root {{ color-scheme: light; font-size: 12px; }} body {{ max-width: none; padding: 0; font-size: 1rem; }}
   .wide {{ overflow: visible; }} img {{ min-width: 0; }} h2, h3, summary {{ break-after: avoid; }} nav {{ display: none; }}
-  table {{ font-size: 10px; }} th, td {{ white-space: normal; overflow-wrap: break-word; padding-right: .4rem; }}
+  h2 {{ margin-top: 2rem; }} th, td {{ white-space: normal; overflow-wrap: break-word; padding-right: .4rem; }}
   td.words, th.words {{ min-width: 0; }} tr, figure, .tile {{ break-inside: avoid; }} .thumbs {{ --thumb: 4.5rem; }}
   .tile, .act, .check, .heat td, tr.mean > * {{ -webkit-print-color-adjust: exact; print-color-adjust: exact; }} }}
 """
@@ -236,6 +246,10 @@ _KIT = """\
 {% else %}{{ value }}{% endif %}
 {% endmacro %}
 
+{% macro words(value) %}{% if value is cell and value.words %} class="words"{% endif %}{% endmacro %}
+
+{% macro place(head, index) %} data-head="{{ head[index].text if head[index] is cell else head[index] }}"{% endmacro %}
+
 {% macro navigation(places) %}
 <nav>{% for place in places %}<a href="#{{ place }}">{{ place }}</a>{% endfor %}</nav>
 {% endmacro %}
@@ -251,8 +265,8 @@ _KIT = """\
 {% macro points(points) %}
 <div class="points">
 {% for point in points %}
-<div class="{{ point.level }}"><p><span class="level">{{ levels[point.level] }}</span> <b>{% if point.place %}<a href="#{{ point.place }}">{{ point.title }}</a>
-{% else %}{{ point.title }}{% endif %}</b></p>
+<div class="{{ point.level }}"><p><span class="level">{{ levels[point.level] }}</span>
+<b>{% if point.place %}<a href="#{{ point.place }}">{{ point.title }}</a>{% else %}{{ point.title }}{% endif %}</b></p>
 {% if point.text %}<p>{{ point.text }}</p>{% endif %}</div>
 {% endfor %}
 </div>
@@ -266,11 +280,13 @@ _KIT = """\
 
 {% macro table(head, rows, kind="") %}
 <div class="wide" tabindex="0"><table class="{{ kind }}">
-{% if head %}<thead><tr>{% for name in head %}<th>{{ name }}</th>{% endfor %}</tr></thead>{% endif %}
+{% if head %}<thead><tr>{% for name in head %}<th{{ words(name) }}>{{ cell(name) }}</th>{% endfor %}</tr></thead>{% endif %}
 <tbody>
 {% for row in rows %}
 <tr{% if row.mean %} class="mean"{% endif %}><th>{{ cell(row.cells[0]) }}</th>
-{% for value in row.cells[1:] %}<td{% if value is cell and value.words %} class="words"{% endif %}>{{ cell(value) }}</td>{% endfor %}</tr>
+{% for value in row.cells[1:] %}
+<td{{ words(value) }}{{ place(head, loop.index) if kind == "stack" }}>{{ cell(value) | trim }}</td>
+{% endfor %}</tr>
 {% endfor %}
 </tbody></table></div>
 {% endmacro %}
@@ -285,10 +301,11 @@ _KIT = """\
 {% endmacro %}
 
 {% macro heat(head, rows) %}
-<div class="wide" tabindex="0"><table class="heat"><thead><tr>{% for name in head %}<th>{{ name }}</th>{% endfor %}</tr></thead><tbody>
+<div class="wide" tabindex="0"><table class="heat">
+<thead><tr>{% for name in head %}<th>{{ name }}</th>{% endfor %}</tr></thead><tbody>
 {% for row in rows %}
 <tr><th>{{ row.name }}</th>
-{% for share, text in row.cells %}<td style="--heat: {{ "%.0f" | format(60 * share) }}%">{{ text }}</td>{% endfor %}</tr>
+{% for share, text in row.cells %}<td style="--heat: {{ "%.0f" | format(50 * share) }}%">{{ text }}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody></table></div>
 {% endmacro %}

@@ -38,7 +38,9 @@ REASONS: Mapping[Reason, Advice] = {
         "finished, build with --overwrite.",
     ),
     Reason.EMPTY_FILE: Advice(
-        "act", "The file has no bytes: a copy or download was cut off.", "Copy it from the source again, and build again."
+        "act",
+        "The file has no bytes: a copy or download was cut off.",
+        "Copy it from the source again, and build again.",
     ),
     Reason.BAD_PATH: Advice(
         "act", "The name is not UTF-8, or leads out of its archive.", "Rename the file, or unpack the archive yourself."
@@ -46,7 +48,7 @@ REASONS: Mapping[Reason, Advice] = {
     Reason.BAD_ARCHIVE: Advice(
         "act",
         "The archive is broken or encrypted, or this file in it is. None of what it holds is in the dataset.",
-        "Test it with `unzip -t`, then download it again or unpack it to a folder.",
+        "Test it with unzip -t, then download it again or unpack it to a folder.",
     ),
     Reason.NOT_DICOM: Advice(
         "act",
@@ -73,7 +75,7 @@ REASONS: Mapping[Reason, Advice] = {
     Reason.MULTI_FRAME: Advice(
         "check",
         "Several frames in one file, such as Enhanced CT.",
-        "Convert it to one file per slice, for example with dcm4che's `emf2sf`, and build again.",
+        "Convert it to one file per slice, for example with emf2sf of dcm4che, and build again.",
     ),
     Reason.NOT_MONOCHROME: Advice("fine", "A colour picture, such as a perfusion map or a screenshot.", "Nothing."),
     Reason.BAD_HEADER: Advice(
@@ -84,7 +86,7 @@ REASONS: Mapping[Reason, Advice] = {
     Reason.UNSUPPORTED_SYNTAX: Advice(
         "act",
         "No decoder is installed for this compression.",
-        "Install the extra `jpeg` (pip install 'ich[jpeg]'), or decompress with dcmdjpeg or gdcmconv; then build with "
+        "Install the extra jpeg (pip install 'ich[jpeg]'), or decompress with dcmdjpeg or gdcmconv; then build with "
         "--overwrite.",
     ),
     Reason.TRUNCATED: Advice(
@@ -96,7 +98,9 @@ REASONS: Mapping[Reason, Advice] = {
         "Export the file again: its Rows, Columns or BitsAllocated are not those of its pixels.",
     ),
     Reason.TOO_LARGE: Advice(
-        "act", "Larger than a CT slice can be.", "Check Rows and Columns: they are wrong, or this is another kind of image."
+        "act",
+        "Larger than a CT slice can be.",
+        "Check Rows and Columns: they are wrong, or this is another kind of image.",
     ),
     Reason.NOT_HU: Advice(
         "check",
@@ -115,7 +119,9 @@ REASONS: Mapping[Reason, Advice] = {
         "--label-key.",
     ),
     Reason.FILTERED: Advice(
-        "fine", "Left out by an option of this build.", "Nothing, if --include, --exclude and --image-types are as meant."
+        "fine",
+        "Left out by an option of this build.",
+        "Nothing, if --include, --exclude and --image-types are as meant.",
     ),
     Reason.DUPLICATE: Advice("fine", "A second copy of a file that is in the dataset.", "Nothing."),
     Reason.SCAN_TYPE: Advice(
@@ -127,7 +133,9 @@ REASONS: Mapping[Reason, Advice] = {
         "Make sure that nothing writes to the source, then build with --overwrite.",
     ),
     Reason.DECODE_FAILED: Advice(
-        "act", "The compressed pixels are damaged.", "Copy the file from the source again; if it stays, ask for it again."
+        "act",
+        "The compressed pixels are damaged.",
+        "Copy the file from the source again; if it stays, ask for it again.",
     ),
     Reason.DECODER_DIED: Advice(
         "act",
@@ -161,7 +169,9 @@ FLAGS: Mapping[str, Advice] = {
         "Look whether the volume runs from foot to head before you use its order.",
     ),
     "no_orientation": Advice(
-        "check", "Without an orientation; taken as axial and upright.", "Look at one slice: front on top, patient's left right."
+        "check",
+        "Without an orientation; taken as axial and upright.",
+        "Look at one slice: the front of the head must be on top, the patient's left on the right.",
     ),
     "reformatted": Advice(
         "fine", "An axial slice computed from others.", "To leave them out, build with --image-types original."
@@ -236,6 +246,6 @@ REPAIRS: Mapping[str, Advice] = {
     "sign_12bit": Advice(
         "fine",
         "The file's 12-bit values were shifted and wrapped; they were put right.",
-        "Nothing. `ich-prep verify --src` computes the repair a second time.",
+        "Nothing. ich-prep verify --src computes the repair a second time.",
     ),
 }

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 LEVELS = ("act", "check", "fine")
 MAX_FLAGS = 6  # named one by one; the table below has them all
+MAX_NAMES = 4
 # A fold whose share of positive slices differs from that of all folds by this factor is named.
 UNEVEN = 2.0
 MIN_POSITIVE = 50  # slices of a class that a fold must be expected to have before it is called uneven
@@ -46,21 +47,28 @@ def points(
         *_flagged(tables),
     ]
     found.sort(key=lambda point: LEVELS.index(point.level))
-    if not any(point.level == "act" for point in found):
-        found.insert(0, Point("fine", "Nothing was lost to damage, and no label to a rule of the build."))
-    return found
+    return found or [Point("fine", "Nothing", "Nothing was lost, and no slice has a flag that asks for a look.")]
+
+
+def verdict(found: Sequence[Point]) -> str:
+    """Return one sentence about the points: how many ask for action, how many for a look."""
+    act, check = (sum(point.level == level for point in found) for level in ("act", "check"))
+    parts = [f"{number} to {words}" for number, words in ((act, "act on"), (check, "look at")) if number]
+    return f"{' and '.join(parts).capitalize()}." if parts else "No reason to worry was found."
 
 
 def _lost(lost: Mapping[str, LostLabels]) -> Iterator[Point]:
+    by_level: dict[str, dict[str, LostLabels]] = {}
     for reason, loss in lost.items():
         filtered = reason in set(Reason) and Reason(reason).is_filter
         level = "fine" if filtered else "act" if loss.positive else "check"
-        yield Point(
-            level,
-            f"{count(loss.labels, 'label')} lost with {reason}, {loss.positive:,} positive",
-            advice_of_reason(reason).todo,
-            "quarantine",
-        )
+        by_level.setdefault(level, {})[reason] = loss
+    for level, losses in by_level.items():
+        labels, positive = (sum(getattr(loss, name) for loss in losses.values()) for name in ("labels", "positive"))
+        said = f"{positive:,} of them positive" if positive else "none of them positive"
+        reasons = ", ".join(f"{loss.labels:,} {reason}" for reason, loss in losses.items())
+        ending = " by an option of the build" if level == "fine" else ""
+        yield Point(level, f"{count(labels, 'label')} lost{ending}, {said}", f"{reasons}.", "quarantine")
 
 
 def _damage(reasons: Mapping[str, int]) -> Iterator[Point]:
@@ -103,7 +111,7 @@ def _unlabelled(tables: ReportTables, classes: Sequence[ClassCounts], folds: Seq
         )
     never = [entry.name for entry in classes if not entry.positive]
     if labelled and never:
-        yield Point("check", f"No positive slice of {', '.join(never[:8])}", "These classes cannot be learned.", "labels")
+        yield Point("check", f"No positive slice of {_few(never)}", "These classes cannot be learned.", "labels")
     coarse = {"series", "study", "patient"}.intersection(tables.slices["label_level"].unique().to_pylist())
     if coarse:
         yield Point(
@@ -115,32 +123,29 @@ def _unlabelled(tables: ReportTables, classes: Sequence[ClassCounts], folds: Seq
 
 
 def _uneven(classes: Sequence[ClassCounts], folds: Sequence[Part]) -> Iterator[Point]:
-    """Yield the classes that a fold lacks, or has far more or less often than the others."""
+    """Yield the classes that a fold lacks, and those that it has far more or less often than the others."""
     parts = [part for part in folds if part.labelled]
-    total = sum(part.labelled for part in parts)
+    total = max(sum(part.labelled for part in parts), 1)
+    lacking, uneven = [], []
     for k, entry in enumerate(classes):
         positive = sum(part.positives[k] for part in parts)
-        lacking = [part.name for part in parts if not part.positives[k]]
-        uneven = [
-            part.name
-            for part in parts
-            if (expected := positive * part.labelled / max(total, 1)) >= MIN_POSITIVE
-            and not expected / UNEVEN <= part.positives[k] <= expected * UNEVEN
-        ]
-        if positive and lacking:
-            yield Point(
-                "check",
-                f"No positive slice of {entry.name} in {', '.join(lacking[:5])}",
-                "Nothing can be measured of it there: use fewer --folds, or evaluate on other folds.",
-                "labels",
-            )
-        elif uneven:
-            yield Point(
-                "check",
-                f"Uneven share of {entry.name} in {', '.join(uneven[:5])}",
-                "Few patients, or one large fold group, hold most of them: compare results across folds with care.",
-                "labels",
-            )
+        for part in parts if positive else []:
+            expected = positive * part.labelled / total
+            if not part.positives[k]:
+                lacking.append(f"{entry.name} in {part.name}")
+            elif expected >= MIN_POSITIVE and not expected / UNEVEN <= part.positives[k] <= expected * UNEVEN:
+                uneven.append(f"{entry.name} in {part.name}")
+    if lacking:
+        todo = "Nothing can be measured of it there: use fewer --folds, or evaluate on other folds."
+        yield Point("check", f"No positive slice of {_few(lacking)}", todo, "labels")
+    if uneven:
+        todo = "Few patients, or one large fold group, hold most of them: compare results across folds with care."
+        yield Point("check", f"Uneven share of {_few(uneven)}", todo, "labels")
+
+
+def _few(names: Sequence[str]) -> str:
+    more = len(names) - MAX_NAMES
+    return ", ".join(names[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def _flagged(tables: ReportTables) -> Iterator[Point]:
@@ -149,8 +154,6 @@ def _flagged(tables: ReportTables) -> Iterator[Point]:
         chosen = [name for name in rows if FLAGS.get(name, UNKNOWN).level == level]
         for name in chosen[:MAX_FLAGS]:
             advice = FLAGS.get(name, UNKNOWN)
-            yield Point(
-                level, f"{count(rows[name], 'slice')} flagged {name}", f"{advice.what} {advice.todo}", "flags"
-            )
+            yield Point(level, f"{count(rows[name], 'slice')} flagged {name}", f"{advice.what} {advice.todo}", "flags")
         if more := chosen[MAX_FLAGS:]:
             yield Point(level, f"{count(len(more), 'more flag')}", f"{', '.join(more)}.", "flags")

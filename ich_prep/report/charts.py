@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 WIDTH, HEIGHT = 400, 190
-LEFT, RIGHT, TOP, BOTTOM = 46, 8, 12, 34  # margins, for the labels of the axes
+LEFT, RIGHT, TOP, BOTTOM = 46, 16, 12, 34  # margins, for the labels of the axes
 MAX_TICKS = 6
 
 
@@ -75,8 +75,11 @@ def histogram_chart(
     counts, edges = histogram.counts, histogram.edges
     across = _Scale(edges[0], edges[-1], LEFT, WIDTH - RIGHT)
     top = int(max(counts.max(), 1))
-    up = _Scale(0, math.log10(top + 1) if log else top, HEIGHT - BOTTOM, TOP)
-    parts = [_band(band, across, line) for line, band in enumerate(bands) if band.high > edges[0] and band.low < edges[-1]]
+    room = 1.3 if bands else 1.0  # for their names, above the bars
+    up = _Scale(0, room * (math.log10(top + 1) if log else top), HEIGHT - BOTTOM, TOP)
+    parts = [
+        _band(band, across, line) for line, band in enumerate(bands) if band.high > edges[0] and band.low < edges[-1]
+    ]
     for value in _heights(top, log=log):
         y = up(math.log10(value + 1) if log else value)
         parts.append(Markup('<line x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(LEFT, WIDTH - RIGHT, y, y))
@@ -84,15 +87,9 @@ def histogram_chart(
     for low, high, number in zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist()):
         if number:
             y = up(math.log10(number + 1) if log else number)
-            left, right = across(low), across(high)
-            parts.append(
-                Markup('<rect class="fill" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"><title>{}</title></rect>').format(
-                    left, y, max(right - left - 0.6, 0.6), HEIGHT - BOTTOM - y,
-                    escape(f"{low:g} to {high:g} {unit}: {number:,} {noun}"),
-                )
-            )  # fmt: skip
-    for value in ticks(edges[0], edges[-1]):
-        parts.append(_text(across(value), HEIGHT - BOTTOM + 14, f"{value:g}", "middle"))
+            title = escape(f"{low:g} to {high:g} {unit}: {number:,} {noun}")
+            parts.append(_bar(across(low), across(high), y, title))
+    parts += [_text(across(v), HEIGHT - BOTTOM + 14, f"{v:g}", "middle") for v in ticks(edges[0], edges[-1])]
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, unit, "middle"))
     return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
         WIDTH, HEIGHT, escape(name), Markup("\n").join(parts)
@@ -136,7 +133,7 @@ class _Scale:
 
 def _heights(top: int, *, log: bool) -> list[float]:
     if not log:
-        return ticks(0, top, 4)
+        return [value for value in ticks(0, top, 4) if value == int(value)]
     powers = range(0, math.floor(math.log10(top)) + 1)
     return [10.0**power for power in powers[:: math.ceil(len(powers) / 5)]]
 
@@ -148,11 +145,16 @@ def _band(band: Band, across: _Scale, line: int) -> Markup:
         Markup('<line class="bound" x1="{:.1f}" x2="{:.1f}" y1="{}" y2="{}"/>').format(x, x, TOP, HEIGHT - BOTTOM)
         for x in (left, right)
     )
+    inside = right > WIDTH * 0.7
+    name = _text(right - 4 if inside else right + 4, y, band.name, "end" if inside else "start", "name")
     return Markup('<rect class="band" x="{:.1f}" y="{}" width="{:.1f}" height="{}"/>{}{}').format(
-        left, TOP, max(right - left, 1), HEIGHT - BOTTOM - TOP, bounds, _text(right + 4, y, band.name, "start", "name")
-        if right < WIDTH * 0.7
-        else _text(right - 4, y, band.name, "end", "name"),
-    )  # fmt: skip
+        left, TOP, max(right - left, 1), HEIGHT - BOTTOM - TOP, bounds, name
+    )
+
+
+def _bar(left: float, right: float, y: float, title: Markup) -> Markup:
+    shape = '<rect class="fill" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"><title>{}</title></rect>'
+    return Markup(shape).format(left, y, max(right - left - 0.6, 0.6), HEIGHT - BOTTOM - y, title)
 
 
 def _text(x: float, y: float, text: str, anchor: str, kind: str = "") -> Markup:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ich_prep.report.tables import ReportTables
 
 MAX_GROUPS = 40  # lines of a table; a spec may have 127 folds
+MAX_CLASSES = 30  # of the table of pairs
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ def _parts(tables: ReportTables, names: pa.Array) -> list[Part]:
     codes = coded.indices.to_numpy()
     words = coded.dictionary.to_pylist()
     positive, labelled = tables.labels == 1, (tables.labels >= 0).any(axis=1)
-    series = np.unique(np.stack([codes.astype(np.int64), tables.series_row]), axis=1)[0]
+    lines = max(len(tables.series), 1)
+    series = np.unique(codes.astype(np.int64) * lines + tables.series_row) // lines
     columns = [np.bincount(codes, column, len(words)).astype(np.int64) for column in positive.T]
     slices, known = (np.bincount(codes, weights, len(words)) for weights in (None, labelled))
     volumes = np.bincount(series, minlength=len(words))
@@ -121,13 +123,16 @@ def _positive(number: int, part: Part) -> Cell:
 
 
 def co_occurrence(tables: ReportTables) -> list[Heat]:
-    """Return for each class how many of its positive slices have each other class too."""
-    positive = (tables.labels == 1).astype(np.float32)
+    """Return for each of the first classes the share of its positive slices that each other one has too."""
+    positive = (tables.labels[:, :MAX_CLASSES] == 1).astype(np.float32)
     together: NDArray[np.int64] = np.rint(_gram(positive)).astype(np.int64)
     own = np.maximum(together.diagonal(), 1)
     return [
-        Heat(name, [(int(n) / int(own[k]), f"{int(n) / int(own[k]):.0%}" if together[k, k] else "-") for n in together[k]])
-        for k, name in enumerate(tables.classes)
+        Heat(
+            name,
+            [(int(n) / int(own[k]), f"{int(n) / int(own[k]):.0%}" if together[k, k] else "-") for n in together[k]],
+        )
+        for k, name in enumerate(tables.classes[:MAX_CLASSES])
     ]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from ich_prep.dataset.storage import local_path, write_whole
 from ich_prep.errors import UsageError, count, describe_os_error
 from ich_prep.html import Cell, Row, Thumb, Tile, render
 from ich_prep.report import labels, sections
-from ich_prep.report.attention import points
+from ich_prep.report.attention import points, verdict
 from ich_prep.report.equal_images import EqualImages, find_equal_images
 from ich_prep.report.pictures import LARGE, MAX_LARGE, MAX_SMALL, SMALL, sample, thumbnails
 from ich_prep.report.tables import ReportTables, read_tables
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 TEMPLATE = "report.html.jinja"
 SUFFIX = ".report.html"
 PER_SHEET, PER_FLAG, PER_CONFLICT = 16, 4, 4  # pictures, at most
+MAX_CONFLICTS = 6  # images
 NEGATIVE = "no finding"
 IDENTITY_FLAGS = ("patient_conflict", "series_uid_shared", "sop_uid_shared", "patient_is_study", "same_image")
 
@@ -47,8 +48,9 @@ class Sheet:
 
 @dataclass(frozen=True)
 class Drawn:
-    """The rows to show: by sheet and by flag, and those of equal images, a list for each image."""
+    """The rows to show: by sheet and by flag, one of each class, and those of equal images, a list for each image."""
 
+    cards: Mapping[str, int]
     sheets: Mapping[str, NDArray[np.int64]]
     flags: Mapping[str, NDArray[np.int64]]
     conflicts: Sequence[NDArray[np.int64]]
@@ -95,13 +97,16 @@ def report_html(dataset: Dataset, *, build_dir: str | Path | None = None, seed: 
     timing = build_timing(dataset, build_folder(dataset.path, build_dir))
     drawn = _draw(tables, equal, seed=seed)
     small = thumbnails(dataset, _rows([*drawn.sheets.values(), *drawn.flags.values()]), SMALL)
-    large = thumbnails(dataset, _rows(drawn.conflicts), LARGE)
+    large = thumbnails(dataset, [*_rows(drawn.conflicts), *drawn.cards.values()], LARGE)
+    found = points(tables, lost=lost, reasons=reasons, equal=equal, classes=counts, folds=folds)
     title = dataset.path.resolve().name
     return render(
         files("ich_prep.report").joinpath(TEMPLATE).read_text(encoding="utf-8"),
         title=f"{title}: dataset report",
         tiles=_tiles(dataset, counts),
-        points=points(tables, lost=lost, reasons=reasons, equal=equal, classes=counts, folds=folds),
+        verdict=verdict(found),
+        points=found,
+        cards=[_card(entry, large[drawn.cards[entry.name]]) for entry in counts if entry.name in drawn.cards],
         classes=tables.classes,
         class_rows=_class_rows(counts),
         co_occurrence=labels.co_occurrence(tables) if len(tables.classes) > 1 else [],
@@ -142,13 +147,16 @@ def _draw(tables: ReportTables, equal: EqualImages, *, seed: int) -> Drawn:
         return sample(rows[tables.is_ok[rows]], tables.series_row, number, seed=seed, name=name)
 
     flags = {name: some(rows, PER_FLAG, f"flag {name}") for name, rows in tables.rows_by_flag.items()}
-    flags = dict(list((name, rows) for name, rows in flags.items() if len(rows))[: MAX_SMALL // 2 // PER_FLAG])
+    flags = dict([(name, rows) for name, rows in flags.items() if len(rows)][: MAX_SMALL // 2 // PER_FLAG])
     names = sorted(tables.classes, key=lambda name: name != ANY)
     each = min(PER_SHEET, MAX_SMALL // 2 // (len(names) + 1))
     sheets = {name: some(_positive(tables, name), each, f"label {name}") for name in names if each}
     sheets[NEGATIVE] = some(_positive(tables, None), max(each, 1), NEGATIVE)
-    conflicts = [rows[:PER_CONFLICT] for rows in equal.conflicts[: MAX_LARGE // PER_CONFLICT]]
-    return Drawn({name: rows for name, rows in sheets.items() if len(rows)}, flags, conflicts)
+    sheets = {name: rows for name, rows in sheets.items() if len(rows)}
+    conflicts = [rows[:PER_CONFLICT] for rows in equal.conflicts[:MAX_CONFLICTS]]
+    shown = [name for name in tables.classes if name in sheets][: MAX_LARGE - MAX_CONFLICTS * PER_CONFLICT]
+    cards = {name: int(some(_positive(tables, name), 1, f"card {name}")[0]) for name in shown}
+    return Drawn(cards, sheets, flags, conflicts)
 
 
 def _positive(tables: ReportTables, name: str | None) -> NDArray[np.int64]:
@@ -190,15 +198,24 @@ def _label_words(tables: ReportTables, row: int) -> str:
     return ", ".join(positive) or NEGATIVE
 
 
+def _card(entry: ClassCounts, png: bytes) -> Thumb:
+    volumes = f"{count(entry.series, 'volume')}, {count(entry.patients, 'patient')}"
+    return Thumb(png, entry.name, (f"{count(entry.positive, 'slice')}, {entry.share:.2%}", volumes))
+
+
 def _tiles(dataset: Dataset, counts: Sequence[ClassCounts]) -> list[Tile]:
     total = dataset.counts
     first = next((entry for entry in counts if entry.name == ANY), counts[0])
     share = Cell(f"{first.share:.1%}") if first.positive + first.negative else Cell("no labels", undefined=True)
     found = f"of {count(total.found, 'file')}" if total.found else ""
     return [
-        Tile(Cell(f"{total.ok:,}"), "slices with pixels", f"{total.series:,} volumes"),
-        Tile(Cell(f"{total.patients:,}"), "patients", f"{total.fold_groups:,} fold groups" if total.fold_groups else ""),
-        Tile(share, f"of labelled slices positive for {first.name}", f"{first.positive:,} slices"),
+        Tile(Cell(f"{total.ok:,}"), "slices with pixels", f"in {count(total.series, 'volume')}"),
+        Tile(
+            Cell(f"{total.patients:,}"),
+            "patients",
+            f"in {count(total.fold_groups, 'fold group')}" if total.fold_groups else "",
+        ),
+        Tile(share, f"of labelled slices positive for {first.name}", count(first.positive, "slice")),
         Tile(Cell(f"{total.quarantined:,}"), "files and slices quarantined", found),
     ]
 

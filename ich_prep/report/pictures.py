@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 SMALL, LARGE = 96, 160  # pixels a side
 # All pictures of a page together: with noise, which PNG cannot compress, they still leave room for the rest of 5 MB.
-MAX_SMALL, MAX_LARGE = 220, 24
+MAX_SMALL, MAX_LARGE = 200, 36
 READ_AT_ONCE = 16  # slices
 
 
@@ -33,8 +33,10 @@ def sample(
 
 
 def thumbnails(dataset: Dataset, rows: Iterable[int], size: int) -> dict[int, bytes]:
-    """Return the PNG file of each of ``rows``, which must have pixels: of a windows store its first channel, of an HU
-    store its first window."""
+    """Return the PNG file of each of ``rows``, which must have pixels.
+
+    It shows the first channel of a windows store, and the first window of an HU store.
+    """
     wanted = sorted(set(map(int, rows)))
     found: dict[int, bytes] = {}
     for start in range(0, len(wanted), READ_AT_ONCE):

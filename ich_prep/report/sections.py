@@ -85,7 +85,7 @@ def facts(dataset: Dataset) -> list[Row]:
         "folds": "given by the label table" if root.given_folds else "by a hash of the patients that belong together",
         "digest": dataset.digest,
         "format": f"{root.format}, generation {root.generation}",
-        "written by": f"ich {clipped_text(root.created_by)}",
+        "written by": clipped_text(root.created_by),
         "commands": ", ".join(clipped_text(event.command) for event in root.history) or "-",
     }
     return [Row(fact) for fact in rows.items()]
@@ -221,9 +221,7 @@ def flag_rows(tables: ReportTables) -> list[Row]:
         advice = FLAGS.get(name, UNKNOWN)
         volumes = len(np.unique(tables.series_row[found]))
         share = f"{len(found) / max(len(tables.slices), 1):.2%}"
-        rows.append(
-            Row([name, Cell(f"{len(found):,}", (share,)), f"{volumes:,}", *_words(advice.what, advice.todo)])
-        )
+        rows.append(Row([name, Cell(f"{len(found):,}", (share,)), f"{volumes:,}", *_words(advice.what, advice.todo)]))
     return rows
 
 
