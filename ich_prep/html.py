@@ -221,7 +221,8 @@ footer {{ margin-top: 3rem; border-top: 1px solid var(--faint); padding-top: .75
 @media print {{ :root {{ color-scheme: light; font-size: 12px; }} body {{ max-width: none; padding: 0; font-size: 1rem; }}
   .wide {{ overflow: visible; }} img {{ min-width: 0; }} h2, h3, summary {{ break-after: avoid; }} nav {{ display: none; }}
   h2 {{ margin-top: 2rem; }} th, td {{ white-space: normal; overflow-wrap: break-word; padding-right: .4rem; }}
-  td.words, th.words {{ min-width: 0; }} tr, figure, .tile {{ break-inside: avoid; }} .thumbs {{ --thumb: 4.5rem; }}
+  td.words, th.words {{ min-width: 0; }} tr, figure, .tile {{ break-inside: avoid; }}
+  .thumbs {{ --thumb: 5rem; }} .large {{ --thumb: 9rem; }}
   .tile, .act, .check, .heat td, tr.mean > * {{ -webkit-print-color-adjust: exact; print-color-adjust: exact; }} }}
 """
 

@@ -40,7 +40,7 @@ def test_a_recipe_may_set_every_option(tmp_path: Path) -> None:
         'folds = 3\nworkers = 0\nscheduler = "tcp://127.0.0.1:8786"\n'
         "max_quarantined = 0.5\nallow_unlabelled = true\nallow_missing_images = true\nallow_contradictions = true\n"
         'label_key = ["patient_id=Fall, Nr."]\nlabel_column = ["any=Blutung"]\n'
-        'ignore_columns = "all"\nkeep_columns = ["age"]\n',
+        'ignore_columns = "all"\nkeep_columns = ["age"]\nreport = true\n',
         encoding="utf-8",
     )
     options = resolve(recipe, {})
