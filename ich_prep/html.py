@@ -202,7 +202,7 @@ td.words, th.words {{ text-align: left; white-space: normal; min-width: 13rem; m
 .thumbs figure {{ margin: 0; break-inside: avoid; }} .thumbs figcaption {{ font-size: .75rem; line-height: 1.3;
   overflow-wrap: anywhere; }} .thumbs figcaption b {{ display: block; color: var(--ink); font-weight: 600; }}
 .thumbs img {{ min-width: 0; padding: 0; background: #000; border-radius: .25rem; image-rendering: auto; filter: none; }}
-.large {{ --thumb: 10rem; }} .pairs {{ --thumb: 8.5rem; max-width: 32rem; }}
+.large {{ --thumb: 9rem; }} .pairs {{ --thumb: 8.5rem; max-width: 32rem; }}
 .undefined {{ color: var(--muted); font-style: italic; }}
 .pair {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 0 1.5rem; }}
 .pair img {{ min-width: 0; }}

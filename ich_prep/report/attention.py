@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 LEVELS = ("act", "check", "fine")
 MAX_FLAGS = 6  # named one by one; the table below has them all
-MAX_NAMES = 4
+MAX_NAMES = 5
 # A fold whose share of positive slices differs from that of all folds by this factor is named.
 UNEVEN = 2.0
 MIN_POSITIVE = 50  # slices of a class that a fold must be expected to have before it is called uneven
@@ -66,7 +66,7 @@ def _lost(lost: Mapping[str, LostLabels]) -> Iterator[Point]:
     for level, losses in by_level.items():
         labels, positive = (sum(getattr(loss, name) for loss in losses.values()) for name in ("labels", "positive"))
         said = f"{positive:,} of them positive" if positive else "none of them positive"
-        reasons = ", ".join(f"{loss.labels:,} {reason}" for reason, loss in losses.items())
+        reasons = _few([f"{loss.labels:,} {reason}" for reason, loss in losses.items()])
         ending = " by an option of the build" if level == "fine" else ""
         yield Point(level, f"{count(labels, 'label')} lost{ending}, {said}", f"{reasons}.", "quarantine")
 
@@ -75,7 +75,7 @@ def _damage(reasons: Mapping[str, int]) -> Iterator[Point]:
     for level in ("act", "check"):
         chosen = {reason: number for reason, number in reasons.items() if advice_of_reason(reason).level == level}
         if chosen:
-            words = ", ".join(f"{number:,} {reason}" for reason, number in chosen.items())
+            words = _few([f"{number:,} {reason}" for reason, number in chosen.items()])
             what = "quarantined and may be missed" if level == "act" else "quarantined by a rule that may be wrong here"
             yield Point(level, f"{count(sum(chosen.values()), 'file')} {what}", f"{words}.", "quarantine")
 

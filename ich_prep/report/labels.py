@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ich_prep.report.tables import ReportTables
 
 MAX_GROUPS = 40  # lines of a table; a spec may have 127 folds
-MAX_CLASSES = 30  # of the table of pairs
+MAX_CLASSES = 30  # columns of a table
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,14 @@ def class_counts(tables: ReportTables) -> list[ClassCounts]:
 def parts_by_fold(tables: ReportTables) -> list[Part]:
     """Return the parts by subset and fold: train first, its folds in order."""
     fold = pc.coalesce(pc.cast(tables.slices["fold"], pa.string()), "")
-    fold = pc.utf8_lpad(fold, 3, " ")
     names = pc.binary_join_element_wise(tables.slices["subset"].fill_null("unknown"), fold, " ")
     parts = _parts(tables, names.combine_chunks())
-    return sorted(parts, key=lambda part: (not part.name.startswith("train"), part.name))
+    return sorted(parts, key=_place)
+
+
+def _place(part: Part) -> tuple[bool, str, int]:
+    subset, _, fold = part.name.partition(" ")
+    return subset != "train", subset, int(fold or -1)
 
 
 def parts_by_scan_type(tables: ReportTables) -> list[Part]:
@@ -96,7 +100,7 @@ def _parts(tables: ReportTables, names: pa.Array) -> list[Part]:
     volumes = np.bincount(series, minlength=len(words))
     return [
         Part(
-            name=" ".join(word.split()),
+            name=word.strip(),
             slices=int(slices[k]),
             labelled=int(known[k]),
             series=int(volumes[k]),
@@ -109,7 +113,14 @@ def _parts(tables: ReportTables, names: pa.Array) -> list[Part]:
 def part_rows(parts: Sequence[Part]) -> list[Row]:
     """Return the lines of a table of parts, those beyond ``MAX_GROUPS`` in one line."""
     rows = [
-        Row([part.name, f"{part.slices:,}", f"{part.series:,}", *(_positive(n, part) for n in part.positives)])
+        Row(
+            [
+                part.name,
+                f"{part.slices:,}",
+                f"{part.series:,}",
+                *(_positive(n, part) for n in part.positives[:MAX_CLASSES]),
+            ]
+        )
         for part in parts[:MAX_GROUPS]
     ]
     more = len(parts) - MAX_GROUPS

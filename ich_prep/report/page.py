@@ -33,7 +33,7 @@ TEMPLATE = "report.html.jinja"
 SUFFIX = ".report.html"
 PER_SHEET, PER_FLAG, PER_CONFLICT = 16, 4, 4  # pictures, at most
 MAX_CONFLICTS = 6  # images
-NEGATIVE = "no finding"
+NEGATIVE, UNLABELLED = "no finding", "no label"
 IDENTITY_FLAGS = ("patient_conflict", "series_uid_shared", "sop_uid_shared", "patient_is_study", "same_image")
 
 
@@ -107,14 +107,15 @@ def report_html(dataset: Dataset, *, build_dir: str | Path | None = None, seed: 
         verdict=verdict(found),
         points=found,
         cards=[_card(entry, large[drawn.cards[entry.name]]) for entry in counts if entry.name in drawn.cards],
-        classes=tables.classes,
+        columns=list(tables.classes[: labels.MAX_CLASSES]),
+        more_classes=max(0, len(tables.classes) - labels.MAX_CLASSES),
         class_rows=_class_rows(counts),
         co_occurrence=labels.co_occurrence(tables) if len(tables.classes) > 1 else [],
         folds=labels.part_rows(folds),
         scan_types=labels.part_rows(labels.parts_by_scan_type(tables)),
         levels_of_labels=labels.level_bars(tables),
         sheets=[
-            Sheet(name, count(_size(counts, name, tables), "slice"), _thumbs(tables, rows, small))
+            Sheet(name, count(len(_rows_of(tables, name)), "slice"), _thumbs(tables, rows, small))
             for name, rows in drawn.sheets.items()
         ],
         geometry=sections.geometry_charts(tables),
@@ -148,27 +149,21 @@ def _draw(tables: ReportTables, equal: EqualImages, *, seed: int) -> Drawn:
 
     flags = {name: some(rows, PER_FLAG, f"flag {name}") for name, rows in tables.rows_by_flag.items()}
     flags = dict([(name, rows) for name, rows in flags.items() if len(rows)][: MAX_SMALL // 2 // PER_FLAG])
-    names = sorted(tables.classes, key=lambda name: name != ANY)
-    each = min(PER_SHEET, MAX_SMALL // 2 // (len(names) + 1))
-    sheets = {name: some(_positive(tables, name), each, f"label {name}") for name in names if each}
-    sheets[NEGATIVE] = some(_positive(tables, None), max(each, 1), NEGATIVE)
+    names = [*sorted(tables.classes, key=lambda name: name != ANY), NEGATIVE, UNLABELLED][: MAX_SMALL // 2]
+    each = min(PER_SHEET, MAX_SMALL // 2 // len(names))
+    sheets = {name: some(_rows_of(tables, name), each, f"label {name}") for name in names}
     sheets = {name: rows for name, rows in sheets.items() if len(rows)}
     conflicts = [rows[:PER_CONFLICT] for rows in equal.conflicts[:MAX_CONFLICTS]]
     shown = [name for name in tables.classes if name in sheets][: MAX_LARGE - MAX_CONFLICTS * PER_CONFLICT]
-    cards = {name: int(some(_positive(tables, name), 1, f"card {name}")[0]) for name in shown}
+    cards = {name: int(some(_rows_of(tables, name), 1, f"card {name}")[0]) for name in shown}
     return Drawn(cards, sheets, flags, conflicts)
 
 
-def _positive(tables: ReportTables, name: str | None) -> NDArray[np.int64]:
-    """Return the rows that are positive for a class; for None those that are known to be positive for none."""
-    if name is None:
-        return np.flatnonzero((tables.labels == 0).all(axis=1))
+def _rows_of(tables: ReportTables, name: str) -> NDArray[np.int64]:
+    """Return the rows that are positive for a class, those known to be negative for all, or those without a label."""
+    if name in (NEGATIVE, UNLABELLED) and name not in tables.classes:
+        return np.flatnonzero((tables.labels == (0 if name == NEGATIVE else UNKNOWN)).all(axis=1))
     return np.flatnonzero(tables.labels[:, tables.classes.index(name)] == 1)
-
-
-def _size(counts: Sequence[ClassCounts], name: str, tables: ReportTables) -> int:
-    of_class = {entry.name: entry.positive for entry in counts}
-    return of_class[name] if name in of_class else len(_positive(tables, None))
 
 
 def _rows(groups: Sequence[NDArray[np.int64]]) -> list[int]:
@@ -191,7 +186,7 @@ def _thumbs(
 def _label_words(tables: ReportTables, row: int) -> str:
     values = tables.labels[row]
     if (values == UNKNOWN).all():
-        return "no label"
+        return UNLABELLED
     positive = [name for name, value in zip(tables.classes, values, strict=True) if value == 1]
     if len(positive) > 1 and ANY in positive:
         positive.remove(ANY)

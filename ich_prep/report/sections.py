@@ -14,9 +14,10 @@ import pyarrow.compute as pc
 from ich_prep.dataset.schema import HISTOGRAM_BINS, OK
 from ich_prep.dataset.windows import MAX_HU, MIN_HU, PRESETS
 from ich_prep.errors import count
+from ich_prep.html import LEVELS as LEVEL_WORDS
 from ich_prep.html import Bar, Cell, Row
-from ich_prep.report.advice import FLAGS, REPAIRS, UNKNOWN
-from ich_prep.report.attention import advice_of_reason
+from ich_prep.report.advice import FLAGS, REPAIRS, UNKNOWN, Advice
+from ich_prep.report.attention import LEVELS, advice_of_reason
 from ich_prep.report.charts import Band, Histogram, histogram_chart, histogram_of
 from ich_prep.report.tables import ReportTables, value_counts
 
@@ -196,10 +197,11 @@ def reasons_of(tables: ReportTables) -> dict[str, int]:
 def reason_rows(reasons: Mapping[str, int], lost: Mapping[str, LostLabels]) -> list[Row]:
     """Return a line for each reason: files, labels lost with it, what it means and what to do."""
     rows = []
-    for reason in [*reasons, *(name for name in lost if name not in reasons)]:
+    names = [*reasons, *(name for name in lost if name not in reasons)]
+    for reason in sorted(names, key=lambda name: LEVELS.index(advice_of_reason(name).level)):
         advice, loss = advice_of_reason(reason), lost.get(reason)
         labels = (f"{loss.labels:,}", f"{loss.positive:,}") if loss else ("", "")
-        rows.append(Row([reason, f"{reasons.get(reason, 0):,}", *labels, *_words(advice.what, advice.todo)]))
+        rows.append(Row([_named(reason, advice), f"{reasons.get(reason, 0):,}", *labels, *_advised(advice)]))
     return rows
 
 
@@ -217,11 +219,11 @@ def quarantine_examples(tables: ReportTables, reasons: Mapping[str, int]) -> lis
 def flag_rows(tables: ReportTables) -> list[Row]:
     """Return a line for each flag: slices, volumes, what it means and what to do."""
     rows = []
-    for name, found in tables.rows_by_flag.items():
-        advice = FLAGS.get(name, UNKNOWN)
+    for name in sorted(tables.rows_by_flag, key=lambda name: LEVELS.index(FLAGS.get(name, UNKNOWN).level)):
+        found, advice = tables.rows_by_flag[name], FLAGS.get(name, UNKNOWN)
         volumes = len(np.unique(tables.series_row[found]))
         share = f"{len(found) / max(len(tables.slices), 1):.2%}"
-        rows.append(Row([name, Cell(f"{len(found):,}", (share,)), f"{volumes:,}", *_words(advice.what, advice.todo)]))
+        rows.append(Row([_named(name, advice), Cell(f"{len(found):,}", (share,)), f"{volumes:,}", *_advised(advice)]))
     return rows
 
 
@@ -230,7 +232,7 @@ def repair_rows(tables: ReportTables) -> list[Row]:
     rows = []
     for name, found in tables.rows_by_repair.items():
         advice = REPAIRS.get(name, UNKNOWN)
-        rows.append(Row([name, f"{len(found):,}", *_words(advice.what, advice.todo)]))
+        rows.append(Row([_named(name, advice), f"{len(found):,}", *_advised(advice)]))
     return rows
 
 
@@ -266,6 +268,14 @@ def fold_group_rows(tables: ReportTables) -> list[Row]:
         Row([clipped_text(line["fold_group"]), f"{line['count_all']:,}", f"{line['count_all_sum']:,}"])
         for line in joined.sort_by(order).slice(0, MAX_BARS).to_pylist()
     ]
+
+
+def _named(word: str, advice: Advice) -> Cell:
+    return Cell(word, (LEVEL_WORDS[advice.level],))
+
+
+def _advised(advice: Advice) -> list[Cell]:
+    return _words(advice.what, advice.todo)
 
 
 def _words(*texts: str) -> list[Cell]:

@@ -85,7 +85,7 @@ def checked(html: str) -> tuple[Page, str]:
 
 def row_of(html: str, name: str) -> list[str]:
     """Return the texts of the cells of the table row that starts with ``name``."""
-    found = re.search(rf"<tr><th>\s*{re.escape(name)}\s*</th>(.*?)</tr>", html, re.DOTALL)
+    found = re.search(rf"<tr><th>\s*{re.escape(name)}\s*(?:<small>[^<]*</small>\s*)?</th>(.*?)</tr>", html, re.DOTALL)
     assert found, name
     return [
         " ".join(re.sub(r"<[^>]*>", " ", cell).split()) for cell in re.findall(r"<td.*?>(.*?)</td>", found[1], re.S)

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -16,13 +17,14 @@ from typer.testing import CliRunner
 from ich_prep.cli import app
 from ich_prep.dataset.schema import LostLabels
 from ich_prep.errors import Reason
-from ich_prep.html import visible
+from ich_prep.html import png_uri, visible
+from ich_prep.pixels.thumbnail import thumbnail_png
 from ich_prep.report.advice import FLAGS, REASONS, REPAIRS
 from ich_prep.report.attention import points, verdict
 from ich_prep.report.charts import Band, histogram_chart, histogram_of, short, ticks
 from ich_prep.report.equal_images import EqualImages, find_equal_images
-from ich_prep.report.labels import ClassCounts, Part
-from ich_prep.report.pictures import sample
+from ich_prep.report.labels import MAX_CLASSES, MAX_GROUPS, ClassCounts, Part, part_rows, parts_by_fold
+from ich_prep.report.pictures import LARGE, MAX_LARGE, MAX_SMALL, SMALL, sample
 from ich_prep.report.tables import ReportTables
 
 FORMAT = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
@@ -64,6 +66,30 @@ def test_damage_is_something_to_act_on() -> None:
     assert {reason for reason in Reason if reason.is_filter and REASONS[reason].level != "fine"} == set()
 
 
+# --- labels ---------------------------------------------------------------------------------------------------------
+
+
+def test_parts_count_slices_and_volumes_of_each_fold() -> None:
+    tables = tables_of(
+        a=[1, 0, None, None, 1],
+        series_row=[0, 0, 1, 2, 3],
+        subset=["test", "test", "train", "train", "train"],
+        fold=pa.array([None, None, 10, 2, 2], pa.int8()),
+    )
+    assert parts_by_fold(tables) == [
+        Part("train 2", 2, 2, 2, (1, 0)),
+        Part("train 10", 1, 1, 1, (0, 0)),
+        Part("test", 2, 2, 1, (1, 0)),
+    ]
+
+
+def test_a_table_of_many_folds_and_classes_stays_small() -> None:
+    rows = part_rows([Part(f"train {k}", 9, 9, 1, tuple(range(200))) for k in range(100)])
+    assert len(rows) == MAX_GROUPS + 1
+    assert len(rows[0].cells) == 3 + MAX_CLASSES
+    assert rows[-1].cells == ["and 60 more"]
+
+
 # --- what needs attention --------------------------------------------------------------------------------------------
 
 
@@ -82,7 +108,8 @@ def tables_of(**columns: Any) -> ReportTables:
     }
     values |= {name: pa.array(v, pa.int8()) if name in "ab" else v for name, v in columns.items()}
     empty = pa.table({})
-    return ReportTables(classes=("a", "b"), slices=pa.table(values), series=empty, shards=empty, quarantine=empty)
+    series = pa.table({"series_row": range(max(values["series_row"]) + 1)})
+    return ReportTables(classes=("a", "b"), slices=pa.table(values), series=series, shards=empty, quarantine=empty)
 
 
 NONE = EqualImages(0, 0, [])
@@ -183,6 +210,27 @@ def test_a_sample_has_at_most_one_slice_of_a_volume(series: list[int], number: i
     assert len(set(series_row[drawn].tolist())) == len(drawn)
     assert set(drawn.tolist()) <= set(rows.tolist())
     assert drawn.tolist() == sample(rows, series_row, number, seed=seed, name="any").tolist()
+
+
+def test_pictures_of_noise_leave_room_for_the_rest_of_the_page() -> None:
+    rng = np.random.default_rng(0)
+    total = 0
+    for size, most in ((SMALL, MAX_SMALL), (LARGE, MAX_LARGE)):
+        png = thumbnail_png(rng.integers(0, 256, (size, size), dtype=np.uint8), size)
+        total += most * len(png_uri(png))
+    assert 3_000_000 < total < 4_000_000  # of 5 MB
+
+
+def test_a_thumbnail_is_the_mean_of_its_area() -> None:
+    codes = np.repeat(np.repeat(np.array([[0, 100], [200, 50]], np.uint8), 4, axis=0), 4, axis=1)
+    assert decoded(thumbnail_png(codes, 2)) == [[0, 100], [200, 50]]
+    assert decoded(thumbnail_png(codes[::4, ::4].copy(), 96)) == [[0, 100], [200, 50]]
+
+
+def decoded(png: bytes) -> list[list[int]]:
+    picture = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED)
+    assert picture is not None
+    return [[int(value) for value in line] for line in picture]
 
 
 FINITE = st.floats(-1e9, 1e9) | st.just(float("nan"))
