@@ -217,7 +217,7 @@ footer {{ margin-top: 3rem; border-top: 1px solid var(--faint); padding-top: .75
     max-width: none; min-width: 0; overflow-wrap: anywhere; }} .stack thead {{ display: none; }}
   .stack tr {{ padding: .5rem 0; }} .stack tbody th, .stack td {{ padding: .1rem 0; }} .stack td:empty {{ display: none; }}
   .stack td[data-head]::before {{ content: attr(data-head) ": "; color: var(--muted); }}
-  .stack small {{ display: inline; }} }}
+  .stack small {{ display: inline; margin-left: .4rem; }} }}
 @media print {{ :root {{ color-scheme: light; font-size: 12px; }} body {{ max-width: none; padding: 0; font-size: 1rem; }}
   .wide {{ overflow: visible; }} img {{ min-width: 0; }} h2, h3, summary {{ break-after: avoid; }} nav {{ display: none; }}
   h2 {{ margin-top: 2rem; }} th, td {{ white-space: normal; overflow-wrap: break-word; padding-right: .4rem; }}

@@ -31,12 +31,16 @@ class Band:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts of the values within each of the bins between ``edges``; ``below`` and ``above`` lie outside of all."""
+    """Counts of the values within each of the bins between ``edges``; ``below`` and ``above`` lie outside of all.
+
+    ``whole``: the values are whole numbers.
+    """
 
     counts: NDArray[np.int64]
     edges: NDArray[np.float64]
     below: int = 0
     above: int = 0
+    whole: bool = False
 
     @property
     def total(self) -> int:
@@ -61,7 +65,7 @@ def histogram_of(values: NDArray[np.float64], *, bins: int = 40, whole: bool = F
         first = math.floor(low / step)
         edges = step * (first + np.arange(math.floor(high / step) - first + 2))
     counts = np.histogram(values, edges)[0].astype(np.int64)
-    return Histogram(counts, edges, int((values < edges[0]).sum()), int((values > edges[-1]).sum()))
+    return Histogram(counts, edges, int((values < edges[0]).sum()), int((values > edges[-1]).sum()), whole)
 
 
 def histogram_chart(
@@ -89,7 +93,8 @@ def histogram_chart(
             y = up(math.log10(number + 1) if log else number)
             title = escape(f"{low:g} to {high:g} {unit}: {number:,} {noun}")
             parts.append(_bar(across(low), across(high), y, title))
-    parts += [_text(across(v), HEIGHT - BOTTOM + 14, f"{v:g}", "middle") for v in ticks(edges[0], edges[-1])]
+    places = [v for v in ticks(edges[0], edges[-1]) if v == int(v) or not histogram.whole]
+    parts += [_text(across(v), HEIGHT - BOTTOM + 14, f"{v:g}", "middle") for v in places]
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, unit, "middle"))
     return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
         WIDTH, HEIGHT, escape(name), Markup("\n").join(parts)

@@ -34,9 +34,14 @@ class ClassCounts:
     patients: int
 
     @property
+    def known(self) -> int:
+        """The number of slices whose label is known."""
+        return self.positive + self.negative
+
+    @property
     def share(self) -> float:
         """The share of positive slices among those whose label is known; 0 if none is."""
-        return self.positive / max(self.positive + self.negative, 1)
+        return self.positive / max(self.known, 1)
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def report_html(dataset: Dataset, *, build_dir: str | Path | None = None, seed: 
         columns=list(tables.classes[: labels.MAX_CLASSES]),
         more_classes=max(0, len(tables.classes) - labels.MAX_CLASSES),
         class_rows=_class_rows(counts),
-        co_occurrence=labels.co_occurrence(tables) if len(tables.classes) > 1 else [],
+        co_occurrence=labels.co_occurrence(tables) if any(entry.positive for entry in counts[1:]) else [],
         folds=labels.part_rows(folds),
         scan_types=labels.part_rows(labels.parts_by_scan_type(tables)),
         levels_of_labels=labels.level_bars(tables),
@@ -201,7 +201,7 @@ def _card(entry: ClassCounts, png: bytes) -> Thumb:
 def _tiles(dataset: Dataset, counts: Sequence[ClassCounts]) -> list[Tile]:
     total = dataset.counts
     first = next((entry for entry in counts if entry.name == ANY), counts[0])
-    share = Cell(f"{first.share:.1%}") if first.positive + first.negative else Cell("no labels", undefined=True)
+    share = Cell(f"{first.share:.1%}") if first.known else Cell("no labels", undefined=True)
     found = f"of {count(total.found, 'file')}" if total.found else ""
     return [
         Tile(Cell(f"{total.ok:,}"), "slices with pixels", f"in {count(total.series, 'volume')}"),
@@ -210,7 +210,11 @@ def _tiles(dataset: Dataset, counts: Sequence[ClassCounts]) -> list[Tile]:
             "patients",
             f"in {count(total.fold_groups, 'fold group')}" if total.fold_groups else "",
         ),
-        Tile(share, f"of labelled slices positive for {first.name}", count(first.positive, "slice")),
+        Tile(
+            share,
+            f"of labelled slices positive for {first.name}",
+            count(first.positive, "slice") if first.known else "",
+        ),
         Tile(Cell(f"{total.quarantined:,}"), "files and slices quarantined", found),
     ]
 
@@ -220,7 +224,7 @@ def _class_rows(counts: Sequence[ClassCounts]) -> list[Row]:
         Row(
             [
                 entry.name,
-                Cell(f"{entry.positive:,}", (f"{entry.share:.2%}",)),
+                Cell(f"{entry.positive:,}", (f"{entry.share:.2%}",) if entry.known else ()),
                 f"{entry.series:,}",
                 f"{entry.patients:,}",
                 f"{entry.negative:,}",

@@ -248,6 +248,11 @@ def test_a_histogram_counts_every_value_once_in_few_bins(numbers: list[float], w
     assert all(0 <= place <= 400 for place in places)
 
 
+def test_whole_numbers_have_whole_labels() -> None:
+    svg = histogram_chart(histogram_of(np.full(9, 28.0), whole=True), name="x", unit="slices", noun="volumes")
+    assert re.findall(r'text-anchor="middle" class="">([^<]*)<', svg) == ["28", "slices"]
+
+
 def test_a_chart_of_many_values_is_as_small_as_one_of_few() -> None:
     values = np.random.default_rng(0).normal(0, 10, 500_000)
     svg = histogram_chart(histogram_of(values), name="x", unit="mm", noun="slices")
