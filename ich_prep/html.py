@@ -213,6 +213,7 @@ img {{ display: block; width: 100%; height: auto; min-width: 34rem; background: 
 img.tall {{ max-width: 48rem; }} details {{ margin: .5rem 0; }} summary {{ cursor: pointer; color: var(--blue); }}
 footer {{ margin-top: 3rem; border-top: 1px solid var(--faint); padding-top: .75rem; }}
 @media (max-width: 40rem) {{ body {{ padding: 1rem 1rem 3rem; }} th, td {{ padding-right: .5rem; }}
+  .wide th:first-child {{ position: sticky; left: 0; background: var(--paper); }}
   .stack, .stack tbody, .stack tr, .stack tbody th, .stack td {{ display: block; text-align: left; white-space: normal;
     max-width: none; min-width: 0; overflow-wrap: anywhere; }} .stack thead {{ display: none; }}
   .stack tr {{ padding: .5rem 0; }} .stack tbody th, .stack td {{ padding: .1rem 0; }} .stack td:empty {{ display: none; }}
