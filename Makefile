@@ -25,14 +25,15 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard ich_prep/
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,jpeg,dev]'
 	touch $@
 
-demo: venv ## phantom files -> dataset -> trained model -> report
+demo: venv ## phantom files -> dataset -> trained model, and a report of each
 	rm -rf $(DEMO)
 	$(BIN)/ich-prep synth --out $(DEMO)/rsna --series $(DEMO_SERIES) --size $(DEMO_SIZE) --seed 0
-	$(BIN)/ich-prep build --recipe pipelines/smoke.toml --src $(DEMO)/rsna --out $(DEMO)/data.zarr
+	$(BIN)/ich-prep build --recipe pipelines/smoke.toml --src $(DEMO)/rsna --out $(DEMO)/data.zarr --report
 	$(BIN)/ich-prep verify $(DEMO)/data.zarr --src $(DEMO)/rsna --sample 0.05
 	$(BIN)/ich-prep info $(DEMO)/data.zarr
 	$(BIN)/ich-train run --recipe pipelines/smoke.toml --data $(DEMO)/data.zarr --out $(DEMO)/run
-	@echo "The report: $(abspath $(DEMO))/run/report.html"
+	@echo "The report of the dataset: $(abspath $(DEMO))/data.zarr.report.html"
+	@echo "The report of the run: $(abspath $(DEMO))/run/report.html"
 
 test: venv lint ## the tests, in two processes, and lint and types
 	$(BIN)/pytest -n 2 --dist loadfile

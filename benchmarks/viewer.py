@@ -9,6 +9,7 @@ connection that stays open. The frame rate needs Playwright and Chromium, and is
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import json
 import os
@@ -24,7 +25,7 @@ import typer
 
 from ich_prep.build_dataset import build
 from ich_prep.dataset.dataset import open_dataset
-from ich_prep.dataset.schema import ROOT, shard_path
+from ich_prep.dataset.schema import ROOT, digest_of, shard_path
 from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.tables import write_table
 from ich_prep.phantom import synthesize
@@ -58,14 +59,23 @@ def repeated(small: Path, out: Path, slices: int) -> Path:
             moved = many[column].to_numpy() + np.repeat(np.arange(times), len(table)) * step
             many = many.set_column(many.schema.get_field_index(column), column, pa.array(moved, pa.int64()))
         write_table(out / "labels" / f"{name}.parquet", many)
-    for name in ("shards", "quarantine"):
-        shutil.copy(dataset.table_path(name), out / "labels" / f"{name}.parquet")
+    shards = dataset.read_table("shards")
+    columns = {"shard": np.arange(times), "first_row": np.arange(times) * rows}
+    many = pa.concat_tables([shards] * times)
+    for column, values in columns.items():
+        many = many.set_column(many.schema.get_field_index(column), column, pa.array(values, pa.int64()))
+    write_table(out / "labels" / "shards.parquet", many)
+    shutil.copy(dataset.table_path("quarantine"), out / "labels" / "quarantine.parquet")
     for shard in range(times):
         path = shard_path(out, shard)
         path.parent.mkdir(parents=True)
         os.link(shard_path(small, 0), path)
     root = json.loads((small / ROOT).read_bytes())
-    root["attributes"]["ich"]["counts"] |= {"rows": rows * times, "series": volumes * times}
+    ich = root["attributes"]["ich"]
+    ich["counts"] |= {name: ich["counts"][name] * times for name in ("rows", "ok", "series", "shards")}
+    for name in ich["tables"].values():
+        ich["digests"][name] = hashlib.sha256((out / name).read_bytes()).hexdigest()
+    ich["digest"] = digest_of(ich)
     (out / ROOT).write_text(json.dumps(root))
     return out
 

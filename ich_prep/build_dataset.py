@@ -172,7 +172,7 @@ def build(
                 )
                 check_damage(tables.quarantine, tables.ok, allow, hint)
                 counts = publish(out, folder, state=state, tables=tables, found=len(listing.files), key=secret)
-            log("published", **counts)
+            log("published", **counts, seconds=seconds)
     return Outcome(counts=counts, already_finished=False, seconds=seconds)
 
 

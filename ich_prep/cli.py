@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from ich_prep import look_commands
+from ich_prep.cli_report import report
 from ich_prep.command_options import options_from, run_program, say
 from ich_prep.errors import InterruptError, UsageError, count
 from ich_prep.options import BuildOptions, resolve
@@ -112,6 +113,8 @@ def build(
             hint = "Run the same command without --overwrite to resume."
         raise InterruptError(hint) from None
     _print_outcome(out, outcome)
+    if options.report:
+        report(out, build_dir=options.build_dir)
 
 
 def _print_outcome(out: Path, outcome: Outcome) -> None:
@@ -196,6 +199,7 @@ def _label_table(summary: dict[str, Any]) -> Iterator[str]:
             yield f"  {name:{width - 2}}" + "".join(f"{line[name]:9,}" for line in folds)
 
 
+app.command()(report)
 app.command()(look_commands.find)
 app.command()(look_commands.quarantine)
 

@@ -50,6 +50,10 @@ class BuildOptions(Spec):
     allow_kept_columns: bool = Field(default=False, description="Publish --keep-columns as they are beside pseudonyms.")
     allow_contradictions: bool = Field(default=False, description="Take contradictory labels as unknown.")
 
+    report: bool = Field(
+        default=False, description="Write a page that shows the dataset, at its path with .report.html appended."
+    )
+
     @field_validator("label_key", "label_column", "ignore_columns", "keep_columns", mode="before")
     @classmethod
     def _columns_as_list(cls, value: Any) -> Any:  # not the name of a validator of Spec, which it would replace

@@ -15,6 +15,7 @@ from ich_prep.dataset.selection import choose_volumes
 from ich_prep.dataset.storage import local_path
 from ich_prep.dataset.volumes import find_series
 from ich_prep.errors import UsageError
+from ich_prep.signals import settle
 from ich_prep.view.data import ViewData
 from ich_prep.view.pages import write_pages
 
@@ -83,3 +84,4 @@ def serve(
         webbrowser.open(server.url)
     with contextlib.suppress(KeyboardInterrupt):  # the way to end it
         server.run()
+    settle()

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ich_prep.advice import advice_for
+from ich_prep.advice import advice_of_reason
 from ich_prep.dataset.affine import AffineError, volume_affine
 from ich_prep.dataset.placement import place_slices
 from ich_prep.dataset.volumes import affine_of_slices
@@ -275,8 +275,8 @@ class ViewData:
             {
                 "reason": entry["values"],
                 "files": entry["counts"],
-                "meaning": advice_for(entry["values"]).meaning,
-                "action": advice_for(entry["values"]).action,
+                "meaning": advice_of_reason(entry["values"]).what,
+                "action": advice_of_reason(entry["values"]).todo,
             }
             for entry in counted
         ]

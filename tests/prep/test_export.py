@@ -24,6 +24,7 @@ from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.windows import MAX_HU, MIN_HU, window_codes
 from ich_prep.errors import UsageError
 from ich_prep.export import export
+from tests.support.sealing import replace_table
 
 nibabel = pytest.importorskip("nibabel", reason="no nibabel: pip install -e '.[dev]'")
 PREP = str(Path(sys.executable).with_name("ich-prep"))
@@ -149,7 +150,7 @@ def without_position_of(source: Path, copy: Path, moved: dict[int, float | None]
     for row, by in moved.items():
         z[row] = None if by is None else z[row] + by
     place = table.schema.get_field_index("position_z_mm")
-    pq.write_table(table.set_column(place, "position_z_mm", pa.array(z, pa.float64())), path)
+    replace_table(copy, "slices", table.set_column(place, "position_z_mm", pa.array(z, pa.float64())))
     return open_dataset(copy)
 
 
@@ -203,7 +204,7 @@ def test_names_from_elsewhere_lead_nowhere_and_are_no_formulas(hu_path: Path, tm
     path = copy / "labels" / "slices.parquet"
     table = pq.read_table(path)
     place = table.schema.get_field_index("sop_instance_uid")
-    pq.write_table(table.set_column(place, "sop_instance_uid", pa.array(["=1+1"] * len(table))), path)
+    replace_table(copy, "slices", table.set_column(place, "sop_instance_uid", pa.array(["=1+1"] * len(table))))
     export(open_dataset(copy), [0], tmp_path / "a" / "b" / "out", form="png")
     assert {p.name for p in (tmp_path / "a" / "b" / "out" / "series_000000").iterdir()} == {
         "window_0",

@@ -21,18 +21,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ich_prep.advice import ADVICE, advice_for
 from ich_prep.build_dataset import Allowances, build
 from ich_prep.dataset.corrections import append_correction, read_corrections
 from ich_prep.dataset.dataset import Dataset, open_dataset
 from ich_prep.dataset.explanations import read_explanations
 from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.windows import PRESETS
-from ich_prep.errors import Reason, UsageError
+from ich_prep.errors import UsageError
 from ich_prep.phantom import synthesize
 from ich_prep.view.assets import SCRIPTS
 from ich_prep.view.data import SLICES_PER_READ, ViewData
 from ich_prep.view.guard import MAX_BODY
+from tests.support.sealing import replace_table, reseal
 from tests.support.viewer import Viewer, viewing
 
 PREP = str(Path(sys.executable).with_name("ich-prep"))
@@ -170,11 +170,6 @@ def test_files_that_can_be_decoded_are_shown_as_pictures(viewer: Viewer, dataset
     assert all(shown["duplicate"]) and not any(shown["empty_file"]) and not any(shown["not_dicom"])
 
 
-def test_every_reason_has_advice() -> None:
-    assert set(ADVICE) == set(Reason)
-    assert advice_for("of a later version").meaning
-
-
 def test_errors_of_a_run_are_counted(
     dataset: Dataset, predictions: np.ndarray[Any, np.dtype[np.float32]], tmp_path: Path
 ) -> None:
@@ -234,6 +229,7 @@ def test_a_dataset_without_the_newer_columns_is_shown(defects: tuple[Path, Path]
     ):
         path = copy / "labels" / f"{table}.parquet"
         pq.write_table(pq.read_table(path).drop_columns(dropped), path)
+    reseal(copy)
     with open_dataset(copy) as old, viewing(ViewData(old), tmp_path / "marks.csv") as viewer:
         assert viewer.ask("/api/volumes").json()["columns"]["scan_type"] == [None] * len(old.series)
         for line in range(len(old.series)):
@@ -262,7 +258,7 @@ def test_a_volume_without_positions_is_shown(defects: tuple[Path, Path], tmp_pat
     for name in ("position_mm", "position_x_mm", "position_y_mm", "position_z_mm"):
         place = table.schema.get_field_index(name)
         table = table.set_column(place, name, pa.nulls(len(table), pa.float64()))
-    pq.write_table(table, path)
+    replace_table(copy, "slices", table)
     with open_dataset(copy) as flat:
         geometry = ViewData(flat).volume(0)["geometry"]
     assert "grid" not in geometry and geometry["problem"]

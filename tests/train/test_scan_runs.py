@@ -22,7 +22,6 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from ich_prep.dataset.dataset import Dataset, open_dataset
-from ich_prep.dataset.tables import write_table
 from ich_prep.errors import UsageError
 from ich_train.config import EvalConfig, TrainConfig
 from ich_train.embed import embed
@@ -79,7 +78,7 @@ def with_scan_labels(path: Path, copy: Path, level: str = "series") -> Dataset:
     }
     for name, column in values.items():
         table = table.set_column(table.schema.get_field_index(name), table.schema.field(name), column)
-    write_table(copy / "labels/slices.parquet", table)
+    replace_table(copy, "slices", table)
     return open_dataset(copy)
 
 
@@ -274,6 +273,7 @@ from rich.console import Console
 from ich_prep.dataset.dataset import open_dataset
 from ich_train.config import TrainConfig
 from ich_train.train import train
+from tests.support.sealing import replace_table
 torch.set_num_threads(1)
 of = TrainConfig.model_validate(json.loads(sys.argv[1]))
 train(open_dataset(of.data), Path("two"), of, None, console=Console(file=io.StringIO()))

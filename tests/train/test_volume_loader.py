@@ -18,7 +18,6 @@ from ich_prep.build_dataset import Allowances, build
 from ich_prep.dataset.dataset import Dataset, open_dataset
 from ich_prep.dataset.schema import shard_path
 from ich_prep.dataset.spec import Spec
-from ich_prep.dataset.tables import write_table
 from ich_prep.errors import CorruptionError, UsageError
 from ich_prep.phantom import synthesize
 from ich_train.order import bucketed_positions
@@ -26,6 +25,7 @@ from ich_train.preprocess import Preprocess
 from ich_train.scans import scan_labels, scans_of, slice_labels, spacings
 from ich_train.to_device import to_device
 from ich_train.volume_loader import VolumeBatch, VolumeLoader
+from tests.support.sealing import replace_table
 
 Taken = list[tuple[bytes, ...]]
 LABELLED = list(range(1, 12))  # the first series is of RSNA's test subset
@@ -64,7 +64,7 @@ def edited(dataset: Dataset, copy: Path, **columns: Any) -> Dataset:
     for name, values in columns.items():
         place = table.schema.get_field_index(name)
         table = table.set_column(place, table.schema.field(name), pa.array(values, table.schema.field(name).type))
-    write_table(copy / "labels/slices.parquet", table)
+    replace_table(copy, "slices", table)
     return open_dataset(copy)
 
 

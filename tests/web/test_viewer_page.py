@@ -21,6 +21,7 @@ from ich_prep.dataset.windows import PRESETS, Window, window_codes
 from ich_prep.phantom import synthesize
 from ich_prep.view.data import ViewData
 from ich_prep.view.pages import write_pages
+from tests.support.sealing import reseal
 from tests.support.viewer import Viewer, viewing
 
 playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
@@ -373,6 +374,7 @@ def test_text_from_a_dataset_is_never_html(page: Any, datasets: dict[str, Path],
         for name in names:
             read = read.set_column(read.schema.get_field_index(name), name, pa.array([hostile] * len(read)))
         pq.write_table(read, path)
+    reseal(copy)
     with open_dataset(copy) as dataset, viewing(ViewData(dataset), tmp_path / "marks.csv") as viewer:
         opened(page, viewer.url)
         page.keyboard.press("q")
