@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import DictLoader, Environment, StrictUndefined, Undefined
 from markupsafe import Markup
 
-from ich_prep.messages import escaped
+from ich_prep.messages import escaped_line
 
 # The palette of the pages in light mode, and of the pictures in them.
 INK, MUTED, FAINT = "#1f2933", "#66727f", "#d5dae0"
@@ -108,12 +108,12 @@ def png_uri(png: bytes) -> str:
 
 def escape(text: str) -> Markup:
     """Return ``text`` as HTML shows it: escaped, with all its characters visible."""
-    return Markup.escape(escaped(text))
+    return Markup.escape(escaped_line(text))
 
 
 def _shown(value: Any) -> Any:
     """Return what a template prints of a value: its text, all of it visible, unless it is markup already."""
-    return value if isinstance(value, Markup | Undefined) else escaped(str(value))
+    return value if isinstance(value, Markup | Undefined) else escaped_line(str(value))
 
 
 def _environment() -> Environment:

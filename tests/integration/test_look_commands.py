@@ -319,7 +319,7 @@ def test_an_empty_template_is_read_and_labels_nothing(hospital: Path, tmp_path: 
     words = ["--workers", 0, "--size", 16, "--layout", "folder"]
     done = prep("scan", hospital, *words, "--label-template", path)
     assert done.returncode == 0, done.stderr
-    assert "2 lines to fill in" in done.stdout
+    assert "2 lines to fill in" in " ".join(done.stdout.split())
     dataset = built(
         hospital, tmp_path / "data.zarr", labels=path, allow=Allowances(unlabelled=True, max_quarantined=1.0)
     )

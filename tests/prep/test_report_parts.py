@@ -19,7 +19,7 @@ from ich_prep.cli import app
 from ich_prep.dataset.schema import LostLabels
 from ich_prep.errors import Reason
 from ich_prep.html import png_uri
-from ich_prep.messages import escaped
+from ich_prep.messages import escaped_line
 from ich_prep.pixels.thumbnail import thumbnail_png
 from ich_prep.report.attention import points, verdict
 from ich_prep.report.charts import Band, histogram_chart, histogram_of, short, ticks
@@ -284,7 +284,7 @@ def test_counts_are_short() -> None:
 
 @given(st.text(st.characters(exclude_categories=[]), max_size=30))
 def test_no_character_of_a_page_is_invisible(text: str) -> None:
-    shown = escaped(text)
+    shown = escaped_line(text)
     shown.encode()
     assert not re.search(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufffe\uffff]", shown)
     if text.isascii() and text.isprintable():

@@ -36,6 +36,7 @@ from ich_train.scan_predict import predict_scans, predict_slices
 from ich_train.scans import scan_labels, scans_of
 from ich_train.session import prepare
 from ich_train.train import train
+from tests.support.sealing import replace_table
 from tests.support.slow_reads import interrupt_at_read
 from tests.train.test_scan_network import NETS
 
@@ -273,7 +274,6 @@ from rich.console import Console
 from ich_prep.dataset.dataset import open_dataset
 from ich_train.config import TrainConfig
 from ich_train.train import train
-from tests.support.sealing import replace_table
 torch.set_num_threads(1)
 of = TrainConfig.model_validate(json.loads(sys.argv[1]))
 train(open_dataset(of.data), Path("two"), of, None, console=Console(file=io.StringIO()))
@@ -322,6 +322,6 @@ def test_maps_of_a_run_on_scans_are_refused(
     dataset: Dataset, tmp_path: Path, call: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     quiet(dataset, tmp_path / "run", settings(epochs=1), evaluate=True)
-    assert call("explain", tmp_path / "run", "--data", dataset.path) == 1
+    assert call("explain", tmp_path / "run", "--data", dataset.path) == 2
     assert "reads whole scans (head gru)" in capsys.readouterr().err
     assert not (tmp_path / "run" / "explanations").exists()
