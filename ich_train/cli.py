@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
@@ -48,6 +49,7 @@ FeaturesFolder = Annotated[Path, typer.Option("--out", help="The folder to write
 Where = Annotated[
     str | None, typer.Option(help="A filter (docs/filters.md) of the slices. [default: those of predictions.parquet]")
 ]
+Folds = Annotated[str, typer.Option(help="The folds to test on in turn: all, or numbers such as 0,2.")]
 Sample = Annotated[Path | None, typer.Option(help="A sample submission: its lines, in its order.")]
 
 
@@ -71,30 +73,43 @@ def program(*, show_version: Version = False) -> None:
 )
 def run_command(*, given: dict[str, Any], out: Out = None, recipe: RecipeFile = None, resume: Resume = False) -> None:
     """Train, keep the best epoch in validation, evaluate it on held-out slices, write a report."""
-    from ich_train.runs import RECIPE, latest_folder, new_folder, require_run
-
-    name = recipe.stem if recipe else given.get("model", TrainConfig().model).replace(":", "-").replace("/", "-")
-    if out is None:
-        out = latest_folder(RUNS, name) if resume else new_folder(RUNS, name)
-    if resume:
-        require_run(out)
-        recipe = recipe or out / RECIPE
-    sections = read_recipe(recipe) if recipe else {}
-    settings = _section(recipe, sections, TrainConfig, given)
-    evaluation = _section(recipe, sections, EvalConfig, {})
-    dataset = _open(settings.data, moved_from=out if resume and "data" not in given else None)
+    plan = _plan(given, out, recipe, resume=resume, ending="")
 
     from ich_train.train import train
 
     console = _console()
-    difference = _built_otherwise(recipe, sections, dataset) if recipe else ""
-    if difference:
-        console.print(difference, soft_wrap=True, style="bold")
-    result = train(dataset, out, settings, evaluation, console=console, resume=resume)
+    _note_differences(console, plan)
+    result = train(plan.dataset, plan.out, plan.settings, plan.evaluation, console=console, resume=resume)
     if not result.finished:
-        raise InterruptError(f"Resume with: ich-train run --resume --out {out}")
+        raise InterruptError(f"Resume with: ich-train run --resume --out {plan.out}")
     if result.metrics is not None:
-        _print_metrics(console, result.metrics, out)
+        _print_metrics(console, result.metrics, plan.out)
+
+
+@app.command("cv")
+@options_from(TrainConfig, "data", "model", "head", "epochs", "weights", "seed", "batch_size", "threads", "device")
+def cv_command(
+    *,
+    given: dict[str, Any],
+    folds: Folds = "all",
+    out: Out = None,
+    recipe: RecipeFile = None,
+    resume: Resume = False,
+) -> None:
+    """Cross-validate: train for each fold, test on it, and report on the predictions of all test folds together."""
+    plan = _plan(given, out, recipe, resume=resume, ending="-cv")
+
+    from ich_train.cross_validation import cross_validate
+
+    console = _console()
+    _note_differences(console, plan)
+    metrics = cross_validate(
+        plan.dataset, plan.out, plan.settings, plan.evaluation, folds=folds, console=console, resume=resume
+    )
+    if metrics is None:
+        chosen = "" if folds == "all" else f" --folds {folds}"
+        raise InterruptError(f"Resume with: ich-train cv --resume --out {plan.out}{chosen}")
+    _print_metrics(console, metrics, plan.out)
 
 
 @app.command("eval")
@@ -215,6 +230,41 @@ def explain_command(run: RunFolder, *, given: dict[str, Any], place: dict[str, A
 def main() -> NoReturn:
     """Run the command line; see ``run_program``."""
     run_program(app)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a command that trains was asked for: the recipe, if one was read, its sections, and what follows from them."""
+
+    out: Path
+    recipe: Path | None
+    sections: Mapping[str, Mapping[str, Any]]
+    settings: TrainConfig
+    evaluation: EvalConfig
+    dataset: Dataset
+
+
+def _plan(given: dict[str, Any], out: Path | None, recipe: Path | None, *, resume: bool, ending: str) -> _Plan:
+    """Return what to train; ``ending`` is that of the default name of the folder."""
+    from ich_train.runs import RECIPE, latest_folder, new_folder, require_run
+
+    name = recipe.stem if recipe else given.get("model", TrainConfig().model).replace(":", "-").replace("/", "-")
+    if out is None:
+        out = latest_folder(RUNS, name + ending) if resume else new_folder(RUNS, name + ending)
+    if resume:
+        require_run(out)
+        recipe = recipe or out / RECIPE
+    sections = read_recipe(recipe) if recipe else {}
+    settings = _section(recipe, sections, TrainConfig, given)
+    evaluation = _section(recipe, sections, EvalConfig, {})
+    dataset = _open(settings.data, moved_from=out if resume and "data" not in given else None)
+    return _Plan(out, recipe, sections, settings, evaluation, dataset)
+
+
+def _note_differences(console: Console, plan: _Plan) -> None:
+    difference = _built_otherwise(plan.recipe, plan.sections, plan.dataset) if plan.recipe else ""
+    if difference:
+        console.print(difference, soft_wrap=True, style="bold")
 
 
 def _section(

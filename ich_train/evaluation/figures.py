@@ -45,29 +45,36 @@ def curves_of(cases: Cases) -> dict[str, dict[str, Curve]]:
     return {"roc": roc_curves(*given), "precision_recall": precision_recall_curves(*given)}
 
 
-def draw_figures(
+def draw_results(
     dataset: Dataset,
     predictor: Predictor,
     cases: Cases,
     curves: Mapping[str, Mapping[str, Curve]],
-    view: Mapping[str, Any],
-    history: Sequence[Epoch],
+    metrics: Mapping[str, Any],
 ) -> dict[str, Figure]:
-    """Return every picture of a report by name; ``view`` holds the measures by slice."""
-    figures = draw_history(history, kept=predictor.meta.epoch)
-    figures["roc"] = roc_panels(curves["roc"], view)
-    figures["precision_recall"] = precision_recall_panels(curves["precision_recall"], view)
+    """Return the pictures of what was measured, by name; of ``predictor`` only what its network sees is used."""
+    view = metrics["by_slice"]
+    figures = {
+        "roc": roc_panels(curves["roc"], view),
+        "precision_recall": precision_recall_panels(curves["precision_recall"], view),
+        "reliability": draw_reliability(cases, metrics["calibration"]["temperature"]),
+    }
     figures |= {f"confusion_{policy}": confusion_panels(view, policy) for policy in POLICIES}
     for name in cases.classes:
         threshold = view["labels"][name]["at_best_f1"]["threshold"]
         figures[f"sheet_{name}"] = draw_sheet(dataset, predictor, cases, name, 0.5 if threshold is None else threshold)
-    if predictor.slice_network is not None:
-        figures["feature_maps"] = draw_feature_maps(dataset, predictor, most_certain(cases))
     return figures
 
 
-def draw_history(history: Sequence[Epoch], kept: int) -> dict[str, Figure]:
-    """Return the curves of loss and accuracy by name; ``kept`` is the epoch whose weights are evaluated."""
+def draw_network(dataset: Dataset, predictor: Predictor, cases: Cases) -> dict[str, Figure]:
+    """Return the feature maps of one of ``cases`` by name, nothing for a network of volumes."""
+    if predictor.slice_network is None:
+        return {}
+    return {"feature_maps": draw_feature_maps(dataset, predictor, most_certain(cases))}
+
+
+def draw_history(history: Sequence[Epoch], kept: int | None) -> dict[str, Figure]:
+    """Return the curves of loss and accuracy by name; ``kept`` is the epoch whose weights are evaluated, if it is one."""
     epochs = [line.epoch for line in history]
     return {
         quantity: history_curve(

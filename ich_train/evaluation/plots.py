@@ -55,14 +55,16 @@ def png(figure: Figure) -> bytes:
 
 
 def history_curve(
-    epochs: Sequence[int], training: Sequence[float], validation: Sequence[float], *, quantity: str, kept: int
+    epochs: Sequence[int], training: Sequence[float], validation: Sequence[float], *, quantity: str, kept: int | None
 ) -> Figure:
     """Return the ``quantity`` in training and validation over the epochs, the epoch whose weights were kept marked."""
     figure = _figure(5.6, 3.6)
     axes = figure.add_subplot()
     _style(axes, x="epoch", y=quantity)
-    axes.axvline(kept, color=FAINT, linewidth=5, alpha=0.6, zorder=0)
-    axes.text(kept, 1.02, f"kept: epoch {kept}", transform=axes.get_xaxis_transform(), color=MUTED, size=8, ha="center")
+    if kept is not None:
+        axes.axvline(kept, color=FAINT, linewidth=5, alpha=0.6, zorder=0)
+        mark: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "color": MUTED, "size": 8, "ha": "center"}
+        axes.text(kept, 1.02, f"kept: epoch {kept}", **mark)
     for values, colour, name in ((training, GREY, "training"), (validation, BLUE, "validation")):
         axes.plot(epochs, values, color=colour, linewidth=1.8, marker="o", markersize=4, label=name, clip_on=False)
     axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)

@@ -87,7 +87,7 @@ class View:
 
 
 def report_html(metrics: Mapping[str, Any], history: Sequence[Epoch], pictures: Mapping[str, bytes]) -> str:
-    """Return the page: ``metrics`` of `ich_train.evaluation.evaluate.evaluate_run`, the epochs, and PNG files by name.
+    """Return the page: ``metrics`` of ``evaluate_run`` or ``evaluate_folds``, the epochs, and PNG files by name.
 
     The names of pictures are those of ``CAPTIONS``, and ``sheet_<label>`` for the sheets of slices.
     """
@@ -143,7 +143,13 @@ def _tiles(metrics: Mapping[str, Any]) -> list[Tile]:
 
 def _notes(metrics: Mapping[str, Any], history: Sequence[Epoch]) -> list[str]:
     evaluated, data, notes = metrics["evaluated"], metrics["dataset"], []
-    if overfitting := overfitting_text(history):
+    if "folds" in metrics:
+        notes.append(
+            "Cross-validated: each slice has the probabilities of the network that was trained without its fold. "
+            "Thresholds and the temperature come from the validation folds of all networks together; losses and accuracies "
+            "of the epochs are means over the networks."
+        )
+    elif overfitting := overfitting_text(history):
         notes.append(f"{overfitting} The weights of epoch {metrics['model']['epoch']} were kept.")
     if data["trained_on"] and evaluated["subset"] in ("train", "val", "all"):
         notes.append(
@@ -170,7 +176,7 @@ def _notes(metrics: Mapping[str, Any], history: Sequence[Epoch]) -> list[str]:
 
 def part_words(part: str) -> str:
     """Return the words for the evaluated part of a dataset, such as "the part val"."""
-    return "all parts" if part == "all" else f"the part {part}"
+    return {"all": "all parts", "folds": "the test folds"}.get(part, f"the part {part}")
 
 
 def _other_dataset(data: Mapping[str, Any], subset: str) -> str:
@@ -195,7 +201,7 @@ def _facts(metrics: Mapping[str, Any]) -> list[Row]:
     neighbours = f"; neighbouring slices on each side: {model['context']}" if model["context"] else ""
     drawn = f", {evaluated['limit']:,} drawn with seed {evaluated['seed']}" if metrics["by_series_max"] is None else ""
     facts = {
-        "network": f"{model['network']}{_head_words(model)}, epoch {model['epoch']}",
+        "network": f"{model['network']}{_head_words(model)}, {_epoch_words(metrics)}",
         "input": f"{size} × {size} pixels in the windows {windows} (center/width in HU){neighbours}",
         "dataset": f"{data['name']}: {count(data['slices'], 'slice')}, {data['series']:,} series, "
         f"{count(data['patients'], 'patient')}",
@@ -204,6 +210,13 @@ def _facts(metrics: Mapping[str, Any]) -> list[Row]:
         "intervals": f"{count(evaluated['bootstrap'], 'bootstrap resample')} of the patients, seed {evaluated['seed']}",
     }
     return [Row(fact) for fact in facts.items()]
+
+
+def _epoch_words(metrics: Mapping[str, Any]) -> str:
+    if "folds" not in metrics:
+        return f"epoch {metrics['model']['epoch']}"
+    epochs = (f"{of['epoch']} for fold {of['fold']}" for of in metrics["folds"])
+    return f"{count(len(metrics['folds']), 'network')}: epoch {', '.join(epochs)}"
 
 
 def _head_words(model: Mapping[str, Any]) -> str:
@@ -324,7 +337,7 @@ def _history(history: Sequence[Epoch], model: Mapping[str, Any]) -> Table:
     rows = [
         Row(
             [
-                f"{line.epoch} (kept)" if line.epoch == model["epoch"] else str(line.epoch),
+                f"{line.epoch} (kept)" if line.epoch == model.get("epoch") else str(line.epoch),
                 *line.cells(),
             ]
         )
