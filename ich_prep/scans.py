@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,20 +24,19 @@ from ich_prep.dataset.shard_reader import require_out
 from ich_prep.dataset.storage import local_path
 from ich_prep.dicom.decode import Decoder
 from ich_prep.errors import Reason, SliceError
+from ich_prep.execute import Pool
 from ich_prep.layouts import LAYOUTS, check_layout, choose_layout
 from ich_prep.layouts.labels import no_labels
 from ich_prep.progress import NoProgress, Progress
 from ich_prep.sources import FolderSource, Source, open_source, read_ahead
-from ich_prep.stages.checks import check_any_slices
-from ich_prep.stages.copies import hash_copies, source_keys
-from ich_prep.stages.plan import Plan, make_plan
+from ich_prep.stages.checks import check_any_slice
+from ich_prep.stages.plan import Plan
 from ich_prep.stages.plan_tables import PLAN_COLUMNS
 from ich_prep.stages.publish import with_results, with_rows
-from ich_prep.stages.rules import apply_rules
 from ich_prep.stages.scan import FILES_PER_BATCH, SCHEMA, scan_file, scan_files
 from ich_prep.stages.shard import COLUMNS, FILES_AHEAD, RowReport, SliceRenderer, pixel_source, row_reports
 from ich_prep.stages.state import BuildFolder
-from ich_prep.stages.units import refuse_other_units
+from ich_prep.stages.survey import Job, plan_files, settle_files, source_keys
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -45,7 +44,6 @@ if TYPE_CHECKING:
     from ich_prep.dataset.spec import Spec, Stored
     from ich_prep.pixels.audit import Audit
 
-T = TypeVar("T")
 _FOLDS = ("fold", "fold_group")  # columns that say something about training data only
 
 
@@ -128,28 +126,19 @@ def plan_scans(src: Sequence[str | Path], spec: Spec, *, progress: Progress | No
     progress.begin("Reading headers", len(listing.files), "files", 0)
     scanned = pa.concat_tables(_scanned(source, listing.files, progress))
     progress.end()
-    with tempfile.TemporaryDirectory(prefix="ich-scans-") as temporary:
-        folder = BuildFolder(Path(temporary))
-        scanned = apply_rules(scanned, spec)
-        scanned = refuse_other_units(scanned, listing.files, folder=folder, sources=paths, run=_in_order, spec=spec)
-        plan = make_plan(
-            scanned,
-            assignment=layout.assign(scanned, listing.name),
-            labels=no_labels(spec.classes),
-            spec=spec,
-            image=hash_copies(scanned, listing.files, folder=folder, sources=paths, map_tasks=_in_order),
-        )
-    for note in plan.notes:
-        progress.say(f"{note}.")
-    check_any_slices(plan)
+    with tempfile.TemporaryDirectory(prefix="ich-scans-") as temporary, Pool(workers=0) as pool:
+        job = Job(pool, BuildFolder(Path(temporary)), paths, listing, progress)
+        found = settle_files(job, scanned, spec)
+        plan = plan_files(job, found, layout=layout, labels=no_labels(spec.classes), spec=spec)
+    check_any_slice(plan)
     return PlannedScans(
         source=source,
         path=paths[0],
         spec=spec,
         slices=_without_folds(plan.slices),
         series=_without_folds(plan.series),
-        keys=source_keys(listing.files, plan.slices["path"]),
-        quarantine=_with_series(plan, scanned),
+        keys=source_keys(listing, plan.slices["path"]),
+        quarantine=_with_series(plan, found.scanned),
         found=len(listing.files),
     )
 
@@ -159,11 +148,6 @@ def _scanned(source: Source, files: pa.Table, progress: Progress) -> Iterator[pa
         part = scan_files(source, files.slice(start, FILES_PER_BATCH).to_pylist())
         progress.advance(len(part), len(part) - part["reason"].null_count)
         yield part
-
-
-def _in_order(task: Callable[[int], T], keys: Sequence[int]) -> Iterator[tuple[int, T]]:
-    """Yield each key with the result of its task, as ``Pool.map`` does, in this process."""
-    return ((key, task(key)) for key in keys)
 
 
 def _without_folds(table: pa.Table) -> pa.Table:

@@ -43,6 +43,11 @@ def is_interrupted() -> bool:
     return bool(_received)
 
 
+def settle() -> None:
+    """Take the signals so far as the ordinary end of what they ended, such as Ctrl-C for a server."""
+    _received.clear()
+
+
 def exit_status() -> int:
     """Return the exit status of an interrupted program, from the first signal that asked."""
     return 128 + (_received[0] if _received else signal.SIGINT)

@@ -200,23 +200,27 @@ def _check_tables(dataset: Dataset) -> Iterator[Problem]:
 
 
 def _check_folds(dataset: Dataset) -> Iterator[Problem]:
-    """Yield the first fold group, or patient of an older dataset, in several folds or in another than its name's hash.
+    """Yield the first fold group, or patient of an older dataset, in several folds or in another than its patient's hash.
 
-    Folds that the label table gave are what they are.
+    The name of a group may hold the issuer of its smallest patient id; the hash is that of the id. Folds that the label
+    table gave are what they are.
     """
     if dataset.attributes["spec"].get("split_groups"):
         return
     culprit, folds = str(dataset.table_path("slices")), dataset.attributes["spec"].get("folds")
-    drawn = isinstance(folds, int) and not dataset.root.given_folds
-    lines = dataset.slices.select(["fold", "series_row"]).append_column("group", dataset.fold_groups)
+    hidden = dataset.attributes["spec"].get("identifiers") == "pseudonymise"  # folds are hashes of the originals
+    drawn = isinstance(folds, int) and not dataset.root.given_folds and not hidden
+    lines = dataset.slices.select(["fold", "series_row", "patient_id"]).append_column("group", dataset.fold_groups)
+    patients = lines.group_by("group").aggregate([("patient_id", "min")])
+    patient_of = dict(zip(patients["group"].to_pylist(), patients["patient_id_min"].to_pylist(), strict=True))
     lines = lines.filter(pc.and_(pc.is_valid(lines["fold"]), pc.equal(dataset.slices["status"], OK)))
     for line in lines.group_by("group").aggregate([("fold", "min"), ("fold", "max")]).to_pylist():
         group, first, last = line["group"], line["fold_min"], line["fold_max"]
         if first != last:
             yield Problem(culprit, f"fold group {group!r} is in folds {first} and {last}")
             return
-        if drawn and first != fold_of(group, folds=folds):
-            yield Problem(culprit, f"fold group {group!r} is in fold {first}, not {fold_of(group, folds=folds)}")
+        if drawn and first != (expected := fold_of(patient_of[group], folds=folds)):
+            yield Problem(culprit, f"fold group {group!r} is in fold {first}, not {expected}")
             return
     of_series = dataset.series["fold"].take(lines["series_row"])
     if not pc.all(pc.equal(of_series, lines["fold"]).fill_null(False)).as_py():

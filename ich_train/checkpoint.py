@@ -23,15 +23,17 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 
 from ich_prep.dataset.storage import sync_folder, write_whole
 from ich_prep.dataset.windows import Window
 from ich_prep.errors import TrainError, describe_os_error
 from ich_prep.files import read_regular, require_regular
+from ich_train.config import Fold
 from ich_train.model import build_model
 from ich_train.preprocess import Scaling
-from ich_train.weights import weight_differences
+from ich_train.scan_network import HeadShape, build_scan_network
+from ich_train.weights import tensor_bytes, weight_differences
 
 if TYPE_CHECKING:
     from ich_prep.dataset.dataset import Dataset
@@ -77,10 +79,12 @@ class Meta(BaseModel):
     context: int
     windows: tuple[Window, ...]  # that it sees
     scaling: Scaling = Scaling()
+    # Over the slices of a scan; None: it sees slices.
+    head: HeadShape | None = None
     # What it was trained on.
     dataset_digest: str
-    val_fold: int
-    test_fold: int
+    val_fold: Fold
+    test_fold: Fold
     epoch: int
     val_loss: float | None
 
@@ -117,9 +121,7 @@ def save_checkpoint(folder: Path, model: torch.nn.Module, meta: Meta, state: Map
 
 
 def _write_checkpoint(new: Path, model: torch.nn.Module, meta: Meta, state: Mapping[str, Any] | None) -> None:
-    # safetensors wants each tensor dense in its own memory; channels_last ones are not. Its own function for files
-    # gives them mode 0600, whatever the umask.
-    write_whole(new / WEIGHTS, save({key: value.cpu().contiguous() for key, value in model.state_dict().items()}))
+    write_whole(new / WEIGHTS, tensor_bytes(model.state_dict()))
     write_whole(new / META, meta.model_dump_json(indent=1).encode())
     if state is not None:
         saved = io.BytesIO()
@@ -140,9 +142,17 @@ def load_model(folder: Path, device: torch.device | str) -> LoadedModel:
     Raises `TrainError` if there is none or its files are damaged, `UsageError` if its code cannot be imported.
     """
     meta = read_meta(folder)
-    model = build_model(meta.network, channels=meta.channels, size=meta.images.size, classes=len(meta.classes))
+    model = build_network(meta)
     load_parameters(folder, model)
     return LoadedModel(model.to(device).eval(), meta)
+
+
+def build_network(meta: Meta) -> torch.nn.Module:
+    """Return the network that ``meta`` describes, with random weights."""
+    given: dict[str, Any] = {"channels": meta.channels, "size": meta.images.size, "classes": len(meta.classes)}
+    if meta.head is None:
+        return build_model(meta.network, **given)
+    return build_scan_network(meta.network, meta.head, **given)
 
 
 def read_meta(folder: Path) -> Meta:

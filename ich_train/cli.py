@@ -7,7 +7,8 @@ Exit codes: 0 done; 1 an error; 2 an invalid command or recipe; 128 + n stopped 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
@@ -18,7 +19,7 @@ from ich_prep.command_options import options_from, run_program
 from ich_prep.errors import DatasetError, InterruptError, UsageError, count
 from ich_prep.recipe import read_recipe, validate
 from ich_train.config import EvalConfig, PredictConfig, TrainConfig
-from ich_train.wording import text_table
+from ich_train.metrics_table import print_metrics
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,6 +49,11 @@ Predicted = Annotated[Path, typer.Option("--out", help="The slices to write: .cs
 ScanTable = Annotated[Path | None, typer.Option("--scans", help="The scans to write: .csv or .parquet.")]
 QuarantineTable = Annotated[Path | None, typer.Option("--quarantine", help="The files left out: .csv or .parquet.")]
 Report = Annotated[Path | None, typer.Option("--report", help="A page to write: .html.")]
+FeaturesFolder = Annotated[Path, typer.Option("--out", help="The folder to write, such as features.zarr.")]
+Where = Annotated[
+    str | None, typer.Option(help="A filter (docs/filters.md) of the slices. [default: those of predictions.parquet]")
+]
+Folds = Annotated[str, typer.Option(help="The folds to test on in turn: all, or numbers such as 0,2.")]
 Sample = Annotated[Path | None, typer.Option(help="A sample submission: its lines, in its order.")]
 
 
@@ -66,37 +72,54 @@ def program(*, show_version: Version = False) -> None:
 
 
 @app.command("run")
-@options_from(TrainConfig, "data", "model", "epochs", "weights", "seed", "batch_size", "threads", "device")
+@options_from(
+    TrainConfig, "data", "model", "head", "epochs", "weights", "features", "seed", "batch_size", "threads", "device"
+)
 def run_command(*, given: dict[str, Any], out: Out = None, recipe: RecipeFile = None, resume: Resume = False) -> None:
-    """Train, keep the epoch of the lowest validation loss, evaluate it on held-out slices, write a report."""
-    from ich_train.runs import RECIPE, latest_folder, new_folder, require_run
-
-    name = recipe.stem if recipe else given.get("model", TrainConfig().model).replace(":", "-").replace("/", "-")
-    if out is None:
-        out = latest_folder(RUNS, name) if resume else new_folder(RUNS, name)
-    if resume:
-        require_run(out)
-        recipe = recipe or out / RECIPE
-    sections = read_recipe(recipe) if recipe else {}
-    settings = _section(recipe, sections, TrainConfig, given)
-    evaluation = _section(recipe, sections, EvalConfig, {})
-    dataset = _open(settings.data, moved_from=out if resume and "data" not in given else None)
+    """Train, keep the best epoch in validation, evaluate it on held-out slices, write a report."""
+    plan = _plan(given, out, recipe, resume=resume, ending="")
 
     from ich_train.train import train
 
     console = _console()
-    difference = _built_otherwise(recipe, sections, dataset) if recipe else ""
-    if difference:
-        console.print(difference, soft_wrap=True, style="bold")
-    result = train(dataset, out, settings, evaluation, console=console, resume=resume)
+    _note_differences(console, plan)
+    result = train(plan.dataset, plan.out, plan.settings, plan.evaluation, console=console, resume=resume)
     if not result.finished:
-        raise InterruptError(f"Resume with: ich-train run --resume --out {out}")
+        raise InterruptError(f"Resume with: ich-train run --resume --out {plan.out}")
     if result.metrics is not None:
-        _print_metrics(console, result.metrics, out)
+        print_metrics(console, result.metrics, plan.out)
+
+
+@app.command("cv")
+@options_from(TrainConfig, "data", "model", "head", "epochs", "weights", "seed", "batch_size", "threads", "device")
+def cv_command(
+    *,
+    given: dict[str, Any],
+    folds: Folds = "all",
+    out: Out = None,
+    recipe: RecipeFile = None,
+    resume: Resume = False,
+) -> None:
+    """Cross-validate: train for each fold, test on it, and report on the predictions of all test folds together."""
+    plan = _plan(given, out, recipe, resume=resume, ending="-cv")
+
+    from ich_train.cross_validation import cross_validate
+
+    console = _console()
+    _note_differences(console, plan)
+    metrics = cross_validate(
+        plan.dataset, plan.out, plan.settings, plan.evaluation, folds=folds, console=console, resume=resume
+    )
+    if metrics is None:
+        chosen = "" if folds == "all" else f" --folds {folds}"
+        raise InterruptError(f"Resume with: ich-train cv --resume --out {plan.out}{chosen}")
+    print_metrics(console, metrics, plan.out)
 
 
 @app.command("eval")
-@options_from(EvalConfig, "subset", "limit", "seed", "batch_size", "by", default="as in the run's recipe")
+@options_from(
+    EvalConfig, "subset", "limit", "seed", "batch_size", "by", "mirror", "sensitivity", default="as in the run's recipe"
+)
 @options_from(TrainConfig, "data", "threads", "device", into="place", default="the run's")
 def eval_command(run: RunFolder, *, given: dict[str, Any], place: dict[str, Any], out: Evaluation = None) -> None:
     """Evaluate a run's best epoch on a part of a dataset and rewrite the run's report, or write another to --out."""
@@ -117,7 +140,7 @@ def eval_command(run: RunFolder, *, given: dict[str, Any], place: dict[str, Any]
         threads=place.get("threads", settings.threads),
         out=out,
     )
-    _print_metrics(_console(), metrics, out or run)
+    print_metrics(_console(), metrics, out or run)
 
 
 @app.command("predict")
@@ -148,7 +171,7 @@ def predict_command(
     settings, evaluation = [settings_of(run) for run in runs][0]  # noqa: RUF015  # all are checked
 
     from ich_train.infer import predict
-    from ich_train.infer_files import Outputs, check_outputs, summary_lines, write_outputs
+    from ich_train.infer_files import Outputs, check_outputs, check_source, summary_lines, write_outputs
     from ich_train.infer_source import metas_of, open_source
     from ich_train.ranks import choose_device
 
@@ -161,6 +184,7 @@ def predict_command(
     else:
         source = _dataset_of(runs[0], settings, place)
         check_outputs(outputs, source.classes)
+    check_source(outputs, source)
     found = predict(
         runs,
         source,
@@ -187,9 +211,98 @@ def predict_command(
         )
 
 
+@app.command("embed")
+@options_from(TrainConfig, "data", "threads", "device", into="place", default="the run's")
+def embed_command(run: RunFolder, *, place: dict[str, Any], out: FeaturesFolder) -> None:
+    """Write the features of all slices by a run's network, on which a head is trained with features = "..." in [train]."""
+    from ich_train.runs import settings_of
+
+    settings, _ = settings_of(run)
+    dataset = _dataset_of(run, settings, place)
+
+    from ich_train.embed import embed
+    from ich_train.ranks import choose_device
+
+    rows, features = embed(
+        run,
+        dataset,
+        out,
+        device=choose_device(place.get("device", settings.device)),
+        threads=place.get("threads", settings.threads),
+    )
+    _console().print(f"{count(features, 'feature')} of {count(rows, 'slice')} in {out}", soft_wrap=True)
+
+
+@app.command("explain")
+@options_from(EvalConfig, "limit", "seed", "batch_size", default="as in the run's recipe")
+@options_from(TrainConfig, "data", "threads", "device", into="place", default="the run's")
+def explain_command(run: RunFolder, *, given: dict[str, Any], place: dict[str, Any], where: Where = None) -> None:
+    """Write class activation maps (Grad-CAM) of the evaluated slices, for `ich-prep view --run`."""
+    from ich_train.runs import RECIPE, settings_of
+
+    settings, _ = settings_of(run)
+    evaluation = _section(run / RECIPE, read_recipe(run / RECIPE), EvalConfig, given)
+    dataset = _dataset_of(run, settings, place)
+
+    from ich_train.explain import explain_run
+    from ich_train.ranks import choose_device
+
+    written = explain_run(
+        run,
+        dataset,
+        where=where,
+        limit=evaluation.limit,
+        seed=evaluation.seed,
+        batch_size=evaluation.batch_size,
+        device=str(choose_device(place.get("device", settings.device))),
+        threads=place.get("threads", settings.threads),
+    )
+    _console().print(
+        f"Maps of {count(written.slices, 'slice')} from {written.layer} in {written.folder}. See them with: ich-prep view "
+        f"{dataset.path} --run {run}",
+        soft_wrap=True,
+        markup=False,
+    )
+
+
 def main() -> NoReturn:
     """Run the command line; see ``run_program``."""
     run_program(app)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a command that trains was asked for: the recipe, if one was read, its sections, and what follows from them."""
+
+    out: Path
+    recipe: Path | None
+    sections: Mapping[str, Mapping[str, Any]]
+    settings: TrainConfig
+    evaluation: EvalConfig
+    dataset: Dataset
+
+
+def _plan(given: dict[str, Any], out: Path | None, recipe: Path | None, *, resume: bool, ending: str) -> _Plan:
+    """Return what to train; ``ending`` is that of the default name of the folder."""
+    from ich_train.runs import RECIPE, latest_folder, new_folder, require_run
+
+    name = recipe.stem if recipe else given.get("model", TrainConfig().model).replace(":", "-").replace("/", "-")
+    if out is None:
+        out = latest_folder(RUNS, name + ending) if resume else new_folder(RUNS, name + ending)
+    if resume:
+        require_run(out)
+        recipe = recipe or out / RECIPE
+    sections = read_recipe(recipe) if recipe else {}
+    settings = _section(recipe, sections, TrainConfig, given)
+    evaluation = _section(recipe, sections, EvalConfig, {})
+    dataset = _open(settings.data, moved_from=out if resume and "data" not in given else None)
+    return _Plan(out, recipe, sections, settings, evaluation, dataset)
+
+
+def _note_differences(console: Console, plan: _Plan) -> None:
+    difference = _built_otherwise(plan.recipe, plan.sections, plan.dataset) if plan.recipe else ""
+    if difference:
+        console.print(difference, soft_wrap=True, style="bold")
 
 
 def _section(
@@ -246,44 +359,3 @@ def _console() -> Console:
     from ich_prep.terminal import Terminal
 
     return Terminal(quiet=os.environ.get("RANK", "0") != "0")
-
-
-def _print_metrics(console: Console, metrics: dict[str, Any], run: Path) -> None:
-    from ich_train.evaluation.evaluate import REPORT
-    from ich_train.evaluation.report import areas_by_value, log_loss_name, part_words
-
-    evaluated, view = metrics["evaluated"], metrics["by_slice"]
-    title = f"{count(evaluated['slices'], 'slice')} of {part_words(evaluated['subset'])}"
-    if evaluated["series_labels"] and metrics["by_series_max"]:
-        title, view = f"Series of {title}, by their highest slice", metrics["by_series_max"]
-    rows = [
-        (
-            name,
-            f"{entry['positives']:,}",
-            _number(entry["roc_auc"]),
-            _interval(entry["intervals"]["roc_auc"]),
-            _number(entry["average_precision"]),
-        )
-        for name, entry in view["labels"].items()
-    ]
-    console.print(f"{title}:", soft_wrap=True)
-    head = ("label", "positive", "ROC AUC", "95%", "average precision")
-    console.print(text_table(head, rows), soft_wrap=True, markup=False)
-    if metrics["by_value"]:
-        names = [*view["labels"]]
-        lines = [
-            (value, f"{views['by_slice']['cases']:,}", *(_number(entry) for entry in areas_by_value(views, names)))
-            for value, views in metrics["by_value"].items()
-        ]
-        console.print("ROC AUC by value:", soft_wrap=True)
-        console.print(text_table((evaluated["by"], "slices", *names), lines), soft_wrap=True, markup=False)
-    loss = log_loss_name([*view["labels"]]).capitalize()
-    console.print(f"{loss} {_number(view['log_loss'])}. Report: {run / REPORT}", soft_wrap=True)
-
-
-def _interval(interval: Sequence[float] | None) -> str:
-    return "undefined" if interval is None else f"{interval[0]:.3f}-{interval[1]:.3f}"
-
-
-def _number(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.3f}"

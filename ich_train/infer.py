@@ -15,6 +15,7 @@ from ich_prep.dataset.dataset import Dataset
 from ich_prep.errors import Reason, UsageError, count
 from ich_train.infer_source import Block, blocks, first_quarantine, has_subsets, metas_of
 from ich_train.predict import Predictor, load_predictor, predict_rows
+from ich_train.scan_predict import predict_scans, series_rows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -201,6 +202,10 @@ class Answer:
 def _probabilities(
     predictor: Predictor, dataset: Dataset, rows: NDArray[np.int64], *, batch_size: int, threads: int
 ) -> Answer:
+    """Return the network's answer for ``rows``; one with a head reads the whole scans that these belong to."""
+    if predictor.meta.head is not None and len(rows):
+        found = predict_scans(predictor, dataset, series_rows(dataset, rows), threads=threads)
+        return Answer(found.of_rows(rows), found.scans)
     slices = predict_rows(
         predictor.model,
         predictor.preprocess,

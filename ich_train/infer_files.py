@@ -21,7 +21,14 @@ from ich_prep.errors import UsageError, count
 from ich_prep.html import Cell, Row, Tile, render
 from ich_train.infer import DAMAGE, NO_CALL, Predictions
 from ich_train.runs import require_writable
-from ich_train.submission import Submission, check_submission, training_shares, write_output, write_submission
+from ich_train.submission import (
+    Submission,
+    check_submission,
+    require_names,
+    training_shares,
+    write_output,
+    write_submission,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -67,6 +74,12 @@ def check_outputs(outputs: Outputs, classes: tuple[str, ...]) -> None:
         if path.is_dir():
             raise UsageError(f"{path} is a folder. Name the file to write with {option}.")
         require_writable(path.parent, hint=f"Name another file with {option}.")
+
+
+def check_source(outputs: Outputs, source: Source) -> None:
+    """Raise `UsageError` if a submission is wanted from a dataset with pseudonyms."""
+    if outputs.kaggle and isinstance(source, Dataset):
+        require_names(source)
 
 
 def write_outputs(outputs: Outputs, found: Predictions, source: Source) -> Submission | None:

@@ -42,6 +42,14 @@ class Ranks:
             distributed.all_reduce(summed)
         return summed
 
+    def gathered(self, values: torch.Tensor) -> torch.Tensor:
+        """Return ``values`` (n, ...) of all ranks, one after the other, on the CPU of each; n may differ."""
+        if self.world_size == 1:
+            return values.cpu()
+        found: list[torch.Tensor | None] = [None] * self.world_size
+        distributed.all_gather_object(found, values.cpu())
+        return torch.cat([part for part in found if part is not None])
+
     def share_buffers(self, model: torch.nn.Module) -> None:
         """Give every rank the buffers of the first, such as the running means of a batch normalisation."""
         if self.world_size > 1:

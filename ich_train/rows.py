@@ -24,7 +24,7 @@ def labelled_rows(dataset: Dataset, *, allow_series_labels: bool = False) -> NDA
     """
     levels = dataset.slices["label_level"]
     ok = dataset.is_ok
-    weak = ~_equal(levels, "slice") & ~_equal(levels, "none")
+    weak = ok & ~_equal(levels, "slice") & ~_equal(levels, "none")
     if weak.any() and not allow_series_labels:
         level = levels[int(np.argmax(weak))].as_py()
         raise UsageError(
@@ -60,6 +60,13 @@ def checked_rows(dataset: Dataset, rows: ArrayLike) -> NDArray[np.int64]:
     if len(outside):
         raise UsageError(f"Expected rows of 0 to {len(dataset.slices) - 1} of {dataset.path}; found {outside[0]}.")
     return array.astype(np.int64, copy=False)
+
+
+def draw_rows(rows: NDArray[np.int64], *, limit: int | None, seed: int) -> NDArray[np.int64]:
+    """Return ``limit`` of ``rows``, ascending, drawn by ``seed`` without repeats; all of them if there are no more."""
+    if limit is None or limit >= len(rows):
+        return rows
+    return np.sort(np.random.default_rng(seed).choice(rows, size=limit, replace=False))
 
 
 def neighbours(dataset: Dataset, rows: NDArray[np.int64], context: int) -> NDArray[np.int64]:

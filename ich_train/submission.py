@@ -51,6 +51,15 @@ def check_submission(out: Path, classes: tuple[str, ...]) -> None:
     require_rsna(classes, "A submission")
 
 
+def require_names(dataset: Dataset) -> None:
+    """Raise `UsageError` if ``dataset`` has pseudonyms: a submission names slices by their SOP Instance UID."""
+    if dataset.attributes["spec"].get("identifiers") == "pseudonymise":
+        raise UsageError(
+            f"A submission names slices by their SOP Instance UID; {dataset.path} has pseudonyms. Build the dataset with "
+            "--identifiers keep."
+        )
+
+
 def write_submission(
     out: Path,
     slices: pa.Table,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -16,6 +17,13 @@ from ich_prep.build_dataset import build
 from ich_prep.dataset.spec import Spec
 from ich_prep.phantom import synthesize
 from ich_prep.phantom.files import CT_IMAGE, file_bytes
+
+# No test depends on speed: on a busy machine, any example may take long. Each run tries the same examples, so that a test
+# that fails was broken by the change it is run for; `make test-properties` looks for new ones.
+PATIENT = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.register_profile("repeatable", PATIENT, derandomize=True)
+hypothesis.settings.register_profile("random", PATIENT, derandomize=False)
+hypothesis.settings.load_profile("repeatable")
 
 SIZE = 64
 SLICES_PER_SHARD = 16

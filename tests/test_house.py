@@ -42,11 +42,23 @@ def test_imports_follow_the_contracts() -> None:
     ("module", "spared"),
     [
         ("ich_prep", {"numpy", "pandas", "pyarrow", "pydantic", "pydicom", "dask", "zarr", "cv2"}),
-        ("ich_prep.cli", {"pandas", "pyarrow", "pydicom", "dask", "distributed", "zarr", "cv2"}),
+        (
+            "ich_prep.cli",
+            {"pandas", "pyarrow", "pydicom", "dask", "distributed", "zarr", "cv2", "starlette", "uvicorn"},
+        ),
         ("ich_prep.dataset", {"pydicom", "dask", "distributed", "cv2", "zarr", "torch"}),
         *(
             (f"ich_prep.dataset.{name}", {"pandas", "pydicom", "dask", "distributed", "cv2", "zarr", "torch", "xarray"})
-            for name in ("where", "affine", "volumes", "xarray_view")
+            for name in (
+                "where",
+                "affine",
+                "volumes",
+                "placement",
+                "selection",
+                "corrections",
+                "predictions",
+                "xarray_view",
+            )
         ),
         ("ich_prep.build_dataset", {"dask", "distributed", "zarr", "torch", "matplotlib"}),
         ("ich_train.cli", {"torch", "matplotlib", "sklearn", "jinja2"}),

@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 MIN_SCRATCH = 4 << 20  # from this size on NumPy asks the kernel for huge pages
 MAX_OPEN = 16384
 MAX_GROWTH = 2  # no codec makes a slice longer than that
-_NO_FILE = frozenset((errno.EINVAL, errno.ELOOP, errno.ENXIO))  # a FIFO, a device, a socket, a link to itself
+_NO_FILE = frozenset(
+    (errno.EINVAL, errno.EISDIR, errno.ELOOP)
+)  # a FIFO, a device, a socket, a folder, a link to itself
 
 
 class _File:

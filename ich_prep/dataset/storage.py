@@ -46,6 +46,19 @@ def local_path(given: str | Path, what: str) -> Path:
     return Path(given)
 
 
+def new_folder(given: str | Path, what: str, *, outside: Path) -> Path:
+    """Return ``given`` as the path of a folder to write to; ``what`` names it in the error, such as ``--out``.
+
+    Raises ``UsageError`` for a URL, for anything but a new or empty folder, and for a folder in the dataset ``outside``.
+    """
+    path = local_path(given, what)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UsageError(f"{path} is not a new or empty folder. Name another with {what}.")
+    if outside.resolve() in (path.resolve(), *path.resolve().parents):
+        raise UsageError(f"{path} is inside the dataset, which must not be changed. Name another folder with {what}.")
+    return path
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write ``data`` to ``path`` so that a reader sees all of it or nothing, even after a power cut."""
     with renamed_when_whole(path) as temporary, temporary.open("xb") as file:

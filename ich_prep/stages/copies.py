@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
@@ -40,31 +39,6 @@ def sharing_uid(slices: pa.Table) -> NDArray[np.int64]:
     codes = encoded.to_numpy(zero_copy_only=False)
     numbers = np.bincount(codes + 1, minlength=2)
     return np.flatnonzero((codes >= 0) & (numbers[codes + 1] > 1))
-
-
-def hash_copies(
-    scanned: pa.Table, files: pa.Table, *, folder: BuildFolder, sources: Sequence[Path], map_tasks: MapTasks
-) -> pa.Array:
-    """Return the image hash of each line of ``scanned`` whose SOP Instance UID another slice has, null for all others.
-
-    ``files`` is the listing (``LISTING_SCHEMA``).
-    """
-    accepted = np.flatnonzero(pc.is_null(scanned["reason"]).to_numpy())
-    lines = accepted[sharing_uid(scanned.take(pa.array(accepted)))]
-    if not len(lines):
-        return pa.nulls(len(scanned), pa.string())
-    slices = scanned.take(pa.array(lines))
-    keys = source_keys(files, slices["path"]).to_pylist()
-    hashes = hash_images(slices, keys, folder=folder, sources=sources, map_tasks=map_tasks)
-    at = np.full(len(scanned), -1)
-    at[lines] = np.arange(len(lines))
-    return hashes.take(pa.array(at, pa.int64(), mask=at < 0))
-
-
-def source_keys(files: pa.Table, paths: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return the source keys (binary) of the files with ``paths`` (string); ``files`` is the listing."""
-    readable = files.filter(pc.is_null(files["reason"]))
-    return readable["key"].take(pc.index_in(paths.cast(pa.binary()), value_set=readable["path"]))
 
 
 def hash_images(
@@ -107,12 +81,14 @@ class Copies:
     """What becomes of files that share a SOP Instance UID: one value per slice in each array.
 
     ``reason`` is DUPLICATE or SOP_CONFLICT, null for a slice that is kept; ``detail`` names the other file; ``shared``
-    (bool) marks slices that are kept although other images have their UID.
+    (bool) marks slices that are kept although other images have their UID; ``copy_of`` (int64) is the line of the image
+    that a duplicate is a copy of, -1 for all others.
     """
 
     reason: pa.Array
     detail: pa.Array
     shared: NDArray[np.bool_]
+    copy_of: NDArray[np.int64]
 
 
 def settle(slices: pa.Table, image: pa.Array, *, keyed_by_uid: bool) -> Copies:
@@ -127,6 +103,7 @@ def settle(slices: pa.Table, image: pa.Array, *, keyed_by_uid: bool) -> Copies:
     reasons: list[str | None] = [None] * count
     details: list[str | None] = [None] * count
     shared = np.zeros(count, bool)
+    original = np.full(count, -1, np.int64)
     lines = sharing_uid(slices)
     subset = (
         slices.take(pa.array(lines)).select(["sop_instance_uid", "series_instance_uid", "subset", "path"]).to_pylist()
@@ -159,5 +136,7 @@ def settle(slices: pa.Table, image: pa.Array, *, keyed_by_uid: bool) -> Copies:
                 shared[lines[index]] = len(kept) > 1
                 continue
             reasons[lines[index]] = str(Reason.DUPLICATE)
+            if index in copy_of:
+                original[lines[index]] = lines[copy_of[index]]
             details[lines[index]] = f"the same SOP Instance UID as {subset[copy_of.get(index, kept[0])]['path']}"
-    return Copies(pa.array(reasons, pa.string()), pa.array(details, pa.string()), shared)
+    return Copies(pa.array(reasons, pa.string()), pa.array(details, pa.string()), shared, original)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 SAME_POSITION_MM = 0.01
 GAP_SPACINGS = 1.5
 SAME_DIRECTION_COSINE = 0.9998  # about one degree
+_ROUNDING = 1e-12  # of the product of two norms: what float64 leaves of a covariance that is zero
 _DIRECTION_STEPS = 1000  # directions that agree to three decimals, a twentieth of a degree, count as equal
 
 
@@ -31,8 +32,8 @@ class SliceOrder:
     that slices are ordered and spaced by: ``position_mm``, or SliceLocation for a series ordered by that; NaN for slices
     ordered by number. ``reference``: int64, the index of the slice whose orientation is that of the series, -1 if no slice
     of the series has one. ``other_orientation``: bool, has a position, but another orientation than the reference.
-    ``no_position``: bool, not ordered by its position. ``direction_unknown``: bool, no slice of its series is: whether the
-    first slice is the lowest or the highest cannot be told.
+    ``no_position``: bool, not ordered by its position. ``direction_unknown``: bool, no slice of its series is, and the
+    positions that some have do not tell either whether the first slice is the lowest or the highest.
     """
 
     order: NDArray[np.int64]
@@ -78,8 +79,9 @@ def order_slices(
     the normal of axial slices is the one that points to the head, whatever the direction of their rows and columns.
 
     Slices without a position or orientation follow those with one, by instance number, unless every slice of their series
-    has a number: then that orders the whole series. A series of which no slice has a position is ordered by SliceLocation
-    (PS3.3 C.7.6.2.1.2) if all its slices have one and not all the same. Slices of which neighbours are less than
+    has a number: then that orders the whole series. A series of which no slice is ordered by its position is ordered by
+    SliceLocation (PS3.3 C.7.6.2.1.2) instead if all its slices have one and not all the same. Either counts in the direction
+    in which the positions that are known rise. Slices of which neighbours are less than
     ``SAME_POSITION_MM`` apart count as being at one position, and are ordered among themselves by acquisition number,
     instance number, then ``uid``, unknown numbers last; so the result does not depend on the order of the input.
     """
@@ -94,20 +96,24 @@ def order_slices(
 
     no_number = np.isnan(instance_number)
     no_position = np.isnan(position_mm) | np.isnan(normal[:, 0])
+    known_mm = np.where(no_position, np.nan, position_mm)
     no_position |= _any_in_group(no_position, group) & ~_any_in_group(no_number, group)
-    direction_unknown = ~_any_in_group(~no_position, group)
     position_mm = np.where(no_position, np.nan, position_mm)
-    order_mm = position_mm
+    unplaced = ~_any_in_group(~no_position, group)
+    by_location, substitute = np.zeros(len(group), bool), instance_number
     if slice_location is not None:
-        by_location = direction_unknown & _varies_in_group(slice_location, group)
-        order_mm = np.where(by_location, slice_location, position_mm)
+        by_location = unplaced & _varies_in_group(slice_location, group)
+        substitute = np.where(by_location, slice_location, instance_number)
+    rise = np.where(unplaced, _rise_in_group(substitute, known_mm, group), 0.0)
+    substitute = np.where(rise < 0, -substitute, substitute)
+    order_mm = np.where(by_location, substitute, position_mm)
     numbers = [
         np.where(np.isnan(values), np.inf, values)
         for values in (instance_number, acquisition_number)
         if values is not None
     ]
-    by_number = np.isnan(order_mm)
-    place = _ranks(np.where(by_number, numbers[0], order_mm), no_position, group)
+    key = np.where(np.isnan(order_mm), substitute, order_mm)
+    place = _ranks(np.where(np.isnan(key), np.inf, key), no_position, group)
     return SliceOrder(
         order=np.lexsort((uid, *numbers, place)),
         position_mm=position_mm,
@@ -115,7 +121,7 @@ def order_slices(
         other_orientation=~_same_orientation(orientation, orientation[reference]) & ~no_position,
         no_position=no_position,
         order_mm=order_mm,
-        direction_unknown=direction_unknown,
+        direction_unknown=unplaced & (rise == 0),
     )
 
 
@@ -230,6 +236,30 @@ def _varies_in_group(values: NDArray[np.float64], group: NDArray[np.int64]) -> N
     with np.errstate(invalid="ignore"):
         varies: NDArray[np.bool_] = (high - low >= SAME_POSITION_MM)[group] & ~_any_in_group(np.isnan(values), group)
     return varies
+
+
+def _rise_in_group(
+    values: NDArray[np.float64], position_mm: NDArray[np.float64], group: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Return for each element 1 if ``values`` rise with the known positions of its group, -1 if they fall, else 0.
+
+    The sign is that of the covariance, summed in one order whatever the order of the input; where it is no more than
+    rounding leaves, the positions tell nothing.
+    """
+    known = np.flatnonzero(~np.isnan(values) & ~np.isnan(position_mm))
+    known = known[np.lexsort((values[known], position_mm[known], group[known]))]
+    members, size = group[known], group.max(initial=-1) + 1
+    counts = np.maximum(np.bincount(members, minlength=size), 1)
+    product = np.ones(len(known))
+    scale = np.ones(size)
+    for column in (values[known], position_mm[known]):
+        # Weights of no elements give integers.
+        centred = column - (np.bincount(members, weights=column, minlength=size) / counts)[members]
+        product *= centred
+        scale *= np.bincount(members, weights=column**2, minlength=size)
+    covariance = np.bincount(members, weights=product, minlength=size)
+    rises: NDArray[np.float64] = np.where(np.abs(covariance) > _ROUNDING * np.sqrt(scale), np.sign(covariance), 0.0)
+    return rises[group]
 
 
 def _group_ids(values: NDArray[Any]) -> NDArray[np.int64]:

@@ -24,6 +24,7 @@ from ich_prep.errors import BuildError, CorruptionError, DatasetError, UsageErro
 from ich_prep.files import is_litter
 from ich_prep.progress import NoProgress
 from ich_prep.sources import Listing, shown
+from ich_prep.stages.identifier_key import is_key_of
 from ich_prep.stages.state import BuildFolder, State, read_state, readable_state
 
 _SILENT = NoProgress().say
@@ -48,13 +49,7 @@ def check_output_folder(out: Path, folder: BuildFolder, sources: Sequence[Path],
             f"The working folder {folder.path} and the dataset {out} must not lie inside each other. Give another "
             "--build-dir."
         )
-    unknown = folder.unknown_files()
-    if unknown or (folder.path.exists() and not folder.path.is_dir()):
-        reason = f"it contains {unknown[0].relative_to(folder.path)}" if unknown else "it is a file"
-        raise UsageError(
-            f"The working folder {folder.path} was not made by ich-prep ({reason}), and was left untouched. Name another "
-            "one with --build-dir."
-        )
+    _check_folder(folder)
     _check_belongs(out, folder)
     if (out / ROOT).exists():
         _check_dataset(out, overwrite=overwrite)
@@ -70,6 +65,28 @@ def check_output_folder(out: Path, folder: BuildFolder, sources: Sequence[Path],
         raise UsageError(
             f"{out} is an unfinished build whose working folder is not {folder.path}. Name that folder with --build-dir "
             "to resume, or remove the dataset to start again."
+        )
+
+
+def check_working_folder(folder: BuildFolder, sources: Sequence[Path]) -> None:
+    """Raise ``UsageError`` unless a dry run may keep headers in ``folder``: new, empty, or one without a plan."""
+    _check_place(folder.path, "--build-dir", sources)
+    _check_folder(folder)
+    if folder.state.exists() and read_state(folder).plan is not None:
+        raise UsageError(
+            f"The working folder {folder.path} is that of a build that has a plan. Name another one with --build-dir, or "
+            "none; `ich-prep quarantine` shows what that build left out."
+        )
+
+
+def _check_folder(folder: BuildFolder) -> None:
+    """Raise ``UsageError`` where the working ``folder`` holds what no build put there."""
+    unknown = folder.unknown_files()
+    if unknown or (folder.path.exists() and not folder.path.is_dir()):
+        reason = f"it contains {unknown[0].relative_to(folder.path)}" if unknown else "it is a file"
+        raise UsageError(
+            f"The working folder {folder.path} was not made by ich-prep ({reason}), and was left untouched. Name another "
+            "one with --build-dir."
         )
 
 
@@ -135,8 +152,10 @@ def _name_in(out: Path, path: Path) -> str:
     return str(path.relative_to(out).with_name(whole_name(path.name)))
 
 
-def check_existing(out: Path, folder: BuildFolder, state: State, listing: Listing) -> bool:
+def check_existing(out: Path, folder: BuildFolder, state: State, listing: Listing, *, published: State) -> bool:
     """Return whether ``out`` already is the dataset that this build would make.
+
+    ``published`` is what its root would say of the ``state``: see ``pseudonyms.published_state``.
 
     Raises ``BuildError`` if it is another dataset, or an unfinished build of another one. A build without a plan can
     continue with any spec: the next run reuses the headers that it read, as far as they are still valid.
@@ -144,7 +163,7 @@ def check_existing(out: Path, folder: BuildFolder, state: State, listing: Listin
     finished = (out / ROOT).exists()
     before = readable_state(folder) if finished else read_state(folder) if folder.state.exists() else None
     if finished:
-        differences = _dataset_differences(out, folder, before, state, listing)
+        differences = _dataset_differences(out, folder, before, published, listing)
     elif before is None or before.plan is None:
         return False
     else:
@@ -170,7 +189,14 @@ def _dataset_differences(
             f"The working folder {folder.path} belongs to another dataset than {out}. Name the right one with "
             "--build-dir, remove this one, or replace the dataset with --overwrite."
         )
-    recorded = {"orientation": AS_STORED, **dataset.attributes["spec"], "classes": list(dataset.classes)}
+    recorded = {
+        "orientation": AS_STORED,
+        "identifiers": "keep",
+        **dataset.attributes["spec"],
+        "classes": list(dataset.classes),
+    }
+    if recorded["identifiers"] != state.spec.identifiers:  # then nothing else is comparable
+        return [f"identifiers was {recorded['identifiers']}, now {state.spec.identifiers}"]
     differences = _spec_differences(recorded, state.spec)
     sources = dataset.root.history[-1].digests.get("sources") if dataset.root.history else None
     return differences + _input_differences(folder, sources, dataset.root.labels_digest, state, listing)
@@ -241,17 +267,23 @@ def invalidate(out: Path, folder: BuildFolder) -> None:
 def reset(out: Path, folder: BuildFolder) -> None:
     """Remove what an earlier build left, but for the lock that this one holds; make the folders of a new build.
 
-    Only files that a build makes are removed.
+    Only files that a build makes are removed, but not the key of pseudonyms: it cannot be made again.
     """
     for path in own_files(out):
         if whole_name(path.name) != LEASE:  # held by this process
             path.unlink(missing_ok=True)
     for name in (IMAGES, LABELS):
         _remove_empty_folders(out / name)
+    reset_folder(folder)
+    (out / IMAGES / "c").mkdir(parents=True, exist_ok=True)
+
+
+def reset_folder(folder: BuildFolder) -> None:
+    """Empty the working ``folder`` of what builds put there, but for the lock; make its folders."""
     for path in folder.own_files():
-        if path != folder.lock and whole_name(path.name) != folder.lease.name:
+        if path not in (folder.lock, folder.key) and whole_name(path.name) != folder.lease.name:
             path.unlink(missing_ok=True)
-    for path in (folder.scan, folder.done, out / IMAGES / "c"):
+    for path in (folder.scan, folder.done):
         path.mkdir(parents=True, exist_ok=True)
 
 
@@ -261,8 +293,10 @@ def _remove_empty_folders(folder: Path) -> None:
             path.rmdir()
 
 
-def clean(out: Path, folder: BuildFolder) -> int:
+def clean(out: Path, folder: BuildFolder, *, forget_key: bool = False) -> int:
     """Remove the working folder of the finished dataset ``out``; return how many bytes that freed.
+
+    The key of pseudonyms stays, in the folder, unless ``forget_key``.
 
     Raises ``DatasetError`` where the dataset is not finished, ``UsageError`` where the folder holds other files,
     ``BuildError`` where it belongs to another dataset or a process is building.
@@ -271,16 +305,21 @@ def clean(out: Path, folder: BuildFolder) -> int:
     if not folder.path.is_dir():
         return 0
     unknown = folder.unknown_files()
-    if unknown or not folder.state.exists():
+    if folder.own_files() == [folder.key] and not unknown:
+        if not forget_key:
+            return 0
+        if not is_key_of(folder.key, dataset.root):
+            raise BuildError(f"{folder.key} is not the key of the pseudonyms in {out}; nothing was removed.")
+    elif unknown or not folder.state.exists():
         found = f"it contains {unknown[0].relative_to(folder.path)}" if unknown else "it has no state.json"
         raise UsageError(f"{folder.path} is not the working folder of a build ({found}); nothing was removed.")
-    if read_state(folder).published != dataset.digest:
+    elif read_state(folder).published != dataset.digest:
         raise BuildError(
             f"The working folder {folder.path} belongs to another dataset than {out}, or to a build that is not "
             "finished; nothing was removed."
         )
     with build_lock(folder):
-        files = [*folder.own_files(), *folder.litter()]
+        files = [*(path for path in folder.own_files() if forget_key or path != folder.key), *folder.litter()]
         freed = sum(size_of(path) or 0 for path in files)
         for path in sorted(
             files, key=lambda path: path == folder.state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from ich_prep.dataset.spec import Spec
 
 _TEST_FOLD = -2  # among given folds: the test set
+IDENTIFIERS = ("assigned_patient", "issuer_of_patient_id", "study_instance_uid", "series_instance_uid")
 
 
 @dataclass(frozen=True)
@@ -32,22 +34,36 @@ class Given:
     patient: pa.Array | pa.ChunkedArray | None = None
 
 
-def with_identities(slices: pa.Table, given: Given, spec: Spec) -> tuple[pa.Table, tuple[str, ...]]:
+@dataclass(frozen=True)
+class Copied:
+    """The identifiers of m copies that leave the dataset: they, too, say whose image it is.
+
+    ``headers``: the columns of ``IDENTIFIERS``; ``line``, int64 (m,): the line of the slice that each is a copy of.
+    """
+
+    headers: pa.Table
+    line: NDArray[np.int64]
+
+
+def with_identities(slices: pa.Table, given: Given, spec: Spec, copied: Copied) -> tuple[pa.Table, tuple[str, ...]]:
     """Return the slices with their patient, volume and fold group, and notes for the user.
 
     Adds ``patient`` (the study or else the series stands in for a missing patient id), ``unnamed_patient``,
     ``patient_conflict``, ``volume``, ``series_uid_shared``, ``fold_group`` and ``given_fold``, and sets the ``subset`` that
-    is given. Raises ``BuildError`` as ``identity.check_group_sizes``, and if given folds or subsets split a group.
+    is given. A copy links the identifiers of its header to those of its slice, if images are links. Raises ``BuildError`` as
+    ``identity.check_group_sizes``, and if given folds or subsets split a group.
     """
     patient_id = _patient_ids(slices, given, spec)
     study_uid = identity.usable(slices["study_instance_uid"])
     issuer = slices["issuer_of_patient_id"]
     series, study = identity.codes_of(slices["series_instance_uid"]), identity.codes_of(study_uid)
     person = identity.codes_of(identity.with_issuer(patient_id, issuer))
-    unit = identity.study_units(series, study, person)
+    unit = identity.study_units(identity.divide_series(series, study, person)[0], study, person)
     common = identity.too_common(person, unit)
     notes = tuple(_too_common_note(patient_id, person, unit, code) for code in common)
-    patient_id = pc.if_else(pa.array(np.isin(person, common)), pa.scalar(None, pa.string()), patient_id)
+    is_common = pa.array(np.isin(person, common))
+    placeholders = identity.with_issuer(patient_id, issuer).filter(is_common).unique()
+    patient_id = pc.if_else(is_common, pa.scalar(None, pa.string()), patient_id)
     person = np.where(np.isin(person, common), -1, person)
 
     links = {
@@ -58,6 +74,14 @@ def with_identities(slices: pa.Table, given: Given, spec: Spec) -> tuple[pa.Tabl
     links = {name: link for name, link in links.items() if name in spec.link}
     volume, shared = identity.divide_series(series, study, person)
     group = identity.connect(volume, [codes for codes, _ in links.values()])
+    if "image" in spec.link and len(copied.line):
+        texts = {
+            "patient": identity.with_issuer(patient_id, issuer),
+            "study": study_uid,
+            "series": slices["series_instance_uid"].combine_chunks(),
+        }
+        texts = {name: text for name, text in texts.items() if name in spec.link}
+        group = _groups_with_copies(volume, texts, placeholders, copied, spec)
     identity.check_group_sizes(group, unit, links, folds=spec.folds)
     stand_in = pc.coalesce(study_uid, slices["series_instance_uid"])
     name = identity.group_names(group, pc.coalesce(identity.with_issuer(patient_id, issuer), stand_in))
@@ -88,6 +112,29 @@ def _patient_ids(slices: pa.Table, given: Given, spec: Spec) -> pa.Array:
         assert given.patient is not None
         return identity.usable(given.patient)
     return identity.usable(slices["assigned_patient"])
+
+
+def _groups_with_copies(
+    volume: NDArray[np.int64],
+    texts: Mapping[str, pa.Array],
+    placeholders: pa.Array,
+    copied: Copied,
+    spec: Spec,
+) -> NDArray[np.int64]:
+    """Return the number of each slice's fold group (n,), where a copy counts as one more slice of its image's volume.
+
+    ``texts`` are the values that link slices, (n,) each; ``placeholders`` the patients that identify nobody.
+    """
+    headers = copied.headers
+    patient_id = _patient_ids(headers, Given(patient=pa.nulls(len(headers), pa.string())), spec)
+    person = identity.with_issuer(patient_id, headers["issuer_of_patient_id"])
+    of_copies = {
+        "patient": pc.if_else(pc.is_in(person, value_set=placeholders), pa.scalar(None, pa.string()), person),
+        "study": identity.usable(headers["study_instance_uid"]),
+        "series": headers["series_instance_uid"].combine_chunks(),
+    }
+    links = [identity.codes_of(pa.chunked_array([values, of_copies[name]])) for name, values in texts.items()]
+    return identity.connect(np.r_[volume, volume[copied.line]], links)[: len(volume)]
 
 
 def _too_common_note(patient_id: pa.Array, person: NDArray[np.int64], unit: NDArray[np.int64], code: int) -> str:

@@ -155,9 +155,14 @@ def row_reports(
 @lru_cache(maxsize=1)
 def _opened(folder: str, digest: str) -> tuple[Spec, pq.ParquetFile]:
     """Return the spec and the open plan of the build; a new ``digest`` means a new plan in ``folder``."""
-    cv2.setNumThreads(1)
+    use_one_thread()
     build = BuildFolder(Path(folder))
     return read_state(build).spec, pq.ParquetFile(build.plan)
+
+
+def use_one_thread() -> None:
+    """Make OpenCV use one thread in this process, as each worker does: there is a worker for every core."""
+    cv2.setNumThreads(1)
 
 
 def _keys(folder: str, number: int) -> list[bytes]:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict
 
 from ich_prep.dataset.dataset import STATE, working_folder
 from ich_prep.dataset.lock import breaking
-from ich_prep.dataset.schema import AS_STORED, FORMAT
+from ich_prep.dataset.schema import FORMAT
 from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.storage import files_below, local_path, whole_name, write_whole
 from ich_prep.dataset.tables import read_sealed
@@ -100,6 +100,11 @@ class BuildFolder:
         return self.path / "label_problems.parquet"
 
     @property
+    def key(self) -> Path:
+        """The key of the pseudonyms, unless the user keeps it elsewhere."""
+        return self.path / "identifiers.key"
+
+    @property
     def log(self) -> Path:
         """One line per event."""
         return self.path / "log.jsonl"
@@ -118,7 +123,7 @@ class BuildFolder:
         """All that a build may keep in the folder."""
         return (
             self.state, self.files, self.scan, self.middles, self.plan, self.keys, self.series, self.quarantine, self.lost,
-            self.copies, self.done, self.label_problems, self.log, self.lock, self.lease, breaking(self.lease),
+            self.copies, self.done, self.label_problems, self.key, self.log, self.lock, self.lease, breaking(self.lease),
         )  # fmt: skip
 
     def own_files(self) -> list[Path]:
@@ -156,7 +161,8 @@ class State(BaseModel):
     """What a build in progress has decided.
 
     ``sources`` and ``labels`` are digests of the file listing and of the labels, ``versions`` those of the libraries that
-    can change the bytes, ``plan`` the digest of the plan once there is one, ``published`` that of the dataset it became.
+    can change the bytes, ``key`` the id of the key of pseudonyms, ``plan`` the digest of the plan once there is one,
+    ``published`` that of the dataset it became.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -166,13 +172,9 @@ class State(BaseModel):
     sources: str
     labels: str
     versions: dict[str, str | None]
+    key: str | None = None
     plan: str | None = None
     published: str | None = None
-
-    @field_validator("spec", mode="before")
-    @classmethod
-    def _complete(cls, value: Any) -> Any:
-        return {"orientation": AS_STORED, **value} if isinstance(value, dict) else value
 
 
 def read_state(folder: BuildFolder) -> State:
@@ -215,7 +217,7 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 def plan_is_whole(folder: BuildFolder) -> bool:
     """Return whether all tables of the plan are there and undamaged; if not, it can be made again from the scan."""
-    return all(_is_whole(path) for path in (folder.plan, folder.series, folder.quarantine))
+    return all(_is_whole(path) for path in (folder.plan, folder.series, folder.lost, folder.quarantine))
 
 
 def drop_damaged_headers(folder: BuildFolder) -> None:

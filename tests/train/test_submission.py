@@ -14,7 +14,7 @@ from ich_prep.errors import UsageError
 from ich_prep.phantom import synthesize
 from ich_train.config import PredictConfig
 from ich_train.infer import predict
-from ich_train.infer_files import Outputs, check_outputs, write_outputs
+from ich_train.infer_files import Outputs, check_outputs, check_source, write_outputs
 from ich_train.predict import load_predictor, predict_rows
 from ich_train.split import split_rows
 from ich_train.submission import Submission
@@ -46,6 +46,7 @@ def run(dataset, tmp_path_factory):
 def write_submission(run, dataset, out, sample=None):
     outputs = Outputs(out, kaggle=True, sample=sample)
     check_outputs(outputs, dataset.classes)
+    check_source(outputs, dataset)
     return write_outputs(outputs, predict([run], dataset, PredictConfig(), kaggle=True), dataset)
 
 
@@ -146,3 +147,10 @@ def test_a_submission_is_replaced_at_once_or_not_at_all(source, dataset, run, tm
         write_submission(run, dataset, out)
     assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]
     assert out.read_text() == "before"
+
+
+def test_a_submission_needs_the_original_names(source, tmp_path):
+    spec = Spec(size=64, slices_per_shard=64, folds=3, identifiers="pseudonymise")
+    build(source, tmp_path / "data.zarr", spec, workers=0, allow=Allowances(missing_images=True))
+    with pytest.raises(UsageError, match="has pseudonyms"):
+        write_submission(tmp_path / "run", open_dataset(tmp_path / "data.zarr"), tmp_path / "out.csv")
