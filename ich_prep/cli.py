@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from ich_prep import cli_change
 from ich_prep.command_options import options_from, run_program
 from ich_prep.errors import InterruptError, count
 from ich_prep.options import BuildOptions, resolve
@@ -250,9 +251,15 @@ def _print_verification(dataset: Path, result: Verification, *, as_json: bool) -
 @app.command()
 def clean(
     dataset: Annotated[Path, typer.Argument(help="A finished dataset.")],
+    generations: Annotated[
+        bool, typer.Option("--generations", help="Remove the tables of earlier generations instead.")
+    ] = False,
     build_dir: Annotated[Path | None, typer.Option(help="Working folder. [DATASET.build]")] = None,
 ) -> None:
     """Remove the working folder of a finished dataset: paths, identifiers, plan and log of its build."""
+    if generations:
+        cli_change.clean_generations(dataset, build_dir)
+        return
     from ich_prep.stages import output
     from ich_prep.stages.state import build_folder
 
@@ -260,6 +267,10 @@ def clean(
     freed = output.clean(dataset, folder)
     done = f"Removed {folder.path} ({freed / 1e6:,.1f} MB)." if freed else f"There is no working folder {folder.path}."
     typer.echo(f"{done} Resume and verify --src need it; the dataset does not.")
+
+
+for _command in cli_change.COMMANDS:
+    app.command()(_command)
 
 
 def main() -> NoReturn:

@@ -24,7 +24,7 @@ def labelled_rows(dataset: Dataset, *, allow_series_labels: bool = False) -> NDA
     """
     levels = dataset.slices["label_level"]
     ok = dataset.is_ok
-    weak = ~_equal(levels, "slice") & ~_equal(levels, "none")
+    weak = ok & ~_equal(levels, "slice") & ~_equal(levels, "none")
     if weak.any() and not allow_series_labels:
         level = levels[int(np.argmax(weak))].as_py()
         raise UsageError(

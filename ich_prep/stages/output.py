@@ -93,7 +93,7 @@ def _check_belongs(out: Path, folder: BuildFolder) -> None:
     if state is None or state.published is None or folder.path == working_folder(out):
         return
     try:
-        belongs = open_dataset(out).digest == state.published
+        belongs = state.belongs_to(open_dataset(out).digest)
     except DatasetError:
         belongs = bool(own_files(out))  # of a build that was interrupted while it published
     if not belongs:
@@ -160,11 +160,14 @@ def _dataset_differences(
 ) -> list[str]:
     """Return how the finished dataset at ``out`` differs from the one that a build with ``state`` would make."""
     dataset = open_dataset(out)
-    if before is not None and before.published != dataset.digest:
+    if before is not None and not before.belongs_to(dataset.digest):
         raise BuildError(
             f"The working folder {folder.path} belongs to another dataset than {out}. Name the right one with "
             "--build-dir, remove this one, or replace the dataset with --overwrite."
         )
+    if dataset.root.generation > 1:
+        commands = ", ".join(dict.fromkeys(event.command for event in dataset.root.history[1:]))
+        return [f"it is generation {dataset.root.generation}, changed since it was built ({commands})"]
     recorded = {"orientation": AS_STORED, **dataset.attributes["spec"], "classes": list(dataset.classes)}
     differences = _spec_differences(recorded, state.spec)
     sources = dataset.root.history[-1].digests.get("sources") if dataset.root.history else None
@@ -267,7 +270,7 @@ def clean(out: Path, folder: BuildFolder) -> int:
     if unknown or not folder.state.exists():
         found = f"it contains {unknown[0].relative_to(folder.path)}" if unknown else "it has no state.json"
         raise UsageError(f"{folder.path} is not the working folder of a build ({found}); nothing was removed.")
-    if read_state(folder).published != dataset.digest:
+    if not read_state(folder).belongs_to(dataset.digest):
         raise BuildError(
             f"The working folder {folder.path} belongs to another dataset than {out}, or to a build that is not "
             "finished; nothing was removed."
@@ -310,8 +313,8 @@ def output_lock(out: Path) -> Iterator[None]:
         yield
     except BlockingIOError:
         raise BuildError(
-            f"Another process is building {out}, with another working folder. Wait for it, or stop it, then run this "
-            "command again."
+            f"Another process is building or changing {out}, with another working folder. Wait for it, or stop it, then "
+            "run this command again."
         ) from None
     finally:
         os.close(descriptor)
