@@ -83,6 +83,35 @@ def _print_relabelling(dataset: Path, found: Relabelling, *, dry_run: bool) -> N
         )
 
 
+def drop(
+    dataset: Finished,
+    where: Annotated[str, typer.Option(help="Which slices: a filter, such as \"patient_id == 'A12'\".")],
+    purge: Annotated[bool, typer.Option("--purge", help="Remove their pixels from the shards, too.")] = False,
+    dry_run: DryRun = False,
+    build_dir: Folder = None,
+    as_json: Json = False,
+) -> None:
+    """Withdraw slices from a dataset, as its next generation: they are never read again."""
+    from ich_prep import drop as command
+
+    found = command.drop(dataset, where, purge_pixels=purge, dry_run=dry_run, build_dir=build_dir)
+    if as_json:
+        typer.echo(json.dumps({"dataset": str(dataset), **asdict(found)}, indent=2))
+        return
+    what = f"{count(found.slices, 'slice')} in {found.volumes:,} volumes of {count(found.patients, 'patient')}"
+    already = f"; {found.already:,} were withdrawn already" if found.already else ""
+    if dry_run:
+        typer.echo(f"{dataset}: {what} would be withdrawn{already}.")
+        return
+    typer.echo(f"{dataset}: {what} withdrawn{already}.")
+    if purge:
+        typer.echo(f"The pixels of {count(found.purged, 'slice')} were removed. Copies remain:")
+        for copy in found.copies:
+            typer.echo(f"  {copy}")
+    if found.generation is not None:
+        typer.echo(f"This is generation {found.generation}.")
+
+
 def history(dataset: Finished, as_json: Json = False) -> None:
     """Show the generations of a dataset: commands, counts, digests."""
     from ich_prep.dataset.dataset import open_dataset
@@ -117,4 +146,4 @@ def clean_generations(dataset: Path, build_dir: Path | None) -> None:
 _NOT_SHOWN = frozenset(("bytes", "planned"))
 
 # In the order of the help text.
-COMMANDS: tuple[Callable[..., None], ...] = (relabel, history)
+COMMANDS: tuple[Callable[..., None], ...] = (relabel, drop, history)
