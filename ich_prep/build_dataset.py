@@ -113,11 +113,11 @@ def build(
             table = fill_any(
                 layout.read_labels(
                     listing,
-                    None if labels is None else _label_file(labels, listing),
+                    None if labels is None else label_file(labels, listing),
                     LabelRules(spec.classes, allow.contradictions, allow.unlabelled, label_options or LabelOptions()),
                 )
             )
-        state = State(spec=spec, sources=_digest_listing(listing), labels=table.digest(), versions=all_versions())
+        state = State(spec=spec, sources=digest_listing(listing), labels=table.digest(), versions=all_versions())
         if not overwrite and check_existing(out, folder, state, listing):
             counts = open_dataset(out).counts.model_dump()
             return Outcome(counts=counts, already_finished=True, seconds=seconds)
@@ -127,7 +127,7 @@ def build(
             state = _start_or_resume(out, folder, state, listing)
             log = partial(_log, folder.log)
             log("start", layout=spec.layout, files=len(listing.files), notes=table.notes)
-            _say_broken_archives(listing, progress)
+            say_broken_archives(listing, progress)
             for note in table.notes:
                 progress.say(f"Labels: {note}.")
             with _timed(seconds, "start workers"):
@@ -135,7 +135,7 @@ def build(
                 pool.check_workers(*sources, out, folder.path, say=progress.say)
             if state.plan is None:
                 with _timed(seconds, "scan"):
-                    scanned = _scan(pool, folder, sources, listing, progress)
+                    scanned = scan_files(pool, folder, sources, listing, progress)
                 with _timed(seconds, "plan"):
                     scanned = apply_rules(scanned, spec)
                     scanned = refuse_other_units(
@@ -149,7 +149,7 @@ def build(
                         assignment=layout.assign(scanned, listing.name),
                         labels=table,
                         spec=spec,
-                        image=_hash_copies(pool, folder, sources, scanned, listing),
+                        image=hash_copies(pool, folder, sources, scanned, listing),
                     )
                     for note in plan.notes:
                         progress.say(f"{note}.")
@@ -158,13 +158,13 @@ def build(
                     check_damage(plan.quarantine, len(plan.slices), allow, hint)
                     check_labels(plan, table, folder, allow, progress)
                     check_lost(plan.lost, allow, progress)
-                    state = _write_plan(folder, state, plan)
+                    state = write_plan(folder, state, plan)
                 log("planned", slices=len(plan.slices), quarantined=len(plan.quarantine))
                 del scanned, plan  # one line per file: memory that writing shards does not need
             assert state.plan is not None
             with _timed(seconds, "shards"):
-                _write_keys(folder, listing)
-                _write_shards(pool, out, folder, sources, state.plan, progress)
+                write_keys(folder, listing)
+                write_shards(pool, out, folder, sources, state.plan, progress)
             with _timed(seconds, "publish"):
                 tables = collect_tables(out, folder, state)
                 hint = (
@@ -180,13 +180,13 @@ def build(
 # --- before the work -------------------------------------------------------------------------------------------------
 
 
-def _label_file(given: str | Path, listing: Listing) -> TableFile:
+def label_file(given: str | Path, listing: Listing) -> TableFile:
     """Return the label file ``given``: one of the source, as messages name it (also inside an archive), or any other."""
     inside = (table for table in listing.tables if Path(table.path) == Path(given).absolute())
     return next(inside, None) or local_table(Path(given))
 
 
-def _say_broken_archives(listing: Listing, progress: Progress) -> None:
+def say_broken_archives(listing: Listing, progress: Progress) -> None:
     """Name each archive among the files that cannot be read: how many slices are lost with it is not known."""
     broken = listing.files.filter(pc.equal(listing.files["reason"], str(Reason.BAD_ARCHIVE)))
     for path, detail in zip(broken["path"].to_pylist(), broken["detail"].to_pylist(), strict=True):
@@ -194,7 +194,7 @@ def _say_broken_archives(listing: Listing, progress: Progress) -> None:
             progress.say(f"Cannot read the archive {shown(path)}: {detail}. None of its files are in the dataset.")
 
 
-def _digest_listing(listing: Listing) -> str:
+def digest_listing(listing: Listing) -> str:
     """Return a digest of the paths, sizes and problems of the files: the same for a folder and for an archive of it."""
     digest = hashlib.sha256()
     files = listing.files
@@ -231,7 +231,7 @@ def _start_or_resume(out: Path, folder: BuildFolder, state: State, listing: List
         before = read_state(folder)
         if before.plan is not None or before == state:
             return before
-        _drop_stale_headers(folder, listing, drop_all=before.versions != state.versions)
+        drop_stale_headers(folder, listing, drop_all=before.versions != state.versions)
     else:
         reset(out, folder)
     write_whole(folder.files, parquet_bytes(listing.files, row_group_size=FILES_PER_BATCH))
@@ -239,7 +239,7 @@ def _start_or_resume(out: Path, folder: BuildFolder, state: State, listing: List
     return state
 
 
-def _drop_stale_headers(folder: BuildFolder, listing: Listing, *, drop_all: bool) -> None:
+def drop_stale_headers(folder: BuildFolder, listing: Listing, *, drop_all: bool) -> None:
     """Delete the headers of each batch whose files changed, or of every batch."""
     before = read_parquet(folder.files)
     for batch in ledger.done(folder.scan, suffix=".parquet"):
@@ -249,7 +249,9 @@ def _drop_stale_headers(folder: BuildFolder, listing: Listing, *, drop_all: bool
             folder.batch(batch).unlink()
 
 
-def _scan(pool: Pool, folder: BuildFolder, sources: Sequence[Path], listing: Listing, progress: Progress) -> pa.Table:
+def scan_files(
+    pool: Pool, folder: BuildFolder, sources: Sequence[Path], listing: Listing, progress: Progress
+) -> pa.Table:
     """Return the headers of all files, in the order of the listing; read those that no earlier run has read.
 
     Batches in which an earlier run found damage are read again: it may have been fixed.
@@ -273,30 +275,43 @@ def _any_damage(reasons: pa.ChunkedArray) -> bool:
     return any(Reason(reason).is_damage for reason in reasons.unique().to_pylist() if reason is not None)
 
 
-def _hash_copies(
-    pool: Pool, folder: BuildFolder, sources: Sequence[Path], scanned: pa.Table, listing: Listing
+def hash_copies(
+    pool: Pool,
+    folder: BuildFolder,
+    sources: Sequence[Path],
+    scanned: pa.Table,
+    listing: Listing,
+    *,
+    known: pa.ChunkedArray | None = None,
 ) -> pa.Array:
-    """Return the image hash of each line of ``scanned`` whose SOP Instance UID another slice has, null for all others."""
+    """Return the image hash of each line of ``scanned`` whose SOP Instance UID another slice has, null for all others.
+
+    ``known`` are UIDs of further slices, those that a dataset has already.
+    """
     accepted = np.flatnonzero(pc.is_null(scanned["reason"]).to_numpy())
-    lines = accepted[sharing_uid(scanned.take(pa.array(accepted)))]
+    slices = scanned.select(["sop_instance_uid"]).take(pa.array(accepted))
+    lines = sharing_uid(slices)
+    if known is not None:
+        lines = np.union1d(lines, np.flatnonzero(pc.is_in(slices["sop_instance_uid"], value_set=known).to_numpy()))
+    lines = accepted[lines]
     if not len(lines):
         return pa.nulls(len(scanned), pa.string())
     slices = scanned.take(pa.array(lines))
-    keys = _source_keys(listing, slices["path"]).to_pylist()
+    keys = source_keys(listing, slices["path"]).to_pylist()
     hashes = hash_images(slices, keys, folder=folder, sources=sources, map_tasks=pool.map)
     at = np.full(len(scanned), -1)
     at[lines] = np.arange(len(lines))
     return hashes.take(pa.array(at, pa.int64(), mask=at < 0))
 
 
-def _source_keys(listing: Listing, paths: pa.ChunkedArray) -> pa.ChunkedArray:
+def source_keys(listing: Listing, paths: pa.ChunkedArray) -> pa.ChunkedArray:
     """Return the source keys (binary) of the files with ``paths`` (string)."""
     readable = listing.files.filter(pc.is_null(listing.files["reason"]))
     return readable["key"].take(pc.index_in(paths.cast(pa.binary()), value_set=readable["path"]))
 
 
-def _write_plan(folder: BuildFolder, state: State, plan: Plan) -> State:
-    """Write the plan, one row group per shard, and the state that names its digest, last."""
+def write_plan(folder: BuildFolder, state: State, plan: Plan) -> State:
+    """Write the plan, one row group per shard, and the state that names its digest, last; return that state."""
     if not len(plan.slices):
         counts = Counter(plan.quarantine["reason"].to_pylist())
         raise SourceError(
@@ -313,7 +328,7 @@ def _write_plan(folder: BuildFolder, state: State, plan: Plan) -> State:
     return state
 
 
-def _write_keys(folder: BuildFolder, listing: Listing) -> None:
+def write_keys(folder: BuildFolder, listing: Listing) -> None:
     """Write the source keys of the planned files, one row group per shard.
 
     They are not part of the plan: between two runs a folder may become an archive, or be repacked.
@@ -321,29 +336,36 @@ def _write_keys(folder: BuildFolder, listing: Listing) -> None:
     with pq.ParquetFile(folder.plan) as plan:
         metadata = plan.metadata
         paths = plan.read(["path"])["path"]
-    keys = pa.table({"key": _source_keys(listing, paths)})
+    keys = pa.table({"key": source_keys(listing, paths)})
     data = parquet_bytes(keys, row_group_size=metadata.row_group(0).num_rows, write_statistics=False)
     write_whole(folder.keys, data)
 
 
-def _write_shards(
-    pool: Pool, out: Path, folder: BuildFolder, sources: Sequence[Path], digest: str, progress: Progress
+def write_shards(
+    pool: Pool,
+    out: Path,
+    folder: BuildFolder,
+    sources: Sequence[Path],
+    digest: str,
+    progress: Progress,
+    *,
+    first: int = 0,
 ) -> None:
-    """Write every shard that is not done.
+    """Write every shard that is not done; the plan's are numbered from ``first``.
 
     A shard is recorded in the ledger when it is on disk. Threads of this process wait for that; the workers continue.
     """
     plan = pq.ParquetFile(folder.plan).metadata
-    sizes = [plan.row_group(number).num_rows for number in range(plan.num_row_groups)]
+    sizes = {first + number: plan.row_group(number).num_rows for number in range(plan.num_row_groups)}
     done = {number for number in ledger.done(folder.done) if _is_done(out, folder, number, digest)}
-    for number in range(len(sizes)):
+    for number in sizes:
         if number not in done:
             clear_leftovers(shard_path(out, number))
     progress.begin("Writing slices", plan.num_rows, "slices", sum(sizes[number] for number in done))
     task = partial(write_shard, str(out), str(folder.path), tuple(map(str, sources)), digest)
     with ThreadPoolExecutor(SYNC_THREADS, thread_name_prefix="sync") as syncers:
         pending = deque[Future[None]]()
-        for number, report in pool.map(task, [number for number in range(len(sizes)) if number not in done]):
+        for number, report in pool.map(task, [number for number in sizes if number not in done]):
             pending.append(syncers.submit(_sync_and_record, out, folder, number, report))
             progress.advance(len(report.rows), sum(row.status != OK for row in report.rows))
             while pending and pending[0].done():

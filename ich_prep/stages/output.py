@@ -282,7 +282,8 @@ def clean(out: Path, folder: BuildFolder) -> int:
             files, key=lambda path: path == folder.state
         ):  # last: until then the command can be repeated
             path.unlink()
-    for path in (folder.scan, folder.done, folder.path):
+    inside = (folder.append.scan, folder.append.done, folder.append.path)
+    for path in (*inside, folder.scan, folder.done, folder.path):
         with contextlib.suppress(OSError):  # a link to a folder stays
             path.rmdir()
     return freed

@@ -72,14 +72,14 @@ class Tables:
 
 
 def collect_tables(out: Path, folder: BuildFolder, state: State) -> Tables:
-    """Return the tables of the build of ``out``, once every shard has an entry in the ledger.
+    """Return the tables of the build of ``out``, once every shard has an entry in the ledger; rows and shards from 0.
 
     Raises ``BuildError`` if a shard does not have the length that its entry records.
     """
     plan = read_parquet(folder.plan)
     per_shard = state.spec.slices_per_shard
     starts = np.arange(0, len(plan), per_shard)
-    entries = [_entry(out, folder, number) for number in range(len(starts))]
+    entries = [_entry(out, folder, state.first_shard + number) for number in range(len(starts))]
     lines = [line for entry in entries for line in entry.rows]
     status = pa.array([line.status for line in lines], pa.string())
     ok = pc.equal(status, OK).to_numpy(zero_copy_only=False)
