@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ich_prep.command_options import options_from
-from ich_prep.errors import count
+from ich_prep.errors import InterruptError, count
 from ich_prep.options import BuildOptions
 
 if TYPE_CHECKING:
@@ -21,6 +21,63 @@ Finished = Annotated[Path, typer.Argument(help="A finished dataset.")]
 Folder = Annotated[Path | None, typer.Option(help="Working folder. [DATASET.build]")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would change, and change nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@options_from(
+    BuildOptions,
+    *("labels", "label_key", "label_column", "ignore_columns", "keep_columns", "build_dir", "workers", "scheduler"),
+    *("max_quarantined", "allow_unlabelled", "allow_missing_images", "allow_lost_labels", "allow_contradictions"),
+)
+def append(
+    src: Annotated[list[Path], typer.Option(help="Folder of DICOM files, or zip archive; may be repeated.")],
+    out: Annotated[Path, typer.Option(help="The dataset to add them to.")],
+    *,
+    given: dict[str, Any],
+) -> None:
+    """Add slices to a dataset, as its next generation: the rows that are there stay as they are."""
+    from ich_prep import append as command
+    from ich_prep.layouts.labels import LabelOptions
+    from ich_prep.progress import TerminalProgress
+    from ich_prep.recipe import validate
+    from ich_prep.stages.checks import Allowances
+
+    options = validate(BuildOptions, given, where="ich-prep append")
+    try:
+        with TerminalProgress() as progress:
+            found = command.append(
+                src,
+                out,
+                labels=options.labels,
+                label_options=LabelOptions(
+                    key=options.label_key,
+                    column=options.label_column,
+                    ignore=options.ignore_columns,
+                    keep=options.keep_columns,
+                ),
+                build_dir=options.build_dir,
+                workers=options.workers,
+                scheduler=options.scheduler,
+                allow=Allowances(
+                    unlabelled=options.allow_unlabelled,
+                    missing_images=options.allow_missing_images,
+                    contradictions=options.allow_contradictions,
+                    lost_labels=options.allow_lost_labels,
+                    max_quarantined=options.max_quarantined,
+                ),
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        raise InterruptError("The dataset is as it was. Run the same command again to resume.") from None
+    typer.echo(
+        f"{out}: {count(found.slices, 'slice')} appended; of {count(found.found, 'file')} {found.duplicates:,} are there "
+        f"already or duplicates, and {found.quarantined:,} were quarantined for other reasons."
+    )
+    if found.fold_conflicts:
+        typer.echo(
+            f"{count(found.fold_conflicts, 'group')} of patients would be merged, or moved to another fold, by the new "
+            "slices. All keep their folds, with the flag fold_conflict."
+        )
+    typer.echo("Nothing new." if found.generation is None else f"This is generation {found.generation}.")
 
 
 @options_from(
@@ -146,4 +203,4 @@ def clean_generations(dataset: Path, build_dir: Path | None) -> None:
 _NOT_SHOWN = frozenset(("bytes", "planned"))
 
 # In the order of the help text.
-COMMANDS: tuple[Callable[..., None], ...] = (relabel, drop, history)
+COMMANDS: tuple[Callable[..., None], ...] = (append, relabel, drop, history)

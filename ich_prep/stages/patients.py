@@ -133,7 +133,7 @@ def persons_of(series: pa.Table) -> pa.Array:
             for name, group_name in zip(patient.to_pylist(), group.to_pylist(), strict=True)
         ]
     )
-    unnamed = pa.array(["patient_is_study" in flags for flags in series["flags"].to_pylist()])
+    unnamed = pa.array(["patient_is_study" in (flags or ()) for flags in series["flags"].to_pylist()])
     person = pc.if_else(issued, group, patient)
     named = pc.if_else(unnamed, pa.scalar(None, pa.string()), person)
     return named.combine_chunks() if isinstance(named, pa.ChunkedArray) else named
