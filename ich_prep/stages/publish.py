@@ -202,6 +202,7 @@ def publish(out: Path, folder: BuildFolder, *, state: State, tables: Tables, fou
         "planned": len(tables.slices),
         "ok": tables.ok,
         "quarantined": len(tables.quarantine),
+        "withdrawn": 0,
         "series": len(tables.series),
         "patients": len(pc.unique(tables.slices["patient_id"])),
         "fold_groups": len(pc.unique(tables.slices["fold_group"])),
