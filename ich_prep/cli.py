@@ -214,6 +214,9 @@ def verify(
     build_dir: Annotated[Path | None, typer.Option(help="Working folder. [DATASET.build]")] = None,
     sample: Annotated[float, typer.Option(help="Share of the slices to compare.")] = 0.01,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sample.")] = 0,
+    where: Annotated[
+        str | None, typer.Option(help="Check the shards, and compare the slices, of this filter only.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check a dataset's integrity and report every problem."""
@@ -221,10 +224,14 @@ def verify(
     from ich_prep.verify import verify as run
 
     if as_json:
-        result = run(dataset, src=src, build_dir=build_dir, sample=sample, seed=seed, progress=NoProgress())
+        result = run(
+            dataset, src=src, build_dir=build_dir, sample=sample, seed=seed, where=where, progress=NoProgress()
+        )
     else:
         with TerminalProgress() as progress:
-            result = run(dataset, src=src, build_dir=build_dir, sample=sample, seed=seed, progress=progress)
+            result = run(
+                dataset, src=src, build_dir=build_dir, sample=sample, seed=seed, where=where, progress=progress
+            )
     _print_verification(dataset, result, as_json=as_json)
     raise typer.Exit(1 if result.problems else 0)
 

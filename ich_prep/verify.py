@@ -57,15 +57,17 @@ def verify(
     build_dir: str | Path | None = None,
     sample: float = 0.01,
     seed: int = 0,
+    where: str | None = None,
     progress: Progress,
 ) -> Verification:
     """Return the problems of the dataset at ``path``.
 
     With ``src``, the sources it was built from, the share ``sample`` of its slices (at least one) is decoded again by
     pydicom alone and compared pixel by pixel. That needs the working folder of the build: ``build_dir``, or the one next
-    to the dataset. Raises ``DatasetError`` if there is no dataset, ``SourceError`` if ``src`` is neither a folder nor an
-    archive, and ``UsageError`` if it has none of the files, or if the working folder is missing or belongs to another
-    dataset.
+    to the dataset. A filter ``where`` limits the shards that are checked, and the slices that are compared, to those that
+    have, or are, rows that it selects. Raises ``DatasetError`` if there is no dataset, ``SourceError`` if ``src`` is neither
+    a folder nor an archive, and ``UsageError`` if it has none of the files, if the filter is not valid or selects no row,
+    or if the working folder is missing or belongs to another dataset.
     """
     if not 0 < sample <= 1:
         raise UsageError(f"Expected --sample within 0..1, the share of slices to compare; got {sample:g}.")
@@ -89,7 +91,9 @@ def verify(
     try:
         if intact:
             problems += [*_check_root(dataset), *_check_tables(dataset), *_check_zarr(dataset)]
-        problems += _check_shards(dataset, progress)
+        selected = _selected(dataset, where)
+        checked = np.unique(np.flatnonzero(selected) // dataset.spec.slices_per_shard)
+        problems += _check_shards(dataset, checked.tolist(), progress)
     except CorruptionError as error:  # a table that was sealed again says what no table can
         return Verification(0, 0, 0, (*problems, Problem(str(dataset.path), str(error))))
     problems += _check_strays(dataset, folder)
@@ -102,7 +106,7 @@ def verify(
         except (OSError, pa.ArrowException):
             problems.append(Problem(str(folder.plan), "cannot be read: the source file of each row is not known"))
         else:
-            rows = sample_rows(dataset, sample, seed)
+            rows = sample_rows(np.flatnonzero(dataset.is_ok & selected), sample, seed)
             sampled = plan.take(pa.array(rows)).to_pylist()
             keys = keys_of(source, [line["path"] for line in sampled])
             if sampled and not keys:
@@ -112,7 +116,8 @@ def verify(
                 )
             problems += compare(dataset, source, keys, sampled, progress)
             compared = len(rows)
-    return Verification(dataset.counts.shards, len(dataset), compared, tuple(problems))
+    slices = len(dataset) if where is None else int(selected.sum())
+    return Verification(len(checked), slices, compared, tuple(problems))
 
 
 def _belongs(folder: BuildFolder, dataset: Dataset) -> bool:
@@ -239,12 +244,23 @@ def _check_zarr(dataset: Dataset) -> Iterator[Problem]:
         yield Problem(str(dataset.path / IMAGES / ROOT), f"expected {expected}, Zarr reads {seen} of {array.shape}")
 
 
-def _check_shards(dataset: Dataset, progress: Progress) -> Iterator[Problem]:
-    """Yield the shards that are missing, damaged, swapped, or contain other slices than the table says."""
-    shards = dataset.read_table("shards")
+def _selected(dataset: Dataset, where: str | None) -> NDArray[np.bool_]:
+    """Return which rows are those of the filter ``where``, (slices,); raises ``UsageError`` if that is none."""
+    if where is None:
+        return np.ones(len(dataset), bool)
+    selected = np.zeros(len(dataset), bool)
+    selected[dataset.where(where)] = True
+    if not selected.any():
+        raise UsageError(f"--where {where!r} selects no row of {dataset.path}.")
+    return selected
+
+
+def _check_shards(dataset: Dataset, numbers: Sequence[int], progress: Progress) -> Iterator[Problem]:
+    """Yield the shards of these ``numbers`` that are missing, damaged, swapped, or have other slices than the table says."""
+    shards = dataset.read_table("shards").take(pa.array(numbers, pa.int64()))
     withdrawn = pc.equal(dataset.slices["status"], WITHDRAWN).to_numpy()
     buffer = np.empty(int(np.prod(dataset.shape[1:])) * dataset.dtype.itemsize, np.uint8)
-    progress.begin("Checking shards", len(dataset), "slices", 0)
+    progress.begin("Checking shards", pc.sum(shards["n_rows"]).as_py(), "slices", 0)
     for line in shards.to_pylist():
         path = shard_path(dataset.path, line["shard"])
         rows = np.arange(line["first_row"], line["first_row"] + line["n_rows"])

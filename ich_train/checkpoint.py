@@ -78,6 +78,8 @@ class Meta(BaseModel):
     scaling: Scaling = Scaling()
     # What it was trained on.
     dataset_digest: str
+    dataset_generation: int = 1
+    where: str | None = None  # the filter that selected its slices
     val_fold: int
     test_fold: int
     epoch: int

@@ -61,7 +61,7 @@ def program(*, show_version: Version = False) -> None:
 
 
 @app.command("run")
-@options_from(TrainConfig, "data", "model", "epochs", "weights", "seed", "batch_size", "threads", "device")
+@options_from(TrainConfig, "data", "where", "model", "epochs", "weights", "seed", "batch_size", "threads", "device")
 def run_command(*, given: dict[str, Any], out: Out = None, recipe: RecipeFile = None, resume: Resume = False) -> None:
     """Train, keep the epoch of the lowest validation loss, evaluate it on held-out slices, write a report."""
     from ich_train.runs import RECIPE, latest_folder, new_folder, require_run
@@ -91,7 +91,7 @@ def run_command(*, given: dict[str, Any], out: Out = None, recipe: RecipeFile = 
 
 
 @app.command("eval")
-@options_from(EvalConfig, "subset", "limit", "seed", "batch_size", "by", default="as in the run's recipe")
+@options_from(EvalConfig, "subset", "where", "limit", "seed", "batch_size", "by", default="as in the run's recipe")
 @options_from(TrainConfig, "data", "threads", "device", into="place", default="the run's")
 def eval_command(run: RunFolder, *, given: dict[str, Any], place: dict[str, Any], out: Evaluation = None) -> None:
     """Evaluate a run's best epoch on a part of a dataset and rewrite the run's report, or write another to --out."""
@@ -119,7 +119,13 @@ def eval_command(run: RunFolder, *, given: dict[str, Any], place: dict[str, Any]
 @options_from(EvalConfig, "batch_size", default="as in the run's recipe")
 @options_from(TrainConfig, "data", "threads", "device", into="place", default="the run's")
 def predict_command(
-    run: RunFolder, *, given: dict[str, Any], place: dict[str, Any], out: Submission, sample: Sample = None
+    run: RunFolder,
+    *,
+    given: dict[str, Any],
+    place: dict[str, Any],
+    out: Submission,
+    sample: Sample = None,
+    where: Annotated[str | None, typer.Option(help="Only the slices of this filter.")] = None,
 ) -> None:
     """Write the probabilities of the test subset in the format of a Kaggle submission."""
     from ich_train.runs import settings_of
@@ -135,6 +141,7 @@ def predict_command(
         dataset,
         out,
         sample=sample,
+        where=where,
         device=choose_device(place.get("device", settings.device)),
         threads=place.get("threads", settings.threads),
         batch_size=given.get("batch_size", evaluation.batch_size),

@@ -74,6 +74,8 @@ def prepare(dataset: Dataset, settings: TrainConfig, ranks: Ranks, *, weights: P
         val_fold=settings.val_fold,
         test_fold=settings.test_fold,
         allow_series_labels=settings.allow_series_labels,
+        where=settings.where,
+        needed=("train", "val") if settings.where is not None else ("train", "val", "test"),
     )
     loader, val_loader = _loaders(dataset, split, settings, ranks)
     preprocess = Preprocess(pixels=dataset.spec.store, windows=windows, channels_last=True).to(ranks.device)

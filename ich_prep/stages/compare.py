@@ -48,9 +48,8 @@ class Problem:
     what: str
 
 
-def sample_rows(dataset: Dataset, share: float, seed: int) -> NDArray[np.int64]:
-    """Return the rows to compare, ascending: a share of those that are ok, at least one."""
-    ok = np.flatnonzero(dataset.is_ok)
+def sample_rows(ok: NDArray[np.int64], share: float, seed: int) -> NDArray[np.int64]:
+    """Return the rows to compare, ascending: a share of those that are ``ok``, at least one."""
     count = min(len(ok), max(1, round(share * len(ok))))
     return np.sort(np.random.default_rng(seed).choice(ok, count, replace=False))
 
