@@ -13,7 +13,7 @@ BENCH_BIN := $(BENCH_VENV)/bin
 BENCH_PINNED := $(BENCH_VENV)-pinned
 PEERS_PINNED := mosaicml-streaming litdata
 
-.PHONY: help venv demo test test-one test-slow test-light lint format docs wheel audit bench-setup bench bench-full profile clean
+.PHONY: help venv demo test test-one test-slow test-web test-light lint format docs wheel audit sbom bench-setup bench bench-full profile clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -25,14 +25,15 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard ich_prep/
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,jpeg,dev]'
 	touch $@
 
-demo: venv ## phantom files -> dataset -> trained model -> report
+demo: venv ## phantom files -> dataset -> trained model, and a report of each
 	rm -rf $(DEMO)
 	$(BIN)/ich-prep synth --out $(DEMO)/rsna --series $(DEMO_SERIES) --size $(DEMO_SIZE) --seed 0
-	$(BIN)/ich-prep build --recipe pipelines/smoke.toml --src $(DEMO)/rsna --out $(DEMO)/data.zarr
+	$(BIN)/ich-prep build --recipe pipelines/smoke.toml --src $(DEMO)/rsna --out $(DEMO)/data.zarr --report
 	$(BIN)/ich-prep verify $(DEMO)/data.zarr --src $(DEMO)/rsna --sample 0.05
 	$(BIN)/ich-prep info $(DEMO)/data.zarr
 	$(BIN)/ich-train run --recipe pipelines/smoke.toml --data $(DEMO)/data.zarr --out $(DEMO)/run
-	@echo "The report: $(abspath $(DEMO))/run/report.html"
+	@echo "The report of the dataset: $(abspath $(DEMO))/data.zarr.report.html"
+	@echo "The report of the run: $(abspath $(DEMO))/run/report.html"
 
 test: venv lint ## the tests, in two processes, and lint and types
 	$(BIN)/pytest -n 2 --dist loadfile
@@ -42,6 +43,9 @@ test-one: venv ## one test module or test: make test-one T=tests/prep/test_folds
 
 test-slow: venv ## the tests that take minutes
 	$(BIN)/pytest -m slow --timeout 1200
+
+test-web: $(VENV)/.web ## the viewer in a real browser: needs Chromium
+	$(BIN)/pytest tests/web
 
 test-light: ## read a dataset where only the light libraries are installed
 	rm -rf $(LIGHT_VENV)
@@ -77,8 +81,16 @@ audit: $(VENV)/.release ## known vulnerabilities in the pinned packages; fails i
 	@$(BIN)/python -c "import json; print(len(json.load(open('build/audit.json'))['dependencies']) or exit('Nothing was audited.'), \
 		'packages audited, no known vulnerability.')"
 
+sbom: $(VENV)/.release ## the software bill of materials of the required packages, with their licences, in build/sbom.json
+	rm -rf build/sbom
+	$(PYTHON) -m venv build/sbom
+	build/sbom/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt .
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --of JSON --output-file build/sbom.json build/sbom/bin/python
+	rm -rf build/sbom
+	@echo "The bill of materials: $(abspath build)/sbom.json"
+
 # Tools of single targets, installed beside the rest when the target is first made.
-$(VENV)/.docs $(VENV)/.release: $(VENV)/.%: $(VENV)/.installed
+$(VENV)/.docs $(VENV)/.release $(VENV)/.web: $(VENV)/.%: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$*]'
 	touch $@
 
@@ -112,6 +124,7 @@ bench-full: bench-setup ## every question of every benchmark, then docs/benchmar
 	$(BENCH_BIN)/python -m benchmarks.codecs --data $(BENCH)
 	$(BENCH_BIN)/python -m benchmarks.archives --data $(BENCH)
 	$(BENCH_BIN)/python -m benchmarks.decoding --data $(BENCH)
+	$(BENCH_BIN)/python -m benchmarks.planning
 	$(BENCH_BIN)/python -m benchmarks.document
 
 profile: bench-setup ## flame graphs of a build and of the loader in benchmarks/profiles

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,42 +18,41 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ich_prep.build_dataset import (
-    TASK_MODULES,
-    digest_listing,
-    drop_stale_headers,
-    hash_copies,
-    label_file,
-    say_broken_archives,
-    scan_files,
-    write_keys,
-    write_plan,
-    write_shards,
-)
+from ich_prep.build_dataset import say_broken_archives, write_keys, write_plan, write_shards
 from ich_prep.dataset import native
-from ich_prep.dataset.schema import AS_STORED, IMAGES
+from ich_prep.dataset.schema import AS_STORED, IMAGES, TABLES
 from ich_prep.dataset.spec import Spec
-from ich_prep.dataset.storage import files_below, local_path, write_whole
-from ich_prep.dataset.tables import parquet_bytes, read_parquet, write_table
-from ich_prep.errors import DatasetError, Reason, SourceError, UsageError, count
+from ich_prep.dataset.storage import files_below, local_path
+from ich_prep.dataset.tables import read_sealed
+from ich_prep.errors import DatasetError, Reason, UsageError
 from ich_prep.execute import Pool, default_workers
 from ich_prep.layouts import LAYOUTS
-from ich_prep.layouts.label_keys import choose_key
-from ich_prep.layouts.labels import LabelOptions, LabelRules, LabelTable, fill_any
+from ich_prep.layouts.labels import LabelOptions, LabelRules, LabelTable
 from ich_prep.progress import NoProgress, Progress
-from ich_prep.sources import Listing, check_table_path, open_source
-from ich_prep.stages import ledger
-from ich_prep.stages.checks import Allowances, check_damage, check_labels, check_lost
+from ich_prep.sources import check_table_path, open_source
+from ich_prep.stages.checks import Allowances, check_any_slice, check_damage, check_labels, check_lost
 from ich_prep.stages.generation import Change, changing, is_new_shard, joined_digest, publish_generation
-from ich_prep.stages.growth import Grown, grow, known_slices, stacked, without_known
+from ich_prep.stages.growth import Grown, content_hashes, grow, known_slices, without_known
+from ich_prep.stages.identifier_key import key_of_dataset, refuse_kept_columns
+from ich_prep.stages.identity import with_issuer
 from ich_prep.stages.losses import losses_by_reason
-from ich_prep.stages.output import check_output_folder
-from ich_prep.stages.plan import Plan, make_plan
-from ich_prep.stages.publish import Tables, collect_tables
-from ich_prep.stages.rules import apply_rules
-from ich_prep.stages.scan import FILES_PER_BATCH
+from ich_prep.stages.merge_folders import merge_append
+from ich_prep.stages.output import check_output_folder, reset_folder
+from ich_prep.stages.plan import Plan
+from ich_prep.stages.pseudonyms import PSEUDONYMS, WRITTEN_OPTIONS, key_id, published_state, with_originals
+from ich_prep.stages.publish import Tables, collect_tables, pseudonymised
 from ich_prep.stages.state import BuildFolder, State, readable_state, write_state
-from ich_prep.stages.units import refuse_other_units
+from ich_prep.stages.survey import (
+    TASK_MODULES,
+    Job,
+    digest_listing,
+    join_key,
+    plan_files,
+    read_headers,
+    read_labels,
+    settle_files,
+    start_or_resume,
+)
 from ich_prep.versions import all_versions
 
 if TYPE_CHECKING:
@@ -84,6 +83,7 @@ def append(
     labels: str | Path | None = None,
     label_options: LabelOptions | None = None,
     build_dir: str | Path | None = None,
+    key: str | Path | None = None,
     workers: int | None = None,
     scheduler: str | None = None,
     allow: Allowances | None = None,
@@ -110,22 +110,23 @@ def append(
                 f"The working folder {base.path} is not that of {out} as it is now. Name another one with --build-dir, or "
                 "remove it."
             )
-        spec = _spec_of(dataset)
+        spec = _spec_of(dataset, state)
+        refuse_kept_columns(spec, label_options.keep if label_options else (), allowed=allow.kept_columns)
+        secret = key_of_dataset(dataset.root, base, None if key is None else Path(key), needed=True)
         layout = LAYOUTS[spec.layout]
         pool = Pool(
             workers=default_workers() if workers is None else workers, scheduler=scheduler, modules=TASK_MODULES
         )
         with pool:
             listing = source.list()
-            given = None if labels is None else label_file(labels, listing)
             rules = LabelRules(spec.classes, allow.contradictions, allow.unlabelled, label_options or LabelOptions())
-            table = fill_any(layout.read_labels(listing, given, rules))
-            run = _Append(dataset, base, sources, listing, spec, layout, table, allow, progress, pool)
-            return run.run()
+            table = read_labels(layout, listing, labels, rules)
+            job = Job(pool, base.append, sources, listing, progress)
+            return _Append(dataset, base, job, spec, layout, table, allow, secret).run()
 
 
-def _spec_of(dataset: Dataset) -> Spec:
-    """Return the spec that the dataset was built with."""
+def _spec_of(dataset: Dataset, state: State | None) -> Spec:
+    """Return the spec that the dataset was built with; ``state`` is that of its build, if it is known."""
     written = {"orientation": AS_STORED, **dataset.attributes["spec"], "classes": dataset.classes}
     lacking = {"fold_group", "content_hash", "hu_max", "hu_min"} - set(dataset.slices.column_names)
     lacking |= {"volume_in_series", "fold_group", "flags"} - set(dataset.series.column_names)
@@ -137,65 +138,61 @@ def _spec_of(dataset: Dataset) -> Spec:
             else f"has a spec that is not this version's ({unknown or 'layout'})"
         )
         raise DatasetError(f"{dataset.path} {what}: this version cannot append to it. Build it again.")
-    return Spec(**written)
+    spec = Spec(**written)
+    hidden = [name for name in WRITTEN_OPTIONS if getattr(spec, name)] if spec.identifiers == "pseudonymise" else []
+    if hidden and state is None:
+        raise DatasetError(
+            f"{dataset.path} was built with --{hidden[0].replace('_', '-')}, of which only pseudonyms are published: to "
+            "append, name the working folder of its build with --build-dir, or build it again."
+        )
+    texts = {name: getattr(state.spec, name) for name in hidden} if state is not None else {}
+    return spec.model_copy(update=texts)
 
 
 @dataclass(frozen=True)
 class _Append:
-    """One append to ``dataset``, whose working folder is ``base``."""
+    """One append to ``dataset``, whose working folder is ``base``; ``key`` is that of its pseudonyms, if it has some."""
 
     dataset: Dataset
     base: BuildFolder
-    sources: Sequence[Path]
-    listing: Listing
+    job: Job
     spec: Spec
     layout: Layout
     labels: LabelTable
     allow: Allowances
-    progress: Progress
-    pool: Pool
-
-    @property
-    def folder(self) -> BuildFolder:
-        return self.base.append
+    key: bytes | None
 
     def run(self) -> Appended:
         """Do what is left of the append."""
+        job, out, allow = self.job, self.dataset.path, self.allow
         state = self._start_or_resume()
-        say_broken_archives(self.listing, self.progress)
+        say_broken_archives(job.listing, job.progress)
         for note in self.labels.notes:
-            self.progress.say(f"Labels: {note}.")
+            job.progress.say(f"Labels: {note}.")
         importlib.import_module("zarr")  # loaded while the workers start
-        self.pool.check_workers(*self.sources, self.dataset.path, self.folder.path, say=self.progress.say)
+        job.pool.check_workers(*job.sources, out, job.folder.path, say=job.progress.say)
         if state.plan is None:
             plan = self._plan()
             if not len(plan.slices):
                 return self._nothing_new(plan)
-            state = write_plan(self.folder, state, plan)
+            state = write_plan(job.folder, state, plan)
         assert state.plan is not None
-        write_keys(self.folder, self.listing)
-        write_shards(
-            self.pool,
-            self.dataset.path,
-            self.folder,
-            self.sources,
-            state.plan,
-            self.progress,
-            first=state.first_shard,
-        )
-        new = collect_tables(self.dataset.path, self.folder, state)
-        hint = "Run the same command again if the machine was at fault"
-        check_damage(new.quarantine, new.ok, self.allow, hint)
-        given_fold = read_parquet(self.folder.plan, ["given_fold"])["given_fold"].to_numpy().astype(np.int64)
-        grown = grow(self.dataset, new, given_fold, self.spec)
-        self._merge_working_folders(state)
-        generation = publish_generation(
-            self.dataset, self.base, self._change(new, grown, bool((given_fold >= 0).any()))
-        )
+        write_keys(job.folder, job.listing)
+        write_shards(job.pool, out, job.folder, job.sources, state.plan, job.progress, first=state.first_shard)
+        new = collect_tables(out, job.folder, state)
+        check_damage(new.quarantine, new.ok, allow, "Run the same command again if the machine was at fault")
+        given_fold = read_sealed(job.folder.plan, ["given_fold"])["given_fold"].to_numpy().astype(np.int64)
+        patients = new.slices["patient_id"]
+        if self.key is not None:
+            new = pseudonymised(new, self.key, self.spec)
+        grown = grow(self.dataset, new, given_fold, patients, self.spec)
+        merge_append(self.base, self.dataset, state)
+        change = self._change(state, new, grown, bool((given_fold >= 0).any()))
+        generation = publish_generation(self.dataset, self.base, change)
         self._remove_folder()
         duplicates = _number(new.quarantine, Reason.DUPLICATE)
         return Appended(
-            found=len(self.listing.files),
+            found=len(job.listing.files),
             slices=new.ok,
             duplicates=duplicates,
             quarantined=len(new.quarantine) - duplicates,
@@ -205,69 +202,78 @@ class _Append:
 
     def _start_or_resume(self) -> State:
         """Return the state of the append in progress, or start one; headers of files that did not change are kept."""
-        folder, out = self.folder, self.dataset.path
+        job, folder, dataset = self.job, self.job.folder, self.dataset
         state = State(
             spec=self.spec,
-            sources=digest_listing(self.listing),
+            sources=digest_listing(job.listing),
             labels=self.labels.digest(),
             versions=all_versions(),
-            base=self.dataset.digest,
-            first_shard=self.dataset.counts.shards,
+            key=None if self.key is None else key_id(self.key),
+            base=dataset.digest,
+            first_shard=dataset.counts.shards,
         )
         before = readable_state(folder)
-        if before is not None and before.model_copy(update={"plan": None}) == state:
-            return before
-        if before is not None:
-            folder.state.unlink()
-            drop_stale_headers(folder, self.listing, drop_all=before.versions != state.versions)
-        for path in folder.own_files():
-            if path.parent != folder.scan or before is None:
+        if before is None:
+            folder.state.unlink(missing_ok=True)
+        elif before.plan is not None and before.model_copy(update={"plan": None}) != state:
+            # Planned for another generation, or from other files or labels: only the headers can be of use.
+            write_state(folder, before.model_copy(update={"plan": None}))
+        state = start_or_resume(job, state, partial(reset_folder, folder))
+        if state.plan is None:
+            old = [folder.done / path.name for path in files_below(folder.done)]
+            old += [path for path in files_below(dataset.path / IMAGES / "c") if is_new_shard(dataset, path)]
+            for path in old:
                 path.unlink()
-        for path in files_below(out / IMAGES / "c"):
-            if is_new_shard(self.dataset, path):
-                path.unlink()
-        for path in (folder.scan, folder.done):
-            path.mkdir(parents=True, exist_ok=True)
-        write_whole(folder.files, parquet_bytes(self.listing.files, row_group_size=FILES_PER_BATCH))
-        write_state(folder, state)
         return state
 
     def _plan(self) -> Plan:
         """Return the plan of the new slices, their rows counted from 0, after the checks of a build."""
-        folder, spec, listing = self.folder, self.spec, self.listing
-        scanned = apply_rules(scan_files(self.pool, folder, self.sources, listing, self.progress), spec)
-        scanned = refuse_other_units(
-            scanned, listing.files, folder=folder, sources=self.sources, run=self.pool.map, spec=spec
-        )
-        labels = choose_key(self.labels, scanned, own_patients=spec.patients == "column")
+        job, spec, allow = self.job, self.spec, self.allow
+        scanned = read_headers(job)
         known = known_slices(self.dataset)
-        image = hash_copies(self.pool, folder, self.sources, scanned, listing, known=known["sop_instance_uid"])
+        known = self._resolved(known, {"sop_instance_uid": scanned["sop_instance_uid"]})
+        uids = known["sop_instance_uid"].combine_chunks()
+        found = settle_files(job, scanned, spec, uids)
+        labels = join_key(job, found, self.labels, spec)
+        known = self._resolved(known, {"content_hash": content_hashes(found.image)})
         keyed_by_uid = labels.key == "sop_instance_uid" and len(labels.keys) > 0
-        scanned = without_known(scanned, image, known, keyed_by_uid=keyed_by_uid)
-        plan = make_plan(
-            scanned,
-            assignment=self.layout.assign(scanned, listing.name),
-            labels=labels,
-            spec=spec,
-            image=image,
-            known=self.dataset.series,
+        found = replace(found, scanned=without_known(found.scanned, found.image, known, keyed_by_uid=keyed_by_uid))
+        plan = plan_files(
+            job, found, layout=self.layout, labels=labels, spec=spec, known=self._known_volumes(found.scanned)
         )
         plan = self._without_labels_of_known(plan, labels)
-        for note in (*labels.notes, *plan.notes):
-            self.progress.say(f"{note}.")
-        write_table(folder.quarantine, plan.quarantine)
-        check_damage(
-            plan.quarantine, len(plan.slices), self.allow, "Fix what can be fixed and run the same command again"
-        )
-        check_labels(plan, labels, folder, self.allow, self.progress)
-        check_lost(plan.lost, self.allow, self.progress)
+        hint = "Fix what can be fixed and run the same command again"
+        check_damage(plan.quarantine, len(plan.slices), allow, hint)
+        check_labels(plan, labels, job.folder, allow, job.progress)
+        check_lost(plan.lost, allow, job.progress)
         return plan
+
+    def _resolved(self, table: pa.Table, originals: dict[str, pa.Array | pa.ChunkedArray]) -> pa.Table:
+        """Return ``table`` with the ``originals``, by the name of their column, in place of their pseudonyms."""
+        for name, values in originals.items():
+            place = table.schema.get_field_index(name)
+            column = with_originals(table[name], self.key, PSEUDONYMS[name], values)
+            table = table.set_column(place, table.schema.field(name), column)
+        return table
+
+    def _known_volumes(self, scanned: pa.Table) -> pa.Table:
+        """Return the series table, with the identifiers of ``scanned`` in place of their pseudonyms."""
+        if self.key is None:
+            return self.dataset.series
+        assigned = self.layout.assign(scanned, self.job.listing.name).patient_id
+        of_table = self.labels.lines.keys.get("patient_id") if self.labels.lines is not None else None
+        patients = pa.chunked_array([assigned, *([] if of_table is None else [of_table])], pa.string())
+        names = with_issuer(assigned, scanned["issuer_of_patient_id"])
+        uids = {name: scanned[name] for name in ("study_instance_uid", "series_instance_uid")}
+        return self._resolved(self.dataset.series, {"patient_id": patients, "fold_group": names, **uids})
 
     def _without_labels_of_known(self, plan: Plan, labels: LabelTable) -> Plan:
         """Return the plan without those lost labels, and labels without an image, that slices of the dataset have."""
         slices, series = self.dataset.slices, self.dataset.series
-        key = "patient_id" if labels.key == "subject" else labels.key
-        keys = pc.unique(slices[key] if key in slices.column_names else series[key])
+        name = "patient_id" if labels.key == "subject" else labels.key
+        there = pc.unique(slices[name] if name in slices.column_names else series[name])
+        asked = pa.chunked_array([plan.without_image, *plan.lost["key"].chunks], pa.string())
+        keys = with_originals(there, self.key, PSEUDONYMS[name], asked)
         return replace(
             plan,
             without_image=plan.without_image.filter(pc.invert(pc.is_in(plan.without_image, value_set=keys))),
@@ -278,31 +284,27 @@ class _Append:
         """Return that there is nothing to append; raises ``SourceError`` unless all slices are there already."""
         duplicates = _number(plan.quarantine, Reason.DUPLICATE)
         if not duplicates:
-            reasons = Counter(plan.quarantine["reason"].to_pylist()).most_common()
-            raise SourceError(
-                f"No CT slices: {count(len(plan.quarantine), 'file')} quarantined: "
-                f"{', '.join(f'{number} {reason}' for reason, number in reasons)}. Point --src at axial CT."
-            )
+            check_any_slice(plan)
         self._remove_folder()
-        return Appended(len(self.listing.files), 0, duplicates, len(plan.quarantine) - duplicates, 0, None)
+        return Appended(len(self.job.listing.files), 0, duplicates, len(plan.quarantine) - duplicates, 0, None)
 
-    def _change(self, new: Tables, grown: Grown, given_folds: bool) -> Change:
-        tables, before = grown.tables, self.dataset.counts
-        digests = {"sources": digest_listing(self.listing), "labels": self.labels.digest()}
-        lost: dict[str, Any] = {name: loss.model_dump() for name, loss in self.dataset.root.lost_labels.items()}
+    def _change(self, state: State, new: Tables, grown: Grown, given_folds: bool) -> Change:
+        tables, before, root = grown.tables, self.dataset.counts, self.dataset.root
+        shown = published_state(state, self.key)
+        lost: dict[str, Any] = {name: loss.model_dump() for name, loss in root.lost_labels.items()}
         for reason, loss in losses_by_reason(new.lost).items():
             counted = lost.setdefault(reason, {"labels": 0, "positive": 0})
             counted["labels"] += loss.labels
             counted["positive"] += loss.positive
-        keys: dict[str, Any] = {"lost_labels": lost, "given_folds": self.dataset.root.given_folds or given_folds}
+        keys: dict[str, Any] = {"lost_labels": lost, "given_folds": root.given_folds or given_folds}
         if len(self.labels.keys):
-            keys["labels_digest"] = joined_digest(self.dataset.root.labels_digest, digests["labels"])
+            keys["labels_digest"] = joined_digest(root.labels_digest, shown.labels)
         return Change(
             command="append",
-            tables={name: getattr(tables, name) for name in ("slices", "series", "shards", "quarantine")},
+            tables={name: getattr(tables, name) for name in TABLES},
             counts={
                 "rows": len(tables.slices),
-                "found": before.found + len(self.listing.files),
+                "found": before.found + len(self.job.listing.files),
                 "planned": before.planned + len(new.slices),
                 "ok": before.ok + new.ok,
                 "quarantined": len(tables.quarantine),
@@ -313,35 +315,13 @@ class _Append:
                 "bytes": pc.sum(tables.shards["bytes"]).as_py(),
             },
             done={"appended": new.ok, "fold_conflicts": grown.fold_conflicts},
-            digests=digests,
+            digests={"sources": shown.sources, "labels": shown.labels},
             keys=keys,
         )
 
-    def _merge_working_folders(self, state: State) -> None:
-        """Bring the plan and the ledger of the append into the dataset's working folder, if there is one.
-
-        Until the next generation is published they still describe this one: its rows and shards come first.
-        """
-        base, folder = self.base, self.folder
-        of_base = readable_state(base)
-        if of_base is None or not of_base.belongs_to(self.dataset.digest) or not base.plan.exists():
-            return
-        per_shard = self.spec.slices_per_shard
-        first_row = state.first_shard * per_shard
-        plan, new = read_parquet(base.plan), read_parquet(folder.plan)
-        if len(plan) < len(self.dataset):
-            return
-        plan = plan.slice(0, len(self.dataset))
-        holes = pa.table({"row": np.arange(len(self.dataset), first_row)})
-        new = new.set_column(new.schema.get_field_index("row"), "row", pc.add(new["row"], first_row))
-        merged = stacked(plan, holes, new)
-        write_whole(base.plan, parquet_bytes(merged, row_group_size=per_shard, write_statistics=False))
-        for shard in sorted(ledger.done(folder.done)):
-            ledger.record(base.done, shard, ledger.read(folder.done, shard))
-
     def _remove_folder(self) -> None:
         """Remove the append's working folder, its state first, and the dataset's if there was none."""
-        folder = self.folder
+        folder = self.job.folder
         for path in sorted(folder.own_files(), key=lambda path: path != folder.state):
             path.unlink()
         for path in (folder.scan, folder.done, folder.path, self.base.path):

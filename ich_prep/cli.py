@@ -1,6 +1,7 @@
 """The command line: parses, calls one function, prints, sets the exit code.
 
-Exit codes: 0 success; 1 an error, or a failed verification; 2 an invalid command or recipe; 130 interrupted by Ctrl-C.
+Exit codes: 0 success; 1 an error, or a failed verification; 2 an invalid command or recipe; 128 + n ended by signal n
+(130: Ctrl-C).
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from ich_prep import cli_change
-from ich_prep.command_options import options_from, run_program
-from ich_prep.errors import InterruptError, count
+from ich_prep import cli_change, look_commands
+from ich_prep.cli_report import report
+from ich_prep.command_options import options_from, run_program, say
+from ich_prep.errors import InterruptError, UsageError, count
 from ich_prep.options import BuildOptions, resolve
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         from ich_prep import __version__
 
-        typer.echo(f"ich-prep {__version__}")
+        say(f"ich-prep {__version__}")
         raise typer.Exit
 
 
@@ -70,9 +72,9 @@ def synth(
     out = local_path(out, "--out")
     count = default_workers() if workers is None else workers
     done = synthesize(out, series=series, seed=seed, size=size, layout=layout, defects=defects, workers=count)
-    typer.echo(f"{done.series} series, {done.slices} slices, {done.files} files in {out}.")
+    say(f"{done.series} series, {done.slices} slices, {done.files} files in {out}.")
     for name in done.defects:
-        typer.echo(f"  {name}: {DEFECTS[name]}")
+        say(f"  {name}: {DEFECTS[name]}")
 
 
 @app.command()
@@ -89,7 +91,6 @@ def build(
     options = resolve(recipe, given)
 
     from ich_prep import build_dataset
-    from ich_prep.layouts.labels import LabelOptions
     from ich_prep.progress import TerminalProgress
 
     try:
@@ -98,24 +99,9 @@ def build(
                 src,
                 out,
                 options.spec(),
-                labels=options.labels,
-                label_options=LabelOptions(
-                    key=options.label_key,
-                    column=options.label_column,
-                    ignore=options.ignore_columns,
-                    keep=options.keep_columns,
-                ),
-                build_dir=options.build_dir,
-                workers=options.workers,
-                scheduler=options.scheduler,
                 overwrite=overwrite,
-                allow=build_dataset.Allowances(
-                    unlabelled=options.allow_unlabelled,
-                    missing_images=options.allow_missing_images,
-                    contradictions=options.allow_contradictions,
-                    lost_labels=options.allow_lost_labels,
-                    max_quarantined=options.max_quarantined,
-                ),
+                key=options.key,
+                **options.arguments(),
                 progress=progress,
             )
     except KeyboardInterrupt:
@@ -127,6 +113,8 @@ def build(
             hint = "Run the same command without --overwrite to resume."
         raise InterruptError(hint) from None
     _print_outcome(out, outcome)
+    if options.report:
+        report(out, build_dir=options.build_dir)
 
 
 def _print_outcome(out: Path, outcome: Outcome) -> None:
@@ -135,20 +123,23 @@ def _print_outcome(out: Path, outcome: Outcome) -> None:
 
     counts = outcome.counts
     if outcome.already_finished:
-        typer.echo(f"{out} is already finished, with the same settings: nothing to do.")
-    typer.echo(
+        say(f"{out} is already finished, with the same settings: nothing to do.")
+    say(
         f"{out}: {count(counts['ok'], 'slice')} in {counts['series']} series of {count(counts['patients'], 'patient')}; "
         f"{counts['quarantined']} of {count(counts['found'], 'file')} quarantined; {count(counts['shards'], 'shard')}, "
         f"{counts['bytes'] / 1e6:,.1f} MB."
     )
     work = sum(outcome.seconds.get(stage, 0.0) for stage in ("scan", "plan", "shards", "publish"))
     if work:
-        typer.echo(
+        say(
             f"{work:.1f} s, {counts['planned'] / work:,.0f} slices/s after the workers had started "
             f"({', '.join(f'{stage} {seconds:.1f} s' for stage, seconds in outcome.seconds.items())})."
         )
     for line in closing_lines(open_dataset(out)):
         typer.echo(line)
+
+
+app.command()(look_commands.scan)
 
 
 @app.command()
@@ -168,6 +159,8 @@ def info(
 
 
 def _show_summary(summary: dict[str, Any]) -> None:
+    from ich_prep.summary import identifiers_line
+
     spec, counts = summary["spec"], summary["counts"]
     shown = ", ".join(f"{w['name']} {w['center']:g}/{w['width']:g}" for w in spec["windows"])
     stored = f"uint8 windows {shown}" if spec["store"] == "windows" else "int16 HU"
@@ -179,6 +172,7 @@ def _show_summary(summary: dict[str, Any]) -> None:
         f"  {count(counts['found'], 'file')} found, {counts['quarantined']:,} quarantined",
         f"  {count(counts['shards'], 'shard')}, {counts['bytes'] / 1e6:,.1f} MB, codec {spec['codec']}",
         f"  digest {summary['digest']}",
+        f"  {identifiers_line(spec.get('identifiers', 'keep'))}",
         *_label_table(summary),
     ]
     for title, counted in (
@@ -188,7 +182,7 @@ def _show_summary(summary: dict[str, Any]) -> None:
     ):
         if counted:
             lines.append(f"{title}: {', '.join(f'{name} {count}' for name, count in counted.items())}")
-    typer.echo("\n".join(lines))
+    say("\n".join(lines))
 
 
 def _label_table(summary: dict[str, Any]) -> Iterator[str]:
@@ -203,6 +197,11 @@ def _label_table(summary: dict[str, Any]) -> Iterator[str]:
         yield f"{title:{width}}" + "".join(f"{heading:>9}" for heading in headings)
         for name in names:
             yield f"  {name:{width - 2}}" + "".join(f"{line[name]:9,}" for line in folds)
+
+
+app.command()(report)
+app.command()(look_commands.find)
+app.command()(look_commands.quarantine)
 
 
 @app.command()
@@ -242,17 +241,19 @@ def _print_verification(dataset: Path, result: Verification, *, as_json: bool) -
 
         typer.echo(json.dumps({"dataset": str(dataset), "ok": not result.problems, **asdict(result)}, indent=2))
         return
+    for note in result.notes:
+        say(f"Note: {note.culprit} {note.what}.", err=True)
     for problem in result.problems:
-        typer.echo(f"{problem.culprit}: {problem.what}", err=True)
+        say(f"{problem.culprit}: {problem.what}", err=True)
     if result.problems:
-        typer.echo(
+        say(
             f"{dataset}: verification failed: {count(len(result.problems), 'problem')}. Restore the dataset, or build it "
             "again with --overwrite.",
             err=True,
         )
         return
     compared = f"; {count(result.compared, 'slice')} compared with the sources" if result.compared else ""
-    typer.echo(f"{dataset}: OK ({count(result.shards, 'shard')}, {count(result.slices, 'slice')} verified{compared})")
+    say(f"{dataset}: OK ({count(result.shards, 'shard')}, {count(result.slices, 'slice')} verified{compared})")
 
 
 @app.command()
@@ -262,8 +263,9 @@ def clean(
         bool, typer.Option("--generations", help="Remove the tables of earlier generations instead.")
     ] = False,
     build_dir: Annotated[Path | None, typer.Option(help="Working folder. [DATASET.build]")] = None,
+    forget_key: Annotated[bool, typer.Option("--forget-key", help="Remove the key of pseudonyms too.")] = False,
 ) -> None:
-    """Remove the working folder of a finished dataset: paths, identifiers, plan and log of its build."""
+    """Remove the working folder of a finished dataset: paths, identifiers, plan and log of its build, not its key."""
     if generations:
         cli_change.clean_generations(dataset, build_dir)
         return
@@ -271,9 +273,85 @@ def clean(
     from ich_prep.stages.state import build_folder
 
     folder = build_folder(dataset.absolute(), build_dir)
-    freed = output.clean(dataset, folder)
+    freed = output.clean(dataset, folder, forget_key=forget_key)
     done = f"Removed {folder.path} ({freed / 1e6:,.1f} MB)." if freed else f"There is no working folder {folder.path}."
-    typer.echo(f"{done} Resume and verify --src need it; the dataset does not.")
+    if folder.key.exists():
+        done = (
+            f"Removed all but the key of the pseudonyms from {folder.path} ({freed / 1e6:,.1f} MB). With the key, later "
+            "builds give the same pseudonyms, and pseudonyms can be traced back; --forget-key removes it."
+        )
+    say(f"{done} Resume, verify --src and find need that folder; the dataset does not.")
+
+
+Series = Annotated[
+    list[int] | None, typer.Option("--series", min=0, help="A volume by its series_row; may be repeated.")
+]
+Where = Annotated[str | None, typer.Option(help="A filter (docs/filters.md): the volumes of the slices it selects.")]
+RunFolder = Annotated[Path | None, typer.Option("--run", help="The folder of a training run with its predictions.")]
+
+
+@app.command()
+def export(
+    dataset: Annotated[Path, typer.Argument(help="A finished dataset.")],
+    *,
+    series: Series = None,
+    where: Where = None,
+    out: Annotated[Path, typer.Option(help="New or empty folder to write to.")],
+    form: Annotated[str, typer.Option("--as", help="nifti (HU), png (window codes) or npy (as stored).")],
+    run: RunFolder = None,
+    resample: Annotated[
+        bool, typer.Option("--resample", help="For NIfTI, bring volumes with unequal steps to equal ones.")
+    ] = False,
+) -> None:
+    """Write volumes as NIfTI, PNG or NumPy files, with labels and predictions as CSV."""
+    from ich_prep.dataset.dataset import open_dataset
+    from ich_prep.dataset.predictions import read_predictions
+    from ich_prep.dataset.selection import choose_volumes
+    from ich_prep.export import export as write
+
+    with open_dataset(dataset) as opened:
+        chosen = choose_volumes(opened, series=series or (), where=where)
+        predictions = None if run is None else read_predictions(run, opened)
+        done = write(opened, chosen, out, form=form, resample=resample, predictions=predictions)
+    say(f"{count(done.volumes, 'volume')} with {count(done.slices, 'slice')} in {out}.")
+    if done.resampled:
+        typer.echo(
+            f"Resampled to equal steps: series_row {', '.join(map(str, done.resampled))}. Their voxels are interpolated, "
+            "not the stored ones."
+        )
+
+
+@app.command()
+def view(
+    dataset: Annotated[Path, typer.Argument(help="A finished dataset.")],
+    *,
+    run: RunFolder = None,
+    src: Annotated[
+        list[Path] | None, typer.Option(help="The sources, as build was given them, to show quarantined files.")
+    ] = None,
+    corrections: Annotated[
+        Path | None, typer.Option(help="CSV file to which marks are appended. [DATASET.corrections.csv]")
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of this machine; 0: a free one.")] = 0,
+    browser: Annotated[bool, typer.Option("--browser", help="Open the page in the browser.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write the page as files to this new folder instead.")] = None,
+    series: Series = None,
+    where: Where = None,
+) -> None:
+    """Show a dataset in the browser: volumes, labels, quarantine, and a run's predictions. To this machine only."""
+    from ich_prep.dataset.dataset import open_dataset
+    from ich_prep.view.command import serve, write_html
+
+    with open_dataset(dataset) as opened:
+        if html is not None:
+            if src or corrections or port or browser:
+                raise UsageError("--src, --corrections, --port and --browser are of the server; --html writes files.")
+            volumes = write_html(opened, html, run=run, series=series or (), where=where)
+            typer.echo(f"{count(volumes, 'volume')} in {html}: open {html / 'index.html'} in a browser.")
+            return
+        if series or where is not None:
+            raise UsageError("--series and --where choose the volumes for --html; the page itself has filters.")
+        serve(opened, run=run, src=src or (), corrections=corrections, port=port, browser=browser, say=typer.echo)
 
 
 for _command in cli_change.COMMANDS:

@@ -25,8 +25,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 @options_from(
     BuildOptions,
-    *("labels", "label_key", "label_column", "ignore_columns", "keep_columns", "build_dir", "workers", "scheduler"),
-    *("max_quarantined", "allow_unlabelled", "allow_missing_images", "allow_lost_labels", "allow_contradictions"),
+    *("labels", "label_key", "label_column", "ignore_columns", "keep_columns", "build_dir", "key", "workers"),
+    *("scheduler", "max_quarantined", "allow_unlabelled", "allow_missing_images", "allow_lost_labels"),
+    *("allow_kept_columns", "allow_contradictions"),
 )
 def append(
     src: Annotated[list[Path], typer.Option(help="Folder of DICOM files, or zip archive; may be repeated.")],
@@ -36,36 +37,13 @@ def append(
 ) -> None:
     """Add slices to a dataset, as its next generation: the rows that are there stay as they are."""
     from ich_prep import append as command
-    from ich_prep.layouts.labels import LabelOptions
     from ich_prep.progress import TerminalProgress
     from ich_prep.recipe import validate
-    from ich_prep.stages.checks import Allowances
 
     options = validate(BuildOptions, given, where="ich-prep append")
     try:
         with TerminalProgress() as progress:
-            found = command.append(
-                src,
-                out,
-                labels=options.labels,
-                label_options=LabelOptions(
-                    key=options.label_key,
-                    column=options.label_column,
-                    ignore=options.ignore_columns,
-                    keep=options.keep_columns,
-                ),
-                build_dir=options.build_dir,
-                workers=options.workers,
-                scheduler=options.scheduler,
-                allow=Allowances(
-                    unlabelled=options.allow_unlabelled,
-                    missing_images=options.allow_missing_images,
-                    contradictions=options.allow_contradictions,
-                    lost_labels=options.allow_lost_labels,
-                    max_quarantined=options.max_quarantined,
-                ),
-                progress=progress,
-            )
+            found = command.append(src, out, key=options.key, progress=progress, **options.arguments())
     except KeyboardInterrupt:
         raise InterruptError("The dataset is as it was. Run the same command again to resume.") from None
     typer.echo(
@@ -82,15 +60,11 @@ def append(
 
 @options_from(
     BuildOptions,
-    "label_key",
-    "label_column",
-    "ignore_columns",
-    "allow_contradictions",
-    "allow_missing_images",
+    *("label_key", "label_column", "ignore_columns", "key", "allow_contradictions", "allow_missing_images"),
 )
 def relabel(
     dataset: Finished,
-    labels: Annotated[Path, typer.Option(help="A label table, or corrections: row, class, value.")],
+    labels: Annotated[Path, typer.Option(help="A label table, or the corrections made in the viewer.")],
     replace: Annotated[
         bool, typer.Option("--replace", help="Labels that the table does not state become unknown.")
     ] = False,
@@ -117,6 +91,7 @@ def relabel(
         allow_missing_images=options.allow_missing_images,
         dry_run=dry_run,
         build_dir=build_dir,
+        key=options.key,
     )
     if as_json:
         typer.echo(json.dumps({"dataset": str(dataset), **asdict(found)}, indent=2))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import io
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -16,8 +18,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ich_prep.errors import IchError, InterruptError, UsageError, describe_os_error
+from ich_prep.messages import escaped, message
+from ich_prep.signals import exit_status, interrupting, is_interrupted
 
-INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
+_COMMAND_LINE_ERROR: Any = typer.BadParameter.__mro__[2]  # ClickException, which Typer does not export
 
 
 def options_from(
@@ -114,24 +118,45 @@ def _shown(value: Any) -> str:
     return str(value)
 
 
+def say(text: str, *, err: bool = False) -> None:
+    """Print the lines of ``text``, escaped; see ``messages``."""
+    typer.echo(escaped(text), err=err)
+
+
 def run_program(app: typer.Typer) -> NoReturn:
     """Run a program's command line and exit. A known error, or one of the operating system, is one message, no traceback.
 
-    Exit codes: 0 success, 1 an error, 2 an invalid command or recipe, 130 interrupted; others as a command sets them.
+    Exit codes: 0 success, 1 an error, 2 an invalid command or recipe, 128 + n ended by signal n (130: Ctrl-C); others as
+    a command sets them.
     """
+    with interrupting():
+        _run(app)
+
+
+def _run(app: typer.Typer) -> NoReturn:
     try:
-        app(standalone_mode=True)
+        status = app(standalone_mode=False)
     except InterruptError as error:
-        typer.echo(f"Interrupted. {error}", err=True)
-        sys.exit(INTERRUPTED)
+        _end(exit_status(), f"Interrupted. {error}")
     except IchError as error:
-        typer.echo(f"Error: {error}", err=True)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
-    except OSError as error:
-        typer.echo(f"Error: {describe_os_error(error)}. Fix this, then run the same command again.", err=True)
-        sys.exit(1)
-    except SystemExit as leaving:
-        if leaving.code == INTERRUPTED:  # how Typer ends a command that Ctrl-C ended, without a word
-            typer.echo("Interrupted.", err=True)
-        raise
-    sys.exit(0)
+        _end(2 if isinstance(error, UsageError) else 1, f"Error: {error}")
+    except _COMMAND_LINE_ERROR as error:
+        shown = io.StringIO()
+        error.show(file=shown)
+        _end(error.exit_code, shown.getvalue().rstrip("\n"))
+    except (OSError, KeyboardInterrupt, typer.Abort) as error:
+        # A signal may also show as an error, such as that of a terminal that was closed, to which the clean-up wrote.
+        if is_interrupted() or not isinstance(error, OSError):
+            _end(exit_status(), "Interrupted.")
+        _end(1, f"Error: {describe_os_error(error)}. Fix this, then run the same command again.")
+    if is_interrupted():
+        _end(exit_status(), "Interrupted.")
+    sys.exit(status)
+
+
+def _end(status: int, text: str) -> NoReturn:
+    """Exit with ``status`` and a last message, if standard error still takes it."""
+    if text:
+        with contextlib.suppress(OSError):
+            typer.echo(message(text), err=True)
+    sys.exit(status)

@@ -19,6 +19,7 @@ import os
 from collections.abc import Iterable
 from difflib import get_close_matches
 from enum import StrEnum
+from typing import Final
 
 
 class Reason(StrEnum):
@@ -134,6 +135,9 @@ class SliceError(IchError):
     def __reduce__(self) -> tuple[type[SliceError], tuple[Reason, str]]:
         return SliceError, (self.reason, self.detail)
 
+
+# What to do about files of many frames.
+CONVERT_FRAMES: Final = "convert them to one file per slice, such as with emf2sf of dcm4che"
 
 # --- wording -----------------------------------------------------------------------------------------------------------
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import os
 import signal
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -36,6 +38,8 @@ QUIET = {
     "distributed.admin.system-monitor.interval": "10s",
     "distributed.worker.memory.monitor-interval": "1s",
 }
+FOR_THE_DRIVER = (signal.SIGINT, signal.SIGHUP)
+SECONDS_BETWEEN_KILLS = 0.2
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 # Tasks reuse buffers, and pydicom has process-wide settings: one task at a time in a process.
 _TASK_LOCK = threading.Lock()
@@ -72,6 +76,7 @@ class Pool:
     _close: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _starting: threading.Thread | None = None
     _failure: BaseException | None = None
+    _nannies: list[Any] = field(default_factory=list)
 
     def __enter__(self) -> Pool:
         if self.workers > 0 or self.scheduler:
@@ -79,8 +84,11 @@ class Pool:
             self._starting.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._starting is not None:
+            while kind is not None and not issubclass(kind, Exception) and self._starting.is_alive():
+                self._kill_workers()  # interrupted: not after many of them have loaded their libraries
+                self._starting.join(SECONDS_BETWEEN_KILLS)
             self._starting.join()
         self._close.close()
 
@@ -185,8 +193,21 @@ class Pool:
             for future in list(futures.futures):
                 future.cancel()
 
+    def _kill_workers(self) -> None:
+        for nanny in self._nannies:
+            process = nanny.pid  # asked of Dask: to look among the children of this process would reap them
+            if process is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+
     def _start(self) -> None:
         try:
+            # The signals of a terminal go to all its processes. Workers, which inherit this thread's mask even before
+            # they can set a handler, leave them to the driver. So does the tracker of multiprocessing, whose start unblocks
+            # SIGINT in this thread.
+            signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_DRIVER)
+            resource_tracker.ensure_running()
+            signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_DRIVER)
             self._connect()
         except BaseException as error:
             self._failure = error
@@ -207,6 +228,7 @@ class Pool:
             self._close.callback(self._client.close)
             return
         environment = {**MALLOC_ENVIRONMENT, **ONE_THREAD}
+        ended: list[int] = []
         try:
             with dask.config.set({"distributed.nanny.pre-spawn-environ": environment, **QUIET}):
                 cluster = self._close.enter_context(
@@ -214,6 +236,7 @@ class Pool:
                         n_workers=self.workers,
                         threads_per_worker=1,
                         processes=True,
+                        worker_class=_nanny(self._nannies, ended),
                         host="127.0.0.1",
                         dashboard_address="127.0.0.1:0",  # any free port, so that two builds can run on one machine
                         silence_logs=logging.CRITICAL,
@@ -221,6 +244,12 @@ class Pool:
                     )
                 )
         except RuntimeError as error:
+            killed = next((-code for code in ended if code < 0), None)
+            if killed is not None:
+                raise BuildError(
+                    f"A worker process was killed by {signal.Signals(killed).name} while it started. If the kernel log "
+                    "shows that memory ran out, use fewer --workers; then run the same command again."
+                ) from error
             raise BuildError(
                 f"The {self.workers} worker processes did not start ({error}). In your own script, call this under "
                 "`if __name__ == '__main__':`, because each worker imports the script; or use workers=0."
@@ -231,8 +260,25 @@ class Pool:
 
 
 def dask_setup(_: object) -> None:
-    """Ignore Ctrl-C, which the driver handles: called in each local worker as it starts, since the terminal signals all."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ignore what the driver handles: called in each local worker as it starts, since the terminal signals all."""
+    for number in FOR_THE_DRIVER:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _nanny(started: list[Any], ended: list[int]) -> Any:
+    """Return Dask's class for what starts a worker, which also appends itself to ``started`` and exit codes to ``ended``."""
+    from distributed import Nanny
+
+    class RecordingNanny(Nanny):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            started.append(self)
+
+        def _on_worker_exit_sync(self, exitcode: int) -> None:
+            ended.append(exitcode)
+            super()._on_worker_exit_sync(exitcode)
+
+    return RecordingNanny
 
 
 def _one_at_a_time(task: Callable[[int], T], key: int) -> T:

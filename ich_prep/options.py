@@ -34,6 +34,9 @@ class BuildOptions(Spec):
     build_dir: Path | None = Field(
         default=None, description="Working folder, needed to resume. [default: the dataset's path with .build appended]"
     )
+    key: Path | None = Field(
+        default=None, description="Key of the pseudonyms. [default: identifiers.key in the working folder, made once]"
+    )
     workers: int | None = Field(
         default=None, ge=0, le=4096, description="Processes; 0: this one. [default: one per core]"
     )
@@ -44,17 +47,45 @@ class BuildOptions(Spec):
     allow_lost_labels: bool = Field(
         default=False, description="Continue when a rule of the build removes all images of a label."
     )
+    allow_kept_columns: bool = Field(default=False, description="Publish --keep-columns as they are beside pseudonyms.")
     allow_contradictions: bool = Field(default=False, description="Take contradictory labels as unknown.")
+
+    report: bool = Field(
+        default=False, description="Write a page that shows the dataset, at its path with .report.html appended."
+    )
 
     @field_validator("label_key", "label_column", "ignore_columns", "keep_columns", mode="before")
     @classmethod
-    def _as_list(cls, value: Any) -> Any:
+    def _columns_as_list(cls, value: Any) -> Any:  # not the name of a validator of Spec, which it would replace
         # Not split at commas: a column's name may contain one.
         return [value] if isinstance(value, str) else value
 
     def spec(self) -> Spec:
         """Return the part that changes the bytes."""
         return Spec(**{name: getattr(self, name) for name in Spec.model_fields})
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the rest as the keyword arguments that ``build`` and ``dry_run`` share."""
+        from ich_prep.layouts.labels import LabelOptions
+        from ich_prep.stages.checks import Allowances
+
+        return {
+            "labels": self.labels,
+            "label_options": LabelOptions(
+                key=self.label_key, column=self.label_column, ignore=self.ignore_columns, keep=self.keep_columns
+            ),
+            "build_dir": self.build_dir,
+            "workers": self.workers,
+            "scheduler": self.scheduler,
+            "allow": Allowances(
+                unlabelled=self.allow_unlabelled,
+                missing_images=self.allow_missing_images,
+                contradictions=self.allow_contradictions,
+                lost_labels=self.allow_lost_labels,
+                kept_columns=self.allow_kept_columns,
+                max_quarantined=self.max_quarantined,
+            ),
+        }
 
 
 def resolve(recipe: Path | None, given: Mapping[str, Any]) -> BuildOptions:

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
 from ich_prep.errors import count
+from ich_prep.messages import message
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -53,10 +54,11 @@ class TerminalProgress:
     """
 
     def __init__(self) -> None:
-        from rich.console import Console
         from rich.progress import TaskID
 
-        self._console = Console(stderr=True, highlight=False)
+        from ich_prep.terminal import Terminal
+
+        self._console = Terminal()
         self._bar: Bar | None = None
         self._task = TaskID(0)
         self._stage, self._unit = "", ""
@@ -73,7 +75,7 @@ class TerminalProgress:
 
     def say(self, text: str) -> None:
         """Show one line."""
-        self._console.print(text, markup=False, soft_wrap=True)
+        self._console.print(message(text), markup=False, soft_wrap=True)
 
     def begin(self, stage: str, total: int, unit: str, done: int) -> None:
         """Show that a stage of ``total`` units begins, ``done`` of them in an earlier run."""

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from ich_prep.errors import UsageError, did_you_mean
+from ich_prep.files import read_regular
 
 MAX_RECIPE_BYTES = 1 << 20
 LONGEST = 200  # characters of a value, or of a parser's error, in a message
@@ -37,12 +38,7 @@ def read_section(path: Path, section: str) -> dict[str, Any]:
 def read_recipe(path: Path) -> dict[str, dict[str, Any]]:
     """Return all sections of the recipe at ``path``, their keys not checked; a missing section is empty."""
     try:
-        status = path.stat()
-        if status.st_size > MAX_RECIPE_BYTES or not (path.is_file() or path.is_dir()):
-            raise UsageError(
-                f"Expected a recipe at {path}, a file of at most 1 MiB; found another kind or size of file."
-            )
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        document = tomllib.loads(read_regular(path, limit=MAX_RECIPE_BYTES).decode())
     except FileNotFoundError:
         raise UsageError(f"Expected a recipe at {path}; there is no such file.") from None
     except OSError as error:

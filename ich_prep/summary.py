@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ich_prep.dataset.schema import UNUSED, WITHDRAWN
-from ich_prep.errors import count
+from ich_prep.errors import CONVERT_FRAMES, Reason, count
 
 if TYPE_CHECKING:
     from ich_prep.dataset import Dataset
@@ -18,22 +18,31 @@ if TYPE_CHECKING:
 def closing_lines(dataset: Dataset) -> Iterator[str]:
     """Yield what a user must know about a finished build: what left, by reason, with an example, and which flags occur."""
     quarantine = dataset.read_table("quarantine")
+    identifiers = dataset.attributes["spec"].get("identifiers", "keep")
     if len(quarantine):
         counted = quarantine.group_by("reason").aggregate([([], "count_all"), ("path", "min")])
         ordered = counted.sort_by([("count_all", "descending"), ("reason", "ascending")]).to_pylist()
         example = {line["reason"]: line["path_min"] for line in ordered}
         numbers = ", ".join(f"{line['count_all']:,} {line['reason']}" for line in ordered)
         yield f"Quarantined: {numbers}."
+        if Reason.MULTI_FRAME in example:
+            yield f"Files of many frames: {CONVERT_FRAMES}, and build again."
         for reason, loss in dataset.root.lost_labels.items():
-            yield (
-                f"Lost with {reason}: {count(loss.labels, 'label')}, {loss.positive:,} of them positive "
-                f"(a file of this reason: {example.get(reason, '-')})."
-            )
+            named = "" if identifiers == "pseudonymise" else f" (a file of this reason: {example.get(reason, '-')})"
+            yield f"Lost with {reason}: {count(loss.labels, 'label')}, {loss.positive:,} of them positive{named}."
     flags = pc.value_counts(pc.list_flatten(_present(dataset)["flags"])).to_pylist()
     if flags:
         ordered = sorted(flags, key=lambda line: (-line["counts"], line["values"]))
         numbers = ", ".join(f"{line['counts']:,} {line['values']}" for line in ordered)
         yield f"Flags: {numbers}."
+    yield identifiers_line(identifiers)
+
+
+def identifiers_line(identifiers: str) -> str:
+    """Return a sentence about the identifiers in a dataset whose spec says ``identifiers``."""
+    if identifiers == "pseudonymise":
+        return "Identifiers: pseudonyms; the pixels may still identify a patient (docs/privacy.md)."
+    return "Identifiers: as in the source: UIDs, patient IDs, accession numbers, header texts, names of files."
 
 
 def _present(dataset: Dataset) -> pa.Table:

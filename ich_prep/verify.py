@@ -21,9 +21,10 @@ from ich_prep.dataset import open_dataset, shard_format
 from ich_prep.dataset.classes import SUBTYPES, is_rsna
 from ich_prep.dataset.codecs import CODECS
 from ich_prep.dataset.schema import IMAGES, LABELS, OK, ROOT, UNUSED, WITHDRAWN, shard_path
-from ich_prep.dataset.storage import local_path, read_regular
-from ich_prep.dataset.tables import read_parquet
+from ich_prep.dataset.storage import local_path
+from ich_prep.dataset.tables import read_sealed
 from ich_prep.errors import CorruptionError, UsageError
+from ich_prep.files import is_litter, read_regular
 from ich_prep.sources import open_source
 from ich_prep.stages import ledger
 from ich_prep.stages.compare import Problem, compare, keys_of, sample_rows
@@ -42,12 +43,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was checked, and the problems found."""
+    """What was checked, the problems found, and notes: what is remarkable and no problem."""
 
     shards: int
     slices: int
     compared: int
     problems: tuple[Problem, ...]
+    notes: tuple[Problem, ...] = ()
 
 
 def verify(
@@ -96,14 +98,15 @@ def verify(
         problems += _check_shards(dataset, checked.tolist(), progress)
     except CorruptionError as error:  # a table that was sealed again says what no table can
         return Verification(0, 0, 0, (*problems, Problem(str(dataset.path), str(error))))
-    problems += _check_strays(dataset, folder)
+    strays, notes = _check_strays(dataset, folder)
+    problems += strays
     if intact and belongs:
         problems += _check_ledger(dataset, folder)
     compared = 0
     if source is not None:
         try:
-            plan = read_parquet(folder.plan)
-        except (OSError, pa.ArrowException):
+            plan = read_sealed(folder.plan)
+        except (OSError, CorruptionError):
             problems.append(Problem(str(folder.plan), "cannot be read: the source file of each row is not known"))
         else:
             rows = sample_rows(np.flatnonzero(dataset.is_ok & selected), sample, seed)
@@ -117,7 +120,7 @@ def verify(
             problems += compare(dataset, source, keys, sampled, progress)
             compared = len(rows)
     slices = len(dataset) if where is None else int(selected.sum())
-    return Verification(len(checked), slices, compared, tuple(problems))
+    return Verification(len(checked), slices, compared, tuple(problems), notes)
 
 
 def _belongs(folder: BuildFolder, dataset: Dataset) -> bool:
@@ -196,34 +199,49 @@ def _check_tables(dataset: Dataset) -> Iterator[Problem]:
 
 
 def _check_folds(dataset: Dataset) -> Iterator[Problem]:
-    """Yield the first fold group, or patient of an older dataset, in several folds or in another than its name's hash.
+    """Yield the first fold group, or patient of an older dataset, in several folds or in another than its patient's hash.
 
-    Folds that the label table gave are what they are.
+    The name of a group may hold the issuer of its smallest patient id; the hash is that of the id. Folds that the label
+    table gave are what they are.
     """
     if dataset.attributes["spec"].get("split_groups"):
         return
     culprit, folds = str(dataset.table_path("slices")), dataset.attributes["spec"].get("folds")
-    drawn = isinstance(folds, int) and not dataset.root.given_folds
+    hidden = dataset.attributes["spec"].get("identifiers") == "pseudonymise"  # folds are hashes of the originals
+    drawn = isinstance(folds, int) and not dataset.root.given_folds and not hidden
     lines = dataset.slices.select(["fold", "series_row"]).append_column("group", dataset.fold_groups)
+    patient_of = _founders(dataset) if drawn else {}
     lines = lines.filter(pc.and_(pc.is_valid(lines["fold"]), pc.equal(dataset.slices["status"], OK)))
     for line in lines.group_by("group").aggregate([("fold", "min"), ("fold", "max")]).to_pylist():
         group, first, last = line["group"], line["fold_min"], line["fold_max"]
         if first != last:
             yield Problem(culprit, f"fold group {group!r} is in folds {first} and {last}")
             return
-        if drawn and first != fold_of(group, folds=folds):
-            yield Problem(culprit, f"fold group {group!r} is in fold {first}, not {fold_of(group, folds=folds)}")
+        if drawn and first != (expected := fold_of(patient_of[group], folds=folds)):
+            yield Problem(culprit, f"fold group {group!r} is in fold {first}, not {expected}")
             return
     of_series = dataset.series["fold"].take(lines["series_row"])
     if len(lines) and not pc.all(pc.equal(of_series, lines["fold"]).fill_null(False)).as_py():
         yield Problem(str(dataset.table_path("series")), "a series has another fold than its slices")
 
 
+def _founders(dataset: Dataset) -> dict[str, str]:
+    """Return for each fold group the smallest patient of the generation in which it got its fold: the fold is its hash."""
+    ends = np.unique([event.counts.get("rows", len(dataset)) for event in dataset.root.history] or [len(dataset)])
+    born = np.searchsorted(ends, np.arange(len(dataset)), side="right")
+    lines = dataset.slices.select(["fold", "patient_id"]).append_column("group", dataset.fold_groups)
+    lines = lines.append_column("born", pa.array(born))
+    first = lines.filter(pc.is_valid(lines["fold"])).group_by("group").aggregate([("born", "min")])
+    began = first["born_min"].take(pc.index_in(lines["group"], value_set=first["group"]))
+    founders = lines.filter(pc.equal(lines["born"], began)).group_by("group").aggregate([("patient_id", "min")])
+    return dict(zip(founders["group"].to_pylist(), founders["patient_id_min"].to_pylist(), strict=True))
+
+
 def _check_any(dataset: Dataset) -> Iterator[Problem]:
     """Yield the first slice label whose ``any`` is not the OR of the subtypes, a rule of RSNA's classes only."""
     if not is_rsna(dataset.classes):
         return
-    by_slice = pc.equal(dataset.slices["label_level"], "slice").to_numpy(zero_copy_only=False)
+    by_slice = pc.equal(dataset.slices["label_level"], "slice").fill_null(False).to_numpy(zero_copy_only=False)
     values = dataset.labels[by_slice]
     known = (values >= 0).all(axis=1)
     wrong = known & (values[:, : len(SUBTYPES)].max(axis=1, initial=0) != values[:, -1])
@@ -274,15 +292,16 @@ def _check_shards(dataset: Dataset, numbers: Sequence[int], progress: Progress) 
     progress.end()
 
 
-def _check_strays(dataset: Dataset, folder: BuildFolder) -> Iterator[Problem]:
-    """Yield the files that are not part of the dataset.
+def _check_strays(dataset: Dataset, folder: BuildFolder) -> tuple[list[Problem], tuple[Problem, ...]]:
+    """Return the files that are not part of the dataset, and those among them that are mere litter.
 
-    The tables of earlier generations are, and so are shards and tables that an unfinished append has written.
+    The tables of earlier generations are part of it, and so are shards and tables that an unfinished append has written.
     """
     generation, state = dataset.root.generation, readable_state(folder.append)
     appending = state is not None and state.base == dataset.digest
     expected = {dataset.path / name for name in (ROOT, *dataset.root.digests)}
     expected.update(shard_path(dataset.path, shard) for shard in range(dataset.counts.shards))
+    problems, notes = list[Problem](), list[Problem]()
     for path in sorted(dataset.path.rglob("*")):
         if path in expected or path.is_dir():
             continue
@@ -291,13 +310,14 @@ def _check_strays(dataset: Dataset, folder: BuildFolder) -> Iterator[Problem]:
             continue
         if appending and is_new_shard(dataset, path):
             continue
-        unfinished = of == generation + 1
-        yield Problem(
-            str(path),
-            "is of a command that did not finish. Repeat it, or remove this with `ich-prep clean --generations`"
-            if unfinished
-            else "is not part of this dataset",
-        )
+        if is_litter(path.relative_to(dataset.path)):
+            notes.append(Problem(str(path), "is litter of an operating system, and ignored"))
+        elif of == generation + 1:
+            what = "is of a command that did not finish. Repeat it, or remove this with `ich-prep clean --generations`"
+            problems.append(Problem(str(path), what))
+        else:
+            problems.append(Problem(str(path), "is not part of this dataset"))
+    return problems, tuple(notes)
 
 
 def _check_shard(
@@ -309,7 +329,7 @@ def _check_shard(
     buffer: NDArray[np.uint8],
 ) -> None:
     """Raise ``CorruptionError`` if the shard is not, byte for byte, the one that was written."""
-    data = np.fromfile(path, np.uint8)
+    data = np.frombuffer(read_regular(path), np.uint8)
     if len(data) != line["bytes"]:
         raise CorruptionError(f"expected {line['bytes']} bytes, found {len(data)}")
     chunks = dataset.spec.slices_per_shard
@@ -351,7 +371,7 @@ def _check_ledger(dataset: Dataset, folder: BuildFolder) -> Iterator[Problem]:
         try:
             report = ShardReport.from_json(ledger.read(folder.done, line["shard"]))
             recorded = [row.status for row in report.rows]
-        except (OSError, ValueError):
+        except (OSError, ValueError, CorruptionError):
             yield Problem(str(path), "the ledger entry of this shard cannot be read")
             continue
         rows = range(line["first_row"], line["first_row"] + line["n_rows"])

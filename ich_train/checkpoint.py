@@ -23,14 +23,17 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 
 from ich_prep.dataset.storage import sync_folder, write_whole
 from ich_prep.dataset.windows import Window
 from ich_prep.errors import TrainError, describe_os_error
+from ich_prep.files import read_regular, require_regular
+from ich_train.config import Fold
 from ich_train.model import build_model
 from ich_train.preprocess import Scaling
-from ich_train.weights import weight_differences
+from ich_train.scan_network import HeadShape, build_scan_network
+from ich_train.weights import tensor_bytes, weight_differences
 
 if TYPE_CHECKING:
     from ich_prep.dataset.dataset import Dataset
@@ -76,12 +79,14 @@ class Meta(BaseModel):
     context: int
     windows: tuple[Window, ...]  # that it sees
     scaling: Scaling = Scaling()
+    # Over the slices of a scan; None: it sees slices.
+    head: HeadShape | None = None
     # What it was trained on.
     dataset_digest: str
     dataset_generation: int = 1
     where: str | None = None  # the filter that selected its slices
-    val_fold: int
-    test_fold: int
+    val_fold: Fold
+    test_fold: Fold
     epoch: int
     val_loss: float | None
 
@@ -118,9 +123,7 @@ def save_checkpoint(folder: Path, model: torch.nn.Module, meta: Meta, state: Map
 
 
 def _write_checkpoint(new: Path, model: torch.nn.Module, meta: Meta, state: Mapping[str, Any] | None) -> None:
-    # safetensors wants each tensor dense in its own memory; channels_last ones are not. Its own function for files
-    # gives them mode 0600, whatever the umask.
-    write_whole(new / WEIGHTS, save({key: value.cpu().contiguous() for key, value in model.state_dict().items()}))
+    write_whole(new / WEIGHTS, tensor_bytes(model.state_dict()))
     write_whole(new / META, meta.model_dump_json(indent=1).encode())
     if state is not None:
         saved = io.BytesIO()
@@ -141,9 +144,17 @@ def load_model(folder: Path, device: torch.device | str) -> LoadedModel:
     Raises `TrainError` if there is none or its files are damaged, `UsageError` if its code cannot be imported.
     """
     meta = read_meta(folder)
-    model = build_model(meta.network, channels=meta.channels, size=meta.images.size, classes=len(meta.classes))
+    model = build_network(meta)
     load_parameters(folder, model)
     return LoadedModel(model.to(device).eval(), meta)
+
+
+def build_network(meta: Meta) -> torch.nn.Module:
+    """Return the network that ``meta`` describes, with random weights."""
+    given: dict[str, Any] = {"channels": meta.channels, "size": meta.images.size, "classes": len(meta.classes)}
+    if meta.head is None:
+        return build_model(meta.network, **given)
+    return build_scan_network(meta.network, meta.head, **given)
 
 
 def read_meta(folder: Path) -> Meta:
@@ -152,7 +163,7 @@ def read_meta(folder: Path) -> Meta:
         raise TrainError(f"No checkpoint in {folder}. Name a run that has trained.")
     file = folder / META
     try:
-        return Meta.model_validate_json(file.read_bytes())
+        return Meta.model_validate_json(read_regular(file))
     except OSError as error:
         raise TrainError(f"Cannot read the description of a network: {describe_os_error(error)}.") from error
     except ValidationError as error:
@@ -166,6 +177,7 @@ def load_parameters(folder: Path, model: torch.nn.Module) -> None:
     """Fill ``model`` with the weights saved at ``folder``; raises `TrainError` if they are damaged or do not fit."""
     file = folder / WEIGHTS
     try:
+        require_regular(file)
         tensors = load_file(file)
     except OSError as error:
         raise TrainError(f"Cannot read the weights of a run in {file}: {describe_os_error(error)}.") from error
@@ -189,6 +201,7 @@ def load_state(folder: Path) -> dict[str, Any]:
     """Return the ``state`` saved at ``folder``, tensors on the CPU; raises `TrainError` if it is damaged."""
     file = folder / STATE
     try:
+        require_regular(file)
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # an unpickler may raise anything on bytes that it does not expect
         reason = describe_os_error(error) if isinstance(error, OSError) else "the file is damaged"

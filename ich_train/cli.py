@@ -1,12 +1,14 @@
 """The command line: parses, calls one function, prints, sets the exit code.
 
-Exit codes: 0 done; 1 an error; 2 an invalid command or recipe; 130 stopped by Ctrl-C, to be resumed.
+Exit codes: 0 done; 1 an error; 2 an invalid command or recipe; 128 + n stopped by signal n
+(130: Ctrl-C), to be resumed.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
@@ -43,6 +45,11 @@ RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A TOML file o
 Resume = Annotated[bool, typer.Option("--resume", help="Resume the run in --out, or the last of its name.")]
 Evaluation = Annotated[Path | None, typer.Option("--out", help="Where to write. [default: the run's folder]")]
 Submission = Annotated[Path, typer.Option("--out", help="The CSV to write, with the columns ID,Label.")]
+FeaturesFolder = Annotated[Path, typer.Option("--out", help="The folder to write, such as features.zarr.")]
+Where = Annotated[
+    str | None, typer.Option(help="A filter (docs/filters.md) of the slices. [default: those of predictions.parquet]")
+]
+Folds = Annotated[str, typer.Option(help="The folds to test on in turn: all, or numbers such as 0,2.")]
 Sample = Annotated[Path | None, typer.Option(help="A sample submission: its lines, in its order.")]
 
 
@@ -61,37 +68,57 @@ def program(*, show_version: Version = False) -> None:
 
 
 @app.command("run")
-@options_from(TrainConfig, "data", "where", "model", "epochs", "weights", "seed", "batch_size", "threads", "device")
+@options_from(
+    TrainConfig,
+    *("data", "where", "model", "head", "epochs", "weights", "features", "seed", "batch_size", "threads", "device"),
+)
 def run_command(*, given: dict[str, Any], out: Out = None, recipe: RecipeFile = None, resume: Resume = False) -> None:
-    """Train, keep the epoch of the lowest validation loss, evaluate it on held-out slices, write a report."""
-    from ich_train.runs import RECIPE, latest_folder, new_folder, require_run
-
-    name = recipe.stem if recipe else given.get("model", TrainConfig().model).replace(":", "-").replace("/", "-")
-    if out is None:
-        out = latest_folder(RUNS, name) if resume else new_folder(RUNS, name)
-    if resume:
-        require_run(out)
-        recipe = recipe or out / RECIPE
-    sections = read_recipe(recipe) if recipe else {}
-    settings = _section(recipe, sections, TrainConfig, given)
-    evaluation = _section(recipe, sections, EvalConfig, {})
-    dataset = _open(settings.data, moved_from=out if resume and "data" not in given else None)
+    """Train, keep the best epoch in validation, evaluate it on held-out slices, write a report."""
+    plan = _plan(given, out, recipe, resume=resume, ending="")
 
     from ich_train.train import train
 
     console = _console()
-    difference = _built_otherwise(recipe, sections, dataset) if recipe else ""
-    if difference:
-        console.print(difference, soft_wrap=True, style="bold")
-    result = train(dataset, out, settings, evaluation, console=console, resume=resume)
+    _note_differences(console, plan)
+    result = train(plan.dataset, plan.out, plan.settings, plan.evaluation, console=console, resume=resume)
     if not result.finished:
-        raise InterruptError(f"Resume with: ich-train run --resume --out {out}")
+        raise InterruptError(f"Resume with: ich-train run --resume --out {plan.out}")
     if result.metrics is not None:
-        _print_metrics(console, result.metrics, out)
+        _print_metrics(console, result.metrics, plan.out)
+
+
+@app.command("cv")
+@options_from(TrainConfig, "data", "model", "head", "epochs", "weights", "seed", "batch_size", "threads", "device")
+def cv_command(
+    *,
+    given: dict[str, Any],
+    folds: Folds = "all",
+    out: Out = None,
+    recipe: RecipeFile = None,
+    resume: Resume = False,
+) -> None:
+    """Cross-validate: train for each fold, test on it, and report on the predictions of all test folds together."""
+    plan = _plan(given, out, recipe, resume=resume, ending="-cv")
+
+    from ich_train.cross_validation import cross_validate
+
+    console = _console()
+    _note_differences(console, plan)
+    metrics = cross_validate(
+        plan.dataset, plan.out, plan.settings, plan.evaluation, folds=folds, console=console, resume=resume
+    )
+    if metrics is None:
+        chosen = "" if folds == "all" else f" --folds {folds}"
+        raise InterruptError(f"Resume with: ich-train cv --resume --out {plan.out}{chosen}")
+    _print_metrics(console, metrics, plan.out)
 
 
 @app.command("eval")
-@options_from(EvalConfig, "subset", "where", "limit", "seed", "batch_size", "by", default="as in the run's recipe")
+@options_from(
+    EvalConfig,
+    *("subset", "where", "limit", "seed", "batch_size", "by", "mirror", "sensitivity"),
+    default="as in the run's recipe",
+)
 @options_from(TrainConfig, "data", "threads", "device", into="place", default="the run's")
 def eval_command(run: RunFolder, *, given: dict[str, Any], place: dict[str, Any], out: Evaluation = None) -> None:
     """Evaluate a run's best epoch on a part of a dataset and rewrite the run's report, or write another to --out."""
@@ -156,9 +183,98 @@ def predict_command(
         )
 
 
+@app.command("embed")
+@options_from(TrainConfig, "data", "threads", "device", into="place", default="the run's")
+def embed_command(run: RunFolder, *, place: dict[str, Any], out: FeaturesFolder) -> None:
+    """Write the features of all slices by a run's network, on which a head is trained with features = "..." in [train]."""
+    from ich_train.runs import settings_of
+
+    settings, _ = settings_of(run)
+    dataset = _dataset_of(run, settings, place)
+
+    from ich_train.embed import embed
+    from ich_train.ranks import choose_device
+
+    rows, features = embed(
+        run,
+        dataset,
+        out,
+        device=choose_device(place.get("device", settings.device)),
+        threads=place.get("threads", settings.threads),
+    )
+    _console().print(f"{count(features, 'feature')} of {count(rows, 'slice')} in {out}", soft_wrap=True)
+
+
+@app.command("explain")
+@options_from(EvalConfig, "limit", "seed", "batch_size", default="as in the run's recipe")
+@options_from(TrainConfig, "data", "threads", "device", into="place", default="the run's")
+def explain_command(run: RunFolder, *, given: dict[str, Any], place: dict[str, Any], where: Where = None) -> None:
+    """Write class activation maps (Grad-CAM) of the evaluated slices, for `ich-prep view --run`."""
+    from ich_train.runs import RECIPE, settings_of
+
+    settings, _ = settings_of(run)
+    evaluation = _section(run / RECIPE, read_recipe(run / RECIPE), EvalConfig, given)
+    dataset = _dataset_of(run, settings, place)
+
+    from ich_train.explain import explain_run
+    from ich_train.ranks import choose_device
+
+    written = explain_run(
+        run,
+        dataset,
+        where=where,
+        limit=evaluation.limit,
+        seed=evaluation.seed,
+        batch_size=evaluation.batch_size,
+        device=str(choose_device(place.get("device", settings.device))),
+        threads=place.get("threads", settings.threads),
+    )
+    _console().print(
+        f"Maps of {count(written.slices, 'slice')} from {written.layer} in {written.folder}. See them with: ich-prep view "
+        f"{dataset.path} --run {run}",
+        soft_wrap=True,
+        markup=False,
+    )
+
+
 def main() -> NoReturn:
     """Run the command line; see ``run_program``."""
     run_program(app)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a command that trains was asked for: the recipe, if one was read, its sections, and what follows from them."""
+
+    out: Path
+    recipe: Path | None
+    sections: Mapping[str, Mapping[str, Any]]
+    settings: TrainConfig
+    evaluation: EvalConfig
+    dataset: Dataset
+
+
+def _plan(given: dict[str, Any], out: Path | None, recipe: Path | None, *, resume: bool, ending: str) -> _Plan:
+    """Return what to train; ``ending`` is that of the default name of the folder."""
+    from ich_train.runs import RECIPE, latest_folder, new_folder, require_run
+
+    name = recipe.stem if recipe else given.get("model", TrainConfig().model).replace(":", "-").replace("/", "-")
+    if out is None:
+        out = latest_folder(RUNS, name + ending) if resume else new_folder(RUNS, name + ending)
+    if resume:
+        require_run(out)
+        recipe = recipe or out / RECIPE
+    sections = read_recipe(recipe) if recipe else {}
+    settings = _section(recipe, sections, TrainConfig, given)
+    evaluation = _section(recipe, sections, EvalConfig, {})
+    dataset = _open(settings.data, moved_from=out if resume and "data" not in given else None)
+    return _Plan(out, recipe, sections, settings, evaluation, dataset)
+
+
+def _note_differences(console: Console, plan: _Plan) -> None:
+    difference = _built_otherwise(plan.recipe, plan.sections, plan.dataset) if plan.recipe else ""
+    if difference:
+        console.print(difference, soft_wrap=True, style="bold")
 
 
 def _section(
@@ -212,9 +328,9 @@ def _shown(value: object) -> str:
 
 def _console() -> Console:
     """Return standard error; of the processes that torchrun started, only the first one prints."""
-    from rich.console import Console
+    from ich_prep.terminal import Terminal
 
-    return Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
+    return Terminal(quiet=os.environ.get("RANK", "0") != "0")
 
 
 def _print_metrics(console: Console, metrics: dict[str, Any], run: Path) -> None:

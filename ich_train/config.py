@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 MODELS = ("baseline", "resnet18", "resnet34", "resnet50", "densenet121", "densenet169", "seresnext50")
+
+
+Fold = Annotated[int, Field(ge=0)] | Literal["none"]
 
 
 class TrainConfig(BaseModel):
@@ -26,9 +29,11 @@ class TrainConfig(BaseModel):
     windows: tuple[str, ...] = Field(
         default=(), description="Windows of an HU dataset, made on the device; none: the dataset's."
     )
-    val_fold: int = Field(default=0, ge=0, description="The fold that chooses the best epoch.")
-    test_fold: int = Field(
-        default=1, ge=0, description="The fold held out, unless the dataset's test subset has labels."
+    val_fold: Fold = Field(
+        default=0, description="The fold that chooses the best epoch; none: train on it too, and keep the last epoch."
+    )
+    test_fold: Fold = Field(
+        default=1, description="The fold held out, unless the dataset's test subset has labels; none: train on it too."
     )
     allow_series_labels: bool = Field(default=False, description="Use the labels of a series for each of its slices.")
     order: Literal["shuffled", "windowed"] = Field(
@@ -45,13 +50,20 @@ class TrainConfig(BaseModel):
         description=f"The network: {', '.join(MODELS)}, timm:NAME, or package.module:NAME for one of your own.",
     )
     weights: Path | None = Field(
-        default=None, description="Initial weights: a run's, or ImageNet's as torchvision names them."
+        default=None,
+        description="Initial weights: a file, a run's or with torchvision's names; imagenet: downloaded once.",
     )
     dropout: float = Field(
         default=0.25, ge=0, le=1, description="Dropout before the fully connected layers of baseline."
     )
-    loss: Literal["bce", "rsna"] = Field(
-        default="bce", description="rsna: cross-entropy in which any counts twice; for RSNA's six classes only."
+    loss: str = Field(
+        default="bce",
+        description="bce; rsna: any counts twice, for RSNA's six classes only; or package.module:NAME for one of your own.",
+    )
+    # The competition's metric is the plain cross-entropy: both of these trade it for recall of rare labels.
+    focal_gamma: float = Field(default=0.0, ge=0, description="Focal loss: how much easy labels count less; 0: not.")
+    pos_weight: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        default=(), description="Weight of positive labels in the loss: one number, or one for each class; none: 1."
     )
     epochs: int = Field(default=10, ge=1, description="Passes over the training slices.")
     # Small, because few patients need many steps.
@@ -59,8 +71,49 @@ class TrainConfig(BaseModel):
     learning_rate: float = Field(default=2e-3, gt=0, description="Peak learning rate; half a cosine to 0 follows.")
     weight_decay: float = Field(default=0.01, ge=0, description="AdamW's weight decay of kernels.")
     warmup_epochs: float = Field(default=0.5, ge=0, description="Epochs in which the learning rate rises.")
+    accumulate: int = Field(default=1, ge=1, description="Batches whose gradients are averaged for one update.")
+    # 0.999 needs some thousand steps: with the few of a small set the average would still hold the start.
+    ema_decay: float = Field(
+        default=0.0, ge=0, lt=1, description="Validate and keep an exponential average of the weights; 0: the weights."
+    )
+    average_epochs: int = Field(
+        default=0, ge=0, description="Validate and keep the mean of the weights after each of the last epochs; 0: not."
+    )
+    choose_best: Literal["loss", "auc"] = Field(
+        default="loss",
+        description="What chooses the best epoch in validation: the lowest loss or the highest mean ROC AUC.",
+    )
+    patience: int = Field(default=0, ge=0, description="Stop after so many epochs without a better one; 0: never.")
     clip_norm: float = Field(default=1.0, gt=0, description="Largest norm of the gradient.")
     seed: int = Field(default=0, ge=0, le=(1 << 63) - 1, description="The seed of everything random.")
+
+    # Whole scans, read as a sequence of slices or as a volume.
+    head: Literal["none", "gru", "lstm", "transformer", "attention", "volume"] = Field(
+        default="none",
+        description="What reads the slices of a scan after the network: gru, lstm, transformer, or attention alone; volume: "
+        "the network itself takes volumes.",
+    )
+    # 128 in each direction, one layer: two layers of a few hundred scans overfit.
+    head_size: int = Field(default=128, ge=4, description="Hidden units of the head.")
+    head_layers: int = Field(default=1, ge=1, description="Layers of the head.")
+    scans_per_batch: int = Field(default=2, ge=1, description="Scans in a batch of each process, with a head.")
+    # A scan has about 35 slices: its label then counts for as much as a third of theirs.
+    scan_weight: float = Field(
+        default=10.0, ge=0, description="How many slices the label of a scan counts for in the loss, with a head."
+    )
+    slab: int = Field(default=0, ge=0, description="Train on slabs of this many slices; 0: on whole scans.")
+    spacing_mm: float = Field(
+        default=0.0, ge=0, description="With head volume: resample to planes this far apart; 0: the slices as they are."
+    )
+    depth_mm: float = Field(
+        default=0.0,
+        ge=0,
+        description="With spacing_mm: what the planes span, cut or padded; 0: the longest of a batch.",
+    )
+    isotropic: bool = Field(default=False, description="With spacing_mm: resample the planes to that distance too.")
+    features: Path | None = Field(
+        default=None, description="Train the head alone, on the features that ich-train embed wrote."
+    )
 
     # Augmentation of the training batches; 0 or false turns a part off.
     flip: bool = Field(default=True, description="Mirror every second slice, left to right.")
@@ -72,6 +125,10 @@ class TrainConfig(BaseModel):
         default=0.0, ge=0, le=1, description="Change of center and width, as a share of the width."
     )
     noise: float = Field(default=0.0, ge=0, le=1, description="Standard deviation of noise; a window maps to 0..1.")
+
+    augmentation: str = Field(
+        default="", description="package.module:NAME of a further augmentation of your own, of windows in 0..1."
+    )
 
     # Where and how it runs.
     device: str = Field(default="auto", description="cpu, cuda, cuda:1 ...; auto: a GPU if there is one.")
@@ -107,6 +164,12 @@ class EvalConfig(BaseModel):
     batch_size: int = Field(default=64, ge=1, description="Slices in a batch.")
     by: str | None = Field(
         default=None, description="A column of the dataset, such as x_sex: measure the slices of each value, too."
+    )
+    mirror: bool = Field(
+        default=False, description="Average the logits with those of the slices mirrored left to right."
+    )
+    sensitivity: float | None = Field(
+        default=None, gt=0, le=1, description="Add an operating point: the threshold of this sensitivity on validation."
     )
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,7 +11,8 @@ import torch
 
 from ich_prep.dataset.dataset import Dataset, open_dataset
 from ich_prep.errors import UsageError
-from ich_train.feed import Arrays, Buffer, Feed
+from ich_train.epochs import EpochLoader
+from ich_train.feed import Arrays, Buffer, Feed, Tensors
 from ich_train.order import check_order, epoch_positions, rank_positions
 from ich_train.rows import checked_rows, labelled_rows, neighbours
 
@@ -32,8 +32,18 @@ class Batch(NamedTuple):
     labels: torch.Tensor
     rows: torch.Tensor
 
+    @property
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """What a training step takes."""
+        return self.images, self.labels
 
-class SliceLoader:
+    @property
+    def slices(self) -> int:
+        """How many slices there are."""
+        return len(self.rows)
+
+
+class SliceLoader(EpochLoader["NDArray[np.int64]", Batch]):
     """Iterates over the batches of an epoch; each full pass moves on to the next epoch.
 
     ``dataset`` is an open dataset or its path. ``rows`` (default: all labelled ones) are visited in the ``order``
@@ -45,6 +55,8 @@ class SliceLoader:
     Raises `UsageError` for an unknown order, rows that are not rows of the dataset, a dataset without labelled slices if
     no rows are given, and numbers out of range; `TypeError` for anything else as ``dataset``.
     """
+
+    SETTINGS = ("batch_size", "order", "seed", "rank", "world_size", "drop_last")
 
     def __init__(
         self,
@@ -69,15 +81,14 @@ class SliceLoader:
                 f"got {batch_size}, {threads}, {prefetch} and {context}."
             )
         check_order(order, weighted=weights is not None)
-        self.dataset = _opened(dataset)
+        self.dataset = opened(dataset)
         self.rows = labelled_rows(self.dataset) if rows is None else checked_rows(self.dataset, rows)
         self.batch_size, self.order, self.seed = batch_size, order, seed
         self.weights, self.rank, self.world_size, self.drop_last = weights, rank, world_size, drop_last
-        self._epoch = self._batch = 0
         self._labels = self.dataset.labels[self.rows]
         self._read_rows = neighbours(self.dataset, self.rows, context) if context else self.rows[:, np.newaxis]
         channels, *sides = self.dataset.shape[1:]
-        self._feed = Feed(
+        feed = Feed(
             (
                 Buffer((batch_size, channels * (2 * context + 1), *sides), self.dataset.dtype),
                 Buffer((batch_size, len(self.dataset.classes)), np.int8),
@@ -87,56 +98,19 @@ class SliceLoader:
             prefetch=prefetch,
             pin=torch.cuda.is_available() if pin is None else pin,
         )
+        super().__init__(feed)
 
     def __len__(self) -> int:
         share = len(self.rows) // self.world_size
         return share // self.batch_size if self.drop_last else -(-share // self.batch_size)
 
     @property
-    def wait_seconds(self) -> float:
-        """How long the consumer has waited for data."""
-        return self._feed.wait_seconds
-
-    def set_epoch(self, epoch: int) -> None:
-        """Start ``epoch`` at its first batch."""
-        self._epoch, self._batch = epoch, 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the loader's position: after the batches that were taken, in the order that these settings give."""
-        return {"epoch": self._epoch, "batch": self._batch, **self._settings()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume from ``state``; raises ``UsageError`` if it belongs to other settings, and so to another order."""
-        settings = self._settings()
-        different = [
-            f"{name} was {state.get(name)} and is {value}"
-            for name, value in settings.items()
-            if state.get(name) != value
-        ]
-        if different:
-            raise UsageError(
-                f"Expected the state of a loader with the same settings; {'; '.join(different)}. Resume with the settings "
-                "that the run started with."
-            )
-        self._epoch, self._batch = int(state["epoch"]), int(state["batch"])
-
-    def __iter__(self) -> Iterator[Batch]:
-        batches, first = self._batches(), self._batch
-
-        def read(arrays: Arrays, number: int) -> None:
-            self._fill(arrays, batches[number])
-
-        with closing(self._feed.run(read, range(first, len(batches)))) as filled:  # type: ignore[type-var]
-            for number, tensors in enumerate(filled, start=first):
-                self._batch = number + 1
-                if self._batch == len(batches):
-                    self._epoch, self._batch = self._epoch + 1, 0
-                size = len(batches[number])
-                yield Batch(*(tensor[:size] for tensor in tensors) if size < self.batch_size else tensors)
+    def items(self) -> int:
+        """How many slices an epoch visits, of all ranks together."""
+        return len(self.rows)
 
     def _settings(self) -> dict[str, Any]:
-        names = ("batch_size", "order", "seed", "rank", "world_size", "drop_last")
-        return {**{name: getattr(self, name) for name in names}, "rows": len(self.rows)}
+        return {**super()._settings(), "rows": len(self.rows)}
 
     def _batches(self) -> list[NDArray[np.int64]]:
         """Return the positions, indices into ``rows``, of each batch of this epoch."""
@@ -159,6 +133,10 @@ class SliceLoader:
         labels[:size] = self._labels[positions]
         rows[:size] = self.rows[positions]
 
+    def _batch_of(self, tensors: Tensors, positions: NDArray[np.int64]) -> Batch:
+        size = len(positions)
+        return Batch(*(tensor[:size] for tensor in tensors) if size < self.batch_size else tensors)
+
 
 class SliceDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor, int]]):
     """The labelled slices of a dataset for a ``torch.utils.data.DataLoader`` of your own.
@@ -169,11 +147,11 @@ class SliceDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor, in
     """
 
     def __init__(self, dataset: Dataset | str | Path, rows: NDArray[np.int64] | None = None) -> None:
-        opened = _opened(dataset)
-        self.path = opened.path
-        self.rows = labelled_rows(opened) if rows is None else checked_rows(opened, rows)
-        self._labels = opened.labels[self.rows]
-        self._dataset: Dataset | None = opened
+        dataset = opened(dataset)
+        self.path = dataset.path
+        self.rows = labelled_rows(dataset) if rows is None else checked_rows(dataset, rows)
+        self._labels = dataset.labels[self.rows]
+        self._dataset: Dataset | None = dataset
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -194,7 +172,8 @@ class SliceDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor, in
         return {**self.__dict__, "_dataset": None}
 
 
-def _opened(dataset: Dataset | str | Path) -> Dataset:
+def opened(dataset: Dataset | str | Path) -> Dataset:
+    """Return ``dataset``, opened if it is a path; raises `TypeError` for anything else."""
     if isinstance(dataset, str | Path):
         return open_dataset(dataset)
     if not isinstance(dataset, Dataset):

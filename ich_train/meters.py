@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 REFRESH_S = 0.25  # asking a GPU for its loss more often would slow it down
+BEST_WORDS = {"loss": "lowest validation loss", "auc": "highest mean ROC AUC in validation", "last": "last epoch"}
 LINE_S = 30.0  # between two lines without a terminal
 
 
@@ -50,7 +52,8 @@ class Meter:
 class Reporter:
     """Shows the progress of a run; ``silent`` on every rank but the first."""
 
-    def __init__(self, console: Console, *, epochs: int, silent: bool) -> None:
+    def __init__(self, console: Console, *, epochs: int, silent: bool, chosen_by: str = "loss") -> None:
+        self._chosen_by, self._best_words = chosen_by, "highest area" if chosen_by == "auc" else "lowest"
         self._console = console
         self._epochs = epochs
         self._silent = silent
@@ -104,11 +107,15 @@ class Reporter:
 
     def epoch(self, line: Epoch, *, best: bool) -> None:
         """Print the results of an epoch."""
+        validation = (
+            f"validation loss {line.val_loss:.4f}{f' ({self._best_words} so far)' if best else ''}, "
+            f"accuracy {line.val_accuracy:.4f}"
+            f"{'' if math.isnan(line.val_auc) else f', mean ROC AUC {line.val_auc:.4f}'}"
+        )
         self.say(
             f"epoch {line.epoch}/{self._epochs}: "
             f"training loss {line.train_loss:.4f}, accuracy {line.train_accuracy:.4f}; "
-            f"validation loss {line.val_loss:.4f}{' (lowest so far)' if best else ''}, "
-            f"accuracy {line.val_accuracy:.4f}; {line.slices_per_s:,.0f} slices/s, "
+            f"{'no validation' if math.isnan(line.val_loss) else validation}; {line.slices_per_s:,.0f} slices/s, "
             f"{line.wait_share:.1%} waiting for data, {line.seconds:.1f} s"
         )
 
@@ -116,7 +123,7 @@ class Reporter:
         """Print the whole history as a table, the epoch of the lowest validation loss marked."""
         if self._silent:
             return
-        best = best_of(history)
+        best = best_of(history, self._chosen_by)
         rows = [
             (
                 f"{line.epoch}{' *' if line is best else ''}",
@@ -126,7 +133,7 @@ class Reporter:
         ]
         head = ("epoch", "loss", "accuracy", "val. loss", "val. accuracy", "slices/s", "waiting")
         self.say(text_table(head, rows))
-        self.say("* lowest validation loss: kept as best/")
+        self.say(f"* {BEST_WORDS[self._chosen_by]}: kept as best/")
         if overfitting := overfitting_text(history):
             self.say(overfitting)
 

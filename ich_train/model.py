@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from ich_prep.errors import UsageError
 from ich_prep.recipe import refuse_unknown
 from ich_train.config import MODELS
 from ich_train.networks import NETWORKS, Baseline
+from ich_train.own_code import described, imported
 from ich_train.weights import load_weights
 
 TIMM = "timm:"
@@ -36,9 +35,24 @@ def build_model(
     if name.startswith(TIMM):
         model = _from_timm(name.removeprefix(TIMM), channels, size, classes)
     elif ":" in name:
-        model = _from_module(name, channels, size, classes)
+        model = _from_module(name, channels, (size, size), classes)
     else:
         model = _included(name, channels, size, classes, dropout)
+    if weights is not None:
+        load_weights(model, name, weights)
+    return model
+
+
+def build_checked(
+    name: str, channels: int, sides: tuple[int, ...], classes: int, weights: Path | None = None
+) -> nn.Module:
+    """Return the network of one's own ``package.module:NAME``, which takes images of (b, ``channels``, ``*sides``).
+
+    It is called and tried, and ``weights`` are loaded, as in `build_model`. Raises `UsageError` as that does.
+    """
+    if ":" not in name or name.startswith(TIMM):
+        raise UsageError(f"Expected package.module:NAME for a network of volumes; found {name}.")
+    model = _from_module(name, channels, sides, classes)
     if weights is not None:
         load_weights(model, name, weights)
     return model
@@ -70,23 +84,23 @@ def _from_timm(name: str, channels: int, size: int, classes: int) -> nn.Module:
         title,
         lambda: timm.create_model(name, pretrained=False, in_chans=channels, num_classes=classes),
         channels,
-        size,
+        (size, size),
         classes,
     )
 
 
-def _from_module(name: str, channels: int, size: int, classes: int) -> nn.Module:
+def _from_module(name: str, channels: int, sides: tuple[int, ...], classes: int) -> nn.Module:
     """Return the network that a user's ``package.module:NAME`` makes."""
-    make = _imported(name)
+    make, size = imported(name, "a network"), sides[-1]
     signature = f"{name}(channels={channels}, size={size}, classes={classes})"
     try:
         inspect.signature(make).bind(channels=channels, size=size, classes=classes)
     except (TypeError, ValueError) as error:
         raise UsageError(f"Cannot call {signature}: {error}. It must take these three arguments.") from error
-    return _checked(signature, lambda: make(channels=channels, size=size, classes=classes), channels, size, classes)
+    return _checked(signature, lambda: make(channels=channels, size=size, classes=classes), channels, sides, classes)
 
 
-def _checked(title: str, make: Callable[[], Any], channels: int, size: int, classes: int) -> nn.Module:
+def _checked(title: str, make: Callable[[], Any], channels: int, sides: tuple[int, ...], classes: int) -> nn.Module:
     """Return the network that ``make`` returns, checked on one batch of zeros; errors call it ``title``.
 
     Its code may raise any exception.
@@ -94,14 +108,14 @@ def _checked(title: str, make: Callable[[], Any], channels: int, size: int, clas
     try:
         model = make()
     except Exception as error:
-        raise UsageError(f"{title} raised {_described(error)}") from error
+        raise UsageError(f"{title} raised {described(error)}") from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"{title} returned {type(model).__name__}; it must return a torch.nn.Module.")
     model.eval()
     try:
-        logits = model(torch.zeros(2, channels, size, size))
+        logits = model(torch.zeros(2, channels, *sides))
     except Exception as error:
-        raise UsageError(f"{title} fails on a batch of (2, {channels}, {size}, {size}): {_described(error)}") from error
+        raise UsageError(f"{title} fails on a batch of {(2, channels, *sides)}: {described(error)}") from error
     shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
     if shape != (2, classes):
         raise UsageError(f"{title} returned {shape} for a batch of 2; it must return logits of (2, {classes}).")
@@ -110,44 +124,3 @@ def _checked(title: str, make: Callable[[], Any], channels: int, size: int, clas
     if not logits.requires_grad:
         raise UsageError(f"{title} cannot be trained: its logits do not depend on a parameter with requires_grad.")
     return model.train()
-
-
-def _imported(name: str) -> Callable[..., Any]:
-    """Return the class or function that ``package.module:NAME`` names; the current folder is searched first."""
-    module_name, _, attribute = name.partition(":")
-    if not attribute.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")):
-        raise UsageError(f"Expected package.module:NAME for a network of your own; found {name!r}.")
-    folder = str(Path.cwd())
-    sys.path.insert(0, folder)  # as `python -m` does: a console script has its own folder there
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise UsageError(_import_failure(name, module_name, error)) from error
-    finally:
-        sys.path.remove(folder)
-    refuse_unknown([attribute], dir(module), where=f"In {module_name}, the name", listed=False)
-    make = getattr(module, attribute)
-    if not callable(make):
-        raise UsageError(
-            f"{name} is of the type {type(make).__name__}; it must be a class or function that makes a network."
-        )
-    return make  # type: ignore[no-any-return]
-
-
-def _import_failure(name: str, module_name: str, error: Exception) -> str:
-    """Return why the module of the network ``name`` cannot be imported: it is missing, or its own code fails."""
-    missing = error.name if isinstance(error, ModuleNotFoundError) else None
-    if missing is not None and f"{module_name}.".startswith(f"{missing}."):
-        return (
-            f"Cannot import {module_name}, for the network {name}: there is no module {missing}. Run in the folder that "
-            "holds it, or install it."
-        )
-    if missing is not None:
-        return f"Cannot import {module_name}, for the network {name}: it imports {missing}, which is not installed."
-    return f"Cannot import {module_name}, for the network {name}: it raised {_described(error)}"
-
-
-def _described(error: Exception) -> str:
-    """Return the type and first line of an exception of someone else's code, as the end of a sentence."""
-    first = next(iter(str(error).splitlines()), "")
-    return f"{type(error).__name__}: {first}".rstrip(": .") + "."

@@ -45,6 +45,28 @@ def epoch_positions(
     return drawn[np.argsort(window_of_shard[shard_of_drawn], kind="stable")]
 
 
+def bucketed_positions(
+    positions: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    pool_batches: int = 16,
+) -> NDArray[np.int64]:
+    """Return ``positions``, (n,) int64, so that each whole batch has items of similar length, to waste little on padding.
+
+    ``lengths`` are those of the items, which ``positions`` index. Each run of ``pool_batches`` batches is sorted by
+    length, cut into batches, and all batches are shuffled; the positions of a last batch that is not whole stay where
+    they are, so that it is not always the longest that a loader drops. Depends on the arguments alone.
+    """
+    whole = len(positions) // batch_size * batch_size
+    pools = np.arange(whole) // (batch_size * pool_batches)
+    batches = positions[np.lexsort((lengths[positions[:whole]], pools))].reshape(-1, batch_size)
+    shuffled = np.random.default_rng((seed, epoch, 1)).permutation(len(batches))
+    return np.concatenate([batches[shuffled].reshape(-1), positions[whole:]])
+
+
 def check_order(order: str, *, weighted: bool) -> None:
     """Raise `UsageError` for an unknown order, or one that rows drawn by weights cannot have."""
     if order not in ORDERS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,9 +17,12 @@ from ich_train.loader import SliceLoader
 from ich_train.preprocess import Preprocess
 from ich_train.ranks import own_stream
 from ich_train.runs import BEST
+from ich_train.scan_network import SequenceNetwork
 from ich_train.to_device import to_device
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from ich_prep.dataset.dataset import Dataset
@@ -33,6 +36,13 @@ class Predictor:
     preprocess: Preprocess
     meta: Meta
     device: torch.device
+
+    @property
+    def slice_network(self) -> nn.Module | None:
+        """The part of the network that sees single slices: all of it without a head, none of a network of volumes."""
+        if isinstance(self.model, SequenceNetwork):
+            return self.model.encoder
+        return self.model if self.meta.head is None else None
 
 
 def load_predictor(run: Path, dataset: Dataset, *, device: torch.device | str) -> Predictor:
@@ -55,6 +65,21 @@ def load_predictor(run: Path, dataset: Dataset, *, device: torch.device | str) -
     _check_orientation(run, meta.images, dataset)
     preprocess = Preprocess(pixels=stored.pixels, windows=meta.windows, scaling=meta.scaling).to(device)
     return Predictor(loaded.model, preprocess, meta, torch.device(device))
+
+
+class Mirrored(nn.Module):
+    """Averages the logits of ``network`` over images and their mirror images, left to right: test-time augmentation."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: torch.Tensor, *lengths: Sequence[int]) -> Any:
+        """Return what ``network`` returns: logits, or a tuple of them."""
+        one, other = self.network(images, *lengths), self.network(images.flip(-1), *lengths)
+        if isinstance(one, torch.Tensor):
+            return (one + other) / 2
+        return type(one)(*((a + b) / 2 for a, b in zip(one, other, strict=True)))
 
 
 def _check_orientation(run: Path, trained_on: Images, dataset: Dataset) -> None:

@@ -14,6 +14,7 @@ from torch.nn import functional
 from ich_prep.dataset.windows import Window, window_table
 from ich_prep.errors import UsageError
 from ich_train.config import TrainConfig
+from ich_train.own_code import described, imported
 
 
 @dataclass(frozen=True)
@@ -95,22 +96,33 @@ class Augment:
     """Turns stored pixels into normalized windows as `Preprocess` does, moved and changed at random.
 
     ``amounts`` says how much; every image of a batch has its own window jitter, flip, rotation, zoom, shift and noise,
-    the same for all its channels (except the noise).
+    the same for all its channels (except the noise). The slices of a scan share all but the noise. A function of one's
+    own that ``amounts`` names follows: called with the images as windows of 0..1, (b, c', h, w) float32, and the
+    generator, it returns images of that shape.
     """
 
     def __init__(self, preprocess: Preprocess, amounts: TrainConfig) -> None:
         self.preprocess = preprocess
         self.amounts = amounts
+        self.own = imported(amounts.augmentation, "an augmentation") if amounts.augmentation else None
 
-    def __call__(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def __call__(
+        self, images: torch.Tensor, generator: torch.Generator, lengths: Sequence[int] | None = None
+    ) -> torch.Tensor:
         """Return (b, c', h, w) float32 for (b, c, h, w) uint8 windows or int16 HU.
 
-        ``generator`` lives on the device of ``images``; its state determines the result.
+        ``generator`` lives on the device of ``images``; its state determines the result. ``lengths`` says that the images
+        are those of scans, one after the other, of so many slices each.
         """
         b, device, amounts = len(images), images.device, self.amounts
+        scan = None
+        if lengths is not None:
+            scan = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
 
         def between(low: float, high: float) -> torch.Tensor:
-            return torch.rand(b, generator=generator, device=device) * (high - low) + low
+            drawn = torch.rand(b if lengths is None else len(lengths), generator=generator, device=device)
+            drawn = drawn * (high - low) + low
+            return drawn if scan is None else drawn[scan]
 
         if amounts.window_jitter:
             shift = between(-amounts.window_jitter, amounts.window_jitter)
@@ -126,7 +138,25 @@ class Augment:
             values = _warped(values, mirror=mirror, angle=angle, scale=scale, move_x=move_x, move_y=move_y)
         if amounts.noise:
             values.add_(torch.randn(values.shape, generator=generator, device=device), alpha=amounts.noise)
+        if self.own is not None:
+            values = self._own_result(values, generator)
         return self.preprocess.normalized(values)
+
+    def _own_result(self, values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        assert self.own is not None
+        name, given = self.amounts.augmentation, values.shape
+        try:
+            changed = self.own(values, generator)
+        except Exception as error:  # anything: it is someone else's code
+            raise UsageError(
+                f"The augmentation {name} fails on images of {tuple(given)}: {described(error)}"
+            ) from error
+        if not isinstance(changed, torch.Tensor) or changed.shape != given:
+            found = tuple(changed.shape) if isinstance(changed, torch.Tensor) else type(changed).__name__
+            raise UsageError(
+                f"The augmentation {name} returned {found} for images of {tuple(given)}: expected the same."
+            )
+        return changed
 
 
 def _warped(

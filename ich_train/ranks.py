@@ -17,6 +17,7 @@ import torch
 from torch import distributed
 
 from ich_prep.errors import UsageError
+from ich_prep.signals import heeded, note
 
 AGREE_STEPS = 10  # between two agreements of the ranks on whether to stop: agreeing makes a GPU wait
 
@@ -41,6 +42,14 @@ class Ranks:
             distributed.all_reduce(summed)
         return summed
 
+    def gathered(self, values: torch.Tensor) -> torch.Tensor:
+        """Return ``values`` (n, ...) of all ranks, one after the other, on the CPU of each; n may differ."""
+        if self.world_size == 1:
+            return values.cpu()
+        found: list[torch.Tensor | None] = [None] * self.world_size
+        distributed.all_gather_object(found, values.cpu())
+        return torch.cat([part for part in found if part is not None])
+
     def share_buffers(self, model: torch.nn.Module) -> None:
         """Give every rank the buffers of the first, such as the running means of a batch normalisation."""
         if self.world_size > 1:
@@ -53,7 +62,7 @@ class Ranks:
 
 
 class Stop:
-    """Records a request to stop, by Ctrl-C or SIGTERM on any rank; a context manager that replaces their handlers.
+    """Records a request to stop, by Ctrl-C, SIGTERM or SIGHUP on any rank; a context manager that replaces their handlers.
 
     A third signal acts as usual, for a run that does not reach its next step.
     """
@@ -66,7 +75,7 @@ class Stop:
     def __enter__(self) -> Self:
         # Python allows signal handlers in the main thread only; no other thread receives a Ctrl-C.
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._count) for number in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {number: signal.signal(number, self._count) for number in heeded()}
         return self
 
     def __exit__(
@@ -86,6 +95,7 @@ class Stop:
         return step % AGREE_STEPS == 0 and self.agreed()
 
     def _count(self, number: int, frame: FrameType | None) -> None:
+        note(number)
         self._signals += 1
         if self._signals == 2:
             self._restore()

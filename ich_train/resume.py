@@ -12,6 +12,7 @@ from ich_prep.errors import TrainError
 from ich_train.checkpoint import Images, Meta
 from ich_train.meters import Meter
 from ich_train.runs import Epoch
+from ich_train.scan_session import head_shape
 from ich_train.session import Session
 
 
@@ -26,13 +27,14 @@ def meta_of(session: Session) -> Meta:
         context=settings.context,
         windows=session.windows,
         scaling=session.preprocess.scaling,
+        head=head_shape(settings),
         dataset_digest=session.dataset.digest,
         dataset_generation=session.dataset.root.generation,
         where=settings.where,
         val_fold=settings.val_fold,
         test_fold=settings.test_fold,
         epoch=len(session.history),
-        val_loss=session.history[-1].val_loss if session.history else None,
+        val_loss=session.history[-1].val_loss if session.history and session.val_loader is not None else None,
     )
 
 
@@ -47,6 +49,7 @@ def state_of(session: Session) -> dict[str, Any]:
         "history": [asdict(line) for line in session.history],
         "step": session.steps_done,
         "meter": asdict(session.meter),
+        "average": None if session.average is None else session.average.state_dict(),
     }
 
 
@@ -91,6 +94,8 @@ def _restore(session: Session, state: Mapping[str, Any]) -> None:
     session.loader.load_state_dict(state["loader"] | {"rank": ranks.rank})
     session.history = [Epoch(**line) for line in state["history"]]
     session.steps_done = state["step"]
+    if session.average is not None:
+        session.average.load_state_dict(state["average"])
     session.meter = Meter(**state["meter"])
     # The sums of all ranks were added up before they were saved: the first rank continues from the totals.
     sums = session.meter.sums if ranks.first else torch.zeros_like(session.meter.sums)

@@ -73,6 +73,13 @@ def checked_rows(dataset: Dataset, rows: ArrayLike) -> NDArray[np.int64]:
     return array.astype(np.int64, copy=False)
 
 
+def draw_rows(rows: NDArray[np.int64], *, limit: int | None, seed: int) -> NDArray[np.int64]:
+    """Return ``limit`` of ``rows``, ascending, drawn by ``seed`` without repeats; all of them if there are no more."""
+    if limit is None or limit >= len(rows):
+        return rows
+    return np.sort(np.random.default_rng(seed).choice(rows, size=limit, replace=False))
+
+
 def neighbours(dataset: Dataset, rows: NDArray[np.int64], context: int) -> NDArray[np.int64]:
     """Return for each of ``rows`` the rows from ``context`` below to ``context`` above in its series, (n, 2 context + 1).
 
@@ -101,5 +108,5 @@ def column(dataset: Dataset, name: str, rows: NDArray[np.int64]) -> NDArray[np.g
 
 
 def _equal(values: pa.ChunkedArray, word: str) -> NDArray[np.bool_]:
-    equal: NDArray[np.bool_] = pc.equal(values, word).to_numpy(zero_copy_only=False)
+    equal: NDArray[np.bool_] = pc.equal(values, word).fill_null(False).to_numpy(zero_copy_only=False)
     return equal

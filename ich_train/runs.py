@@ -28,6 +28,7 @@ from statistics import fmean
 
 from ich_prep.dataset.storage import write_whole
 from ich_prep.errors import TrainError, UsageError, describe_os_error
+from ich_prep.files import read_regular
 from ich_prep.recipe import load_section
 from ich_train.config import FREE_ON_RESUME, EvalConfig, TrainConfig, recipe_text
 
@@ -52,6 +53,7 @@ class Epoch:
     learning_rate: float  # at the epoch's end
     slices_per_s: float  # of training, all ranks together
     wait_share: float  # share of the training time spent waiting for data
+    val_auc: float = math.nan  # mean ROC AUC of the classes in validation, NaN where undefined
 
     def cells(self) -> tuple[str, ...]:
         """Return the losses, accuracies, speed and waiting as a table shows them."""
@@ -59,9 +61,30 @@ class Epoch:
         return (*(f"{value:.4f}" for value in measures), f"{self.slices_per_s:,.0f}", f"{self.wait_share:.1%}")
 
 
-def best_of(history: Sequence[Epoch]) -> Epoch:
-    """Return the epoch of the lowest validation loss, the first of equals."""
+def best_of(history: Sequence[Epoch], by: str = "loss") -> Epoch:
+    """Return the epoch of the lowest validation loss or, ``by`` "auc", the highest mean area, the first of equals.
+
+    ``by`` "last" returns the last epoch. An epoch whose area is undefined is no better than one with an area of 0.
+    """
+    if by == "last":
+        return history[-1]
+    if by == "auc":
+        return max(history, key=lambda line: 0.0 if math.isnan(line.val_auc) else line.val_auc)
     return min(history, key=lambda line: line.val_loss)
+
+
+def chosen_by(settings: TrainConfig) -> str:
+    """Return what chooses the best epoch of a run: "loss", "auc", or "last" if nothing is validated."""
+    return "last" if settings.val_fold == "none" else settings.choose_best
+
+
+def is_finished(history: Sequence[Epoch], settings: TrainConfig) -> bool:
+    """Return whether a run with this ``history`` has no epoch left, or none that is worth its time by ``patience``."""
+    if len(history) >= settings.epochs:
+        return True
+    if not settings.patience or not history:
+        return False
+    return len(history) - best_of(history, chosen_by(settings)).epoch >= settings.patience
 
 
 def new_folder(root: Path, name: str) -> Path:
@@ -88,6 +111,13 @@ def start(out: Path, settings: TrainConfig, evaluation: EvalConfig | None) -> No
     write_whole(out / RECIPE, recipe_text({name: values.model_dump() for name, values in sections.items()}).encode())
 
 
+def lengthen(out: Path, epochs: int) -> None:
+    """Write to the recipe of the run in ``out`` that it now has so many ``epochs``."""
+    settings, evaluation = settings_of(out)
+    sections = {"train": settings.model_copy(update={"epochs": epochs}), "eval": evaluation}
+    write_whole(out / RECIPE, recipe_text({name: values.model_dump() for name, values in sections.items()}).encode())
+
+
 @contextmanager
 def run_lock(out: Path) -> Iterator[None]:
     """Hold the lock of the run in the folder ``out``, which exists; raises `TrainError` if another process trains it.
@@ -111,11 +141,15 @@ def run_lock(out: Path) -> Iterator[None]:
 
 
 def check_same(out: Path, before: TrainConfig, settings: TrainConfig) -> None:
-    """Raise `UsageError` if ``settings`` would make another run than ``before``, those of the run in ``out``."""
+    """Raise `UsageError` if ``settings`` would make another run than ``before``, those of the run in ``out``.
+
+    More epochs make the same run longer.
+    """
+    free = FREE_ON_RESUME | ({"epochs"} if settings.epochs > before.epochs else frozenset())
     differing = [
         f"{key} (was {was}, now {getattr(settings, key)})"
         for key, was in before
-        if getattr(settings, key) != was and key not in FREE_ON_RESUME
+        if getattr(settings, key) != was and key not in free
     ]
     if differing:
         raise UsageError(
@@ -162,14 +196,15 @@ def read_history(out: Path) -> list[Epoch]:
     """Return the epochs in ``history.csv`` of the run in the folder ``out``; raises `TrainError` for another table."""
     file = out / HISTORY
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_regular(file).decode()
     except OSError as error:
         raise TrainError(f"Cannot read the history of a run: {describe_os_error(error)}.") from error
     except UnicodeDecodeError as error:
         raise TrainError(f"The history of a run in {file} is not text.") from error
     reader = csv.DictReader(io.StringIO(text, newline=""))
     expected = [field.name for field in dataclasses.fields(Epoch)]
-    if reader.fieldnames != expected:
+    columns = list(reader.fieldnames or ())
+    if columns != expected and columns != expected[:-1]:  # an earlier version had no areas
         raise TrainError(
             f"Expected the history of a run, with the columns {', '.join(expected)}, in {file}; found "
             f"{', '.join(reader.fieldnames or ()) or 'none'}."
@@ -192,7 +227,7 @@ def overfitting_text(history: Sequence[Epoch]) -> str:
     is higher and validation loss and accuracy are worse than in it, the latter two by a margin. Epochs with a NaN are
     ignored.
     """
-    lines = [line for line in history if all(map(math.isfinite, dataclasses.astuple(line)))]
+    lines = [line for line in history if all(map(math.isfinite, dataclasses.astuple(line)[:-1]))]  # without the area
     lowest = min(range(len(lines)), key=lambda k: lines[k].val_loss, default=0)
     after = lines[lowest + 1 :]
     if len(after) < 2:

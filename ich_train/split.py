@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -31,8 +31,8 @@ class Split:
 def split_rows(
     dataset: Dataset,
     *,
-    val_fold: int,
-    test_fold: int,
+    val_fold: int | Literal["none"],
+    test_fold: int | Literal["none"],
     allow_series_labels: bool,
     where: str | None = None,
     needed: Collection[str] = ("train", "val", "test"),
@@ -40,10 +40,10 @@ def split_rows(
     """Return the labelled rows of ``dataset``, or those of the filter ``where``, as a `Split`.
 
     If the dataset's own test subset has labels, it is the test part, and the training part has all folds but
-    ``val_fold``. Otherwise ``test_fold`` is held out. Where a fold group is in several folds or subsets, its slices are
-    in the test part if some belong there, else in the validation part; its other slices are in no part. Raises
-    `UsageError` if the two folds are the same, a part that is ``needed`` would be empty, no slice has a label, or labels
-    are those of whole series and ``allow_series_labels`` is false.
+    ``val_fold``. Otherwise ``test_fold`` is held out. "none" holds nothing out. Where a fold group is in several folds or
+    subsets, its slices are in the test part if some belong there, else in the validation part; its other slices are in
+    no part. Raises `UsageError` if the two folds are the same, a part that is ``needed`` would be empty, no slice has a
+    label, or labels are those of whole series and ``allow_series_labels`` is false.
     """
     rows = labelled_rows(dataset, allow_series_labels=allow_series_labels, where=where)
     in_test_subset = column(dataset, "subset", rows) == "test"
@@ -52,12 +52,12 @@ def split_rows(
     group = _group_numbers(dataset, rows)
     if in_test_subset.any():
         is_test = in_test_subset
-    elif val_fold == test_fold:
+    elif val_fold == test_fold != "none":
         raise UsageError(f"val_fold and test_fold are both {val_fold}: they must differ.")
     else:
-        is_test = fold == test_fold
+        is_test = _in_fold(fold, test_fold)
     in_no_part = np.isin(group, group[is_test]) & ~is_test
-    is_val = (fold == val_fold) & ~in_no_part
+    is_val = _in_fold(fold, val_fold) & ~in_no_part
     in_no_part |= np.isin(group, group[is_val]) & ~is_val & ~is_test
     split = Split(train=rows[~is_val & ~is_test & ~in_no_part], val=rows[is_val], test=rows[is_test])
     for part, part_rows in vars(split).items():
@@ -70,6 +70,13 @@ def split_rows(
                 f"{counts}. Choose other folds, or build with more patients or fewer folds."
             )
     return split
+
+
+def _in_fold(fold: NDArray[np.int64], number: int | Literal["none"]) -> NDArray[np.bool_]:
+    if number == "none":
+        return np.zeros(len(fold), bool)
+    equal: NDArray[np.bool_] = fold == number
+    return equal
 
 
 def _group_numbers(dataset: Dataset, rows: NDArray[np.int64]) -> NDArray[np.int64]:

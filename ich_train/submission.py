@@ -14,10 +14,12 @@ from pyarrow import csv
 
 from ich_prep.dataset.storage import write_whole
 from ich_prep.errors import UsageError, count
-from ich_train.predict import Predictor, load_predictor, predict_rows
+from ich_prep.files import require_regular
+from ich_train.predict import Predictor, load_predictor
 from ich_train.rows import selected_rows
 from ich_train.rsna import require_rsna
 from ich_train.runs import require_writable
+from ich_train.scan_predict import predict_slices
 from ich_train.split import split_rows
 
 if TYPE_CHECKING:
@@ -60,13 +62,18 @@ def write_submission(
     order, or without it six for each row of the subset, or of those of the filter ``where``, in the order of the label file
     and then of the dataset. A slice
     without a usable image gets the training slices' share of each label. Raises `UsageError` if the dataset has other
-    classes than RSNA's or no test subset, ``sample`` is not such a file, both it and a filter are given, or ``out`` cannot
-    be written.
+    classes than RSNA's, pseudonyms or no test subset, ``sample`` is not such a file, both it and a filter are given, or
+    ``out`` cannot be written.
     """
     if out.is_dir():
         raise UsageError(f"{out} is a folder. Name the CSV file to write with --out.")
     require_writable(out.parent, hint="Name another file with --out.")
     require_rsna(dataset.classes, "A submission")
+    if dataset.attributes["spec"].get("identifiers") == "pseudonymise":
+        raise UsageError(
+            f"A submission names slices by their SOP Instance UID; {dataset.path} has pseudonyms. Build the dataset with "
+            "--identifiers keep."
+        )
     predictor = load_predictor(run, dataset, device=device)
     slices = dataset.slices
     test = np.flatnonzero(pc.equal(slices["subset"], "test").fill_null(False).to_numpy())
@@ -87,16 +94,7 @@ def write_submission(
     without_image = len(pc.unique(lines.slice_ids.filter(pa.array(place < 0))))
     shares = _training_shares(dataset, predictor) if without_image else np.zeros(len(dataset.classes), np.float32)
 
-    probabilities = predict_rows(
-        predictor.model,
-        predictor.preprocess,
-        dataset,
-        usable,
-        context=predictor.meta.context,
-        batch_size=batch_size,
-        threads=threads,
-        device=device,
-    )
+    probabilities = predict_slices(predictor, dataset, usable, batch_size=batch_size, threads=threads)
     values = np.vstack([probabilities, shares])[place, lines.classes]
     names = np.array(dataset.classes)[lines.classes]
     # Nine digits are what a float32 needs to read back as the same number.
@@ -125,6 +123,7 @@ def _lines_of_sample(sample: Path, classes: tuple[str, ...]) -> _Lines:
     """Return the lines of a sample submission; raises `UsageError` if the file is not one."""
     expected = "Expected a sample submission with the columns ID,Label and lines such as ID_0123abcde_any,0.5"
     try:
+        require_regular(sample)
         table = csv.read_csv(sample, convert_options=csv.ConvertOptions(column_types={"ID": pa.string()}))
     except (OSError, pa.ArrowInvalid) as error:
         raise UsageError(f"Cannot read {sample}: {error}. {expected}.") from error

@@ -19,9 +19,10 @@ import torch
 from pydantic import ValidationError
 
 from ich_prep.errors import TrainError, UsageError, count, describe_os_error
+from ich_prep.files import read_regular
 from ich_train.checkpoint import WEIGHTS, has_checkpoint, load_parameters, load_state, read_meta, save_checkpoint
 from ich_train.config import TrainConfig
-from ich_train.loss import loss_sums
+from ich_train.imagenet import IMAGENET, imagenet_weights
 from ich_train.meters import Meter, Reporter, tensorboard
 from ich_train.ranks import Ranks, Stop, join_ranks, own_stream
 from ich_train.resume import meta_of, restore, state_of
@@ -32,6 +33,9 @@ from ich_train.runs import (
     METRICS,
     Epoch,
     check_same,
+    chosen_by,
+    is_finished,
+    lengthen,
     read_history,
     require_run,
     run_lock,
@@ -40,6 +44,7 @@ from ich_train.runs import (
     write_history,
 )
 from ich_train.session import Session, prepare
+from ich_train.split import split_rows
 from ich_train.to_device import to_device
 
 if TYPE_CHECKING:
@@ -87,10 +92,12 @@ def train(
                 dataset, out, settings, evaluation, ranks, stop, held=stack, console=console, resume=resume
             )
         except OSError as error:
-            raise TrainError(
-                f"The run in {out} stopped: {describe_os_error(error)}. Its last checkpoint is kept: fix the cause, then "
-                f"continue with `ich-train run --resume --out {out}`."
-            ) from error
+            remedy = "Fix this, then run the same command again."
+            if (out / LAST).is_dir():
+                remedy = (
+                    f"Its last checkpoint is kept: fix this, then continue with `ich-train run --resume --out {out}`."
+                )
+            raise TrainError(f"The run in {out} stopped: {describe_os_error(error)}. {remedy}") from error
     if evaluation is None or evaluated or not result.finished or not ranks.first:
         return result
     from ich_train.evaluation.evaluate import evaluate_run
@@ -118,8 +125,10 @@ def _train(
     session = _start_or_resume(dataset, out, settings, evaluation, ranks, resume=resume)
     if ranks.first and not resume:
         held.enter_context(run_lock(out))
-    reporter = Reporter(console, epochs=settings.epochs, silent=not ranks.first)
-    finished = len(session.history) == settings.epochs
+    if evaluation is not None and settings.test_fold == "none" and not _has_test_part(dataset, settings):
+        evaluation = None
+    reporter = Reporter(console, epochs=settings.epochs, silent=not ranks.first, chosen_by=chosen_by(settings))
+    finished = is_finished(session.history, settings)
     # The metrics of a run that is not finished are those of an earlier best epoch.
     evaluated = evaluation is None or (finished and _is_evaluated(out, dataset, evaluation))
     if finished:
@@ -138,7 +147,7 @@ def _train_epochs(session: Session, out: Path, stop: Stop, reporter: Reporter, *
     settings, ranks = session.settings, session.ranks
     events = tensorboard(out, len(session.history) + 1) if ranks.first else nullcontext()
     with reporter, events as board:
-        while len(session.history) < settings.epochs:
+        while not is_finished(session.history, settings):
             complete = _train_epoch(session, stop, reporter)
             if not complete:
                 session.meter.sums = ranks.total(session.meter.sums)
@@ -157,7 +166,7 @@ def _train_epochs(session: Session, out: Path, stop: Stop, reporter: Reporter, *
             if board is not None:
                 for name, value in asdict(line).items():
                     board.add_scalar(name, value, line.epoch)
-            work_left = line.epoch < settings.epochs or evaluation_follows
+            work_left = not is_finished(session.history, settings) or evaluation_follows
             if work_left and stop.agreed():
                 return False
 
@@ -170,13 +179,22 @@ def _start_or_resume(
 ) -> Session:
     """Return a new run, its folder started, or with ``resume`` that in ``out`` at the place where it was stopped."""
     saved = _saved_state(out, settings, ranks) if resume else None
-    session = prepare(dataset, settings, ranks, weights=settings.weights if saved is None else None)
+    session = prepare(dataset, settings, ranks, weights=_weights_file(settings) if saved is None else None)
     if saved is not None:
         load_parameters(out / LAST, session.model)
         restore(session, saved)
+        if ranks.first and settings.epochs > settings_of(out)[0].epochs:
+            lengthen(out, settings.epochs)
     elif ranks.first and not resume:
         start(out, settings, evaluation)
     return session
+
+
+def _weights_file(settings: TrainConfig) -> Path | None:
+    """Return the file of the initial weights, downloaded if need be."""
+    if settings.weights == Path(IMAGENET):
+        return imagenet_weights(settings.model)
+    return settings.weights
 
 
 def _train_epoch(session: Session, stop: Stop, reporter: Reporter) -> bool:
@@ -186,18 +204,21 @@ def _train_epoch(session: Session, stop: Stop, reporter: Reporter) -> bool:
     epoch, steps = len(session.history) + 1, len(loader)
     session.model.train()
     began, wait_began = time.perf_counter() - meter.seconds, loader.wait_seconds - meter.wait_s
-    for batch in to_device(loader, ranks.device):
+    for batch in to_device(session.batches(loader), ranks.device):
         rate = _rate(session, session.steps_done)
         seed = step_seed(settings.seed, epoch=epoch, step=session.steps_done, rank=ranks.rank)
-        sums = step(batch.images, batch.labels, rate=rate, seed=seed)
+        sums = step(*batch.inputs, rate=rate, seed=seed, last=session.steps_done + 1 == steps)
 
         session.steps_done += 1
+        between = session.steps_done % settings.accumulate > 0  # two updates
+        if session.average is not None and not between:
+            session.average.after_step()
         meter.sums += sums
-        meter.slices += len(batch.rows) * ranks.world_size
+        meter.slices += batch.slices * ranks.world_size
         meter.seconds = time.perf_counter() - began
         meter.wait_s = loader.wait_seconds - wait_began
         reporter.step(epoch, session.steps_done, steps, meter)
-        if session.steps_done < steps and stop.agreed_at(session.steps_done):
+        if session.steps_done < steps and not between and stop.agreed_at(session.steps_done):
             return False
     meter.seconds = time.perf_counter() - began  # a GPU may have had some steps in its queue
     return True
@@ -219,8 +240,10 @@ def _close_epoch(session: Session) -> Epoch:
     meter, epoch = session.meter, len(session.history) + 1
     train_loss, train_accuracy = meter.means(session.ranks)
     began = time.perf_counter()
-    val_loss, val_accuracy = _validate(session)
-    if not math.isfinite(train_loss + val_loss):
+    if session.average is not None:
+        session.average.after_epoch(epoch, session.settings.epochs)
+    val_loss, val_accuracy, val_auc = _validate(session)
+    if not math.isfinite(train_loss + (0.0 if session.val_loader is None else val_loss)):
         raise TrainError(
             f"The loss is not finite in epoch {epoch}: {train_loss} in training, {val_loss} in validation. Start another "
             f"run with a lower learning_rate than {session.settings.learning_rate:g}, or in float32."
@@ -235,6 +258,7 @@ def _close_epoch(session: Session) -> Epoch:
         learning_rate=_rate(session, len(session.loader) - 1),
         slices_per_s=meter.slices / meter.seconds,
         wait_share=min(meter.wait_s / meter.seconds, 1.0),
+        val_auc=val_auc,
     )
     session.history.append(line)
     session.steps_done = 0
@@ -242,22 +266,37 @@ def _close_epoch(session: Session) -> Epoch:
     return line
 
 
-def _validate(session: Session) -> tuple[float, float]:
-    """Return the mean loss and the accuracy over the validation rows of all ranks."""
-    ranks, step = session.ranks, session.step
-    ranks.share_buffers(session.model)
-    session.model.eval()
-    meter = Meter.new(ranks.device)
-    with torch.inference_mode(), step.autocast():
-        for batch in to_device(session.val_loader, ranks.device):
-            logits = session.model(session.preprocess(batch.images))
-            meter.sums += torch.stack(loss_sums(logits, batch.labels, step.weights))
-    return meter.means(ranks)
+def _validate(session: Session) -> tuple[float, float, float]:
+    """Return the mean loss, accuracy and mean ROC AUC over the validation rows of all ranks; NaN if there are none."""
+    ranks, step, network = session.ranks, session.step, session.kept
+    if session.val_loader is None:
+        return math.nan, math.nan, math.nan
+    ranks.share_buffers(network)
+    network.eval()
+    meter, logits, labels = Meter.new(ranks.device), [], []
+    for batch in to_device(session.batches(session.val_loader), ranks.device):
+        judged = step.validate(network, *batch.inputs)
+        meter.sums += torch.stack(judged.sums)
+        logits.append(judged.logits.float())
+        labels.append(judged.labels.clone())  # a buffer of the loader
+    loss, accuracy = meter.means(ranks)
+    return loss, accuracy, _mean_area(ranks.gathered(torch.cat(logits)), ranks.gathered(torch.cat(labels)))
+
+
+def _mean_area(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Return the mean ROC AUC of the classes for which it is defined, NaN if there are none; both (n, classes)."""
+    from ich_train.evaluation.metrics import roc_aucs
+
+    names = [str(k) for k in range(logits.shape[1])]
+    areas = roc_aucs(labels.cpu().numpy(), logits.cpu().numpy(), names)
+    defined = [area for area in areas.values() if area is not None]
+    return sum(defined) / len(defined) if defined else math.nan
 
 
 def _save(session: Session, folder: Path, *, with_state: bool = False) -> None:
     if session.ranks.first:
-        save_checkpoint(folder, session.model, meta_of(session), state_of(session) if with_state else None)
+        network = session.model if with_state else session.kept  # a run resumes from the weights, not their average
+        save_checkpoint(folder, network, meta_of(session), state_of(session) if with_state else None)
 
 
 def _saved_state(out: Path, settings: TrainConfig, ranks: Ranks) -> dict[str, Any] | None:
@@ -298,12 +337,20 @@ def _check_untrained(out: Path) -> None:
         )
 
 
+def _has_test_part(dataset: Dataset, settings: TrainConfig) -> bool:
+    """Return whether the dataset has a test subset with labels, for a run that holds out no fold."""
+    split = split_rows(
+        dataset, val_fold=settings.val_fold, test_fold="none", allow_series_labels=True, needed=("train",)
+    )
+    return len(split.test) > 0
+
+
 def _is_evaluated(out: Path, dataset: Dataset, evaluation: EvalConfig) -> bool:
     """Return whether the last evaluation of the run in ``out`` was on ``dataset``, as ``evaluation`` says."""
     if not (out / METRICS).exists():
         return False
     try:
-        metrics = json.loads((out / METRICS).read_text(encoding="utf-8"))
+        metrics = json.loads(read_regular(out / METRICS))
     except ValueError:  # damaged: evaluate again
         return False
     evaluated = metrics["evaluated"]
@@ -318,10 +365,14 @@ def _outline(session: Session) -> str:
     name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else str(ranks.device)
     where = name if ranks.world_size == 1 else f"{ranks.world_size} x {name}"
     precision = str(session.step.precision).removeprefix("torch.")
+    noun, batch = ("slice", settings.batch_size) if settings.head == "none" else ("scan", settings.scans_per_batch)
+    loader = session.loader
+    to_train, to_validate = loader.items, 0 if session.val_loader is None else session.val_loader.items
+    head = "" if settings.head == "none" else f" with head {settings.head}"
     return (
-        f"Training {settings.model} in {precision} on {where}: {count(len(session.loader.rows), 'slice')}, "
-        f"{count(len(session.loader), 'step')} an epoch, of {count(settings.batch_size, 'slice')} each; "
-        f"{count(len(session.val_loader.rows) * ranks.world_size, 'slice')} to validate."
+        f"Training {settings.model}{head} in {precision} on {where}: {count(to_train, noun)}, "
+        f"{count(len(loader), 'step')} an epoch, of {count(batch, noun)} each; "
+        f"{count(to_validate * ranks.world_size, noun)} to validate."
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -16,6 +17,10 @@ from ich_prep.build_dataset import build
 from ich_prep.dataset.spec import Spec
 from ich_prep.phantom import synthesize
 from ich_prep.phantom.files import CT_IMAGE, file_bytes
+
+# No test depends on speed: on a busy machine, any example may take long.
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
 
 SIZE = 64
 SLICES_PER_SHARD = 16

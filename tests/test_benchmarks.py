@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import agree, document, files, measure, racing, scaling, training
+from benchmarks import agree, document, files, measure, racing, scaling, training, viewer
 from benchmarks.measure import Result, compete, contest, in_process, publish, ratios
 from ich_prep.build_dataset import build
 from ich_prep.dataset.dataset import open_dataset
@@ -277,3 +277,14 @@ def test_without_a_gpu_nothing_is_trained_and_the_last_results_are_kept(
     training.main()
     assert "No GPU was found" in capsys.readouterr().out
     assert not results.exists()
+
+
+def test_a_repeated_dataset_has_the_same_slices_again(dataset_path: Path, phantom_tree: Path, tmp_path: Path) -> None:
+    slices = len(open_dataset(dataset_path))
+    build(phantom_tree, tmp_path / "small.zarr", Spec(size=64, slices_per_shard=slices), workers=0)
+    many = open_dataset(viewer.repeated(tmp_path / "small.zarr", tmp_path / "many.zarr", 2 * slices + 1))
+    assert len(many) == 3 * slices and many.slices["row"].to_pylist() == list(range(3 * slices))
+    small = open_dataset(tmp_path / "small.zarr")
+    for copy in range(3):
+        volume = many.volume(series_row=1 + copy * len(small.series))
+        np.testing.assert_array_equal(volume, small.volume(series_row=1))

@@ -52,7 +52,7 @@ def test_a_page_has_a_title_the_notice_twice_and_both_colour_schemes() -> None:
     assert text.count(NOTICE) == 2
     assert BLUE in html
     assert "prefers-color-scheme: dark" in html
-    assert "http" not in html
+    assert "://" not in html
     assert "<script" not in html
 
 

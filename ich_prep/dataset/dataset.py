@@ -19,11 +19,12 @@ from ich_prep.dataset.classes import UNKNOWN
 from ich_prep.dataset.codecs import CODECS
 from ich_prep.dataset.schema import OK, ROOT, WITHDRAWN, Root, parse_root, shard_path
 from ich_prep.dataset.shard_reader import ShardReader, require_out, stored_form
-from ich_prep.dataset.storage import local_path, read_regular
+from ich_prep.dataset.storage import local_path
 from ich_prep.dataset.tables import read_published
 from ich_prep.dataset.volumes import affine_of_slices, find_series
 from ich_prep.dataset.where import select_slices
 from ich_prep.errors import CorruptionError, DatasetError
+from ich_prep.files import read_regular
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,7 +82,7 @@ def read_attributes(root: Path) -> Any:
 def _explain_by_working_folder(root: Path) -> None:
     """Raise ``DatasetError`` where a working folder beside ``root`` says why there is no dataset."""
     try:
-        state = json.loads((working_folder(root) / STATE).read_bytes())
+        state = json.loads(read_regular(working_folder(root) / STATE))
     except (OSError, ValueError):
         return
     if isinstance(state, dict) and state.get("published"):

@@ -21,8 +21,8 @@ import numpy as np
 from ich_prep.dataset.codecs import FRAME_HEADER_BYTES
 from ich_prep.dataset.native import REQUEST, ChunkCodec, read_chunks, scratch_bytes
 from ich_prep.dataset.shard_format import CRC_BYTES, MISSING, index_bytes, parse_index
-from ich_prep.dataset.storage import open_regular
 from ich_prep.errors import CorruptionError
+from ich_prep.files import open_regular
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 MIN_SCRATCH = 4 << 20  # from this size on NumPy asks the kernel for huge pages
 MAX_OPEN = 16384
 MAX_GROWTH = 2  # no codec makes a slice longer than that
-_NO_FILE = frozenset((errno.EINVAL, errno.ELOOP, errno.ENXIO))  # a FIFO, a device, a socket, a link to itself
+_NO_FILE = frozenset(
+    (errno.EINVAL, errno.EISDIR, errno.ELOOP)
+)  # a FIFO, a device, a socket, a folder, a link to itself
 
 
 class _File:

@@ -90,6 +90,10 @@ class Spec(Stored):
     one_series_per_study: Literal["off", "thickest"] = Field(
         default="off", description="Keep one series of each study: plain before others, then the thickest slices."
     )
+    identifiers: Literal["keep", "pseudonymise"] = Field(
+        default="keep",
+        description="keep, or pseudonymise: UIDs, patients and paths replaced by means of a key, header texts removed.",
+    )
 
     @field_validator("include", "exclude", mode="before")
     @classmethod

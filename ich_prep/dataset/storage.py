@@ -1,11 +1,14 @@
-"""File system operations: write atomically, sync, list. The only module that knows fsync and rename."""
+"""File system operations: write atomically, sync, list. The only module that knows fsync and rename.
+
+Some file systems (CIFS, DrvFs of WSL, several FUSE ones) cannot sync a folder. There the names of new files reach the disk
+when the file system decides; files themselves are always synced.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 import re
-import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,13 +18,17 @@ from ich_prep.errors import UsageError
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):/{1,2}")  # pathlib turns s3://bucket into s3:/bucket
 
+# What file systems that cannot open or sync a folder answer. A folder that may not be listed cannot be opened either.
+_NO_FOLDER_OPEN = frozenset((errno.EACCES, errno.EPERM, errno.EISDIR, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP))
+_NO_FOLDER_SYNC = frozenset((errno.EINVAL, errno.EBADF, errno.EROFS, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP))
+
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{32}")
 
 
 def local_path(given: str | Path, what: str) -> Path:
     """Return ``given`` as a local path; ``what`` names it in the error, such as ``--out``.
 
-    Raises ``UsageError`` for a URL: object stores are not supported.
+    Raises ``UsageError`` for a URL, since object stores are not supported, and for a link that leads to itself.
     """
     scheme = _SCHEME.match(str(given))
     if scheme:
@@ -29,28 +36,27 @@ def local_path(given: str | Path, what: str) -> Path:
             f"{what} is a URL ({scheme[1]}://{str(given)[scheme.end() :]}); only paths of a file system are supported. "
             "Mount the bucket, or copy the data to a local disk."
         )
+    try:
+        Path(given).stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UsageError(f"{what} {given} is a link that leads to itself. Give another path.") from None
+    except ValueError:
+        raise UsageError(f"{what} {given} is not a path: it contains a zero byte. Give another path.") from None
     return Path(given)
 
 
-def open_regular(path: Path) -> int:
-    """Open the regular file at ``path``, or that a link there leads to, and return its descriptor.
+def new_folder(given: str | Path, what: str, *, outside: Path) -> Path:
+    """Return ``given`` as the path of a folder to write to; ``what`` names it in the error, such as ``--out``.
 
-    Raises ``OSError`` for anything else, at once: opening a FIFO would wait for its writer.
+    Raises ``UsageError`` for a URL, for anything but a new or empty folder, and for a folder in the dataset ``outside``.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "Not a regular file", str(path))
-    return descriptor
-
-
-def read_regular(path: Path, *, limit: int | None = None) -> bytes:
-    """Return the bytes of the regular file at ``path``; raises ``OSError`` for anything else, or beyond ``limit`` bytes."""
-    with open(open_regular(path), "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if limit is not None and size > limit:
-            raise OSError(errno.EFBIG, f"{size} bytes, expected at most {limit}", str(path))
-        return file.read()
+    path = local_path(given, what)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UsageError(f"{path} is not a new or empty folder. Name another with {what}.")
+    if outside.resolve() in (path.resolve(), *path.resolve().parents):
+        raise UsageError(f"{path} is inside the dataset, which must not be changed. Name another folder with {what}.")
+    return path
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -111,10 +117,30 @@ def sync_file(path: Path, *, folders: int) -> None:
         sync_folder(folder)
 
 
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in ``folder`` are on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_folder(folder: Path) -> bool:
+    """Wait until the names in ``folder`` are on disk; return false, and wait for nothing, where that is not supported."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        if error.errno in _NO_FOLDER_OPEN:
+            return False
+        raise
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno in _NO_FOLDER_SYNC:
+            return False
+        raise
     finally:
         os.close(descriptor)
+    return True
+
+
+def note_on_sync(folder: Path) -> str:
+    """Return a sentence for the user if the file system of ``folder`` cannot sync folders, else ""."""
+    if sync_folder(folder):
+        return ""
+    return (
+        f"The file system of {folder} cannot sync folders: after a power failure the newest files may be missing, and are "
+        "then made again by the same command."
+    )

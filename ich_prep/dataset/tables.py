@@ -1,4 +1,8 @@
-"""Parquet files: read with page checksums verified, written atomically; equal tables give equal bytes."""
+"""Parquet files: read with page checksums verified, written atomically; equal tables give equal bytes.
+
+A *sealed* file, of a working folder, holds the SHA-256 of its other bytes in its metadata, which no page checksum covers.
+Published tables need none: the root records their digests.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +15,21 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ich_prep.dataset.storage import read_regular, write_whole
+from ich_prep.dataset.storage import write_whole
+from ich_prep.errors import CorruptionError
+from ich_prep.files import open_regular, read_regular
 
+_REMEDY = "Run the same build command again, without --overwrite: what is damaged is made again."
+_SEAL, _OPEN = "ich.sha256", "0" * 64  # the key of a seal, and its value while the other bytes are digested
 MAX_LINES_PER_BYTE = 64  # of a Parquet file; a line of ours takes 20 bytes and more
 
 
 def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """Return a Parquet file's table, with page checksums verified; unlike ``pq.read_table`` this does not import pandas."""
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+    with (
+        open(open_regular(path), "rb") as opened,
+        pq.ParquetFile(opened, page_checksum_verification=True) as file,
+    ):
         return file.read(columns)
 
 
@@ -66,3 +77,37 @@ def parquet_bytes(table: pa.Table, **options: Any) -> bytes:
     pq.write_table(table, sink, **options)
     data: bytes = sink.getvalue().to_pybytes()
     return data
+
+
+def sealed_parquet_bytes(table: pa.Table, **options: Any) -> bytes:
+    """Return ``table`` as ``parquet_bytes`` does, sealed; ``row_group_size`` is that of ``pq.write_table``."""
+    sink = pa.BufferOutputStream()
+    row_group_size = options.pop("row_group_size", None)
+    with pq.ParquetWriter(sink, table.schema, **options) as writer:
+        writer.write_table(table, row_group_size=row_group_size)
+        writer.add_key_value_metadata({_SEAL: _OPEN})
+    data: bytes = sink.getvalue().to_pybytes()
+    return _with_seal(data, hashlib.sha256(data).hexdigest().encode(), data.rindex(_OPEN.encode()))
+
+
+def write_sealed(path: Path, table: pa.Table, **options: Any) -> None:
+    """Write a table of a working folder, sealed."""
+    write_whole(path, sealed_parquet_bytes(table, **options))
+
+
+def read_sealed(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Return the table of a sealed file, or some of its columns; raises ``CorruptionError`` and ``OSError``."""
+    data = read_regular(path)
+    try:
+        with pq.ParquetFile(pa.BufferReader(data)) as file:
+            seal = (file.metadata.metadata or {}).get(_SEAL.encode(), b"")
+            at = data.rfind(seal) if len(seal) == len(_OPEN) else -1
+            if at < 0 or hashlib.sha256(_with_seal(data, _OPEN.encode(), at)).hexdigest().encode() != seal:
+                raise CorruptionError(f"{path} is damaged: it is not the file that was written. {_REMEDY}")
+            return file.read(columns)
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise CorruptionError(f"{path} is damaged: it cannot be read as Parquet ({error}). {_REMEDY}") from None
+
+
+def _with_seal(data: bytes, seal: bytes, at: int) -> bytes:
+    return data[:at] + seal + data[at + len(seal) :]

@@ -11,7 +11,7 @@ from typing import Final
 from ich_prep.dicom.decode import NATIVE, missing_decoder
 from ich_prep.dicom.elements import DEFLATED_LE, EXPLICIT_BE, Header, keyword_of
 from ich_prep.dicom.header import CT_IMAGE_STORAGE
-from ich_prep.errors import Reason, SliceError
+from ich_prep.errors import CONVERT_FRAMES, Reason, SliceError
 
 LARGEST_SIDE: Final = 4096
 ENHANCED_CT: Final = ("1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2")
@@ -96,10 +96,8 @@ def _sentence(expected: str, found: object) -> str:
 def _check_kind(header: Header) -> None:
     storage, modality = header.sop_class_uid, header.modality
     if storage in ENHANCED_CT:
-        found = (
-            f"an enhanced CT object of {header.frames} frames. Convert it to one file per slice, such as with emf2sf"
-        )
-        raise _refuse(Reason.MULTI_FRAME, "one slice a file", f"{found} of dcm4che")
+        found = f"an enhanced CT object of {header.frames} frames: {CONVERT_FRAMES}"
+        raise _refuse(Reason.MULTI_FRAME, "one slice a file", found)
     if storage is not None and storage.startswith(SECONDARY_CAPTURE):
         raise _refuse(Reason.DERIVED, "CT Image Storage", "a secondary capture")
     is_ct = storage == CT_IMAGE_STORAGE if modality is None else modality.upper() == "CT"
@@ -143,7 +141,7 @@ def _check_pixels(header: Header, faults: tuple[str, ...]) -> None:
     if header.pixel_offset is None:
         raise _refuse(Reason.NO_PIXELS, "PixelData", "none")
     if header.frames not in (None, 1):
-        found = f"NumberOfFrames {header.frames}. Convert it to one file per slice"
+        found = f"NumberOfFrames {header.frames}: {CONVERT_FRAMES}"
         raise _refuse(Reason.MULTI_FRAME, "one frame", found)
     if header.samples_per_pixel not in (None, 1) or header.photometric not in ("MONOCHROME1", "MONOCHROME2"):
         found = f"{header.photometric} with {header.samples_per_pixel} samples"

@@ -142,6 +142,7 @@ def decode_with_pydicom(data: bytes) -> NDArray[Any]:
         with warnings.catch_warnings(), pydicom.config.disable_value_validation():
             warnings.simplefilter("ignore")
             dataset = pydicom.dcmread(io.BytesIO(data), force=True)  # the scan has seen that it is DICOM
+            dataset.setdefault("SamplesPerPixel", 1)  # the scan accepts a slice that does not say it
             syntax = str(dataset.file_meta.TransferSyntaxUID)
             decoder = get_decoder(syntax)
             plugin = PLUGINS.get(syntax, "")

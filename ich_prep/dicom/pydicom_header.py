@@ -51,7 +51,7 @@ def read_with_pydicom(data: bytes, read_first: Callable[[int], bytes], *, stop: 
         with (
             warnings.catch_warnings(action="ignore"),
             pydicom.config.disable_value_validation(),
-            io.BufferedReader(_Beginning(data, read_first)) as file,
+            _BoundedReader(_Beginning(data, read_first)) as file,
         ):
             read_preamble(file, force=True)
             meta = pydicom.filereader._read_file_meta_info(file)
@@ -120,6 +120,13 @@ def _store_number(values: dict[str, str | int], vr: bytes, name: str, dataset: D
         text = "\\".join(map(str, parts)).strip(BLANKS)
         if text:
             values[name] = text
+
+
+class _BoundedReader(io.BufferedReader):
+    """A reader that never allocates more than the largest header, whatever length an element states."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return super().read(size if size is None else min(size, INFLATED_LIMIT))
 
 
 class _Beginning(io.RawIOBase):

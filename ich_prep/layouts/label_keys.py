@@ -18,8 +18,8 @@ from ich_prep.layouts.labels import UIDS, Key, LabelLines, LabelTable, fill_any,
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-# A whole number as pandas writes it in a column with gaps.
-_FLOAT = r"^(-?[0-9]+)\.0+$"
+# A whole number as pandas writes it in a column with gaps, or a spreadsheet where the decimal point is a comma.
+_FLOAT = r"^(-?[0-9]+)[.,]0+$"
 _SEPARATOR = "\0"  # in no key
 
 
@@ -105,7 +105,7 @@ def _no_match(lines: LabelLines, scanned: pa.Table) -> str:
 
 def _bare(values: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
     """Return ids without what programs change: leading zeros, case, blanks and a decimal point."""
-    return pc.replace_substring_regex(pc.utf8_lower(values), r"^0+|\s|\.0+$", "")
+    return pc.replace_substring_regex(pc.utf8_lower(values), r"^0+|\s|[.,]0+$", "")
 
 
 def _bare_table(scanned: pa.Table, key: Key) -> pa.Table:

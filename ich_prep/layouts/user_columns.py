@@ -167,7 +167,8 @@ def read_lines(table: UserTable, columns: Columns, rules: LabelRules) -> LabelLi
         raise SourceError(f"Expected lines of labels below the header of {table.path}; found none.")
     values = np.full((lines, len(rules.classes)), UNKNOWN, np.int8)
     for name, number in columns.classes.items():
-        values[:, rules.classes.index(name)] = parsed_labels(table, number, texts[number])
+        expected = "0, 1 or nothing (or true and false, yes and no, NA)"
+        values[:, rules.classes.index(name)] = _parsed(table, number, texts[number], _label, expected)
     subset = fold = None
     if columns.subset is not None:
         codes = _parsed(table, columns.subset, texts[columns.subset], _subset, "train, test or nothing")
@@ -180,11 +181,6 @@ def read_lines(table: UserTable, columns: Columns, rules: LabelRules) -> LabelLi
     return LabelLines(
         table.path, columns.candidates, keys, values, extra, subset, fold, table.line_of, rules.allow_contradictions
     )
-
-
-def parsed_labels(table: UserTable, number: int, texts: pa.Array) -> NDArray[np.int8]:
-    """Return the labels in column ``number`` of ``table``, int8 (n,), -1 where unknown; raises ``SourceError``."""
-    return _parsed(table, number, texts, _label, "0, 1 or nothing (or true and false, yes and no, NA)")
 
 
 # --- columns ---------------------------------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ich_prep.errors import Reason, SourceError
+from ich_prep.files import READ_FLAGS, NotRegularError
 from ich_prep.sources.member import Member, gzip_member, prefetch_member, read_member
 from ich_prep.sources.source import Entries, Listing, TableFile, display_path
 from ich_prep.sources.zip_archive import add_members
@@ -41,12 +44,18 @@ class FolderSource:
         return self.path.name
 
     def list(self) -> Listing:
-        """Return every regular file; raises ``SourceError`` if a folder cannot be read, or there is no file."""
+        """Return every file, special ones with a reason not to read them.
+
+        Raises ``SourceError`` if a folder cannot be read, or there is no file.
+        """
         entries = Entries()
         for folder, names, below in _walk(self.path):
             taken = {*names, *below}
             for name, size in sorted(names.items()):
-                self._add(entries, folder, name, size, taken)
+                if isinstance(size, NotRegularError):
+                    entries.add(folder + name, 0, folder + name, Reason.UNREADABLE, size.strerror)
+                else:
+                    self._add(entries, folder, name, size, taken)
         listing = entries.listing(self.name)
         if not len(listing.files):
             raise SourceError(f"Expected DICOM files below {self.path}; found none.")
@@ -85,16 +94,27 @@ class FolderSource:
     def size(self, key: bytes) -> int:
         """Return the length of a file in bytes, uncompressed; raises ``OSError``."""
         path, inside, member = key.partition(_INSIDE)
-        return Member.from_key(member).size if inside else os.stat(self._base + path).st_size
+        if inside:
+            return Member.from_key(member).size
+        status = os.stat(self._base + path)
+        if not stat.S_ISREG(status.st_mode):
+            raise NotRegularError(self._base + path, status.st_mode)
+        return status.st_size
 
     def read_into(self, key: bytes, buffers: Sequence[Buffer], offset: int = 0, *, verify: bool = False) -> int:
         """Fill ``buffers``; see ``Source.read_into``. A plain file has no checksum to verify."""
         path, inside, member = key.partition(_INSIDE)
         if inside:
             return read_member(self._base + path, Member.from_key(member), buffers, offset, verify=verify)
-        descriptor = os.open(self._base + path, os.O_RDONLY)
+        # ``size`` refuses what is no regular file. One replaced by a FIFO since then cannot be read at an offset, and is
+        # opened without waiting: that check costs the usual file nothing.
+        descriptor = os.open(self._base + path, READ_FLAGS)
         try:
             return os.preadv(descriptor, buffers, offset)
+        except OSError as error:
+            if error.errno == errno.ESPIPE:
+                raise NotRegularError(self._base + path, os.fstat(descriptor).st_mode) from None
+            raise
         finally:
             os.close(descriptor)
 
@@ -105,7 +125,7 @@ class FolderSource:
             if inside:
                 prefetch_member(self._base + path, Member.from_key(member), length)
                 return
-            descriptor = os.open(self._base + path, os.O_RDONLY)
+            descriptor = os.open(self._base + path, READ_FLAGS)  # of anything but a regular file the advice is refused
             try:
                 os.posix_fadvise(descriptor, 0, length, os.POSIX_FADV_WILLNEED)
             finally:
@@ -116,9 +136,10 @@ class FolderSource:
         return os.path.join(os.fsencode(self.path), b"")
 
 
-def _walk(root: Path) -> Iterator[tuple[bytes, dict[bytes, int], list[bytes]]]:
+def _walk(root: Path) -> Iterator[tuple[bytes, dict[bytes, int | NotRegularError], list[bytes]]]:
     """Yield each folder below ``root``, with its relative path ending in "/", its files with their sizes, and its folders.
 
+    What is no regular file has an error instead of a size; a link that leads nowhere has size 0, and the scan reports it.
     A folder that is reached twice, through a link, is yielded once, under the same path on every machine.
     """
     base = os.fsencode(root)
@@ -126,7 +147,7 @@ def _walk(root: Path) -> Iterator[tuple[bytes, dict[bytes, int], list[bytes]]]:
     while pending:
         folder = pending.pop()
         directory = os.path.join(base, folder)
-        files: dict[bytes, int] = {}
+        files: dict[bytes, int | NotRegularError] = {}
         below: list[bytes] = []
         try:
             status = os.stat(directory)
@@ -135,12 +156,12 @@ def _walk(root: Path) -> Iterator[tuple[bytes, dict[bytes, int], list[bytes]]]:
             seen.add((status.st_dev, status.st_ino))
             with os.scandir(directory) as entries:
                 for entry in entries:
-                    if entry.is_dir():
-                        below.append(entry.name)
-                    elif entry.is_file():
+                    if entry.is_file(follow_symlinks=False):
                         files[entry.name] = entry.stat().st_size
-                    elif entry.is_symlink():
-                        files[entry.name] = 0  # a broken link: the scan reports it
+                    elif entry.is_dir(follow_symlinks=False):
+                        below.append(entry.name)
+                    else:
+                        _add_special(entry, files, below)
         except OSError as error:
             raise SourceError(
                 f"Cannot list {os.fsdecode(directory)}: {error.strerror}. Fix its permissions, or point --src at a folder "
@@ -148,6 +169,21 @@ def _walk(root: Path) -> Iterator[tuple[bytes, dict[bytes, int], list[bytes]]]:
             ) from None
         yield folder, files, below
         pending += sorted((folder + name + b"/" for name in below), reverse=True)
+
+
+def _add_special(entry: os.DirEntry[bytes], files: dict[bytes, int | NotRegularError], below: list[bytes]) -> None:
+    """Add what a link leads to, or a FIFO, socket or device."""
+    try:
+        status = entry.stat()
+    except OSError:  # a link that leads nowhere, or to itself
+        files[entry.name] = 0
+        return
+    if stat.S_ISDIR(status.st_mode):
+        below.append(entry.name)
+    elif stat.S_ISREG(status.st_mode):
+        files[entry.name] = status.st_size
+    else:
+        files[entry.name] = NotRegularError(entry.path, status.st_mode)
 
 
 def _without_ending(name: bytes, ending: bytes, taken: set[bytes]) -> bytes:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from ich_prep.errors import Reason, SliceError
+from ich_prep.files import READ_FLAGS, open_regular
 from ich_prep.sources import inflate
 from ich_prep.sources.inflate import crc32, inflate_first, inflate_whole
 
@@ -67,7 +68,7 @@ def gzip_member(path: bytes) -> Member | None:
 
     None where that size is impossible: the file is cut off, or has something after its first member. Raises ``OSError``.
     """
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = open_regular(path)
     try:
         length = os.fstat(descriptor).st_size
         size = int.from_bytes(os.pread(descriptor, 4, max(0, length - 4)), "little")
@@ -80,7 +81,7 @@ def gzip_member(path: bytes) -> Member | None:
 def read_member(path: bytes, member: Member, buffers: Sequence[Buffer], offset: int, *, verify: bool) -> int:
     """Fill ``buffers`` from byte ``offset`` of a member of the archive at ``path``; see ``Source.read_into``."""
     views = _clipped(buffers, max(0, member.size - offset))
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = open_regular(path)
     try:
         start = 0 if member.method == GZIPPED else _data_offset(descriptor, member)
         if member.method == STORED:
@@ -99,7 +100,7 @@ def read_member(path: bytes, member: Member, buffers: Sequence[Buffer], offset: 
 
 def prefetch_member(path: bytes, member: Member, length: int) -> None:
     """Ask the kernel for the first ``length`` bytes of a member, or all of it if that is 0; raises ``OSError``."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, READ_FLAGS)
     try:
         count = min(length or member.compressed_size, member.compressed_size) + _LONGEST_LOCAL_HEADER
         os.posix_fadvise(descriptor, member.offset, count, os.POSIX_FADV_WILLNEED)

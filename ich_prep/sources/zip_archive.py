@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ich_prep.errors import Reason, SourceError
+from ich_prep.files import opened
 from ich_prep.sources.member import (
     DEFLATED,
     KEY_RECORD,
@@ -90,11 +91,8 @@ def add_members(entries: Entries, source: Source, archive: Path, *, prefix: byte
 
     ``prefix`` is prepended to their paths, ``key_prefix`` to their keys, by which ``source`` reads them.
     """
-    descriptor = os.open(archive, os.O_RDONLY)
-    try:
+    with opened(archive) as descriptor:
         directory = read_directory(descriptor)
-    finally:
-        os.close(descriptor)
     paths = _paths(directory)
     kept = pc.is_valid(paths).to_numpy(zero_copy_only=False)
     problems = _problems(directory, paths, kept)

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from ich_prep.dataset.tables import write_table
-from ich_prep.errors import BuildError, Reason, SourceError, count
+from ich_prep.errors import CONVERT_FRAMES, BuildError, Reason, SourceError, count
 from ich_prep.stages.losses import describe, losses_by_reason
 
 if TYPE_CHECKING:
@@ -22,12 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Allowances:
-    """Label problems that do not stop the build, and the largest share of damaged slices."""
+    """Problems that do not stop the build, and the largest share of damaged slices."""
 
     unlabelled: bool = False
     missing_images: bool = False
     contradictions: bool = False
     lost_labels: bool = False
+    kept_columns: bool = False
     max_quarantined: float = 0.01
 
 
@@ -53,16 +54,19 @@ def check_damage(quarantine: pa.Table, ok: int, allow: Allowances, hint: str) ->
     )
 
 
-def check_labels(plan: Plan, labels: LabelTable, folder: BuildFolder, allow: Allowances, progress: Progress) -> None:
-    """Raise ``SourceError`` if labels and slices do not match; list all cases in ``label_problems.parquet``."""
+def check_labels(
+    plan: Plan, labels: LabelTable, folder: BuildFolder | None, allow: Allowances, progress: Progress
+) -> None:
+    """Raise ``SourceError`` if labels and slices do not match; list all in ``label_problems.parquet`` of a ``folder``."""
     problems = {
         "unlabelled": (plan.unlabelled, allow.unlabelled),
         "missing_image": (plan.without_image, allow.missing_images),
         "contradictory": (labels.contradicted, allow.contradictions),
     }
-    path = folder.label_problems
-    names = pa.array(np.repeat(list(problems), [len(keys) for keys, _ in problems.values()]), pa.string())
-    write_table(path, pa.table({"problem": names, "key": pa.concat_arrays([k for k, _ in problems.values()])}))
+    if folder is not None:
+        names = pa.array(np.repeat(list(problems), [len(keys) for keys, _ in problems.values()]), pa.string())
+        keys = pa.concat_arrays([keys for keys, _ in problems.values()])
+        write_table(folder.label_problems, pa.table({"problem": names, "key": keys}))
     messages = {
         "unlabelled": ("slice", "without a label", "give them labels, or keep them with --allow-unlabelled"),
         "missing_image": ("label", "without an image", "fetch the files, or continue with --allow-missing-images"),
@@ -77,9 +81,11 @@ def check_labels(plan: Plan, labels: LabelTable, folder: BuildFolder, allow: All
             continue
         noun, what, remedy = messages[problem]
         example = keys[0].as_py() if problem == "unlabelled" else labels.examples(keys[:1])
-        text = (
-            f"{count(len(keys), noun)} {what} ({f'for example {example}; ' if example else ''}all are listed in {path})"
-        )
+        hints = [
+            f"for example {example}" if example else "",
+            "" if folder is None else f"all are listed in {folder.label_problems}",
+        ]
+        text = f"{count(len(keys), noun)} {what} ({'; '.join(filter(None, hints))})".removesuffix(" ()")
         if not allowed:
             raise SourceError(f"Labels and images do not match: {text}. Either {remedy}.")
         progress.say(f"Labels: {text}; allowed.")
@@ -96,8 +102,21 @@ def check_lost(lost: pa.Table, allow: Allowances, progress: Progress) -> None:
         return
     text = f"Labels whose images are not in the dataset: {'; '.join(describe(by_rule))}"
     if not allow.lost_labels:
+        widen = ", take their units as HU with --rescale-types" if Reason.NOT_HU in by_rule else ""
         raise BuildError(
-            f"{text}. `ich-prep quarantine` lists the files. Fix the source, widen the rule (--rescale-types), or continue "
-            "without these labels with --allow-lost-labels."
+            f"{text}. `ich-prep quarantine` lists the files. Fix the source{widen}, or continue without these labels with "
+            "--allow-lost-labels."
         )
     progress.say(f"{text}; allowed.")
+
+
+def check_any_slice(plan: Plan) -> None:
+    """Raise ``SourceError`` if there is no slice to build from."""
+    if not len(plan.slices):
+        counts = Counter(plan.quarantine["reason"].to_pylist())
+        is_framed = counts.most_common(1)[0][0] == Reason.MULTI_FRAME
+        remedy = CONVERT_FRAMES.capitalize() if is_framed else "Point --src at axial CT"
+        raise SourceError(
+            f"No CT slices: {count(len(plan.quarantine), 'file')} quarantined: "
+            f"{', '.join(f'{count} {reason}' for reason, count in counts.most_common())}. {remedy}."
+        )

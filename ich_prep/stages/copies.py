@@ -87,12 +87,14 @@ class Copies:
     """What becomes of files that share a SOP Instance UID: one value per slice in each array.
 
     ``reason`` is DUPLICATE or SOP_CONFLICT, null for a slice that is kept; ``detail`` names the other file; ``shared``
-    (bool) marks slices that are kept although other images have their UID.
+    (bool) marks slices that are kept although other images have their UID; ``copy_of`` (int64) is the line of the image
+    that a duplicate is a copy of, -1 for all others.
     """
 
     reason: pa.Array
     detail: pa.Array
     shared: NDArray[np.bool_]
+    copy_of: NDArray[np.int64]
 
 
 def settle(slices: pa.Table, image: pa.Array, *, keyed_by_uid: bool) -> Copies:
@@ -107,6 +109,7 @@ def settle(slices: pa.Table, image: pa.Array, *, keyed_by_uid: bool) -> Copies:
     reasons: list[str | None] = [None] * count
     details: list[str | None] = [None] * count
     shared = np.zeros(count, bool)
+    original = np.full(count, -1, np.int64)
     lines = sharing_uid(slices)
     subset = (
         slices.take(pa.array(lines)).select(["sop_instance_uid", "series_instance_uid", "subset", "path"]).to_pylist()
@@ -139,5 +142,7 @@ def settle(slices: pa.Table, image: pa.Array, *, keyed_by_uid: bool) -> Copies:
                 shared[lines[index]] = len(kept) > 1
                 continue
             reasons[lines[index]] = str(Reason.DUPLICATE)
+            if index in copy_of:
+                original[lines[index]] = lines[copy_of[index]]
             details[lines[index]] = f"the same SOP Instance UID as {subset[copy_of.get(index, kept[0])]['path']}"
-    return Copies(pa.array(reasons, pa.string()), pa.array(details, pa.string()), shared)
+    return Copies(pa.array(reasons, pa.string()), pa.array(details, pa.string()), shared, original)

@@ -31,8 +31,8 @@ class SliceOrder:
     that slices are ordered and spaced by: ``position_mm``, or SliceLocation for a series ordered by that; NaN for slices
     ordered by number. ``reference``: int64, the index of the slice whose orientation is that of the series, -1 if no slice
     of the series has one. ``other_orientation``: bool, has a position, but another orientation than the reference.
-    ``no_position``: bool, not ordered by its position. ``direction_unknown``: bool, no slice of its series is: whether the
-    first slice is the lowest or the highest cannot be told.
+    ``no_position``: bool, not ordered by its position. ``direction_unknown``: bool, no slice of its series is, and the
+    positions that some have do not tell either whether the first slice is the lowest or the highest.
     """
 
     order: NDArray[np.int64]
@@ -78,8 +78,9 @@ def order_slices(
     the normal of axial slices is the one that points to the head, whatever the direction of their rows and columns.
 
     Slices without a position or orientation follow those with one, by instance number, unless every slice of their series
-    has a number: then that orders the whole series. A series of which no slice has a position is ordered by SliceLocation
-    (PS3.3 C.7.6.2.1.2) if all its slices have one and not all the same. Slices of which neighbours are less than
+    has a number: then that orders the whole series. A series of which no slice is ordered by its position is ordered by
+    SliceLocation (PS3.3 C.7.6.2.1.2) instead if all its slices have one and not all the same. Either counts in the direction
+    in which the positions that are known rise. Slices of which neighbours are less than
     ``SAME_POSITION_MM`` apart count as being at one position, and are ordered among themselves by acquisition number,
     instance number, then ``uid``, unknown numbers last; so the result does not depend on the order of the input.
     """
@@ -94,20 +95,24 @@ def order_slices(
 
     no_number = np.isnan(instance_number)
     no_position = np.isnan(position_mm) | np.isnan(normal[:, 0])
+    known_mm = np.where(no_position, np.nan, position_mm)
     no_position |= _any_in_group(no_position, group) & ~_any_in_group(no_number, group)
-    direction_unknown = ~_any_in_group(~no_position, group)
     position_mm = np.where(no_position, np.nan, position_mm)
-    order_mm = position_mm
+    unplaced = ~_any_in_group(~no_position, group)
+    by_location, substitute = np.zeros(len(group), bool), instance_number
     if slice_location is not None:
-        by_location = direction_unknown & _varies_in_group(slice_location, group)
-        order_mm = np.where(by_location, slice_location, position_mm)
+        by_location = unplaced & _varies_in_group(slice_location, group)
+        substitute = np.where(by_location, slice_location, instance_number)
+    rise = np.where(unplaced, _rise_in_group(substitute, known_mm, group), 0.0)
+    substitute = np.where(rise < 0, -substitute, substitute)
+    order_mm = np.where(by_location, substitute, position_mm)
     numbers = [
         np.where(np.isnan(values), np.inf, values)
         for values in (instance_number, acquisition_number)
         if values is not None
     ]
-    by_number = np.isnan(order_mm)
-    place = _ranks(np.where(by_number, numbers[0], order_mm), no_position, group)
+    key = np.where(np.isnan(order_mm), substitute, order_mm)
+    place = _ranks(np.where(np.isnan(key), np.inf, key), no_position, group)
     return SliceOrder(
         order=np.lexsort((uid, *numbers, place)),
         position_mm=position_mm,
@@ -115,7 +120,7 @@ def order_slices(
         other_orientation=~_same_orientation(orientation, orientation[reference]) & ~no_position,
         no_position=no_position,
         order_mm=order_mm,
-        direction_unknown=direction_unknown,
+        direction_unknown=unplaced & (rise == 0),
     )
 
 
@@ -230,6 +235,21 @@ def _varies_in_group(values: NDArray[np.float64], group: NDArray[np.int64]) -> N
     with np.errstate(invalid="ignore"):
         varies: NDArray[np.bool_] = (high - low >= SAME_POSITION_MM)[group] & ~_any_in_group(np.isnan(values), group)
     return varies
+
+
+def _rise_in_group(
+    values: NDArray[np.float64], position_mm: NDArray[np.float64], group: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Return for each element whether ``values`` rise (> 0) or fall (< 0) with the known positions of its group, else 0."""
+    known = np.flatnonzero(~np.isnan(values) & ~np.isnan(position_mm))
+    members, size = group[known], group.max(initial=-1) + 1
+    counts = np.maximum(np.bincount(members, minlength=size), 1)
+    product = np.ones(len(known))
+    for column in (values[known], position_mm[known]):
+        means = np.bincount(members, weights=column, minlength=size) / counts
+        product *= column - means[members]
+    # A covariance as float64 whatever is known: weights of no elements give integers.
+    return np.bincount(members, weights=product, minlength=size)[group].astype(np.float64)
 
 
 def _group_ids(values: NDArray[Any]) -> NDArray[np.int64]:

@@ -17,7 +17,6 @@ from ich_prep.dataset.schema import OK, QUARANTINE_SCHEMA, SHARD_SCHEMA, UNUSED
 from ich_prep.errors import Reason
 from ich_prep.stages import identity
 from ich_prep.stages.copies import content_hash_in
-from ich_prep.stages.folds import fold_of
 from ich_prep.stages.images import BLANK_HU, equal_images
 from ich_prep.stages.patients import persons_of
 from ich_prep.stages.publish import Tables
@@ -76,6 +75,11 @@ def without_known(scanned: pa.Table, image: pa.Array, known: pa.Table, *, keyed_
     return scanned
 
 
+def content_hashes(image: pa.Array) -> pa.Array:
+    """Return of image hashes (``copies.hash_images``) the part that the slice table has, null for null."""
+    return pa.array([None if value is None else content_hash_in(value) for value in image.to_pylist()], pa.string())
+
+
 # --- afterwards: the tables of both --------------------------------------------------------------------------------------
 
 
@@ -87,11 +91,14 @@ class Grown:
     fold_conflicts: int
 
 
-def grow(dataset: Dataset, new: Tables, given_fold: NDArray[np.int64], spec: Spec) -> Grown:
+def grow(
+    dataset: Dataset, new: Tables, given_fold: NDArray[np.int64], patient_id: pa.ChunkedArray, spec: Spec
+) -> Grown:
     """Return the tables of ``dataset`` and behind them the ``new`` ones, whose rows, series and shards count from 0.
 
-    ``given_fold`` (n,) is the fold that a label table gives each new slice, -1 where it gives none. The new slices start in
-    a new shard; rows between are unused. Slices that may be of a patient who is there already get the patient's fold group
+    ``given_fold`` (n,) is the fold that a label table gives each new slice, -1 where it gives none; ``patient_id`` (n,)
+    the patients that folds are drawn by: the tables may have pseudonyms. The new slices start in a new shard; rows between
+    are unused. Slices that may be of a patient who is there already get the patient's fold group
     and fold. Groups that the new slices would merge keep their folds, and all their slices get the flag ``fold_conflict``.
     """
     first_row = dataset.counts.shards * dataset.spec.slices_per_shard
@@ -104,7 +111,8 @@ def grow(dataset: Dataset, new: Tables, given_fold: NDArray[np.int64], spec: Spe
         new_slices, np.isin(new_slices["series_row"].to_numpy(), n_series + continued), VOLUME_CONTINUED
     )
 
-    joined = _join_groups(old_slices, old_series, new_slices, new_series, given_fold, spec)
+    drawing = _Drawing(given_fold, patient_id, spec.folds)
+    joined = _join_groups(old_slices, old_series, new_slices, new_series, drawing, spec)
     new_slices = _with(new_slices, "fold_group", joined.fold_group)
     new_slices = _with(new_slices, "fold", pa.array(joined.fold, pa.int8(), mask=joined.fold < 0))
     holes = _holes(first_row - len(dataset), start=len(dataset), schema=new_slices.schema)
@@ -224,12 +232,26 @@ class _Joined:
     conflicts: int
 
 
+@dataclass(frozen=True)
+class _Drawing:
+    """What gives a new slice its fold where its group has none: the one ``given``, -1 for none, or its patient's hash."""
+
+    given: NDArray[np.int64]
+    patient_id: pa.ChunkedArray
+    folds: int
+
+    def folds_of(self, group: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the fold of each new slice (n,), of which ``group`` are the codes of the groups."""
+        drawn = identity.folds_of_groups(pa.array(group).cast(pa.string()), self.patient_id, folds=self.folds)
+        return np.where(self.given >= 0, self.given, drawn)
+
+
 def _join_groups(
     old_slices: pa.Table,
     old_series: pa.Table,
     new_slices: pa.Table,
     new_series: pa.Table,
-    given: NDArray[np.int64],
+    drawing: _Drawing,
     spec: Spec,
 ) -> _Joined:
     names = pa.concat_arrays([_names(old_slices), _names(new_slices)])
@@ -251,13 +273,10 @@ def _join_groups(
 
     fold_of_group = _folds_of(group[:own], old_slices, len(ranked))
     known = fold_of_group[chosen]
-    joined = np.unique(chosen[joins])
-    drawn = np.full(len(ranked), -1)
-    drawn[joined] = [fold_of(ranked[code].as_py(), folds=spec.folds) for code in joined.tolist()]
     planned = new_slices["fold"].fill_null(-1).to_numpy().astype(np.int64)
-    fold = np.where(joins, np.where(known >= 0, known, np.where(given >= 0, given, drawn[chosen])), planned)
+    fold = np.where(joins, np.where(known >= 0, known, drawing.folds_of(chosen)), planned)
     in_test = pc.equal(new_slices["subset"], "test").to_numpy()
-    overruled = joins & ~in_test & (given >= 0) & (known >= 0) & (given != known)
+    overruled = joins & ~in_test & (drawing.given >= 0) & (known >= 0) & (drawing.given != known)
     return _Joined(
         fold_group=ranked.take(pa.array(chosen)),
         fold=np.where(in_test, -1, fold),

@@ -152,14 +152,17 @@ def contradictions(owner: NDArray[np.int64], value: NDArray[np.int64]) -> NDArra
     return result
 
 
-def study_units(series: NDArray[np.int64], study: NDArray[np.int64], patient: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return codes of what counts as one study (n,): a study UID, else the series, with the first patient of its series.
+def study_units(volume: NDArray[np.int64], study: NDArray[np.int64], patient: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return codes of what counts as one study (n,): the first study UID and patient of the ``volume``.
 
-    One UID on the studies of many patients is thus counted as many, and identifiers drawn for every file as one study.
+    A volume without a study UID is a study. One UID on the studies of many patients is thus counted as many, and
+    identifiers drawn for every file as one study.
     """
-    first = np.full(int(series.max(initial=-1)) + 1, np.iinfo(np.int64).max)
-    np.minimum.at(first, series, patient)
-    return join(np.where(study < 0, study.max(initial=-1) + 1 + series, study), first[series])
+    study = np.where(study < 0, study.max(initial=-1) + 1 + volume, study)
+    first = np.full((2, int(volume.max(initial=-1)) + 1), np.iinfo(np.int64).max)
+    np.minimum.at(first[0], volume, study)
+    np.minimum.at(first[1], volume, patient)
+    return join(first[0][volume], first[1][volume])
 
 
 def group_names(group: NDArray[np.int64], identity: pa.Array | pa.ChunkedArray) -> pa.Array:
@@ -199,7 +202,7 @@ def check_group_sizes(
     studies = len(groups) + others
     sizes = np.bincount(groups, minlength=1)
     largest = int(sizes.argmax())
-    if studies <= FEW_STUDIES or sizes[largest] * folds <= studies:
+    if studies <= FEW_STUDIES or sizes[largest] * folds <= studies or sizes[largest] == 1:
         return
     inside = group == largest
     name, value, shared = "", "", 0
@@ -209,9 +212,10 @@ def check_group_sizes(
         if numbers.max() > max(shared, 1):
             name, shared = kind, int(numbers.max())
             value = values[int(np.flatnonzero(inside & (codes == numbers.argmax()))[0])].as_py()
+    linked = f"above all by the {name} {value!r} of {shared:,} of them" if shared else "by copies of images"
     raise BuildError(
-        f"{sizes[largest]:,} of {count(studies, 'study', 'studies')} would be in one fold: they are linked, above all by "
-        f"the {name} {value!r} of {shared:,} of them. Expected at most 1/{folds} of the studies in one group. If that value "
+        f"{sizes[largest]:,} of {count(studies, 'study', 'studies')} would be in one fold: they are linked, {linked}. "
+        f"Expected at most 1/{folds} of the studies in one group. If that value "
         f"is a placeholder, use another one for patients (--patients study), or link by others (--link "
         f"{','.join(kind for kind in links if kind != name)}); with fewer --folds a group may be larger."
     )

@@ -6,27 +6,32 @@ Anything that is neither a dataset nor a build of this project is left untouched
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
 
 from ich_prep.dataset.dataset import open_dataset, read_attributes, working_folder
+from ich_prep.dataset.lock import HeldError, locked
 from ich_prep.dataset.schema import AS_STORED, IMAGES, LABELS, ROOT, TABLES
 from ich_prep.dataset.spec import Spec
-from ich_prep.dataset.storage import files_below, sync_folder, whole_name
-from ich_prep.dataset.tables import read_parquet
+from ich_prep.dataset.storage import files_below, note_on_sync, size_of, sync_folder, whole_name
+from ich_prep.dataset.tables import read_sealed
 from ich_prep.errors import BuildError, CorruptionError, DatasetError, UsageError, count, describe_os_error
+from ich_prep.files import is_litter
+from ich_prep.progress import NoProgress
 from ich_prep.sources import Listing, shown
+from ich_prep.stages.identifier_key import is_key_of
 from ich_prep.stages.state import BuildFolder, State, read_state, readable_state
 
+_SILENT = NoProgress().say
+LEASE = ".lease"  # of the process that builds a dataset, in it, where the file system has no locks
 # What a build puts into a dataset, relative to it.
 _OURS = re.compile(
-    rf"{ROOT}|{IMAGES}/{ROOT}|{IMAGES}/c/[0-9]+/0/0/0|{LABELS}/{ROOT}|{LABELS}/({'|'.join(TABLES)})(\.[0-9]+)?\.parquet"
+    rf"{ROOT}|\.lease(\.breaking)?|{IMAGES}/{ROOT}|{IMAGES}/c/[0-9]+/0/0/0|{LABELS}/{ROOT}|{LABELS}/({'|'.join(TABLES)})(\.[0-9]+)?\.parquet"
 )
 
 
@@ -44,13 +49,7 @@ def check_output_folder(out: Path, folder: BuildFolder, sources: Sequence[Path],
             f"The working folder {folder.path} and the dataset {out} must not lie inside each other. Give another "
             "--build-dir."
         )
-    unknown = folder.unknown_files()
-    if unknown or (folder.path.exists() and not folder.path.is_dir()):
-        reason = f"it contains {unknown[0].relative_to(folder.path)}" if unknown else "it is a file"
-        raise UsageError(
-            f"The working folder {folder.path} was not made by ich-prep ({reason}), and was left untouched. Name another "
-            "one with --build-dir."
-        )
+    _check_folder(folder)
     _check_belongs(out, folder)
     if (out / ROOT).exists():
         _check_dataset(out, overwrite=overwrite)
@@ -66,6 +65,28 @@ def check_output_folder(out: Path, folder: BuildFolder, sources: Sequence[Path],
         raise UsageError(
             f"{out} is an unfinished build whose working folder is not {folder.path}. Name that folder with --build-dir "
             "to resume, or remove the dataset to start again."
+        )
+
+
+def check_working_folder(folder: BuildFolder, sources: Sequence[Path]) -> None:
+    """Raise ``UsageError`` unless a dry run may keep headers in ``folder``: new, empty, or one without a plan."""
+    _check_place(folder.path, "--build-dir", sources)
+    _check_folder(folder)
+    if folder.state.exists() and read_state(folder).plan is not None:
+        raise UsageError(
+            f"The working folder {folder.path} is that of a build that has a plan. Name another one with --build-dir, or "
+            "none; `ich-prep quarantine` shows what that build left out."
+        )
+
+
+def _check_folder(folder: BuildFolder) -> None:
+    """Raise ``UsageError`` where the working ``folder`` holds what no build put there."""
+    unknown = folder.unknown_files()
+    if unknown or (folder.path.exists() and not folder.path.is_dir()):
+        reason = f"it contains {unknown[0].relative_to(folder.path)}" if unknown else "it is a file"
+        raise UsageError(
+            f"The working folder {folder.path} was not made by ich-prep ({reason}), and was left untouched. Name another "
+            "one with --build-dir."
         )
 
 
@@ -121,8 +142,9 @@ def own_files(out: Path, *, shards_only: bool = False) -> list[Path]:
 
 
 def foreign_files(out: Path) -> list[Path]:
-    """Return the files of ``out`` that no build puts into a dataset."""
-    return [path for path in files_below(out) if not _OURS.fullmatch(_name_in(out, path))]
+    """Return the files of ``out`` that no build puts into a dataset; litter of operating systems is none of them."""
+    others = (path for path in files_below(out) if not _OURS.fullmatch(_name_in(out, path)))
+    return [path for path in others if not is_litter(path.relative_to(out))]
 
 
 def _name_in(out: Path, path: Path) -> str:
@@ -130,8 +152,10 @@ def _name_in(out: Path, path: Path) -> str:
     return str(path.relative_to(out).with_name(whole_name(path.name)))
 
 
-def check_existing(out: Path, folder: BuildFolder, state: State, listing: Listing) -> bool:
+def check_existing(out: Path, folder: BuildFolder, state: State, listing: Listing, *, published: State) -> bool:
     """Return whether ``out`` already is the dataset that this build would make.
+
+    ``published`` is what its root would say of the ``state``: see ``pseudonyms.published_state``.
 
     Raises ``BuildError`` if it is another dataset, or an unfinished build of another one. A build without a plan can
     continue with any spec: the next run reuses the headers that it read, as far as they are still valid.
@@ -139,7 +163,7 @@ def check_existing(out: Path, folder: BuildFolder, state: State, listing: Listin
     finished = (out / ROOT).exists()
     before = readable_state(folder) if finished else read_state(folder) if folder.state.exists() else None
     if finished:
-        differences = _dataset_differences(out, folder, before, state, listing)
+        differences = _dataset_differences(out, folder, before, published, listing)
     elif before is None or before.plan is None:
         return False
     else:
@@ -168,7 +192,14 @@ def _dataset_differences(
     if dataset.root.generation > 1:
         commands = ", ".join(dict.fromkeys(event.command for event in dataset.root.history[1:]))
         return [f"it is generation {dataset.root.generation}, changed since it was built ({commands})"]
-    recorded = {"orientation": AS_STORED, **dataset.attributes["spec"], "classes": list(dataset.classes)}
+    recorded = {
+        "orientation": AS_STORED,
+        "identifiers": "keep",
+        **dataset.attributes["spec"],
+        "classes": list(dataset.classes),
+    }
+    if recorded["identifiers"] != state.spec.identifiers:  # then nothing else is comparable
+        return [f"identifiers was {recorded['identifiers']}, now {state.spec.identifiers}"]
     differences = _spec_differences(recorded, state.spec)
     sources = dataset.root.history[-1].digests.get("sources") if dataset.root.history else None
     return differences + _input_differences(folder, sources, dataset.root.labels_digest, state, listing)
@@ -206,9 +237,10 @@ def _shown(value: object) -> str:
 
 def _listing_difference(folder: BuildFolder, listing: Listing) -> str:
     """Return in words how the sources differ from those that were listed; less exact if the working folder is gone."""
-    if not folder.files.exists():
+    try:
+        table = read_sealed(folder.files)
+    except (OSError, CorruptionError):
         return f"the source files have changed (which ones is known only with the working folder {folder.path})"
-    table = read_parquet(folder.files)
     before, now = _sizes_and_reasons(table), _sizes_and_reasons(listing.files)
     both = sorted(now.keys() & before.keys())
     added, removed = sorted(now.keys() - before.keys()), sorted(before.keys() - now.keys())
@@ -238,16 +270,23 @@ def invalidate(out: Path, folder: BuildFolder) -> None:
 def reset(out: Path, folder: BuildFolder) -> None:
     """Remove what an earlier build left, but for the lock that this one holds; make the folders of a new build.
 
-    Only files that a build makes are removed.
+    Only files that a build makes are removed, but not the key of pseudonyms: it cannot be made again.
     """
     for path in own_files(out):
-        path.unlink()
+        if whole_name(path.name) != LEASE:  # held by this process
+            path.unlink(missing_ok=True)
     for name in (IMAGES, LABELS):
         _remove_empty_folders(out / name)
+    reset_folder(folder)
+    (out / IMAGES / "c").mkdir(parents=True, exist_ok=True)
+
+
+def reset_folder(folder: BuildFolder) -> None:
+    """Empty the working ``folder`` of what builds put there, but for the lock; make its folders."""
     for path in folder.own_files():
-        if path != folder.lock:
-            path.unlink()
-    for path in (folder.scan, folder.done, out / IMAGES / "c"):
+        if path not in (folder.lock, folder.key) and whole_name(path.name) != folder.lease.name:
+            path.unlink(missing_ok=True)
+    for path in (folder.scan, folder.done):
         path.mkdir(parents=True, exist_ok=True)
 
 
@@ -257,8 +296,10 @@ def _remove_empty_folders(folder: Path) -> None:
             path.rmdir()
 
 
-def clean(out: Path, folder: BuildFolder) -> int:
+def clean(out: Path, folder: BuildFolder, *, forget_key: bool = False) -> int:
     """Remove the working folder of the finished dataset ``out``; return how many bytes that freed.
+
+    The key of pseudonyms stays, in the folder, unless ``forget_key``.
 
     Raises ``DatasetError`` where the dataset is not finished, ``UsageError`` where the folder holds other files,
     ``BuildError`` where it belongs to another dataset or a process is building.
@@ -267,21 +308,26 @@ def clean(out: Path, folder: BuildFolder) -> int:
     if not folder.path.is_dir():
         return 0
     unknown = folder.unknown_files()
-    if unknown or not folder.state.exists():
+    if folder.own_files() == [folder.key] and not unknown:
+        if not forget_key:
+            return 0
+        if not is_key_of(folder.key, dataset.root):
+            raise BuildError(f"{folder.key} is not the key of the pseudonyms in {out}; nothing was removed.")
+    elif unknown or not folder.state.exists():
         found = f"it contains {unknown[0].relative_to(folder.path)}" if unknown else "it has no state.json"
         raise UsageError(f"{folder.path} is not the working folder of a build ({found}); nothing was removed.")
-    if not read_state(folder).belongs_to(dataset.digest):
+    elif not read_state(folder).belongs_to(dataset.digest):
         raise BuildError(
             f"The working folder {folder.path} belongs to another dataset than {out}, or to a build that is not "
             "finished; nothing was removed."
         )
     with build_lock(folder):
-        files = folder.own_files()
-        freed = sum(path.stat().st_size for path in files)
+        files = [*(path for path in folder.own_files() if forget_key or path != folder.key), *folder.litter()]
+        freed = sum(size_of(path) or 0 for path in files)
         for path in sorted(
             files, key=lambda path: path == folder.state
         ):  # last: until then the command can be repeated
-            path.unlink()
+            path.unlink(missing_ok=True)  # a lease may have renewed itself
     inside = (folder.append.scan, folder.append.done, folder.append.path)
     for path in (*inside, folder.scan, folder.done, folder.path):
         with contextlib.suppress(OSError):  # a link to a folder stays
@@ -293,32 +339,34 @@ def clean(out: Path, folder: BuildFolder) -> int:
 def build_lock(folder: BuildFolder) -> Iterator[None]:
     """Hold the build's lock; raises ``BuildError`` if another process does."""
     folder.path.mkdir(parents=True, exist_ok=True)
-    with folder.lock.open("wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BuildError(
-                f"Another process is building with the working folder {folder.path}. Wait for it, or stop it, then run "
-                "this command again."
-            ) from None
+    folder.lock.touch()
+    with _lock_explained(f"with the working folder {folder.path}", folder.lock, folder.lease):
         yield
 
 
 @contextmanager
-def output_lock(out: Path) -> Iterator[None]:
-    """Hold a lock on the folder ``out`` itself; raises ``BuildError`` where a build with another working folder does."""
+def output_lock(out: Path, *, say: Callable[[str], None] = _SILENT) -> Iterator[None]:
+    """Hold a lock on the folder ``out`` itself; raises ``BuildError`` where a build with another working folder does.
+
+    ``say`` tells the user what the file system cannot do.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    note = note_on_sync(out)
+    if note:
+        say(note)
+    with _lock_explained(f"{out}, with another working folder", out, out / LEASE, say):
         yield
-    except BlockingIOError:
+
+
+@contextmanager
+def _lock_explained(what: str, target: Path, lease: Path, say: Callable[[str], None] = _SILENT) -> Iterator[None]:
+    try:
+        with locked(target, lease, say=say):
+            yield
+    except HeldError as error:
         raise BuildError(
-            f"Another process is building or changing {out}, with another working folder. Wait for it, or stop it, then "
-            "run this command again."
+            f"Another process {error}is building or changing {what}. Wait for it, or stop it, then run this command again."
         ) from None
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from ich_prep.dataset.spec import Spec
 
 _TEST_FOLD = -2  # among given folds: the test set
+IDENTIFIERS = ("assigned_patient", "issuer_of_patient_id", "study_instance_uid", "series_instance_uid")
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,19 @@ class Given:
     patient: pa.Array | pa.ChunkedArray | None = None
 
 
+@dataclass(frozen=True)
+class Copied:
+    """The identifiers of m copies that leave the dataset: they, too, say whose image it is.
+
+    ``headers``: the columns of ``IDENTIFIERS``; ``line``, int64 (m,): the line of the slice that each is a copy of.
+    """
+
+    headers: pa.Table
+    line: NDArray[np.int64]
+
+
 def with_identities(
-    slices: pa.Table, given: Given, spec: Spec, known: pa.Table | None = None
+    slices: pa.Table, given: Given, spec: Spec, copied: Copied, known: pa.Table | None = None
 ) -> tuple[pa.Table, tuple[str, ...]]:
     """Return the slices with their patient, volume and fold group, and notes for the user.
 
@@ -41,43 +54,42 @@ def with_identities(
 
     Adds ``patient`` (the study or else the series stands in for a missing patient id), ``unnamed_patient``,
     ``patient_conflict``, ``volume``, ``series_uid_shared``, ``fold_group`` and ``given_fold``, and sets the ``subset`` that
-    is given. Raises ``BuildError`` as ``identity.check_group_sizes``, and if given folds or subsets split a group.
+    is given. A copy links the identifiers of its header to those of its slice, if images are links. Raises ``BuildError`` as
+    ``identity.check_group_sizes``, and if given folds or subsets split a group.
     """
     patient_id = _patient_ids(slices, given, spec)
     study_uid = identity.usable(slices["study_instance_uid"])
     issuer, own = slices["issuer_of_patient_id"], len(slices)
-    identified = {
-        "patient": identity.with_issuer(patient_id, issuer),
-        "study": study_uid,
-        "series": slices["series_instance_uid"],
-    }
+    person_of_slice = identity.with_issuer(patient_id, issuer)
     # Of the slices, and behind them of the known volumes.
-    codes = _codes_with_known(identified, known)
-    units = identity.study_units(codes["series"], codes["study"], codes["patient"])
-    common = tuple(
-        code
-        for code in identity.too_common(codes["patient"], units)
-        if code not in set(codes["patient"][own:].tolist())
+    texts = _with_known(
+        {"patient": person_of_slice, "study": study_uid, "series": slices["series_instance_uid"]}, known
     )
+    codes = {name: identity.codes_of(values) for name, values in texts.items()}
+    units = identity.study_units(_volumes(codes, own)[0], codes["study"], codes["patient"])
+    known_persons = set(codes["patient"][own:].tolist())
+    common = tuple(code for code in identity.too_common(codes["patient"], units) if code not in known_persons)
     notes = tuple(_too_common_note(patient_id, codes["patient"], units, code) for code in common)
-    codes["patient"] = np.where(np.isin(codes["patient"], common), -1, codes["patient"])
-    person, study, series, unit = (
-        values[:own] for values in (codes["patient"], codes["study"], codes["series"], units)
-    )
-    patient_id = pc.if_else(pa.array(person < 0), pa.scalar(None, pa.string()), patient_id)
+    is_common = np.isin(codes["patient"], common)
+    placeholders = person_of_slice.filter(pa.array(is_common[:own])).unique()
+    patient_id = pc.if_else(pa.array(is_common[:own]), pa.scalar(None, pa.string()), patient_id)
+    texts["patient"] = pc.if_else(pa.array(is_common), pa.scalar(None, pa.string()), texts["patient"])
+    codes["patient"] = np.where(is_common, -1, codes["patient"])
 
+    person, study, series = (codes[name][:own] for name in ("patient", "study", "series"))
     values = {"patient": patient_id, "study": study_uid, "series": slices["series_instance_uid"]}
     linking = [name for name in values if name in spec.link]
-    volume, shared = identity.divide_series(series, study, person)
-    added = len(units) - own
-    volumes = np.r_[volume, int(volume.max(initial=-1)) + 1 + np.arange(added)]
+    volumes, shared = _volumes(codes, own)
     group = identity.connect(volumes, [codes[name] for name in linking])[:own]
+    if "image" in spec.link and len(copied.line):
+        linked = {name: texts[name] for name in linking}
+        group = _groups_with_copies(volumes, linked, placeholders, copied, spec)[:own]
     identity.check_group_sizes(
         group,
-        unit,
+        units[:own],
         {name: (codes[name][:own], values[name]) for name in linking},
         folds=spec.folds,
-        others=len(np.setdiff1d(units[own:], unit)),
+        others=len(np.setdiff1d(units[own:], units[:own])),
     )
     stand_in = pc.coalesce(study_uid, slices["series_instance_uid"])
     name = identity.group_names(group, pc.coalesce(identity.with_issuer(patient_id, issuer), stand_in))
@@ -100,25 +112,35 @@ def with_identities(
     return slices, notes
 
 
-def _codes_with_known(
-    identified: dict[str, pa.Array | pa.ChunkedArray], known: pa.Table | None
-) -> dict[str, NDArray[np.int64]]:
-    """Return codes of each of the values ``identified`` (n,), and behind them of those of the ``known`` volumes."""
+def _with_known(
+    texts: dict[str, pa.Array | pa.ChunkedArray], known: pa.Table | None
+) -> dict[str, pa.Array | pa.ChunkedArray]:
+    """Return each of the ``texts`` (n,), and behind them those of the ``known`` volumes."""
     if known is None:
-        return {name: identity.codes_of(values) for name, values in identified.items()}
+        return texts
     values_of_known = {
         "patient": persons_of(known),
         "study": identity.usable(known["study_instance_uid"]),
         "series": known["series_instance_uid"],
     }
     return {
-        name: identity.codes_of(pa.chunked_array([*_chunks(values), *_chunks(values_of_known[name])], pa.string()))
-        for name, values in identified.items()
+        name: pa.chunked_array([*_chunks(values), *_chunks(values_of_known[name])], pa.string())
+        for name, values in texts.items()
     }
 
 
 def _chunks(values: pa.Array | pa.ChunkedArray) -> list[pa.Array]:
     return values.chunks if isinstance(values, pa.ChunkedArray) else [values]
+
+
+def _volumes(codes: dict[str, NDArray[np.int64]], own: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Return the volume of each slice, the first ``own`` of the ``codes``, then of each known volume a number of its own.
+
+    And for each slice whether its series UID is shared, as ``identity.divide_series``.
+    """
+    volume, shared = identity.divide_series(*(codes[name][:own] for name in ("series", "study", "patient")))
+    added = len(codes["series"]) - own
+    return np.r_[volume, int(volume.max(initial=-1)) + 1 + np.arange(added)], shared
 
 
 def persons_of(series: pa.Table) -> pa.Array:
@@ -147,6 +169,32 @@ def _patient_ids(slices: pa.Table, given: Given, spec: Spec) -> pa.Array:
         assert given.patient is not None
         return identity.usable(given.patient)
     return identity.usable(slices["assigned_patient"])
+
+
+def _groups_with_copies(
+    volume: NDArray[np.int64],
+    texts: Mapping[str, pa.Array | pa.ChunkedArray],
+    placeholders: pa.Array,
+    copied: Copied,
+    spec: Spec,
+) -> NDArray[np.int64]:
+    """Return the number of each slice's fold group (n,), where a copy counts as one more slice of its image's volume.
+
+    ``texts`` are the values that link slices, (n,) each; ``placeholders`` the patients that identify nobody.
+    """
+    headers = copied.headers
+    patient_id = _patient_ids(headers, Given(patient=pa.nulls(len(headers), pa.string())), spec)
+    person = identity.with_issuer(patient_id, headers["issuer_of_patient_id"])
+    of_copies = {
+        "patient": pc.if_else(pc.is_in(person, value_set=placeholders), pa.scalar(None, pa.string()), person),
+        "study": identity.usable(headers["study_instance_uid"]),
+        "series": headers["series_instance_uid"].combine_chunks(),
+    }
+    links = [
+        identity.codes_of(pa.chunked_array([*_chunks(values), of_copies[name]], pa.string()))
+        for name, values in texts.items()
+    ]
+    return identity.connect(np.r_[volume, volume[copied.line]], links)[: len(volume)]
 
 
 def _too_common_note(patient_id: pa.Array, person: NDArray[np.int64], unit: NDArray[np.int64], code: int) -> str:

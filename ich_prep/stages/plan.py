@@ -5,6 +5,7 @@ Tables in, tables out. Equal inputs give equal plans, in whatever order the file
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,14 +14,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ich_prep.dataset.schema import QUARANTINE_SCHEMA
-from ich_prep.errors import Reason
+from ich_prep.errors import Reason, count
 from ich_prep.layouts.label_keys import patients_of_table
 from ich_prep.layouts.labels import LabelTable, join_labels
 from ich_prep.stages import identity
 from ich_prep.stages.copies import settle
 from ich_prep.stages.geometry import SliceOrder, order_slices, slice_turns
 from ich_prep.stages.losses import lost_labels
-from ich_prep.stages.patients import Given, with_identities
+from ich_prep.stages.patients import IDENTIFIERS, Copied, Given, with_identities
 from ich_prep.stages.plan_tables import build_tables, matrix, nullable
 from ich_prep.stages.scan_words import with_scan_words
 from ich_prep.stages.selection import select
@@ -77,10 +78,13 @@ def make_plan(
     leaves = pc.is_valid(copies.reason)
     copied = _with_reason(slices.filter(leaves), copies.reason.filter(leaves), copies.detail.filter(leaves))
     left = pa.concat_tables([left, copied])
+    lines = np.flatnonzero(copies.copy_of >= 0)
+    remaining = np.cumsum(pc.invert(leaves).to_numpy(zero_copy_only=False)) - 1
+    twins = Copied(slices.select(IDENTIFIERS).take(pa.array(lines)), remaining[copies.copy_of[lines]])
     slices = slices.append_column("sop_uid_shared", pa.array(copies.shared)).filter(pc.invert(leaves))
 
     slices = slices.append_column("label_key", _label_keys(labels, slices))
-    slices, notes = with_identities(slices, _given(labels, slices["label_key"], spec), spec, known)
+    slices, notes = with_identities(slices, _given(labels, slices["label_key"], spec), spec, twins, known)
     slices = _sort_slices(_with_acquisitions(slices), upright=spec.orientation == "patient")
     joined = join_labels(labels, slices["label_key"])
     tables = build_tables(slices, labels, joined, spec)
@@ -93,7 +97,7 @@ def make_plan(
         without_image=joined.without_image.filter(pc.invert(pc.is_in(joined.without_image, value_set=lost["key"]))),
         lost=lost,
         unlabelled=slices["sop_instance_uid"].filter(pc.and_(train, pa.array(joined.unlabelled))).combine_chunks(),
-        notes=notes,
+        notes=(*notes, *_notes_of_planes(left, slices)),
     )
 
 
@@ -138,6 +142,15 @@ def _with_reason(files: pa.Table, reason: pa.Array | pa.ChunkedArray, detail: pa
     return files
 
 
+def _notes_of_planes(left: pa.Table, slices: pa.Table) -> Iterator[str]:
+    """Yield a note if there are series of which all slices lie in another plane than the axial one."""
+    tilted = left.filter(pc.equal(left["reason"], str(Reason.NOT_AXIAL)))
+    whole = tilted.filter(pc.invert(pc.is_in(tilted["series_instance_uid"], slices["series_instance_uid"])))
+    if len(whole):
+        number = len(whole["series_instance_uid"].unique())
+        yield f"{count(number, 'series', 'series')} without an axial slice (not_axial), for example {whole['path'][0]}"
+
+
 def _quarantine(files: pa.Table) -> pa.Table:
     stages = ["plan" if reason in _PLAN_REASONS else "scan" for reason in files["reason"].to_pylist()]
     columns = [
@@ -176,7 +189,7 @@ def _with_acquisitions(slices: pa.Table) -> pa.Table:
     keys = [_codes(slices[name]) for name in ACQUISITIONS]
     if not any((codes >= 0).any() for codes in keys):
         return slices.append_column("acquisition", pa.nulls(len(slices), pa.string()))
-    position_mm = _order(slices, foot_to_head=False).position_mm
+    position_mm = _order(slices, foot_to_head=False, by_number=False).order_mm
     split = overlapping_groups(position_mm, volume, keys)
     texts: list[str | None] = [None] * len(slices)
     for number, (column, keyword) in enumerate(ACQUISITIONS.items()):
@@ -203,10 +216,13 @@ def _codes(values: pa.ChunkedArray) -> NDArray[np.int64]:
     return codes
 
 
-def _order(slices: pa.Table, *, foot_to_head: bool) -> SliceOrder:
+def _order(slices: pa.Table, *, foot_to_head: bool, by_number: bool = True) -> SliceOrder:
+    """Return the order of the slices; unless ``by_number``, one slice without a position takes it from no other."""
     numbers = (_codes(slices[name]) for name in ("instance_number", "acquisition_number"))
     # Ranks: as float64, numbers beyond 2**53, such as time stamps, would no longer be distinct.
     instance_number, acquisition_number = (np.where(codes < 0, np.nan, codes) for codes in numbers)
+    if not by_number:
+        instance_number = np.full(len(slices), np.nan)
     return order_slices(
         matrix(slices["position"], 3),
         matrix(slices["orientation"], 6),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,13 +29,14 @@ from ich_prep.dataset.schema import (
     digest_of,
 )
 from ich_prep.dataset.storage import clear_leftovers, size_of, sync_folder, write_whole
-from ich_prep.dataset.tables import read_parquet, write_table
+from ich_prep.dataset.tables import read_sealed, write_table
 from ich_prep.dataset.windows import MIN_HU
 from ich_prep.errors import BuildError
 from ich_prep.stages import ledger
 from ich_prep.stages.images import equal_images, link_images
 from ich_prep.stages.losses import losses_by_reason, lost_in_shards
 from ich_prep.stages.plan_tables import PLAN_COLUMNS
+from ich_prep.stages.pseudonyms import key_id, published_quarantine, published_rows, published_state
 from ich_prep.stages.shard import RowReport, ShardReport
 from ich_prep.stages.state import write_state
 from ich_prep.versions import PACKAGE, all_versions, library_versions
@@ -76,7 +77,7 @@ def collect_tables(out: Path, folder: BuildFolder, state: State) -> Tables:
 
     Raises ``BuildError`` if a shard does not have the length that its entry records.
     """
-    plan = read_parquet(folder.plan)
+    plan = read_sealed(folder.plan)
     per_shard = state.spec.slices_per_shard
     starts = np.arange(0, len(plan), per_shard)
     entries = [_entry(out, folder, state.first_shard + number) for number in range(len(starts))]
@@ -105,12 +106,10 @@ def collect_tables(out: Path, folder: BuildFolder, state: State) -> Tables:
     ]
     return Tables(
         slices=slices,
-        series=_with_rows(read_parquet(folder.series), slices, ok),
+        series=_with_rows(read_sealed(folder.series), slices, ok),
         shards=pa.table(shards, schema=SHARD_SCHEMA),
-        quarantine=pa.concat_tables([read_parquet(folder.quarantine), pa.table(quarantined, schema=QUARANTINE_SCHEMA)]),
-        lost=pa.concat_tables(
-            [read_parquet(folder.lost), lost_in_shards(plan, status, _is_positive(plan, state.spec))]
-        ),
+        quarantine=pa.concat_tables([read_sealed(folder.quarantine), pa.table(quarantined, schema=QUARANTINE_SCHEMA)]),
+        lost=pa.concat_tables([read_sealed(folder.lost), lost_in_shards(plan, status, _is_positive(plan, state.spec))]),
     )
 
 
@@ -124,23 +123,26 @@ def _with_rows(series: pa.Table, slices: pa.Table, ok: NDArray[np.bool_]) -> pa.
     """Return the series table with what its rows of ``slices`` say: the number that are ``ok``, fold group, fold, flags."""
     starts = series["first_row"]
     first = slices.take(starts)
-    flags = slices["flags"].to_pylist()
-    ends = [*starts.to_pylist()[1:], len(slices)]
-    united = [
-        sorted({flag for line in flags[begin:end] for flag in line})
-        for begin, end in zip(starts.to_pylist(), ends, strict=True)
-    ]
     columns = {
         "n_ok": np.add.reduceat(ok.astype(np.int64), starts.to_numpy()),
         "fold": first["fold"],
         "fold_group": first["fold_group"],
-        "flags": united,
+        "flags": series_flags(series, slices),
     }
     for name, values in columns.items():
         field = series.schema.field(name)
         column = values if isinstance(values, pa.ChunkedArray) else pa.array(values, field.type)
         series = series.set_column(series.schema.get_field_index(name), field, column)
     return series
+
+
+def series_flags(series: pa.Table, slices: pa.Table) -> list[list[str]]:
+    """Return for each volume of ``series`` the sorted flags of its ``slices``."""
+    flags, starts = slices["flags"].to_pylist(), series["first_row"].to_pylist()
+    ends = [*starts, len(slices)][1:]
+    return [
+        sorted({flag for line in flags[begin:end] for flag in line}) for begin, end in zip(starts, ends, strict=True)
+    ]
 
 
 def _entry(out: Path, folder: BuildFolder, number: int) -> ShardReport:
@@ -165,12 +167,15 @@ def _with_results(slices: pa.Table, lines: list[RowReport], status: pa.Array) ->
     columns = [results.get(field.name, slices[field.name]) for field in slices.schema]
     slices = pa.table(columns, schema=slices.schema)
     found = {"same_image": equal_images(slices) >= 0, "not_head": _shows_lung(slices["series_row"].to_numpy(), lines)}
-    flags = [{*planned, *line.flags} for planned, line in zip(slices["flags"].to_pylist(), lines, strict=True)]
+    flags: list[list[str]] = slices["flags"].to_pylist()
+    for row, line in enumerate(lines):
+        if line.flags:
+            flags[row] = sorted({*flags[row], *line.flags})
     for name, where in found.items():
         for row in np.flatnonzero(where).tolist():
-            flags[row].add(name)
+            flags[row] = sorted({*flags[row], name})
     index = slices.schema.get_field_index("flags")
-    return slices.set_column(index, slices.schema.field(index), pa.array(map(sorted, flags), pa.list_(pa.string())))
+    return slices.set_column(index, slices.schema.field(index), pa.array(flags, pa.list_(pa.string())))
 
 
 def _shows_lung(series_row: NDArray[np.int64], lines: list[RowReport]) -> NDArray[np.bool_]:
@@ -180,12 +185,28 @@ def _shows_lung(series_row: NDArray[np.int64], lines: list[RowReport]) -> NDArra
     return shows
 
 
-def publish(out: Path, folder: BuildFolder, *, state: State, tables: Tables, found: int) -> dict[str, int]:
+def pseudonymised(tables: Tables, key: bytes, spec: Spec) -> Tables:
+    """Return the tables with pseudonyms by ``key`` in place of identifiers; columns ``x_...`` stay as they are."""
+    extra = [name for name in tables.slices.column_names if name.startswith("x_")]
+    return replace(
+        tables,
+        slices=published_rows(tables.slices, key, classes=spec.classes, extra=extra),
+        series=published_rows(tables.series, key, classes=spec.classes),
+        quarantine=published_quarantine(tables.quarantine, key),
+    )
+
+
+def publish(
+    out: Path, folder: BuildFolder, *, state: State, tables: Tables, found: int, key: bytes | None = None
+) -> dict[str, int]:
     """Write ``tables`` and the metadata of the dataset ``out``, the root's last; return its counts.
 
     ``found`` is the number of files in the source. Every shard must be on disk. The working ``folder`` records the
-    dataset's digest just before the root is written, which binds the two.
+    dataset's digest just before the root is written, which binds the two. With a ``key``, what identifies is replaced
+    by pseudonyms; the folder keeps the originals.
     """
+    shown = published_state(state, key)
+    tables = tables if key is None else pseudonymised(tables, key, state.spec)
     (out / LABELS).mkdir(exist_ok=True)
     names = {table: schema.table_name(table, generation=1) for table in TABLES}
     for name in (*names.values(), ROOT, f"{IMAGES}/{ROOT}", f"{LABELS}/{ROOT}"):
@@ -211,7 +232,7 @@ def publish(out: Path, folder: BuildFolder, *, state: State, tables: Tables, fou
     }
     ich: dict[str, Any] = {
         "format": FORMAT,
-        "spec": state.spec.model_dump(mode="json", exclude={"classes"}),
+        "spec": shown.spec.model_dump(mode="json", exclude={"classes"}),
         "classes": list(state.spec.classes),
         "counts": counts,
         "lost_labels": {
@@ -220,7 +241,7 @@ def publish(out: Path, folder: BuildFolder, *, state: State, tables: Tables, fou
         },
         # Otherwise verify expects each fold to be the hash of its group.
         "given_folds": bool(
-            pc.any(pc.greater_equal(read_parquet(folder.plan, ["given_fold"])["given_fold"], 0)).as_py()
+            pc.any(pc.greater_equal(read_sealed(folder.plan, ["given_fold"])["given_fold"], 0)).as_py()
         ),
         "tables": names,
         "digests": {
@@ -228,13 +249,17 @@ def publish(out: Path, folder: BuildFolder, *, state: State, tables: Tables, fou
             for name in sorted((*names.values(), f"{IMAGES}/{ROOT}", f"{LABELS}/{ROOT}"))
         },
         "generation": 1,
-        "labels_digest": state.labels,
+        "labels_digest": shown.labels,
         "history": [
             {
                 "command": "build",
                 "generation": 1,
                 "counts": counts,
-                "digests": {"sources": state.sources, "labels": state.labels},
+                "digests": {
+                    "sources": shown.sources,
+                    "labels": shown.labels,
+                    **({} if key is None else {"key": key_id(key)}),
+                },
             }
         ],
         "created_by": f"ich-prep {all_versions()[PACKAGE]}",

@@ -10,8 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ich_prep.dataset.storage import write_whole
-from ich_prep.dataset.tables import parquet_bytes
+from ich_prep.dataset.tables import write_sealed
 from ich_prep.dicom.accept import check_slice, flags_of, oriented
 from ich_prep.dicom.elements import ELEMENTS, Element, Header
 from ich_prep.dicom.header import SKIM_BYTES, read_with_faults
@@ -69,7 +68,7 @@ def scan_batch(folder: str, sources: tuple[str, ...], batch: int) -> tuple[int, 
         files = listed.read_row_group(batch).to_pylist()
     ahead = read_ahead(source, files, itemgetter("key"), files=FILES_AHEAD, length=SKIM_BYTES)
     lines = [_scan_listed(source, file) for file in ahead]
-    write_whole(build.batch(batch), parquet_bytes(pa.Table.from_pylist(lines, SCHEMA), write_statistics=False))
+    write_sealed(build.batch(batch), pa.Table.from_pylist(lines, SCHEMA), write_statistics=False)
     quarantined = sum(line.get("reason") is not None for line in lines)
     return len(lines) - quarantined, quarantined
 

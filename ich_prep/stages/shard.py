@@ -151,9 +151,14 @@ def _row_reports(results: list[Audit | SliceError], checksums: list[int], tissue
 @lru_cache(maxsize=1)
 def _opened(folder: str, digest: str) -> tuple[State, pq.ParquetFile]:
     """Return the state and the open plan of the build; a new ``digest`` means a new plan in ``folder``."""
-    cv2.setNumThreads(1)
+    use_one_thread()
     build = BuildFolder(Path(folder))
     return read_state(build), pq.ParquetFile(build.plan)
+
+
+def use_one_thread() -> None:
+    """Make OpenCV use one thread in this process, as each worker does: there is a worker for every core."""
+    cv2.setNumThreads(1)
 
 
 def _keys(folder: str, group: int) -> list[bytes]:

@@ -6,19 +6,26 @@ be shared. A dataset is complete without it.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict
 
 from ich_prep.dataset.dataset import STATE, working_folder
-from ich_prep.dataset.schema import AS_STORED, FORMAT
+from ich_prep.dataset.lock import breaking
+from ich_prep.dataset.schema import FORMAT
 from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.storage import files_below, local_path, whole_name, write_whole
-from ich_prep.errors import DatasetError
+from ich_prep.dataset.tables import read_sealed
+from ich_prep.errors import CorruptionError, DatasetError
+from ich_prep.files import is_litter, read_regular
 
+SEAL = "sha256"  # the key of the digest of all other keys of state.json
 _BATCH, _ENTRY = re.compile(r"[0-9]{5,}\.parquet"), re.compile(r"[0-9]{5,}\.json")
 
 
@@ -98,6 +105,11 @@ class BuildFolder:
         return BuildFolder(self.path / "append")
 
     @property
+    def key(self) -> Path:
+        """The key of the pseudonyms, unless the user keeps it elsewhere."""
+        return self.path / "identifiers.key"
+
+    @property
     def log(self) -> Path:
         """One line per event."""
         return self.path / "log.jsonl"
@@ -107,12 +119,16 @@ class BuildFolder:
         """The lock of the process that builds."""
         return self.path / "lock"
 
+    @property
+    def lease(self) -> Path:
+        """The lease of that process, where the file system has no locks."""
+        return self.path / "lease"
+
     def members(self) -> tuple[Path, ...]:
         """All that a build may keep in the folder."""
         return (
             self.state, self.files, self.scan, self.middles, self.plan, self.keys, self.series, self.quarantine, self.lost,
-            self.copies, self.done,
-            self.label_problems, self.log, self.lock,
+            self.copies, self.done, self.label_problems, self.key, self.log, self.lock, self.lease, breaking(self.lease),
         )  # fmt: skip
 
     def own_files(self) -> list[Path]:
@@ -120,8 +136,15 @@ class BuildFolder:
         return [path for path in files_below(self.path) if self._is_own(path)]
 
     def unknown_files(self) -> list[Path]:
-        """Return the files in the folder that no build put there."""
-        return [path for path in files_below(self.path) if not self._is_own(path)]
+        """Return the files in the folder that neither a build nor an operating system put there."""
+        return [path for path in files_below(self.path) if not self._is_own(path) and not self._is_litter(path)]
+
+    def litter(self) -> list[Path]:
+        """Return the files in the folder that an operating system or a file server put there."""
+        return [path for path in files_below(self.path) if self._is_litter(path) and not self._is_own(path)]
+
+    def _is_litter(self, path: Path) -> bool:
+        return is_litter(path.relative_to(self.path))
 
     def _is_own(self, path: Path) -> bool:
         name = whole_name(path.name)
@@ -145,7 +168,8 @@ class State(BaseModel):
     """What a build in progress has decided.
 
     ``sources`` and ``labels`` are digests of the file listing and of the labels, ``versions`` those of the libraries that
-    can change the bytes, ``plan`` the digest of the plan once there is one, ``published`` that of the dataset it became.
+    can change the bytes, ``key`` the id of the key of pseudonyms, ``plan`` the digest of the plan once there is one,
+    ``published`` that of the dataset it became.
     ``before`` is the digest of the generation that ``published`` follows: until its root is written, that is the dataset.
     ``base`` is the digest of the dataset that an append adds to, ``first_shard`` the number of its first shard.
     """
@@ -157,6 +181,7 @@ class State(BaseModel):
     sources: str
     labels: str
     versions: dict[str, str | None]
+    key: str | None = None
     plan: str | None = None
     published: str | None = None
     before: str | None = None
@@ -167,18 +192,13 @@ class State(BaseModel):
         """Return whether the dataset with this ``digest`` is the one that the build made."""
         return digest in (self.published, self.before)
 
-    @field_validator("spec", mode="before")
-    @classmethod
-    def _complete(cls, value: Any) -> Any:
-        return {"orientation": AS_STORED, **value} if isinstance(value, dict) else value
-
 
 def read_state(folder: BuildFolder) -> State:
     """Return the state of the build in ``folder``; raises ``DatasetError`` if it cannot be read."""
     try:
-        return State.model_validate_json(folder.state.read_bytes())
-    except (OSError, ValidationError) as error:
-        what = error.strerror if isinstance(error, OSError) else "it is not what this version writes"
+        return _unsealed(read_regular(folder.state))
+    except (OSError, ValueError) as error:
+        what = error.strerror if isinstance(error, OSError) else "it is damaged, or of another version"
         raise DatasetError(
             f"Cannot read the state of a build at {folder.state}: {what}. A finished dataset does not need it: remove the "
             "working folder. An unfinished build can only be built again, with --overwrite."
@@ -195,4 +215,37 @@ def readable_state(folder: BuildFolder) -> State | None:
 
 def write_state(folder: BuildFolder, state: State) -> None:
     """Write the state of the build in ``folder``, whole or not at all."""
-    write_whole(folder.state, state.model_dump_json(indent=2).encode())
+    content = state.model_dump(mode="json")
+    write_whole(folder.state, json.dumps({**content, SEAL: _digest(content)}, indent=2).encode())
+
+
+def _unsealed(data: bytes) -> State:
+    """Return the state that ``write_state`` wrote; raises ``ValueError`` for anything else."""
+    content = json.loads(data)
+    if not isinstance(content, dict) or content.pop(SEAL, None) != _digest(content):
+        raise ValueError("not the file that was written")
+    return State.model_validate(content)
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def plan_is_whole(folder: BuildFolder) -> bool:
+    """Return whether all tables of the plan are there and undamaged; if not, it can be made again from the scan."""
+    return all(_is_whole(path) for path in (folder.plan, folder.series, folder.lost, folder.quarantine))
+
+
+def drop_damaged_headers(folder: BuildFolder) -> None:
+    """Delete the batches of headers that are damaged, to be read again."""
+    for path in sorted(folder.scan.glob("*.parquet")):
+        if not _is_whole(path):
+            path.unlink(missing_ok=True)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        read_sealed(path, [])
+    except (OSError, CorruptionError):
+        return False
+    return True

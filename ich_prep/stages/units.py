@@ -20,6 +20,7 @@ from ich_prep.dicom.decode import PIXEL_FIELDS, Decoder
 from ich_prep.errors import Reason, SliceError
 from ich_prep.pixels.stored import mask_unused_bits
 from ich_prep.sources import open_source
+from ich_prep.stages import identity
 from ich_prep.stages.rules import refuse
 from ich_prep.stages.shard import pixel_source
 from ich_prep.stages.state import BuildFolder
@@ -49,9 +50,10 @@ def refuse_other_units(
 ) -> pa.Table:
     """Return ``scanned`` (``scan.SCHEMA``) with the reason NOT_HU for all slices of series that are not in HU.
 
-    A series with a RescaleType of another unit is refused. One with a RescaleType that says nothing is refused if its
-    middle slice does not look like HU; ``spec.rescale_types`` names those that are taken as HU. ``files`` is the listing
-    (``LISTING_SCHEMA``), ``run`` maps a task over numbers, as ``Pool.map`` does.
+    A series with a RescaleType of another unit is refused, with those of its slices that state none. One with a
+    RescaleType that says nothing is refused if its middle slice does not look like HU; ``spec.rescale_types`` names those
+    that are taken as HU. ``files`` is the listing (``LISTING_SCHEMA``), ``run`` maps a task over numbers, as ``Pool.map``
+    does.
     """
     questioned, refused = _by_unit(scanned, spec)
     series = list(questioned.values())
@@ -65,12 +67,26 @@ def refuse_other_units(
         return scanned
     chosen = np.zeros(len(scanned), bool)
     chosen[refused] = True
-    types = scanned["rescale_type"]
-    detail = pa.array(
-        [f"expected HU, found RescaleType {kind!r}; --rescale-types takes it as HU" for kind in types.to_pylist()],
-        pa.string(),
-    )
-    return refuse(scanned, chosen, Reason.NOT_HU, detail)
+    chosen |= _silent_beside(scanned, refused)
+    details = [
+        f"expected HU, found RescaleType {kind!r}; --rescale-types takes it as HU"
+        if kind
+        else "expected HU, found no RescaleType in a series of another unit"
+        for kind in scanned["rescale_type"].to_pylist()
+    ]
+    return refuse(scanned, chosen, Reason.NOT_HU, pa.array(details, pa.string()))
+
+
+def _silent_beside(scanned: pa.Table, refused: list[int]) -> NDArray[np.bool_]:
+    """Return which lines, (n,), have no RescaleType in a series of which others are ``refused``, and none says HU."""
+    patient, study, series = (identity.codes_of(scanned[name]) for name in _IDENTITY[:-1])
+    number = identity.join(identity.join(patient, study), series)
+    silent = pc.is_null(scanned["rescale_type"]).to_numpy(zero_copy_only=False)
+    other = np.zeros(len(scanned), bool)
+    other[refused] = True
+    states_hu = np.bincount(number, weights=~silent & ~other) > 0
+    result: NDArray[np.bool_] = silent & (np.bincount(number, weights=other) > 0)[number] & ~states_hu[number]
+    return result
 
 
 def middle_looks_like_hu(folder: str, sources: tuple[str, ...], number: int) -> bool:
@@ -133,13 +149,11 @@ def _by_unit(scanned: pa.Table, spec: Spec) -> tuple[dict[tuple[Any, ...], list[
     chosen = np.array([*other, False])[types.indices.fill_null(len(other)).to_numpy()]
     chosen &= pc.is_null(scanned["reason"]).to_numpy()
     lines = np.flatnonzero(chosen)
-    for index, identity in zip(
-        lines.tolist(), scanned.select(_IDENTITY).take(pa.array(lines)).to_pylist(), strict=True
-    ):
-        if _plain(identity["rescale_type"]) in OTHER_UNITS:
+    for index, line in zip(lines.tolist(), scanned.select(_IDENTITY).take(pa.array(lines)).to_pylist(), strict=True):
+        if _plain(line["rescale_type"]) in OTHER_UNITS:
             refused.append(index)
         else:
-            questioned.setdefault(tuple(identity.values()), []).append(index)
+            questioned.setdefault(tuple(line.values()), []).append(index)
     return questioned, refused
 
 

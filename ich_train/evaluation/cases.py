@@ -34,6 +34,7 @@ class Cases:
     patients: NDArray[np.int64]
     groups: NDArray[np.int64]  # fold groups: patients that are one person or share images
     positions: NDArray[np.float64]  # from 0 at one end of the series to 1 at the other
+    scans: NDArray[np.float32] | None = None  # (n, classes), a head's probabilities of the scan that each slice is of
 
 
 def values_of(dataset: Dataset, rows: NDArray[np.int64], name: str) -> pa.Array:
@@ -59,7 +60,7 @@ def values_of(dataset: Dataset, rows: NDArray[np.int64], name: str) -> pa.Array:
 
 def select(cases: Cases, chosen: NDArray[np.bool_]) -> Cases:
     """Return the ``chosen`` (n,) of ``cases``."""
-    arrays = {name: value[chosen] for name, value in vars(cases).items() if name != "classes"}
+    arrays = {name: value[chosen] for name, value in vars(cases).items() if isinstance(value, np.ndarray)}
     return Cases(classes=cases.classes, **arrays)
 
 

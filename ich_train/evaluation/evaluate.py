@@ -13,10 +13,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -25,39 +25,53 @@ from pyarrow import csv
 
 from ich_prep.dataset.storage import write_whole
 from ich_prep.dataset.tables import parquet_bytes
+from ich_train.evaluation.calibration import calibration, operating_point
 from ich_train.evaluation.cases import Cases, cases_of, select, values_of
-from ich_train.evaluation.figures import curves_of, draw_figures
+from ich_train.evaluation.figures import curves_of, draw_history, draw_network, draw_results
 from ich_train.evaluation.metrics import best_f1_thresholds, by_series, measure, position_scores, roc_aucs
 from ich_train.evaluation.plots import png
 from ich_train.evaluation.report import report_html
-from ich_train.predict import Predictor, load_predictor, predict_rows
-from ich_train.rows import labelled_rows
+from ich_train.predict import Mirrored, Predictor, load_predictor
+from ich_train.rows import draw_rows, labelled_rows
 from ich_train.runs import METRICS, read_history, require_writable
+from ich_train.scan_predict import ScanProbabilities, predict_scans, predict_slices, series_rows
 from ich_train.split import Split, split_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
+    from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
     from ich_prep.dataset.dataset import Dataset
     from ich_train.checkpoint import Meta
     from ich_train.config import EvalConfig
     from ich_train.evaluation.metrics import Curve
+    from ich_train.runs import Epoch
 
 VERSION = 1  # of metrics.json
 PREDICTIONS, PICTURES, CURVES, REPORT = "predictions.parquet", "pictures", "curves", "report.html"
+VIEWS: tuple[Literal["max", "mean"], ...] = ("max", "mean")  # of the slices of a series
 AXES = {"roc": ("false_positive_rate", "true_positive_rate"), "precision_recall": ("recall", "precision")}
 IDENTITY = ("row", "sop_instance_uid", "series_instance_uid", "patient_id", "subset", "fold")
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """The rows of an evaluation. ``complete``: all of the part, and so whole series."""
 
     split: Split
     evaluated: NDArray[np.int64]
     complete: bool
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """The slices evaluated and those of validation; ``baseline`` (n, classes) guesses the former from their places."""
+
+    cases: Cases
+    validation: Cases
+    baseline: NDArray[np.float64]
 
 
 def evaluate_run(
@@ -85,27 +99,21 @@ def evaluate_run(
     require_writable(out, hint="Name another folder with --out.")
     history = read_history(run)
     predictor = load_predictor(run, dataset, device=device)
-    rows = _choose_rows(dataset, predictor.meta, evaluation)
+    rows = choose_rows(dataset, predictor.meta, evaluation)
     values = None if evaluation.by is None else values_of(dataset, rows.evaluated, evaluation.by)
-    cases, validation = _predict(dataset, predictor, rows, evaluation, threads=threads)
-    metrics = _measure(dataset, predictor.meta, rows, cases, validation, evaluation, values)
+    predicted = predict_parts(dataset, predictor, rows, evaluation, threads=threads)
+    meta, cases = predictor.meta, predicted.cases
+    learned_from = np.union1d(rows.evaluated, rows.split.train)
+    metrics = {
+        "version": VERSION,
+        "model": meta.model_dump(mode="json"),
+        "dataset": describe(dataset, vars(rows.split), learned_from, trained_on=meta.dataset_digest),
+    } | measure_all(dataset, predicted, evaluation, values, complete=rows.complete)
     curves = curves_of(cases)
-    figures = draw_figures(dataset, predictor, cases, curves, metrics["by_slice"], history)
-    pictures = {name: png(figure) for name, figure in figures.items()}
-
-    out.mkdir(parents=True, exist_ok=True)
-    (out / METRICS).unlink(missing_ok=True)  # of the evaluation that is replaced
-    _write_files(out, dataset, cases, curves, pictures)
-    write_whole(out / REPORT, report_html(metrics, history, pictures).encode())
-    write_whole(out / METRICS, (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode())
+    figures = draw_history(history, kept=meta.epoch) | draw_results(dataset, predictor, cases, curves, metrics)
+    figures |= draw_network(dataset, predictor, cases)
+    write_evaluation(out, dataset, cases, curves, figures, metrics, history)
     return metrics
-
-
-def draw_rows(rows: NDArray[np.int64], *, limit: int | None, seed: int) -> NDArray[np.int64]:
-    """Return ``limit`` of ``rows``, ascending, drawn by ``seed`` without repeats; all of them if there are no more."""
-    if limit is None or limit >= len(rows):
-        return rows
-    return np.sort(np.random.default_rng(seed).choice(rows, size=limit, replace=False))
 
 
 def measure_views(
@@ -119,6 +127,8 @@ def measure_views(
 ) -> dict[str, Any]:
     """Return the measures of ``cases`` by slice and, if they are ``complete`` series, by series (maximum and mean).
 
+    The scans of a network with a head are measured too, ``by_scan``.
+
     The thresholds of best F1 are those of ``validation`` in the same view. ``position_only`` beside them is the area
     under the ROC curve of ``baseline`` (n, classes), probabilities that depend on each slice's place in its series only.
     Intervals resample fold groups, each with all its patients.
@@ -131,24 +141,38 @@ def measure_views(
         | {"patients": patients, "position_only": roc_aucs(cases.labels, baseline, cases.classes)},
         "by_series_max": None,
         "by_series_mean": None,
+        "by_scan": None,
     }
-    for how in ("max", "mean") if complete else ():
-        val_labels, val_probabilities, _ = by_series(
-            validation.series, validation.series_sizes, validation.labels, validation.probabilities, how=how
-        )
-        labels, probabilities, first = by_series(
-            cases.series, cases.series_sizes, cases.labels, cases.probabilities, how=how
-        )
-        _, by_position, _ = by_series(cases.series, cases.series_sizes, cases.labels, baseline, how=how)
+    for how in VIEWS if complete else ():
+        val_labels, val_probabilities, _ = _series_of(validation, validation.probabilities, how=how)
+        labels, probabilities, first = _series_of(cases, cases.probabilities, how=how)
+        _, by_position, _ = _series_of(cases, baseline, how=how)
         thresholds = best_f1_thresholds(val_labels, val_probabilities)
         views[f"by_series_{how}"] = measure(labels, probabilities, cases.groups[first], thresholds, **given) | {
+            "patients": patients,
+            "position_only": roc_aucs(labels, by_position, cases.classes),
+        }
+    if cases.scans is not None and validation.scans is not None and complete:
+        val_labels, of_validation, _ = _series_of(validation, validation.scans, how="max")
+        labels, of_scans, first = _series_of(cases, cases.scans, how="max")
+        _, by_position, _ = _series_of(cases, baseline, how="max")
+        thresholds = best_f1_thresholds(val_labels, of_validation)
+        views["by_scan"] = measure(labels, of_scans, cases.groups[first], thresholds, **given) | {
             "patients": patients,
             "position_only": roc_aucs(labels, by_position, cases.classes),
         }
     return views
 
 
-def _choose_rows(dataset: Dataset, meta: Meta, evaluation: EvalConfig) -> _Rows:
+def _series_of(
+    cases: Cases, values: NDArray[Any], *, how: Literal["max", "mean"]
+) -> tuple[NDArray[np.int8], NDArray[Any], NDArray[Any]]:
+    """Return the labels of each series, its ``values`` from those of its slices, (n, classes), and one of its slices."""
+    return by_series(cases.series, cases.series_sizes, cases.labels, values, how=how)
+
+
+def choose_rows(dataset: Dataset, meta: Meta, evaluation: EvalConfig) -> Rows:
+    """Return the rows of the part that ``evaluation`` names, as the network of ``meta`` splits ``dataset``."""
     subset = evaluation.subset
     parts = partial(
         split_rows, dataset, val_fold=meta.val_fold, test_fold=meta.test_fold, allow_series_labels=True
@@ -159,7 +183,7 @@ def _choose_rows(dataset: Dataset, meta: Meta, evaluation: EvalConfig) -> _Rows:
     candidates = np.sort(np.concatenate([*vars(chosen).values()])) if subset == "all" else vars(chosen)[subset]
     rows = draw_rows(candidates, limit=evaluation.limit, seed=evaluation.seed)
     complete = len(rows) == len(candidates) and (where is None or _are_whole_series(dataset, rows))
-    return _Rows(split, rows, complete=complete)
+    return Rows(split, rows, complete=complete)
 
 
 def _are_whole_series(dataset: Dataset, rows: NDArray[np.int64]) -> bool:
@@ -168,64 +192,71 @@ def _are_whole_series(dataset: Dataset, rows: NDArray[np.int64]) -> bool:
     return bool(np.isin(series[labelled_rows(dataset, allow_series_labels=True)], series[rows]).sum() == len(rows))
 
 
-def _predict(
-    dataset: Dataset, predictor: Predictor, rows: _Rows, evaluation: EvalConfig, *, threads: int
-) -> tuple[Cases, Cases]:
+def predict_parts(
+    dataset: Dataset, predictor: Predictor, rows: Rows, evaluation: EvalConfig, *, threads: int
+) -> Predicted:
     """Return the evaluated slices and those of the validation part, each slice predicted once."""
     rows_to_predict = np.union1d(rows.evaluated, rows.split.val)
-    probabilities = predict_rows(
-        predictor.model,
-        predictor.preprocess,
-        dataset,
-        rows_to_predict,
-        context=predictor.meta.context,
-        batch_size=evaluation.batch_size,
-        threads=threads,
-        device=predictor.device,
-    )
+    if evaluation.mirror:
+        predictor = replace(predictor, model=Mirrored(predictor.model))
+    scans = None
+    if predictor.meta.head is None:
+        probabilities = predict_slices(
+            predictor, dataset, rows_to_predict, batch_size=evaluation.batch_size, threads=threads
+        )
+    else:
+        scans = predict_scans(predictor, dataset, series_rows(dataset, rows_to_predict), threads=threads)
+        probabilities = scans.of_rows(rows_to_predict)
     cases, validation = (
-        cases_of(dataset, part, probabilities[np.searchsorted(rows_to_predict, part)])
+        _with_scans(cases_of(dataset, part, probabilities[np.searchsorted(rows_to_predict, part)]), scans)
         for part in (rows.evaluated, rows.split.val)
     )
-    return cases, validation
-
-
-def _measure(
-    dataset: Dataset,
-    meta: Meta,
-    rows: _Rows,
-    cases: Cases,
-    validation: Cases,
-    evaluation: EvalConfig,
-    values: pa.Array | None,
-) -> dict[str, Any]:
-    """Return the content of ``metrics.json``; ``values`` (n,) are those by which the cases are also measured apart."""
     unpredicted = np.empty((len(rows.split.train), len(dataset.classes)), np.float32)
     training = cases_of(dataset, rows.split.train, unpredicted)
-    baseline = position_scores(training.positions, training.labels, cases.positions)
+    return Predicted(cases, validation, position_scores(training.positions, training.labels, cases.positions))
+
+
+def _with_scans(cases: Cases, scans: ScanProbabilities | None) -> Cases:
+    if scans is None:
+        return cases
+    return replace(cases, scans=scans.scans[np.searchsorted(scans.series, cases.series)])
+
+
+def measure_all(
+    dataset: Dataset, predicted: Predicted, evaluation: EvalConfig, values: pa.Array | None, *, complete: bool
+) -> dict[str, Any]:
+    """Return what ``metrics.json`` says of ``predicted``; ``values`` (n,) are those by which it is also measured apart."""
+    cases, validation, baseline = predicted.cases, predicted.validation, predicted.baseline
     levels = pc.unique(dataset.slices["label_level"].take(pa.array(cases.rows))).to_pylist()
-    given: dict[str, Any] = {"complete": rows.complete, "resamples": evaluation.bootstrap, "seed": evaluation.seed}
+    given: dict[str, Any] = {"complete": complete, "resamples": evaluation.bootstrap, "seed": evaluation.seed}
     by_value = {}
     for value in [] if values is None else sorted(values.unique().to_pylist()):
         chosen = pc.equal(values, value).to_numpy(zero_copy_only=False)
         by_value[value] = measure_views(select(cases, chosen), validation, baseline[chosen], **given)
+    of_both = cases.labels, cases.probabilities, validation.labels, validation.probabilities
     return {
-        "version": VERSION,
-        "model": meta.model_dump(mode="json"),
-        "dataset": _describe(dataset, rows, meta),
         "evaluated": evaluation.model_dump(exclude={"batch_size"})
         | {"slices": len(cases.rows), "series_labels": bool({*levels} - {"slice", "none"})},
+        "calibration": calibration(*of_both, cases.classes),
+        "operating_point": None
+        if evaluation.sensitivity is None
+        else operating_point(*of_both, classes=cases.classes, sensitivity=evaluation.sensitivity),
         "by_value": by_value,
     } | measure_views(cases, validation, baseline, **given)
 
 
-def _describe(dataset: Dataset, rows: _Rows, meta: Meta) -> dict[str, Any]:
-    """Return what the dataset is and how many slices, series, patients and positives each part of the split has."""
-    parts = {}
-    for name, part in vars(rows.split).items():
+def describe(
+    dataset: Dataset, parts: Mapping[str, NDArray[np.int64]], used: NDArray[np.int64], *, trained_on: str
+) -> dict[str, Any]:
+    """Return what the dataset is and how many slices, series, patients and positives are in each of ``parts``, rows.
+
+    ``used`` are the rows to evaluate or learn from, ``trained_on`` is the digest of the dataset that was trained on.
+    """
+    described = {}
+    for name, part in parts.items():
         taken = dataset.slices.select(["series_row", "patient_id"]).take(pa.array(part))
         positives = (dataset.labels[part] > 0).sum(axis=0)
-        parts[name] = {
+        described[name] = {
             "slices": len(part),
             "series": pc.count_distinct(taken["series_row"]).as_py(),
             "patients": pc.count_distinct(taken["patient_id"]).as_py(),
@@ -234,12 +265,12 @@ def _describe(dataset: Dataset, rows: _Rows, meta: Meta) -> dict[str, Any]:
     return {
         "name": dataset.path.name,
         "digest": dataset.digest,
-        "trained_on": dataset.digest == meta.dataset_digest,
+        "trained_on": dataset.digest == trained_on,
         "slices": len(dataset.slices),
         "series": len(dataset.series),
         "patients": pc.count_distinct(dataset.slices["patient_id"]).as_py(),
-        "parts": parts,
-        "patient_is_study": _count_without_patient(dataset, np.union1d(rows.evaluated, rows.split.train)),
+        "parts": described,
+        "patient_is_study": _count_without_patient(dataset, used),
     }
 
 
@@ -249,13 +280,19 @@ def _count_without_patient(dataset: Dataset, rows: NDArray[np.int64]) -> int:
     return int(pc.equal(pc.list_flatten(flags), "patient_is_study").to_numpy().sum())
 
 
-def _write_files(
+def write_evaluation(
     out: Path,
     dataset: Dataset,
     cases: Cases,
     curves: Mapping[str, Mapping[str, Curve]],
-    pictures: Mapping[str, bytes],
+    figures: Mapping[str, Figure],
+    metrics: Mapping[str, Any],
+    history: Sequence[Epoch],
 ) -> None:
+    """Write all files of an evaluation to the folder ``out``, the metrics last."""
+    pictures = {name: png(figure) for name, figure in figures.items()}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / METRICS).unlink(missing_ok=True)  # of the evaluation that is replaced
     write_whole(out / PREDICTIONS, parquet_bytes(_predictions(dataset, cases)))
     (out / CURVES).mkdir(exist_ok=True)
     for name, of_labels in curves.items():
@@ -264,6 +301,8 @@ def _write_files(
     (out / PICTURES).mkdir(exist_ok=True)
     for name, picture in pictures.items():
         write_whole(out / PICTURES / f"{name}.png", picture)
+    write_whole(out / REPORT, report_html(metrics, history, pictures).encode())
+    write_whole(out / METRICS, (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode())
 
 
 def _predictions(dataset: Dataset, cases: Cases) -> pa.Table:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ich_prep.dataset.classes import ANY
+from ich_train.evaluation.calibration import reliability, scaled
 from ich_train.evaluation.metrics import POLICIES, precision_recall_curves, roc_curves
 from ich_train.evaluation.plots import (
     Example,
@@ -17,6 +18,7 @@ from ich_train.evaluation.plots import (
     feature_maps,
     history_curve,
     precision_recall_panels,
+    reliability_diagram,
     roc_panels,
 )
 from ich_train.loader import SliceLoader
@@ -43,28 +45,36 @@ def curves_of(cases: Cases) -> dict[str, dict[str, Curve]]:
     return {"roc": roc_curves(*given), "precision_recall": precision_recall_curves(*given)}
 
 
-def draw_figures(
+def draw_results(
     dataset: Dataset,
     predictor: Predictor,
     cases: Cases,
     curves: Mapping[str, Mapping[str, Curve]],
-    view: Mapping[str, Any],
-    history: Sequence[Epoch],
+    metrics: Mapping[str, Any],
 ) -> dict[str, Figure]:
-    """Return every picture of a report by name; ``view`` holds the measures by slice."""
-    figures = draw_history(history, kept=predictor.meta.epoch)
-    figures["roc"] = roc_panels(curves["roc"], view)
-    figures["precision_recall"] = precision_recall_panels(curves["precision_recall"], view)
+    """Return the pictures of what was measured, by name; of ``predictor`` only what its network sees is used."""
+    view = metrics["by_slice"]
+    figures = {
+        "roc": roc_panels(curves["roc"], view),
+        "precision_recall": precision_recall_panels(curves["precision_recall"], view),
+        "reliability": draw_reliability(cases, metrics["calibration"]["temperature"]),
+    }
     figures |= {f"confusion_{policy}": confusion_panels(view, policy) for policy in POLICIES}
     for name in cases.classes:
         threshold = view["labels"][name]["at_best_f1"]["threshold"]
         figures[f"sheet_{name}"] = draw_sheet(dataset, predictor, cases, name, 0.5 if threshold is None else threshold)
-    figures["feature_maps"] = draw_feature_maps(dataset, predictor, most_certain(cases))
     return figures
 
 
-def draw_history(history: Sequence[Epoch], kept: int) -> dict[str, Figure]:
-    """Return the curves of loss and accuracy by name; ``kept`` is the epoch whose weights are evaluated."""
+def draw_network(dataset: Dataset, predictor: Predictor, cases: Cases) -> dict[str, Figure]:
+    """Return the feature maps of one of ``cases`` by name, nothing for a network of volumes."""
+    if predictor.slice_network is None:
+        return {}
+    return {"feature_maps": draw_feature_maps(dataset, predictor, most_certain(cases))}
+
+
+def draw_history(history: Sequence[Epoch], kept: int | None) -> dict[str, Figure]:
+    """Return the curves of loss and accuracy by name; ``kept`` is the epoch whose weights are evaluated, if it is one."""
     epochs = [line.epoch for line in history]
     return {
         quantity: history_curve(
@@ -76,6 +86,14 @@ def draw_history(history: Sequence[Epoch], kept: int) -> dict[str, Figure]:
         )
         for quantity in ("loss", "accuracy")
     }
+
+
+def draw_reliability(cases: Cases, temperature: float | None) -> Figure:
+    """Return the reliability diagram of the probabilities and, if there is a ``temperature``, of those scaled by it."""
+    curves = {"as predicted": reliability(cases.labels, cases.probabilities)}
+    if temperature is not None:
+        curves[f"scaled, T = {temperature:.2f}"] = reliability(cases.labels, scaled(cases.probabilities, temperature))
+    return reliability_diagram({name: (bins.predicted, bins.observed) for name, bins in curves.items()})
 
 
 def draw_sheet(dataset: Dataset, predictor: Predictor, cases: Cases, label: str, threshold: float) -> Figure:
@@ -106,9 +124,10 @@ def draw_sheet(dataset: Dataset, predictor: Predictor, cases: Cases, label: str,
 
 def draw_feature_maps(dataset: Dataset, predictor: Predictor, row: int) -> Figure:
     """Return the feature maps of each convolution layer of the network for the slice ``row``."""
-    context = predictor.meta.context
+    context, network = predictor.meta.context, predictor.slice_network
+    assert network is not None
     loader = SliceLoader(dataset, np.array([row]), batch_size=1, order="sequential", context=context, pin=False)
-    layers = conv_layers(predictor.model)
+    layers = conv_layers(network)
     maps: dict[str, torch.Tensor] = {}
     handles = [
         layer.register_forward_hook(lambda _layer, _inputs, output, name=name: maps.update({name: output}))
@@ -117,7 +136,7 @@ def draw_feature_maps(dataset: Dataset, predictor: Predictor, row: int) -> Figur
     (batch,) = loader
     images = batch.images.to(predictor.device)
     with torch.inference_mode():
-        predictor.model(predictor.preprocess(images))
+        network(predictor.preprocess(images))
     for handle in handles:
         handle.remove()
     # In the order of the forward pass.

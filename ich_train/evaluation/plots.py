@@ -55,18 +55,32 @@ def png(figure: Figure) -> bytes:
 
 
 def history_curve(
-    epochs: Sequence[int], training: Sequence[float], validation: Sequence[float], *, quantity: str, kept: int
+    epochs: Sequence[int], training: Sequence[float], validation: Sequence[float], *, quantity: str, kept: int | None
 ) -> Figure:
     """Return the ``quantity`` in training and validation over the epochs, the epoch whose weights were kept marked."""
     figure = _figure(5.6, 3.6)
     axes = figure.add_subplot()
     _style(axes, x="epoch", y=quantity)
-    axes.axvline(kept, color=FAINT, linewidth=5, alpha=0.6, zorder=0)
-    axes.text(kept, 1.02, f"kept: epoch {kept}", transform=axes.get_xaxis_transform(), color=MUTED, size=8, ha="center")
+    if kept is not None:
+        axes.axvline(kept, color=FAINT, linewidth=5, alpha=0.6, zorder=0)
+        mark: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "color": MUTED, "size": 8, "ha": "center"}
+        axes.text(kept, 1.02, f"kept: epoch {kept}", **mark)
     for values, colour, name in ((training, GREY, "training"), (validation, BLUE, "validation")):
         axes.plot(epochs, values, color=colour, linewidth=1.8, marker="o", markersize=4, label=name, clip_on=False)
     axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+    return figure
+
+
+def reliability_diagram(curves: Mapping[str, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]) -> Figure:
+    """Return the share of positives over the mean probability of each bin, a line for each of ``curves`` by name."""
+    figure = _figure(4.6, 4.6)
+    axes = figure.add_subplot()
+    _style(axes, x="predicted probability", y="share of positives", unit_square=True)
+    axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)))
+    for (name, (predicted, observed)), colour in zip(curves.items(), (GREY, BLUE), strict=False):
+        axes.plot(predicted, observed, color=colour, linewidth=1.8, marker="o", markersize=4, label=name, clip_on=False)
     axes.legend(frameon=False, fontsize=9, labelcolor=INK)
     return figure
 

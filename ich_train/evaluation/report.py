@@ -25,6 +25,10 @@ VIEW_WORDS = {
     "by_slice": ("By slice", ""),
     "by_series_max": ("By series, maximum over slices", BY_SERIES.format(how="highest")),
     "by_series_mean": ("By series, mean over slices", BY_SERIES.format(how="mean")),
+    "by_scan": (
+        "By scan, as the head says",
+        "A series is positive if any of its slices is, negative if all are known to be; its probability is the head's.",
+    ),
 }
 
 
@@ -44,6 +48,10 @@ CAPTIONS = {
     "roc": Caption("ROC", "Each label in its panel, the others in grey. With its 95% interval by patients."),
     "precision_recall": Caption(
         "Precision and recall", "The dotted line is the share of positives, which a guess also reaches."
+    ),
+    "reliability": Caption(
+        "Reliability",
+        "Share of positives over the predicted probability, in 15 bins; on the dotted line they are the same.",
     ),
     "confusion_at_half": Caption("Confusion at 0.5", "Counts of slices; percentages and shades are shares of a row."),
     "confusion_at_best_f1": Caption(
@@ -79,7 +87,7 @@ class View:
 
 
 def report_html(metrics: Mapping[str, Any], history: Sequence[Epoch], pictures: Mapping[str, bytes]) -> str:
-    """Return the page: ``metrics`` of `ich_train.evaluation.evaluate.evaluate_run`, the epochs, and PNG files by name.
+    """Return the page: ``metrics`` of ``evaluate_run`` or ``evaluate_folds``, the epochs, and PNG files by name.
 
     The names of pictures are those of ``CAPTIONS``, and ``sheet_<label>`` for the sheets of slices.
     """
@@ -92,9 +100,11 @@ def report_html(metrics: Mapping[str, Any], history: Sequence[Epoch], pictures: 
         notes=_notes(metrics, history),
         facts=_facts(metrics),
         parts=_parts(data, classes),
-        views=[_view(name, metrics[name]) for name in VIEW_WORDS if metrics[name] is not None],
+        views=[_view(name, metrics[name]) for name in VIEW_WORDS if metrics.get(name) is not None],
         by_value=_by_value(metrics) if metrics.get("by_value") else None,
         history=_history(history, model),
+        calibration=_calibration(metrics["calibration"]),
+        operating_point=_operating_point(metrics["operating_point"]),
         policies=POLICIES,
         captions=CAPTIONS,
         pictures=pictures,
@@ -133,7 +143,13 @@ def _tiles(metrics: Mapping[str, Any]) -> list[Tile]:
 
 def _notes(metrics: Mapping[str, Any], history: Sequence[Epoch]) -> list[str]:
     evaluated, data, notes = metrics["evaluated"], metrics["dataset"], []
-    if overfitting := overfitting_text(history):
+    if "folds" in metrics:
+        notes.append(
+            "Cross-validated: each slice has the probabilities of the network that was trained without its fold. "
+            "Thresholds and the temperature come from the validation folds of all networks together; losses and accuracies "
+            "of the epochs are means over the networks."
+        )
+    elif overfitting := overfitting_text(history):
         notes.append(f"{overfitting} The weights of epoch {metrics['model']['epoch']} were kept.")
     if data["trained_on"] and evaluated["subset"] in ("train", "val", "all"):
         notes.append(
@@ -161,7 +177,7 @@ def _notes(metrics: Mapping[str, Any], history: Sequence[Epoch]) -> list[str]:
 
 def part_words(part: str) -> str:
     """Return the words for the evaluated part of a dataset, such as "the part val"."""
-    return "all parts" if part == "all" else f"the part {part}"
+    return {"all": "all parts", "folds": "the test folds"}.get(part, f"the part {part}")
 
 
 def _other_dataset(data: Mapping[str, Any], subset: str) -> str:
@@ -190,7 +206,7 @@ def _facts(metrics: Mapping[str, Any]) -> list[Row]:
     where = f", where {filtered}" if filtered else ""
     learned = f", from the slices where {model['where']}" if model.get("where") else ""
     facts = {
-        "network": f"{model['network']}, the epoch of the lowest validation loss: {model['epoch']}{learned}",
+        "network": f"{model['network']}{_head_words(model)}, {_epoch_words(metrics)}{learned}",
         "input": f"{size} × {size} pixels in the windows {windows} (center/width in HU){neighbours}",
         "dataset": f"{data['name']}: {count(data['slices'], 'slice')}, {data['series']:,} series, "
         f"{count(data['patients'], 'patient')}",
@@ -199,6 +215,20 @@ def _facts(metrics: Mapping[str, Any]) -> list[Row]:
         "intervals": f"{count(evaluated['bootstrap'], 'bootstrap resample')} of the patients, seed {evaluated['seed']}",
     }
     return [Row(fact) for fact in facts.items()]
+
+
+def _epoch_words(metrics: Mapping[str, Any]) -> str:
+    if "folds" not in metrics:
+        return f"epoch {metrics['model']['epoch']}"
+    epochs = (f"{of['epoch']} for fold {of['fold']}" for of in metrics["folds"])
+    return f"{count(len(metrics['folds']), 'network')}: epoch {', '.join(epochs)}"
+
+
+def _head_words(model: Mapping[str, Any]) -> str:
+    head = model.get("head")
+    if head is None:
+        return ""
+    return " of whole volumes" if head["kind"] == "volume" else f" with the head {head['kind']} over each scan"
 
 
 def _parts(data: Mapping[str, Any], classes: Sequence[str]) -> Table:
@@ -288,11 +318,31 @@ def _decisions(view: Mapping[str, Any], policy: str) -> Table:
     return Table(head, rows, title=_capital(POLICY_WORDS[policy]))
 
 
+def _calibration(found: Mapping[str, Any]) -> Table:
+    temperature = found["temperature"]
+    lines = {"as predicted": found["as_predicted"]}
+    if temperature is not None:
+        lines[f"scaled, T = {temperature:.3f}"] = found["scaled"]
+    rows = [Row([name, *(_number(line[key]) for key in ("ece", "brier", "log_loss"))]) for name, line in lines.items()]
+    return Table(["probabilities", "ECE", "Brier score", "log loss"], rows)
+
+
+def _operating_point(found: Mapping[str, Any] | None) -> Table | None:
+    if found is None:
+        return None
+    rows = [
+        Row([name, *(_number(point[key]) for key in ("threshold", "sensitivity", "specificity"))])
+        for name, point in found["labels"].items()
+    ]
+    title = f"At the thresholds of a sensitivity of {found['sensitivity']:g} on validation"
+    return Table(["label", "threshold", "sensitivity", "specificity"], rows, title=title)
+
+
 def _history(history: Sequence[Epoch], model: Mapping[str, Any]) -> Table:
     rows = [
         Row(
             [
-                f"{line.epoch} (kept)" if line.epoch == model["epoch"] else str(line.epoch),
+                f"{line.epoch} (kept)" if line.epoch == model.get("epoch") else str(line.epoch),
                 *line.cells(),
             ]
         )

@@ -21,10 +21,9 @@ from ich_prep.verify import verify
 from ich_train.loader import SliceLoader
 from ich_train.rows import labelled_rows, neighbours
 from tests.support.cli import prep, published, working
+from tests.support.parts import by_uid, split
 
 SPEC = Spec(size=32, slices_per_shard=16)
-# What says where a line is, and not what it is about.
-NUMBERS = ["row", "series_row", "label_line", "first_row", "slice_index"]
 
 
 @pytest.fixture(scope="module")
@@ -35,31 +34,9 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tree
 
 
-def split(tree: Path, folder: Path, parts: int) -> list[Path]:
-    """Deal the files of ``tree`` out, series by series, to that many trees, each with the whole label file."""
-    build(tree, folder / "all.zarr", SPEC, workers=0)
-    plan = pandas.read_parquet(working(folder / "all.zarr") / "plan.parquet")
-    series = {uid: number for number, uid in enumerate(sorted(plan["series_instance_uid"].unique()))}
-    out = [folder / f"part{number}" / "rsna" for number in range(parts)]
-    for path, uid in zip(plan["path"], plan["series_instance_uid"], strict=True):
-        target = out[series[uid] % parts] / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(tree / path, target)
-    for part in out:
-        for table in tree.glob("*.csv"):
-            shutil.copy(table, part)
-    return out
-
-
 def problems(path: Path, src: Path | list[Path] | None = None) -> list[str]:
     found = verify(path, src=src, sample=1.0 if src else 0.01, progress=NoProgress())
     return [f"{problem.culprit}: {problem.what}" for problem in found.problems]
-
-
-def by_uid(path: Path) -> pandas.DataFrame:
-    slices = open_dataset(path).slices.to_pandas()
-    slices = slices[slices["status"] != "unused"]
-    return slices.drop(columns=NUMBERS, errors="ignore").sort_values("sop_instance_uid").reset_index(drop=True)
 
 
 ALLOW = Allowances(missing_images=True)

@@ -20,6 +20,7 @@ from ich_prep.dataset.dataset import open_dataset
 from ich_prep.dataset.spec import Spec
 from ich_prep.errors import BuildError, DatasetError, SourceError, UsageError
 from ich_prep.phantom import synthesize
+from ich_prep.stages.state import BuildFolder, read_state, write_state
 from tests.support.cli import SMALL, copy_with_working_folder, prep, published, start, train_file, wait_for, working
 
 ROOT = Path(__file__).parents[2]
@@ -244,13 +245,13 @@ def test_a_build_with_a_plan_refuses_another_spec(phantom_tree: Path, unfinished
 
 
 def test_a_build_of_other_versions_is_refused(phantom_tree: Path, dataset_path: Path, unfinished: Path) -> None:
-    path = working(unfinished) / "state.json"
-    state = json.loads(path.read_text())
-    here = state["versions"]["numpy"]
-    path.write_text(json.dumps(state | {"versions": state["versions"] | {"numpy": "0.1"}}))
+    folder = BuildFolder(working(unfinished))
+    state = read_state(folder)
+    here = state.versions["numpy"]
+    write_state(folder, state.model_copy(update={"versions": state.versions | {"numpy": "0.1"}}))
     with pytest.raises(BuildError, match=rf"numpy was 0\.1, now {here}.*--overwrite"):
         build(phantom_tree, unfinished, SMALL, workers=0)
-    path.write_text(json.dumps(state))
+    write_state(folder, state)
     build(phantom_tree, unfinished, SMALL, workers=0)
     assert published(unfinished) == published(dataset_path)
 

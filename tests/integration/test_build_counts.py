@@ -120,7 +120,7 @@ def test_a_replaced_damaged_file_is_read_again(tree: Path, dataset_path: Path, t
     broken = [content[:-100], content[:132] + bytes(len(content) - 132)]  # shorter, and of the same length
     for damaged in broken:
         cut.write_bytes(damaged)
-        with pytest.raises(BuildError, match=r"1 of .* files damaged.*run the same command again"):
+        with pytest.raises(BuildError, match=r"1 of .* slices damaged.*run the same command again"):
             build(tree, out, SMALL, workers=0, allow=Allowances(max_quarantined=0.0))
     cut.write_bytes(content)
     build(tree, out, SMALL, workers=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from ich_prep import open_dataset
 from ich_prep.build_dataset import build
+from ich_prep.dataset.corrections import HEADER, Correction, append_correction, default_file
 from ich_prep.dataset.spec import Spec
 from ich_prep.errors import BuildError
 from ich_prep.progress import NoProgress
@@ -131,21 +133,23 @@ def test_labels_of_whole_series_make_their_slices_weakly_labelled(dataset: Path,
     assert problems(dataset) == []
 
 
+def marked(file: Path, dataset: Path, *marks: tuple[int, str, int | None], reader: str = "anna") -> Path:
+    """Append marks (row, class, value) to ``file`` as the viewer does."""
+    opened = open_dataset(dataset)
+    for row, name, value in marks:
+        uid = opened.slices["sop_instance_uid"][row].as_py()
+        append_correction(file, Correction(row, uid, name, value, "not sure, yet", reader, opened.digest))
+    return file
+
+
 def test_corrections_as_a_reader_makes_them(dataset: Path, tmp_path: Path) -> None:
-    before, digest = table_of(dataset), open_dataset(dataset).digest
+    before = table_of(dataset)
     first, second, third = (
         before.loc[before["label_level"] == "slice"].query("any == 1 and subdural != 1").index.tolist()[:3]
     )
-    uid = before["sop_instance_uid"]
-    (tmp_path / "corrections.csv").write_text(
-        "row,sop_instance_uid,class,value,note,reader,dataset digest\n"
-        f'{first},{uid[first]},subdural,0,"not sure, yet",anna,{digest}\n'
-        f"{first},{uid[first]},subdural,1,on second thought,anna,{digest}\n"
-        f",{uid[second]},Subdural,1,,ben,\n"
-        f"{third},,epidural,unknown,,anna,{digest}\n",
-        encoding="utf-8",
-    )
-    found = relabel(dataset, tmp_path / "corrections.csv")
+    file = marked(default_file(dataset), dataset, (first, "subdural", 0), (first, "subdural", 1))
+    marked(file, dataset, (second, "subdural", 1), (third, "epidural", None), reader="ben")
+    found = relabel(dataset, file)
     after = table_of(dataset)
     assert found.slices == 3 and problems(dataset) == []
     assert after.loc[[first, second], "subdural"].tolist() == [1, 1]
@@ -153,30 +157,40 @@ def test_corrections_as_a_reader_makes_them(dataset: Path, tmp_path: Path) -> No
     assert set(after.loc[[first, second, third], "label_level"]) == {"slice"}
 
     # Rows never move: the file still fits after another change, by the digest of the earlier generation.
-    again = prep("relabel", dataset, "--labels", tmp_path / "corrections.csv")
+    again = prep("relabel", dataset, "--labels", file)
     assert again.returncode == 0 and "nothing to do" in again.stdout
 
-    for text, message in (
-        (f"row,class,value,digest\n{first},subdural,1,{'0' * 64}\n", "the digest of a generation of this dataset"),
-        (f"row,sop_instance_uid,class,value\n{first},{uid[second]},subdural,1\n", "of one slice"),
-        (f"row,class,value\n{len(before)},subdural,1\n", f"a row of 0 to {len(before) - 1}"),
-        (f"row,class,value\n{first},subdual,1\n", "Did you mean 'subdural'"),
-        (f"row,class,value\n{first},subdural,2\n", "0, 1 or nothing"),
-        (f"row,class,value\n-{first},subdural,1\n", "the number of a row"),
-        ("sop_instance_uid,class,value\n1.2.3,subdural,1\n", "the SOP Instance UID of a slice"),
-        (f"row,class,value\n{first},any,0\n", "not the OR"),
-        (
-            f"row,class,value,reader\n{first},subdural,0,anna\n{first},subdural,1,ben\n",
-            "Readers disagree about 1 label",
-        ),
+    # Of two readers the later mark counts, and the command says that they disagree.
+    marked(file, dataset, (first, "subdural", 0), reader="ben")
+    disputed = prep("relabel", dataset, "--labels", file)
+    assert disputed.returncode == 0 and "readers disagree about 1 label" in disputed.stdout
+    assert "subdural: 1 -> 0: 1 slice" in disputed.stdout
+
+
+def test_corrections_that_cannot_be_of_this_dataset(dataset: Path, tmp_path: Path) -> None:
+    opened, files = open_dataset(dataset), published(dataset)
+    uids = opened.slices["sop_instance_uid"].to_pylist()
+    row = int(np.argmax(opened.labels[:, 4] == 1))
+    good = Correction(row, uids[row], "subdural", 1, "", "anna", opened.digest)
+    for changes, message in (
+        ({"dataset_digest": "0" * 64}, "none of the generations"),
+        ({"sop_instance_uid": uids[row + 1]}, "two different slices"),
+        ({"row": len(uids)}, "is no slice"),
+        ({"row": -1}, "is no slice"),
+        ({"class_name": "subdual"}, "none of epidural"),
+        ({"class_name": "any", "value": 0}, "not the OR"),
     ):
-        (tmp_path / "wrong.csv").write_text(text, encoding="utf-8")
-        files = published(dataset)
-        refused = prep("relabel", dataset, "--labels", tmp_path / "wrong.csv")
+        file = tmp_path / "wrong.csv"
+        file.unlink(missing_ok=True)
+        append_correction(file, replace(good, **changes))
+        refused = prep("relabel", dataset, "--labels", file)
         assert refused.returncode == 1 and message in refused.stderr, refused.stderr
         assert "Traceback" not in refused.stderr and published(dataset) == files
-    unknown = prep("relabel", dataset, "--labels", tmp_path / "wrong.csv", "--allow-contradictions")
-    assert unknown.returncode == 0 and "subdural: 1 -> unknown: 1 slice" in unknown.stdout
+    (tmp_path / "empty.csv").write_text(",".join(HEADER) + "\n")
+    (tmp_path / "half.csv").write_text(",".join(HEADER) + "\n1,x,subdural,perhaps,,,\n")
+    for name, message in (("empty", "found none"), ("half", "Line 2")):
+        refused = prep("relabel", dataset, "--labels", tmp_path / f"{name}.csv")
+        assert refused.returncode and message in refused.stderr and "Traceback" not in refused.stderr
 
 
 def test_tables_that_cannot_be_used(dataset: Path, tmp_path: Path) -> None:

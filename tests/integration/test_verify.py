@@ -237,3 +237,23 @@ def test_without_the_plan_nothing_can_be_compared(dataset: Path, phantom_tree: P
     shutil.rmtree(working(dataset))
     with pytest.raises(UsageError, match="needs the working folder of the build"):
         verify(dataset, src=phantom_tree, progress=NoProgress())
+
+
+def test_litter_of_an_operating_system_is_a_note_and_survives_overwrite(
+    phantom_tree: Path, dataset_path: Path, tmp_path: Path
+) -> None:
+    out = copy_with_working_folder(dataset_path, tmp_path / "d.zarr")
+    names = (".DS_Store", "images/._zarr.json", "labels/Thumbs.db", "images/c/@eaDir/x", "desktop.ini")
+    for name in names:
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_bytes(b"litter")
+    (working(out) / ".DS_Store").write_bytes(b"litter")
+    done = prep("verify", out)
+    assert done.returncode == 0, done.stderr
+    assert all(f"Note: {out / name} is litter" in done.stderr for name in names)
+    again = prep("build", "--src", phantom_tree, "--out", out, "--size", 64, "--slices-per-shard", 16, "--workers", 0,
+                 "--overwrite")  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert all((out / name).exists() for name in names)
+    assert prep("clean", out).returncode == 0
+    assert not working(out).exists()

@@ -44,7 +44,8 @@ def test_help_names_every_preset() -> None:
 def test_help_names_every_command() -> None:
     text = prep("--help").stdout
     commands = [command.callback.__name__ for command in app.registered_commands if command.callback]
-    assert commands == ["synth", "build", "info", "verify", "clean", "append", "relabel", "drop", "history"]
+    known = ["synth", "build", "scan", "info", "report", "find", "quarantine", "verify", "clean", "export", "view"]
+    assert commands == [*known, "append", "relabel", "drop", "history"]
     assert all(name in text for name in commands)
 
 

@@ -84,7 +84,8 @@ def test_a_series_is_sorted_by_position_and_then_by_number(lines: list[tuple[str
         assert positions.tolist()[: len(placed)] == sorted(placed.tolist())
         numbers = [lines[index][3] for index in part[unplaced]]
         known = [number for number in numbers if not np.isnan(number)]
-        assert numbers[: len(known)] == sorted(known)
+        rising, falling = (sorted(known, reverse=reverse) for reverse in (False, True))
+        assert numbers[: len(known)] in ([rising] if len(placed) else [rising, falling])  # as known positions rise
 
 
 def test_the_reference_is_a_slice_whose_orientation_most_share() -> None:
@@ -209,7 +210,9 @@ def test_slice_locations_do_not_matter_where_there_are_positions() -> None:
     some = along_z([0.0, np.nan, 9.0], slice_location=location)
     assert some.order.tolist() == [0, 2, 1] and not some.direction_unknown.any()
     numbered = along_z([0.0, np.nan, 9.0], instance_number=np.array([3.0, 2.0, 1.0]), slice_location=location)
-    assert numbered.order.tolist() == [2, 1, 0] and numbered.direction_unknown.all()
+    assert (
+        numbered.order.tolist() == [0, 1, 2] and not numbered.direction_unknown.any()
+    )  # locations fall as positions rise
 
 
 def test_slices_of_a_series_are_turned_alike_unless_they_differ() -> None:

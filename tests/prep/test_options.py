@@ -40,7 +40,8 @@ def test_a_recipe_may_set_every_option(tmp_path: Path) -> None:
         'folds = 3\nworkers = 0\nscheduler = "tcp://127.0.0.1:8786"\n'
         "max_quarantined = 0.5\nallow_unlabelled = true\nallow_missing_images = true\nallow_contradictions = true\n"
         'label_key = ["patient_id=Fall, Nr."]\nlabel_column = ["any=Blutung"]\n'
-        'ignore_columns = "all"\nkeep_columns = ["age"]\n',
+        'ignore_columns = "all"\nkeep_columns = ["age"]\n'
+        'identifiers = "pseudonymise"\nkey = "one.key"\nallow_kept_columns = true\nreport = true\n',
         encoding="utf-8",
     )
     options = resolve(recipe, {})
@@ -78,3 +79,15 @@ def test_an_unknown_key_of_a_recipe_is_reported_with_its_path(tmp_path: Path) ->
 
 def test_options_that_do_not_change_bytes_are_not_in_the_spec() -> None:
     assert resolve(None, {"workers": 0, "max_quarantined": 1.0}).spec() == resolve(None, {"workers": 7}).spec()
+
+
+@pytest.mark.parametrize("name", ["include", "exclude", "label_key", "keep_columns"])
+def test_one_text_is_a_list_of_one(name: str, tmp_path: Path) -> None:
+    """On the command line, in a recipe and from Python alike; it is not split at its commas."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f'[build]\n{name} = "BodyPartExamined=HEAD,BRAIN"\n', encoding="utf-8")
+    expected = ("BodyPartExamined=HEAD,BRAIN",)
+    assert getattr(resolve(recipe, {}), name) == expected
+    assert getattr(resolve(None, {name: expected[0]}), name) == expected
+    if name in Spec.model_fields:
+        assert getattr(resolve(recipe, {}).spec(), name) == getattr(Spec(**{name: expected[0]}), name) == expected

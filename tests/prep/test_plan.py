@@ -187,7 +187,7 @@ def test_a_series_in_which_a_position_is_missing_goes_by_instance_number(lost: F
     plan = planned(files)
     assert names(plan) == ["b", "c", "a", "z"]
     assert plan.slices["position_mm"].to_pylist() == [None, None, None, 1.0]
-    lost_flags = ["direction_unknown", "no_position"]
+    lost_flags = ["no_position"]
     assert flags(plan) == {"a": lost_flags, "b": lost_flags, "c": lost_flags, "z": []}
 
 
@@ -197,8 +197,7 @@ def test_without_all_numbers_a_slice_without_a_position_comes_last(lost: File) -
     plan = planned(files)
     assert names(plan) == ["c", "a", "b", "d"]
     assert plan.slices["position_mm"].to_pylist() == [0.0, 10.0, None, None]
-    last = ["direction_unknown", "no_position"]
-    assert flags(plan) == {"a": [], "b": last, "c": [], "d": last}
+    assert flags(plan) == {"a": [], "b": ["no_position"], "c": [], "d": ["no_position"]}
 
 
 def test_a_slice_of_another_orientation_is_flagged() -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from ich_prep.dataset import open_dataset, shard_format
 from ich_prep.dataset.schema import OK, shard_path
 from ich_prep.dicom.elements import DEFLATED_LE
+from ich_prep.stages import ledger
 from ich_prep.stages.shard import RowReport, ShardReport
 from tests.support.cli import working
 
@@ -59,7 +60,7 @@ def test_an_invalid_report_is_a_value_error(text: str) -> None:
 def test_the_report_of_a_build_matches_its_shard(dataset_path: Path) -> None:
     dataset = open_dataset(dataset_path)
     for number in range(dataset.counts.shards):
-        text = (working(dataset_path) / "shards" / f"{number:05d}.json").read_text(encoding="utf-8")
+        text = ledger.read(working(dataset_path) / "shards", number)
         report = ShardReport.from_json(text)
         data = np.fromfile(shard_path(dataset_path, number), np.uint8)
         chunks = dataset.spec.slices_per_shard

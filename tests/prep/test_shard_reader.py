@@ -244,8 +244,8 @@ def flip_index(shard: Path) -> None:
         (lambda shard: shard.write_bytes(bytes(500)), r"index checksum mismatch \(stored"),
         (lose_last_byte, r"index checksum mismatch \(stored"),
         (flip_index, r"index checksum mismatch \(stored"),
-        (lambda shard: (shard.unlink(), shard.mkdir()), "cannot be opened: Not a regular file"),
-        (lambda shard: (shard.unlink(), os.mkfifo(shard)), "cannot be opened: Not a regular file"),
+        (lambda shard: (shard.unlink(), shard.mkdir()), "cannot be opened: Is a directory"),
+        (lambda shard: (shard.unlink(), os.mkfifo(shard)), "cannot be opened: expected a regular file, found a FIFO"),
         (lambda shard: (shard.unlink(), shard.symlink_to(shard)), "cannot be opened: Too many levels"),
     ],
 )

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
 import numpy as np
 import pyarrow as pa
+import pydicom
 import pytest
 from numpy.typing import NDArray
+from pydicom.encaps import encapsulate
+from pydicom.uid import UID
 
 from ich_prep.build_dataset import Allowances, build
 from ich_prep.dataset import open_dataset
 from ich_prep.dataset.spec import Spec
 from ich_prep.errors import Reason
+from ich_prep.scans import render_file
 from ich_prep.sources import FolderSource
 from ich_prep.stages.rules import apply_rules
 from ich_prep.stages.scan import SCHEMA, scan_file
@@ -220,8 +226,9 @@ def test_a_series_without_positions_is_ordered_by_slice_location(slice_bytes: Sl
     build(src, out, Spec(size=16, layout="folder"), workers=0, allow=ANYTHING)
     slices = open_dataset(out).slices
     assert slices["sop_instance_uid"].to_pylist() == ["2.25.1", "2.25.0", "2.25.2"]
-    assert slices["position_mm"].to_pylist() == [-2, 3.5, 10]
-    assert [found[:1] for found in slices["flags"].to_pylist()] == [["direction_unknown"]] * 3
+    assert slices["position_mm"].to_pylist() == [None] * 3
+    assert slices["slice_spacing_mm"].to_pylist() == [5.5, 6.5, 6.5]
+    assert all({"direction_unknown", "no_position"} <= set(flags) for flags in slices["flags"].to_pylist())
 
 
 def test_instance_numbers_that_differ_in_the_last_of_many_digits_order_a_series(
@@ -237,3 +244,25 @@ def test_instance_numbers_that_differ_in_the_last_of_many_digits_order_a_series(
     out = tmp_path / "data.zarr"
     build(src, out, Spec(size=16, layout="folder"), workers=0, allow=ANYTHING)
     assert open_dataset(out).slices["sop_instance_uid"].to_pylist() == ["2.25.1", "2.25.2", "2.25.0"]
+
+
+@pytest.mark.parametrize("ending", [b"\xff\xd9\xff", b"\xff\xff\xd9", b"\xff\xd9\0", b"\xff\xd9\xff\xff"])
+@pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2.4.70", "1.2.840.10008.1.2.4.80"])
+def test_frames_that_end_in_fill_bytes_are_decoded(
+    syntax: str, ending: bytes, slice_bytes: SliceBytes, tmp_path: Path
+) -> None:
+    pixels = head().view(np.uint16)
+    is_ls = syntax.endswith("80")
+    frame = (
+        imagecodecs.jpegls_encode(pixels)
+        if is_ls
+        else imagecodecs.jpeg8_encode(pixels, lossless=True, bitspersample=16)
+    )
+    assert frame.endswith(b"\xff\xd9")
+    dataset = pydicom.dcmread(io.BytesIO(slice_bytes(head(), RescaleIntercept="0")))
+    dataset.PixelData = encapsulate([frame[:-2] + ending])
+    dataset["PixelData"].is_undefined_length = True
+    dataset.file_meta.TransferSyntaxUID = UID(syntax)
+    dataset.save_as(tmp_path / "slice.dcm")
+    hu = render_file(tmp_path / "slice.dcm", Spec(size=64, store="hu", layout="folder"))
+    np.testing.assert_array_equal(hu[0], head())

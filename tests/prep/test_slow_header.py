@@ -38,17 +38,17 @@ def with_many(data: bytes, many: bytes) -> bytes:
 
 def deflated(data: bytes, many: bytes) -> bytes:
     start = 144 + struct.unpack_from("<I", data, 140)[0]
-    deflater = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
+    deflater = zlib.compressobj(1, wbits=-zlib.MAX_WBITS)
     body = with_many(zlib.decompress(data[start:], wbits=-zlib.MAX_WBITS), many)
     return data[:start] + deflater.compress(body) + deflater.flush()
 
 
 @pytest.mark.parametrize("kind", ["plain", "deflated"])
-def test_millions_of_elements_cost_one_file(
+def test_very_many_elements_cost_one_file(
     kind: str, slice_bytes: SliceBytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(slow_header, "SECONDS_PER_HEADER", 1.0)
-    many = empty_elements(4_000_000)
+    many = empty_elements(500_000)
     if kind == "plain":
         data = with_many(slice_bytes(), many)
     else:

@@ -216,5 +216,5 @@ def test_what_the_operating_system_refuses_is_one_message(
     (tmp_path / "runs").write_text("a file")
     assert call("run", "--data", twelve, "--device", "cpu", "--epochs", 1, "--batch-size", 8) == 1
     printed = capsys.readouterr().err
-    assert "Error: Not a directory (runs/baseline). Fix this, then run the same command again." in printed
+    assert "Error: The run in runs/baseline stopped: Not a directory (runs/baseline). Fix" in printed
     assert "Traceback" not in printed

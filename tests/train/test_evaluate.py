@@ -18,11 +18,12 @@ from ich_prep.errors import TrainError, UsageError
 from ich_prep.phantom import synthesize
 from ich_train.checkpoint import load_model
 from ich_train.config import EvalConfig
-from ich_train.evaluation.evaluate import draw_rows, evaluate_run
+from ich_train.evaluation.evaluate import evaluate_run
 from ich_train.evaluation.metrics import log_loss
 from ich_train.evaluation.report import CAPTIONS
 from ich_train.predict import predict_rows
 from ich_train.preprocess import Preprocess
+from ich_train.rows import draw_rows
 from ich_train.runs import Epoch, write_history
 from ich_train.split import split_rows
 from tests.support.sealing import replace_table

@@ -413,9 +413,9 @@ def test_a_run_does_not_go_on_with_another_dataset(twelve_tree: Path, dataset: D
 def test_a_run_does_not_go_on_with_an_edited_recipe(dataset: Dataset, tmp_path: Path) -> None:
     quiet_train(dataset, tmp_path / "run", settings(epochs=1))
     recipe = tmp_path / "run" / "recipe.toml"
-    recipe.write_text(recipe.read_text(encoding="utf-8").replace("\nepochs = 1\n", "\nepochs = 5\n"), encoding="utf-8")
+    recipe.write_text(recipe.read_text(encoding="utf-8").replace("\nseed = 0\n", "\nseed = 5\n"), encoding="utf-8")
     edited, _ = settings_of(tmp_path / "run")
-    with pytest.raises(UsageError, match=r"epochs \(was 1, now 5\)"):
+    with pytest.raises(UsageError, match=r"seed \(was 0, now 5\)"):
         quiet_train(dataset, tmp_path / "run", edited, resume=True)
 
 

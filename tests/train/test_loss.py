@@ -51,7 +51,7 @@ def test_half_precision_logits_are_summed_in_float32() -> None:
 
 
 def test_an_unknown_loss_is_refused() -> None:
-    with pytest.raises(UsageError, match="bce or rsna"):
+    with pytest.raises(UsageError, match=r"expected bce, rsna or package\.module:NAME"):
         label_weights("mse", RSNA_CLASSES)
 
 

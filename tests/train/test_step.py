@@ -30,6 +30,7 @@ def step_of(model: nn.Module, *, clip_norm: float = 1.0, precision: torch.dtype 
         model=model,
         network=model,
         augment=noisy,
+        preprocess=lambda images: images.float() / 255,
         optimizer=torch.optim.AdamW(model.parameters(), lr=1.0),
         scaler=torch.amp.GradScaler("cpu", enabled=False),
         weights=label_weights("rsna", RSNA_CLASSES),

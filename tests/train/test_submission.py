@@ -137,3 +137,10 @@ def test_a_submission_is_replaced_at_once_or_not_at_all(source, dataset, run, tm
         write_submission(run, dataset, out)
     assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]
     assert out.read_text() == "before"
+
+
+def test_a_submission_needs_the_original_names(source, tmp_path):
+    spec = Spec(size=64, slices_per_shard=64, folds=3, identifiers="pseudonymise")
+    build(source, tmp_path / "data.zarr", spec, workers=0, allow=Allowances(missing_images=True))
+    with pytest.raises(UsageError, match="has pseudonyms"):
+        write_submission(tmp_path / "run", open_dataset(tmp_path / "data.zarr"), tmp_path / "out.csv")

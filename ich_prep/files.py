@@ -1,0 +1,95 @@
+"""Files of the user: only regular ones are opened, whatever links lead to them, so that no read waits for ever.
+
+A FIFO without a writer blocks whoever opens it, a terminal or a device may block or never end. The check is made on the
+open descriptor, so a file that is replaced between listing and reading is caught too.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# O_NONBLOCK: opening a FIFO returns at once, and changes nothing for regular files. O_NOCTTY: no terminal is taken over.
+READ_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a FIFO (named pipe)"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a character device"),
+    (stat.S_ISBLK, "a block device"),
+)
+
+
+# What operating systems and file servers put beside the user's files: Finder, AppleDouble, Windows Explorer, Synology, NFS.
+_LITTER = re.compile(r"\.DS_Store|\._.+|Thumbs\.db|desktop\.ini|\.nfs[0-9a-f]+", re.IGNORECASE)
+_LITTER_FOLDER = "@eaDir"
+
+
+def is_litter(path: Path) -> bool:
+    """Return whether the file at ``path`` is one that an operating system or a file server made, by its name."""
+    return _LITTER.fullmatch(path.name) is not None or _LITTER_FOLDER in path.parts
+
+
+class NotRegularError(OSError):
+    """A path that leads to something other than a regular file; ``strerror`` says what it is."""
+
+    def __init__(self, path: str | bytes | os.PathLike[str], mode: int) -> None:
+        is_folder = stat.S_ISDIR(mode)
+        words = os.strerror(errno.EISDIR) if is_folder else f"expected a regular file, found {kind_of(mode)}"
+        super().__init__(errno.EISDIR if is_folder else errno.EINVAL, words, os.fsdecode(path))
+        self.strerror: str = words
+
+
+def kind_of(mode: int) -> str:
+    """Return what a file of this ``st_mode`` is, with its article."""
+    return next((words for matches, words in _KINDS if matches(mode)), "a regular file")
+
+
+def open_regular(path: str | bytes | os.PathLike[str]) -> int:
+    """Return a descriptor of the regular file at ``path``, open for reading; links are followed.
+
+    Raises ``NotRegularError``, and ``OSError`` as ``os.open`` does. Nothing blocks: of a socket or a device without a
+    driver the operating system refuses the opening itself, which is reported in the same words.
+    """
+    try:
+        descriptor = os.open(path, READ_FLAGS)
+    except OSError as error:
+        if error.errno in (errno.ENXIO, errno.ENODEV):
+            raise NotRegularError(path, os.stat(path).st_mode) from None
+        raise
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise NotRegularError(path, mode)
+    return descriptor
+
+
+@contextmanager
+def opened(path: str | bytes | os.PathLike[str]) -> Iterator[int]:
+    """Open the regular file at ``path`` as ``open_regular`` does; close it at the end of the block."""
+    descriptor = open_regular(path)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def require_regular(path: Path) -> None:
+    """Raise ``OSError`` where ``path`` is no regular file: before a library that opens files itself is given it."""
+    with opened(path):
+        pass
+
+
+def read_regular(path: Path, *, limit: int | None = None) -> bytes:
+    """Return the bytes of the regular file at ``path``; raises ``OSError``, also for one of more than ``limit`` bytes."""
+    with open(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if limit is not None and size > limit:
+            raise OSError(errno.EFBIG, f"{size:,} bytes, expected at most {limit:,}", str(path))
+        return file.read()

@@ -1,0 +1,112 @@
+"""The columns of a dataset's tables that a report reads; those that an older dataset lacks are null."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ich_prep.dataset.classes import UNKNOWN
+from ich_prep.dataset.schema import OK, QUARANTINE_SCHEMA, SHARD_SCHEMA, series_schema, slice_schema
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ich_prep.dataset import Dataset
+
+SLICE_COLUMNS = (
+    "patient_id", "subset", "fold", "fold_group", "status", "label_level", "series_row", "turn", "repairs", "flags",
+    "hu_mean", "content_hash",
+)  # fmt: skip
+SERIES_COLUMNS = (
+    "series_row", "series_instance_uid", "patient_id", "subset", "first_row", "n_slices", "scan_type", "tilt_degrees",
+    "slice_spacing_mm", "pixel_spacing_x_mm", "source_rows", "source_columns", "study_year", "patient_age",
+    "patient_sex", "manufacturer", "slice_thickness_mm", "series_description",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ReportTables:
+    """The tables, in the order of their rows, with the columns above and one for each of ``classes``."""
+
+    classes: tuple[str, ...]
+    slices: pa.Table
+    series: pa.Table
+    shards: pa.Table
+    quarantine: pa.Table
+
+    @cached_property
+    def labels(self) -> NDArray[np.int8]:
+        """The labels of all rows, int8 (slices, classes), -1 where unknown."""
+        columns = [self.slices[name].fill_null(UNKNOWN).to_numpy() for name in self.classes]
+        return np.stack(columns, axis=1).astype(np.int8)
+
+    @cached_property
+    def is_ok(self) -> NDArray[np.bool_]:
+        """Whether each row has pixels, bool (slices,)."""
+        ok: NDArray[np.bool_] = pc.equal(self.slices["status"], OK).fill_null(False).to_numpy(zero_copy_only=False)
+        return ok
+
+    @cached_property
+    def series_row(self) -> NDArray[np.int64]:
+        """The line of ``series`` of each row, int64 (slices,)."""
+        rows: NDArray[np.int64] = self.slices["series_row"].fill_null(0).to_numpy()
+        return rows
+
+    @cached_property
+    def rows_by_flag(self) -> Mapping[str, NDArray[np.int64]]:
+        """The rows that carry each flag, the most frequent flag first."""
+        return _rows_by_word(self.slices["flags"])
+
+    @cached_property
+    def rows_by_repair(self) -> Mapping[str, NDArray[np.int64]]:
+        """The rows that got each repair, the most frequent repair first."""
+        return _rows_by_word(self.slices["repairs"])
+
+    def numbers(self, table: str, name: str) -> NDArray[np.float64]:
+        """Return a column of numbers, float64, NaN where null."""
+        column = getattr(self, table)[name].cast(pa.float64()).fill_null(float("nan"))
+        numbers: NDArray[np.float64] = column.to_numpy()
+        return numbers
+
+
+def read_tables(dataset: Dataset) -> ReportTables:
+    """Return the tables of ``dataset``; raises ``CorruptionError`` for one that is not the one published."""
+    classes = dataset.classes
+    columns = {
+        "slices": (slice_schema(classes), [*SLICE_COLUMNS, *classes]),
+        "series": (series_schema(classes), [*SERIES_COLUMNS, *classes]),
+        "shards": (SHARD_SCHEMA, SHARD_SCHEMA.names),
+        "quarantine": (QUARANTINE_SCHEMA, QUARANTINE_SCHEMA.names),
+    }
+    read = {
+        table: _complete(dataset.read_table(table, names), schema, names) for table, (schema, names) in columns.items()
+    }
+    return ReportTables(classes=classes, **read)
+
+
+def value_counts(column: pa.ChunkedArray) -> dict[Any, int]:
+    """Return how often each value occurs, null too, the most frequent first."""
+    counted = {line["values"]: line["counts"] for line in pc.value_counts(column).to_pylist()}
+    return dict(sorted(counted.items(), key=lambda item: (-item[1], str(item[0]))))
+
+
+def _complete(table: pa.Table, schema: pa.Schema, names: list[str]) -> pa.Table:
+    columns = [
+        table[name] if name in table.column_names else pa.nulls(len(table), schema.field(name).type) for name in names
+    ]
+    return pa.table(columns, names=names)
+
+
+def _rows_by_word(column: pa.ChunkedArray) -> Mapping[str, NDArray[np.int64]]:
+    lists = column.combine_chunks()
+    words, rows = pc.list_flatten(lists), pc.list_parent_indices(lists).to_numpy()
+    coded = words.dictionary_encode()
+    codes = coded.indices.to_numpy(zero_copy_only=False)
+    found = {word: rows[codes == code] for code, word in enumerate(coded.dictionary.to_pylist())}
+    return dict(sorted(found.items(), key=lambda item: (-len(item[1]), item[0])))

@@ -1,0 +1,41 @@
+"""The licences that the required packages declare: each is known, and none is copyleft."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import PackageMetadata, PackageNotFoundError, distribution
+
+from packaging.requirements import Requirement
+
+COPYLEFT = re.compile(r"GPL|General Public|MPL|Mozilla|EUPL|CDDL|Eclipse|OSL|CC-BY-SA|SSPL", re.IGNORECASE)
+
+
+def licence_of(metadata: PackageMetadata) -> str:
+    """Return the licence expression, else the classifiers, else the first line of the free text."""
+    classifiers = [line.rsplit(" :: ", 1)[-1] for line in metadata.get_all("Classifier") or [] if "License ::" in line]
+    stated = metadata.get("License-Expression") or "; ".join(classifiers) or metadata.get("License") or ""
+    return stated.strip().split("\n")[0]
+
+
+def required() -> dict[str, str]:
+    """Return the licence of each package that installing this one without extras installs."""
+    pending, licences = ["ich"], dict[str, str]()
+    while pending:
+        name = pending.pop()
+        try:
+            found = distribution(name)
+        except PackageNotFoundError:
+            continue  # required on another platform only
+        if found.metadata["Name"] in licences:
+            continue
+        licences[found.metadata["Name"]] = licence_of(found.metadata)
+        needs = [Requirement(line) for line in found.requires or []]
+        pending += [need.name for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
+    return licences
+
+
+def test_required_packages_are_free_of_copyleft() -> None:
+    licences = required()
+    assert len(licences) > 30
+    assert not [name for name, licence in licences.items() if not licence], "no licence stated"
+    assert not {name: licence for name, licence in licences.items() if COPYLEFT.search(licence)}
