@@ -69,7 +69,8 @@ def program(*, show_version: Version = False) -> None:
 
 @app.command("run")
 @options_from(
-    TrainConfig, "data", "model", "head", "epochs", "weights", "features", "seed", "batch_size", "threads", "device"
+    TrainConfig,
+    *("data", "where", "model", "head", "epochs", "weights", "features", "seed", "batch_size", "threads", "device"),
 )
 def run_command(*, given: dict[str, Any], out: Out = None, recipe: RecipeFile = None, resume: Resume = False) -> None:
     """Train, keep the best epoch in validation, evaluate it on held-out slices, write a report."""
@@ -114,7 +115,9 @@ def cv_command(
 
 @app.command("eval")
 @options_from(
-    EvalConfig, "subset", "limit", "seed", "batch_size", "by", "mirror", "sensitivity", default="as in the run's recipe"
+    EvalConfig,
+    *("subset", "where", "limit", "seed", "batch_size", "by", "mirror", "sensitivity"),
+    default="as in the run's recipe",
 )
 @options_from(TrainConfig, "data", "threads", "device", into="place", default="the run's")
 def eval_command(run: RunFolder, *, given: dict[str, Any], place: dict[str, Any], out: Evaluation = None) -> None:
@@ -143,7 +146,13 @@ def eval_command(run: RunFolder, *, given: dict[str, Any], place: dict[str, Any]
 @options_from(EvalConfig, "batch_size", default="as in the run's recipe")
 @options_from(TrainConfig, "data", "threads", "device", into="place", default="the run's")
 def predict_command(
-    run: RunFolder, *, given: dict[str, Any], place: dict[str, Any], out: Submission, sample: Sample = None
+    run: RunFolder,
+    *,
+    given: dict[str, Any],
+    place: dict[str, Any],
+    out: Submission,
+    sample: Sample = None,
+    where: Annotated[str | None, typer.Option(help="Only the slices of this filter.")] = None,
 ) -> None:
     """Write the probabilities of the test subset in the format of a Kaggle submission."""
     from ich_train.runs import settings_of
@@ -159,6 +168,7 @@ def predict_command(
         dataset,
         out,
         sample=sample,
+        where=where,
         device=choose_device(place.get("device", settings.device)),
         threads=place.get("threads", settings.threads),
         batch_size=given.get("batch_size", evaluation.batch_size),

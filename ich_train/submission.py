@@ -16,6 +16,7 @@ from ich_prep.dataset.storage import write_whole
 from ich_prep.errors import UsageError, count
 from ich_prep.files import require_regular
 from ich_train.predict import Predictor, load_predictor
+from ich_train.rows import selected_rows
 from ich_train.rsna import require_rsna
 from ich_train.runs import require_writable
 from ich_train.scan_predict import predict_slices
@@ -50,6 +51,7 @@ def write_submission(
     out: Path,
     *,
     sample: Path | None = None,
+    where: str | None = None,
     device: torch.device | str = "cpu",
     threads: int = 2,
     batch_size: int = 64,
@@ -57,9 +59,11 @@ def write_submission(
     """Write the probabilities of the test subset to ``out`` in the competition's format.
 
     The lines are ``ID,Label`` with IDs of the form ``<sop_instance_uid>_<class>``: those of the file ``sample`` in its
-    order, or without it six for each row of the subset, in the order of the label file and then of the dataset. A slice
+    order, or without it six for each row of the subset, or of those of the filter ``where``, in the order of the label file
+    and then of the dataset. A slice
     without a usable image gets the training slices' share of each label. Raises `UsageError` if the dataset has other
-    classes than RSNA's pseudonyms or no test subset, ``sample`` is not such a file, or ``out`` cannot be written.
+    classes than RSNA's, pseudonyms or no test subset, ``sample`` is not such a file, both it and a filter are given, or
+    ``out`` cannot be written.
     """
     if out.is_dir():
         raise UsageError(f"{out} is a folder. Name the CSV file to write with --out.")
@@ -72,11 +76,17 @@ def write_submission(
         )
     predictor = load_predictor(run, dataset, device=device)
     slices = dataset.slices
-    test = np.flatnonzero(pc.equal(slices["subset"], "test").to_numpy())
+    test = np.flatnonzero(pc.equal(slices["subset"], "test").fill_null(False).to_numpy())
     if not len(test):
         raise UsageError(
             f"No slices of the subset test in {dataset.path}. Build from a tree that holds the competition's test files."
         )
+    if where is not None:
+        if sample is not None:
+            raise UsageError("--where selects the slices, and --sample names them: give one of the two.")
+        test = np.intersect1d(test, np.flatnonzero(selected_rows(dataset, where)))
+        if not len(test):
+            raise UsageError(f"No slices of the subset test with pixels in {dataset.path} where {where}.")
     usable = test[dataset.is_ok[test]]
     lines = _lines_of_sample(sample, dataset.classes) if sample is not None else _lines_of(dataset, test)
     # One row more than there are usable slices: for those without an image, at index -1.
@@ -133,7 +143,9 @@ def _lines_of_sample(sample: Path, classes: tuple[str, ...]) -> _Lines:
 def _training_shares(dataset: Dataset, predictor: Predictor) -> NDArray[np.float32]:
     """Return the share of positives of each label among the training slices, (classes,), 0 if none is known."""
     meta = predictor.meta
-    split = split_rows(dataset, val_fold=meta.val_fold, test_fold=meta.test_fold, allow_series_labels=True)
+    split = split_rows(
+        dataset, val_fold=meta.val_fold, test_fold=meta.test_fold, allow_series_labels=True, where=meta.where, needed=()
+    )
     labels = dataset.labels[split.train]
     known = (labels >= 0).sum(axis=0)
     shares: NDArray[np.float32] = ((labels > 0).sum(axis=0) / np.maximum(known, 1)).astype(np.float32)
