@@ -204,10 +204,7 @@ class Dataset:
         a row whose status is not ok, ``TypeError`` for anything but row numbers, ``CorruptionError`` for bytes that are
         not the ones written; never returns zeros for missing data.
         """
-        wanted = np.asarray(rows)
-        if wanted.size and (wanted.dtype.kind not in "iu" or wanted.ndim != 1):
-            raise TypeError(f"Expected row numbers, as a list or (n,); got {wanted.dtype} of shape {wanted.shape}.")
-        wanted = wanted.astype(np.int64, copy=False)
+        wanted = row_numbers(rows)
         shape = (len(wanted), *self.shape[1:])
         reader = self._reader or self._open_reader()
         if out is None:
@@ -346,6 +343,14 @@ class Dataset:
             f"Row {row} has the status {status!r} and no pixels. Read only rows whose status is ok: "
             "np.flatnonzero(dataset.is_ok)."
         )
+
+
+def row_numbers(rows: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+    """Return ``rows`` as int64 (n,); raises ``TypeError`` for anything but row numbers."""
+    wanted = np.asarray(rows)
+    if wanted.size and (wanted.dtype.kind not in "iu" or wanted.ndim != 1):
+        raise TypeError(f"Expected row numbers, as a list or (n,); got {wanted.dtype} of shape {wanted.shape}.")
+    return wanted.astype(np.int64, copy=False)
 
 
 def _is_ok(slices: pa.Table) -> NDArray[np.bool_]:
