@@ -217,6 +217,16 @@ FLAGS: Mapping[str, Advice] = {
         "The same image is in the dataset under another name.",
         "They share a fold unless --link leaves out image. See the equal images on this page for conflicting labels.",
     ),
+    "volume_continued": Advice(
+        "check",
+        "Appended slices of a series that was in the dataset: they are a volume of their own.",
+        "If the series is to be one volume, build again from all of its files.",
+    ),
+    "fold_conflict": Advice(
+        "act",
+        "Appended slices show that fold groups may be of one patient, or the table gives another fold; all keep theirs.",
+        "Look at the slices: one patient may be in two folds. Withdraw some with ich-prep drop, or build again.",
+    ),
     "not_head": Advice(
         "check",
         "Perhaps not a head: by body part, field of view, or lung in the picture.",

@@ -139,7 +139,7 @@ def build(
             state = start_or_resume(job, state, partial(reset, out, folder))
             log = partial(_log, folder.log)
             log("start", layout=spec.layout, files=len(listing.files), notes=table.notes)
-            _say_broken_archives(listing, progress)
+            say_broken_archives(listing, progress)
             for note in table.notes:
                 progress.say(f"Labels: {note}.")
             with _timed(seconds, "start workers"):
@@ -157,13 +157,13 @@ def build(
                     check_labels(plan, table, folder, allow, progress)
                     check_lost(plan.lost, allow, progress)
                     check_any_slice(plan)
-                    state = _write_plan(folder, state, plan)
+                    state = write_plan(folder, state, plan)
                 log("planned", slices=len(plan.slices), quarantined=len(plan.quarantine))
                 del scanned, found, plan  # one line per file: memory that writing shards does not need
             assert state.plan is not None
             with _timed(seconds, "shards"):
-                _write_keys(folder, listing)
-                _write_shards(pool, out, folder, sources, state.plan, progress)
+                write_keys(folder, listing)
+                write_shards(pool, out, folder, sources, state.plan, progress)
             with _timed(seconds, "publish"):
                 tables = collect_tables(out, folder, state)
                 hint = (
@@ -179,7 +179,7 @@ def build(
 # --- before the work -------------------------------------------------------------------------------------------------
 
 
-def _say_broken_archives(listing: Listing, progress: Progress) -> None:
+def say_broken_archives(listing: Listing, progress: Progress) -> None:
     """Name each archive among the files that cannot be read: how many slices are lost with it is not known."""
     broken = listing.files.filter(pc.equal(listing.files["reason"], str(Reason.BAD_ARCHIVE)))
     for path, detail in zip(broken["path"].to_pylist(), broken["detail"].to_pylist(), strict=True):
@@ -203,8 +203,8 @@ def _log(path: Path, event: str, **values: object) -> None:
 # --- the steps -------------------------------------------------------------------------------------------------------
 
 
-def _write_plan(folder: BuildFolder, state: State, plan: Plan) -> State:
-    """Write the plan, one row group per shard, and the state that names its digest, last."""
+def write_plan(folder: BuildFolder, state: State, plan: Plan) -> State:
+    """Write the plan, one row group per shard, and the state that names its digest, last; return that state."""
     data = sealed_parquet_bytes(plan.slices, row_group_size=state.spec.slices_per_shard, write_statistics=False)
     write_whole(folder.plan, data)
     write_sealed(folder.series, plan.series)
@@ -216,7 +216,7 @@ def _write_plan(folder: BuildFolder, state: State, plan: Plan) -> State:
     return state
 
 
-def _write_keys(folder: BuildFolder, listing: Listing) -> None:
+def write_keys(folder: BuildFolder, listing: Listing) -> None:
     """Write the source keys of the planned files, one row group per shard.
 
     They are not part of the plan: between two runs a folder may become an archive, or be repacked.
@@ -229,24 +229,31 @@ def _write_keys(folder: BuildFolder, listing: Listing) -> None:
     write_whole(folder.keys, data)
 
 
-def _write_shards(
-    pool: Pool, out: Path, folder: BuildFolder, sources: Sequence[Path], digest: str, progress: Progress
+def write_shards(
+    pool: Pool,
+    out: Path,
+    folder: BuildFolder,
+    sources: Sequence[Path],
+    digest: str,
+    progress: Progress,
+    *,
+    first: int = 0,
 ) -> None:
-    """Write every shard that is not done.
+    """Write every shard that is not done; the plan's are numbered from ``first``.
 
     A shard is recorded in the ledger when it is on disk. Threads of this process wait for that; the workers continue.
     """
     plan = pq.ParquetFile(folder.plan).metadata
-    sizes = [plan.row_group(number).num_rows for number in range(plan.num_row_groups)]
+    sizes = {first + number: plan.row_group(number).num_rows for number in range(plan.num_row_groups)}
     done = {number for number in ledger.done(folder.done) if _is_done(out, folder, number, digest)}
-    for number in range(len(sizes)):
+    for number in sizes:
         if number not in done:
             clear_leftovers(shard_path(out, number))
     progress.begin("Writing slices", plan.num_rows, "slices", sum(sizes[number] for number in done))
     task = partial(write_shard, str(out), str(folder.path), tuple(map(str, sources)), digest)
     with ThreadPoolExecutor(SYNC_THREADS, thread_name_prefix="sync") as syncers:
         pending = deque[Future[None]]()
-        for number, report in pool.map(task, [number for number in range(len(sizes)) if number not in done]):
+        for number, report in pool.map(task, [number for number in sizes if number not in done]):
             pending.append(syncers.submit(_sync_and_record, out, folder, number, report))
             progress.advance(len(report.rows), sum(row.status != OK for row in report.rows))
             while pending and pending[0].done():

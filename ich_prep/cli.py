@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from ich_prep import look_commands
+from ich_prep import cli_change, look_commands
 from ich_prep.cli_report import report
 from ich_prep.command_options import options_from, run_program, say
 from ich_prep.errors import InterruptError, UsageError, count
@@ -213,6 +213,9 @@ def verify(
     build_dir: Annotated[Path | None, typer.Option(help="Working folder. [DATASET.build]")] = None,
     sample: Annotated[float, typer.Option(help="Share of the slices to compare.")] = 0.01,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sample.")] = 0,
+    where: Annotated[
+        str | None, typer.Option(help="Check the shards, and compare the slices, of this filter only.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check a dataset's integrity and report every problem."""
@@ -220,10 +223,14 @@ def verify(
     from ich_prep.verify import verify as run
 
     if as_json:
-        result = run(dataset, src=src, build_dir=build_dir, sample=sample, seed=seed, progress=NoProgress())
+        result = run(
+            dataset, src=src, build_dir=build_dir, sample=sample, seed=seed, where=where, progress=NoProgress()
+        )
     else:
         with TerminalProgress() as progress:
-            result = run(dataset, src=src, build_dir=build_dir, sample=sample, seed=seed, progress=progress)
+            result = run(
+                dataset, src=src, build_dir=build_dir, sample=sample, seed=seed, where=where, progress=progress
+            )
     _print_verification(dataset, result, as_json=as_json)
     raise typer.Exit(1 if result.problems else 0)
 
@@ -252,10 +259,16 @@ def _print_verification(dataset: Path, result: Verification, *, as_json: bool) -
 @app.command()
 def clean(
     dataset: Annotated[Path, typer.Argument(help="A finished dataset.")],
+    generations: Annotated[
+        bool, typer.Option("--generations", help="Remove the tables of earlier generations instead.")
+    ] = False,
     build_dir: Annotated[Path | None, typer.Option(help="Working folder. [DATASET.build]")] = None,
     forget_key: Annotated[bool, typer.Option("--forget-key", help="Remove the key of pseudonyms too.")] = False,
 ) -> None:
     """Remove the working folder of a finished dataset: paths, identifiers, plan and log of its build, not its key."""
+    if generations:
+        cli_change.clean_generations(dataset, build_dir)
+        return
     from ich_prep.stages import output
     from ich_prep.stages.state import build_folder
 
@@ -339,6 +352,10 @@ def view(
         if series or where is not None:
             raise UsageError("--series and --where choose the volumes for --html; the page itself has filters.")
         serve(opened, run=run, src=src or (), corrections=corrections, port=port, browser=browser, say=typer.echo)
+
+
+for _command in cli_change.COMMANDS:
+    app.command()(_command)
 
 
 def main() -> NoReturn:

@@ -73,7 +73,7 @@ def _why_unknown(folder: BuildFolder, dataset: Dataset) -> str | None:
     if not folder.state.exists():
         return f"The source file is not known: there is no working folder {folder.path}. Name it with --build-dir."
     state = readable_state(folder)
-    if state is None or state.published != dataset.digest:
+    if state is None or not state.belongs_to(dataset.digest):
         return (
             f"The source file is not known: the working folder {folder.path} belongs to another dataset. Name the right one "
             "with --build-dir."
@@ -92,6 +92,8 @@ def _rows_of(dataset: Dataset, sop: str) -> list[int]:
 def _line(dataset: Dataset, row: int) -> dict[str, Any]:
     slices, series = dataset.slices, dataset.series
     line = {name: slices[name][row].as_py() for name in _OF_SLICE}
+    if line["series_row"] is None:
+        return line  # a row of no slice
     volume = {name: series[name][line["series_row"]].as_py() for name in _OF_VOLUME if name in series.column_names}
     return {**line, **volume}
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ich_prep.dataset.schema import UNUSED, WITHDRAWN
 from ich_prep.errors import CONVERT_FRAMES, Reason, count
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def closing_lines(dataset: Dataset) -> Iterator[str]:
         for reason, loss in dataset.root.lost_labels.items():
             named = "" if identifiers == "pseudonymise" else f" (a file of this reason: {example.get(reason, '-')})"
             yield f"Lost with {reason}: {count(loss.labels, 'label')}, {loss.positive:,} of them positive{named}."
-    flags = pc.value_counts(pc.list_flatten(dataset.slices["flags"])).to_pylist()
+    flags = pc.value_counts(pc.list_flatten(_present(dataset)["flags"])).to_pylist()
     if flags:
         ordered = sorted(flags, key=lambda line: (-line["counts"], line["values"]))
         numbers = ", ".join(f"{line['counts']:,} {line['values']}" for line in ordered)
@@ -44,9 +45,15 @@ def identifiers_line(identifiers: str) -> str:
     return "Identifiers: as in the source: UIDs, patient IDs, accession numbers, header texts, names of files."
 
 
+def _present(dataset: Dataset) -> pa.Table:
+    """Return the lines of the slices that are in the dataset: not those that were withdrawn, nor those of no slice."""
+    absent = pc.is_in(dataset.slices["status"], value_set=pa.array([UNUSED, WITHDRAWN]))
+    return dataset.slices.filter(pc.invert(absent))
+
+
 def summary_of(dataset: Dataset) -> dict[str, Any]:
     """Return the summary of a dataset, as JSON values: counts, spec, labels by fold, quarantine, flags."""
-    slices = dataset.slices
+    slices = _present(dataset)
     fold = pc.coalesce(pc.cast(slices["fold"], pa.string()), "-")
     keys = pa.table({"subset": slices["subset"], "fold": fold, **{name: slices[name] for name in dataset.classes}})
     grouped = keys.group_by(["subset", "fold"]).aggregate(
@@ -85,3 +92,19 @@ def summary_of(dataset: Dataset) -> dict[str, Any]:
         "flags": dict(sorted((line["values"], line["counts"]) for line in flags)),
         "repairs": dict(sorted((line["values"], line["counts"]) for line in repairs)),
     }
+
+
+def history_of(dataset: Dataset) -> list[dict[str, Any]]:
+    """Return a line for each generation, as JSON values: its number, command, digest, counts, digests of its inputs."""
+    events = dataset.root.history
+    digests = [*(event.digests.get("before") for event in events[1:]), dataset.digest]
+    return [
+        {
+            "generation": event.generation,
+            "command": event.command,
+            "digest": digest,
+            "counts": event.counts,
+            "digests": {name: value for name, value in event.digests.items() if name != "before"},
+        }
+        for event, digest in zip(events, digests, strict=False)
+    ]

@@ -7,8 +7,8 @@ the definitions.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,19 +20,17 @@ import pyarrow.compute as pc
 from ich_prep.dataset import open_dataset, shard_format
 from ich_prep.dataset.classes import SUBTYPES, is_rsna
 from ich_prep.dataset.codecs import CODECS
-from ich_prep.dataset.schema import IMAGES, LABELS, OK, ROOT, TABLES, shard_path
+from ich_prep.dataset.schema import IMAGES, LABELS, OK, ROOT, UNUSED, WITHDRAWN, shard_path
 from ich_prep.dataset.storage import local_path
 from ich_prep.dataset.tables import read_sealed
-from ich_prep.dataset.windows import MAX_HU, MIN_HU, window_codes
-from ich_prep.dicom.decode import decode_with_pydicom
-from ich_prep.errors import CorruptionError, IchError, SliceError, SourceError, UsageError
+from ich_prep.errors import CorruptionError, UsageError
 from ich_prep.files import is_litter, read_regular
-from ich_prep.pixels.repairs import SIGN_12BIT, SIGN_12BIT_SHIFT, SIGN_12BIT_WRAP
-from ich_prep.pixels.resize import resize_hu
-from ich_prep.sources import LARGEST_MEMBER, Source, open_source, read_whole
+from ich_prep.sources import open_source
 from ich_prep.stages import ledger
+from ich_prep.stages.compare import Problem, compare, keys_of, sample_rows
 from ich_prep.stages.folds import fold_of
-from ich_prep.stages.publish import root_document
+from ich_prep.stages.generation import generation_of, is_new_shard
+from ich_prep.stages.publish import images_document, root_document, sha256
 from ich_prep.stages.shard import ShardReport
 from ich_prep.stages.state import BuildFolder, build_folder, readable_state
 
@@ -41,27 +39,6 @@ if TYPE_CHECKING:
 
     from ich_prep.dataset import Dataset
     from ich_prep.progress import Progress
-
-
-# The turns, independently of ``TURNS``: a slice (rows, columns) -> as it is stored.
-_TURNED: dict[str, Callable[[NDArray[np.int16]], NDArray[np.int16]]] = {
-    "": lambda hu: hu,
-    "flip_x": np.fliplr,
-    "flip_y": np.flipud,
-    "rotate_180": lambda hu: np.rot90(hu, 2),
-    "transpose": np.transpose,
-    "rotate_90_left": np.rot90,
-    "rotate_90_right": lambda hu: np.rot90(hu, -1),
-    "transverse": lambda hu: np.rot90(hu, 2).T,
-}
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One problem: the file or row that is damaged, and what is wrong with it."""
-
-    culprit: str
-    what: str
 
 
 @dataclass(frozen=True)
@@ -82,15 +59,17 @@ def verify(
     build_dir: str | Path | None = None,
     sample: float = 0.01,
     seed: int = 0,
+    where: str | None = None,
     progress: Progress,
 ) -> Verification:
     """Return the problems of the dataset at ``path``.
 
     With ``src``, the sources it was built from, the share ``sample`` of its slices (at least one) is decoded again by
     pydicom alone and compared pixel by pixel. That needs the working folder of the build: ``build_dir``, or the one next
-    to the dataset. Raises ``DatasetError`` if there is no dataset, ``SourceError`` if ``src`` is neither a folder nor an
-    archive, and ``UsageError`` if it has none of the files, or if the working folder is missing or belongs to another
-    dataset.
+    to the dataset. A filter ``where`` limits the shards that are checked, and the slices that are compared, to those that
+    have, or are, rows that it selects. Raises ``DatasetError`` if there is no dataset, ``SourceError`` if ``src`` is neither
+    a folder nor an archive, and ``UsageError`` if it has none of the files, if the filter is not valid or selects no row,
+    or if the working folder is missing or belongs to another dataset.
     """
     if not 0 < sample <= 1:
         raise UsageError(f"Expected --sample within 0..1, the share of slices to compare; got {sample:g}.")
@@ -114,10 +93,12 @@ def verify(
     try:
         if intact:
             problems += [*_check_root(dataset), *_check_tables(dataset), *_check_zarr(dataset)]
-        problems += _check_shards(dataset, progress)
+        selected = _selected(dataset, where)
+        checked = np.unique(np.flatnonzero(selected) // dataset.spec.slices_per_shard)
+        problems += _check_shards(dataset, checked.tolist(), progress)
     except CorruptionError as error:  # a table that was sealed again says what no table can
         return Verification(0, 0, 0, (*problems, Problem(str(dataset.path), str(error))))
-    strays, notes = _check_strays(dataset)
+    strays, notes = _check_strays(dataset, folder)
     problems += strays
     if intact and belongs:
         problems += _check_ledger(dataset, folder)
@@ -128,23 +109,24 @@ def verify(
         except (OSError, CorruptionError):
             problems.append(Problem(str(folder.plan), "cannot be read: the source file of each row is not known"))
         else:
-            rows = _sample(dataset, sample, seed)
+            rows = sample_rows(np.flatnonzero(dataset.is_ok & selected), sample, seed)
             sampled = plan.take(pa.array(rows)).to_pylist()
-            keys = _keys_of(source, [line["path"] for line in sampled])
+            keys = keys_of(source, [line["path"] for line in sampled])
             if sampled and not keys:
                 raise UsageError(
                     f"None of the {len(sampled)} sampled source files of {dataset.path} is in {', '.join(map(str, paths))} "
                     f"(for example {sampled[0]['path']}). Give the same --src as to `ich-prep build`."
                 )
-            problems += _compare(dataset, source, keys, sampled, progress)
+            problems += compare(dataset, source, keys, sampled, progress)
             compared = len(rows)
-    return Verification(dataset.counts.shards, len(dataset), compared, tuple(problems), notes)
+    slices = len(dataset) if where is None else int(selected.sum())
+    return Verification(len(checked), slices, compared, tuple(problems), notes)
 
 
 def _belongs(folder: BuildFolder, dataset: Dataset) -> bool:
     """Return whether ``folder`` is the working folder of the build that made ``dataset``."""
     state = readable_state(folder)
-    return state is not None and state.published == dataset.digest
+    return state is not None and state.belongs_to(dataset.digest)
 
 
 def _check_root(dataset: Dataset) -> Iterator[Problem]:
@@ -167,8 +149,19 @@ def _check_files(dataset: Dataset) -> Iterator[Problem]:
         except OSError as error:
             yield Problem(str(path), f"cannot be read: {error.strerror}")
             continue
-        if hashlib.sha256(data).hexdigest() != digest:
+        if digest not in (sha256(data), _digest_when_shorter(dataset, name, data)):
             yield Problem(str(path), f"SHA-256 mismatch: not the file that was published ({len(data)} bytes)")
+
+
+def _digest_when_shorter(dataset: Dataset, name: str, data: bytes) -> str | None:
+    """Return the digest of the images' metadata before an append, in progress or interrupted, made the array longer."""
+    if name != f"{IMAGES}/{ROOT}":
+        return None
+    try:
+        longer = json.loads(data)["shape"][0] > len(dataset)
+        return sha256(images_document(data, len(dataset))) if longer else None
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
 
 
 def _check_tables(dataset: Dataset) -> Iterator[Problem]:
@@ -192,10 +185,16 @@ def _check_tables(dataset: Dataset) -> Iterator[Problem]:
     yield from _check_any(dataset)
     yield from _check_folds(dataset)
     quarantine = dataset.read_table("quarantine")
-    if len(quarantine) != counts.quarantined or counts.found != counts.ok + counts.quarantined:
+    withdrawn = pc.sum(pc.equal(slices["status"], WITHDRAWN)).as_py() or 0
+    if (
+        len(quarantine) != counts.quarantined
+        or withdrawn != counts.withdrawn
+        or counts.found != counts.ok + counts.quarantined + counts.withdrawn
+    ):
         yield Problem(
             str(dataset.table_path("quarantine")),
-            f"{counts.found} files were found; {counts.ok} slices are ok and {len(quarantine)} quarantined",
+            f"{counts.found} files were found; {counts.ok} slices are ok, {withdrawn} withdrawn and {len(quarantine)} "
+            "quarantined",
         )
 
 
@@ -210,9 +209,8 @@ def _check_folds(dataset: Dataset) -> Iterator[Problem]:
     culprit, folds = str(dataset.table_path("slices")), dataset.attributes["spec"].get("folds")
     hidden = dataset.attributes["spec"].get("identifiers") == "pseudonymise"  # folds are hashes of the originals
     drawn = isinstance(folds, int) and not dataset.root.given_folds and not hidden
-    lines = dataset.slices.select(["fold", "series_row", "patient_id"]).append_column("group", dataset.fold_groups)
-    patients = lines.group_by("group").aggregate([("patient_id", "min")])
-    patient_of = dict(zip(patients["group"].to_pylist(), patients["patient_id_min"].to_pylist(), strict=True))
+    lines = dataset.slices.select(["fold", "series_row"]).append_column("group", dataset.fold_groups)
+    patient_of = _founders(dataset) if drawn else {}
     lines = lines.filter(pc.and_(pc.is_valid(lines["fold"]), pc.equal(dataset.slices["status"], OK)))
     for line in lines.group_by("group").aggregate([("fold", "min"), ("fold", "max")]).to_pylist():
         group, first, last = line["group"], line["fold_min"], line["fold_max"]
@@ -223,15 +221,27 @@ def _check_folds(dataset: Dataset) -> Iterator[Problem]:
             yield Problem(culprit, f"fold group {group!r} is in fold {first}, not {expected}")
             return
     of_series = dataset.series["fold"].take(lines["series_row"])
-    if not pc.all(pc.equal(of_series, lines["fold"]).fill_null(False)).as_py():
+    if len(lines) and not pc.all(pc.equal(of_series, lines["fold"]).fill_null(False)).as_py():
         yield Problem(str(dataset.table_path("series")), "a series has another fold than its slices")
+
+
+def _founders(dataset: Dataset) -> dict[str, str]:
+    """Return for each fold group the smallest patient of the generation in which it got its fold: the fold is its hash."""
+    ends = np.unique([event.counts.get("rows", len(dataset)) for event in dataset.root.history] or [len(dataset)])
+    born = np.searchsorted(ends, np.arange(len(dataset)), side="right")
+    lines = dataset.slices.select(["fold", "patient_id"]).append_column("group", dataset.fold_groups)
+    lines = lines.append_column("born", pa.array(born))
+    first = lines.filter(pc.is_valid(lines["fold"])).group_by("group").aggregate([("born", "min")])
+    began = first["born_min"].take(pc.index_in(lines["group"], value_set=first["group"]))
+    founders = lines.filter(pc.equal(lines["born"], began)).group_by("group").aggregate([("patient_id", "min")])
+    return dict(zip(founders["group"].to_pylist(), founders["patient_id_min"].to_pylist(), strict=True))
 
 
 def _check_any(dataset: Dataset) -> Iterator[Problem]:
     """Yield the first slice label whose ``any`` is not the OR of the subtypes, a rule of RSNA's classes only."""
     if not is_rsna(dataset.classes):
         return
-    by_slice = pc.equal(dataset.slices["label_level"], "slice").to_numpy(zero_copy_only=False)
+    by_slice = pc.equal(dataset.slices["label_level"], "slice").fill_null(False).to_numpy(zero_copy_only=False)
     values = dataset.labels[by_slice]
     known = (values >= 0).all(axis=1)
     wrong = known & (values[:, : len(SUBTYPES)].max(axis=1, initial=0) != values[:, -1])
@@ -252,16 +262,28 @@ def _check_zarr(dataset: Dataset) -> Iterator[Problem]:
         yield Problem(str(dataset.path / IMAGES / ROOT), f"expected {expected}, Zarr reads {seen} of {array.shape}")
 
 
-def _check_shards(dataset: Dataset, progress: Progress) -> Iterator[Problem]:
-    """Yield the shards that are missing, damaged, swapped, or contain other slices than the table says."""
-    shards = dataset.read_table("shards")
+def _selected(dataset: Dataset, where: str | None) -> NDArray[np.bool_]:
+    """Return which rows are those of the filter ``where``, (slices,); raises ``UsageError`` if that is none."""
+    if where is None:
+        return np.ones(len(dataset), bool)
+    selected = np.zeros(len(dataset), bool)
+    selected[dataset.where(where)] = True
+    if not selected.any():
+        raise UsageError(f"--where {where!r} selects no row of {dataset.path}.")
+    return selected
+
+
+def _check_shards(dataset: Dataset, numbers: Sequence[int], progress: Progress) -> Iterator[Problem]:
+    """Yield the shards of these ``numbers`` that are missing, damaged, swapped, or have other slices than the table says."""
+    shards = dataset.read_table("shards").take(pa.array(numbers, pa.int64()))
+    withdrawn = pc.equal(dataset.slices["status"], WITHDRAWN).to_numpy()
     buffer = np.empty(int(np.prod(dataset.shape[1:])) * dataset.dtype.itemsize, np.uint8)
-    progress.begin("Checking shards", len(dataset), "slices", 0)
+    progress.begin("Checking shards", pc.sum(shards["n_rows"]).as_py(), "slices", 0)
     for line in shards.to_pylist():
         path = shard_path(dataset.path, line["shard"])
         rows = np.arange(line["first_row"], line["first_row"] + line["n_rows"])
         try:
-            _check_shard(path, line, dataset.is_ok[rows], dataset, buffer)
+            _check_shard(path, line, dataset.is_ok[rows], withdrawn[rows], dataset, buffer)
         except FileNotFoundError:
             yield Problem(str(path), f"shard {line['shard']} is missing")
         except (CorruptionError, OSError) as error:
@@ -270,19 +292,41 @@ def _check_shards(dataset: Dataset, progress: Progress) -> Iterator[Problem]:
     progress.end()
 
 
-def _check_strays(dataset: Dataset) -> tuple[list[Problem], tuple[Problem, ...]]:
-    """Return the files that are not part of the dataset, and those among them that are mere litter."""
+def _check_strays(dataset: Dataset, folder: BuildFolder) -> tuple[list[Problem], tuple[Problem, ...]]:
+    """Return the files that are not part of the dataset, and those among them that are mere litter.
+
+    The tables of earlier generations are part of it, and so are shards and tables that an unfinished append has written.
+    """
+    generation, state = dataset.root.generation, readable_state(folder.append)
+    appending = state is not None and state.base == dataset.digest
     expected = {dataset.path / name for name in (ROOT, *dataset.root.digests)}
-    expected.update(dataset.table_path(table) for table in TABLES)
     expected.update(shard_path(dataset.path, shard) for shard in range(dataset.counts.shards))
-    strays = [path for path in sorted(dataset.path.rglob("*")) if path not in expected and not path.is_dir()]
-    litter = [path for path in strays if is_litter(path.relative_to(dataset.path))]
-    notes = tuple(Problem(str(path), "is litter of an operating system, and ignored") for path in litter)
-    return [Problem(str(path), "is not part of this dataset") for path in strays if path not in litter], notes
+    problems, notes = list[Problem](), list[Problem]()
+    for path in sorted(dataset.path.rglob("*")):
+        if path in expected or path.is_dir():
+            continue
+        of = generation_of(path) if path.parent == dataset.path / LABELS and path.suffix == ".parquet" else None
+        if of is not None and (of <= generation or (appending and of == generation + 1)):
+            continue
+        if appending and is_new_shard(dataset, path):
+            continue
+        if is_litter(path.relative_to(dataset.path)):
+            notes.append(Problem(str(path), "is litter of an operating system, and ignored"))
+        elif of == generation + 1:
+            what = "is of a command that did not finish. Repeat it, or remove this with `ich-prep clean --generations`"
+            problems.append(Problem(str(path), what))
+        else:
+            problems.append(Problem(str(path), "is not part of this dataset"))
+    return problems, tuple(notes)
 
 
 def _check_shard(
-    path: Path, line: dict[str, Any], ok: NDArray[np.bool_], dataset: Dataset, buffer: NDArray[np.uint8]
+    path: Path,
+    line: dict[str, Any],
+    ok: NDArray[np.bool_],
+    withdrawn: NDArray[np.bool_],
+    dataset: Dataset,
+    buffer: NDArray[np.uint8],
 ) -> None:
     """Raise ``CorruptionError`` if the shard is not, byte for byte, the one that was written."""
     data = np.frombuffer(read_regular(path), np.uint8)
@@ -296,7 +340,9 @@ def _check_shard(
     for inside, (offset, length) in enumerate(index.tolist()):
         row = line["first_row"] + inside
         present = offset != shard_format.MISSING
-        if present != (inside < len(ok) and bool(ok[inside])):
+        expected = inside < len(ok) and bool(ok[inside])
+        # A withdrawn slice keeps its bytes until they are purged.
+        if present != expected and not (present and inside < len(ok) and bool(withdrawn[inside])):
             raise CorruptionError(
                 f"row {row} " + ("has a chunk but not status ok" if present else "has status ok but no chunk")
             )
@@ -312,84 +358,25 @@ def _check_shard(
 
 
 def _check_ledger(dataset: Dataset, folder: BuildFolder) -> Iterator[Problem]:
-    """Yield the shards whose ledger entry in the working folder differs from the tables."""
+    """Yield the shards whose ledger entry in the working folder differs from the tables.
+
+    A withdrawn row was ok; rows that no slice has, and shards that were purged, are not as any entry says.
+    """
     status = dataset.slices["status"].to_pylist()
+    with_chunk = np.ones(len(dataset), bool)
+    if "chunk_crc32c" in dataset.slices.column_names:
+        with_chunk = dataset.slices["chunk_crc32c"].is_valid().to_numpy()
     for line in dataset.read_table("shards").to_pylist():
         path = ledger.entry_path(folder.done, line["shard"])
         try:
             report = ShardReport.from_json(ledger.read(folder.done, line["shard"]))
             recorded = [row.status for row in report.rows]
-            same = report.fingerprint == line["fingerprint"] and report.bytes == line["bytes"]
         except (OSError, ValueError, CorruptionError):
             yield Problem(str(path), "the ledger entry of this shard cannot be read")
             continue
-        if not same or recorded != status[line["first_row"] : line["first_row"] + line["n_rows"]]:
+        rows = range(line["first_row"], line["first_row"] + line["n_rows"])
+        found = [OK if status[row] == WITHDRAWN else status[row] for row in rows if status[row] != UNUSED]
+        purged = any(status[row] == WITHDRAWN and not with_chunk[row] for row in rows)
+        same = purged or report.fingerprint == line["fingerprint"]
+        if not same or report.bytes != line["bytes"] or recorded != found:
             yield Problem(str(path), "the ledger and the tables disagree about this shard")
-
-
-# --- against the sources ---------------------------------------------------------------------------------------------
-
-
-def _sample(dataset: Dataset, share: float, seed: int) -> NDArray[np.int64]:
-    """Return the rows to compare, ascending: a share of those that are ok, at least one."""
-    ok = np.flatnonzero(dataset.is_ok)
-    count = min(len(ok), max(1, round(share * len(ok))))
-    return np.sort(np.random.default_rng(seed).choice(ok, count, replace=False))
-
-
-def _keys_of(source: Source, paths: list[str]) -> dict[str, bytes]:
-    """Return the source keys of ``paths``, without those that ``source`` lacks."""
-    files = source.list().files
-    requested = pa.array([path.encode() for path in paths], pa.binary())
-    files = files.filter(pc.and_(pc.is_null(files["reason"]), pc.is_in(files["path"], value_set=requested)))
-    return {path.decode(): key for path, key in zip(files["path"].to_pylist(), files["key"].to_pylist(), strict=True)}
-
-
-def _compare(
-    dataset: Dataset, source: Source, keys: dict[str, bytes], lines: list[dict[str, Any]], progress: Progress
-) -> Iterator[Problem]:
-    """Yield the rows, given as ``lines`` of the plan, whose pixels differ from the source file's."""
-    stored = np.empty((1, *dataset.shape[1:]), dataset.dtype)
-    progress.begin("Comparing with the sources", len(lines), "slices", 0)
-    for line in lines:
-        try:
-            dataset.read([line["row"]], stored)
-            if line["path"] not in keys:
-                raise SourceError("not found in the sources")
-            data = read_whole(source, keys[line["path"]], limit=LARGEST_MEMBER)
-            expected = reference_pixels(data, line, dataset)
-        except SliceError as error:
-            yield Problem(f"row {line['row']}", f"{line['path']} can no longer be decoded: {error}")
-        except (IchError, OSError) as error:
-            yield Problem(f"row {line['row']}", f"{line['path']}: {error}")
-        else:
-            different = int((stored[0] != expected).sum())
-            if different:
-                yield Problem(f"row {line['row']}", f"{different} pixels differ from {line['path']} read by pydicom")
-        progress.advance(1, 0)
-    progress.end()
-
-
-def reference_pixels(data: bytes, line: dict[str, Any], dataset: Dataset) -> NDArray[Any]:
-    """Return the pixels (channel, y, x) of one DICOM file computed independently of the build: pydicom, then float64.
-
-    ``line`` is the file's line of the plan, whose repairs and turn are applied. Raises ``SliceError`` if pydicom
-    cannot decode it.
-    """
-    stored = decode_with_pydicom(data).astype(np.int64)
-    bits, signed, intercept = line["bits_stored"], line["signed"], line["rescale_intercept"]
-    if SIGN_12BIT in line["repairs"]:
-        stored = (stored + SIGN_12BIT_SHIFT) % SIGN_12BIT_WRAP
-        intercept = -SIGN_12BIT_SHIFT
-    stored &= (1 << bits) - 1
-    if signed:
-        stored -= (stored >> (bits - 1)) << bits
-    exact = np.clip(np.rint(stored.astype(np.float64) * line["rescale_slope"] + intercept), MIN_HU, MAX_HU)
-    if line["padding_low"] is not None:
-        exact[(stored >= line["padding_low"]) & (stored <= line["padding_high"])] = MIN_HU
-    size = dataset.spec.size
-    hu = np.empty((size, size), np.int16)
-    resize_hu(np.ascontiguousarray(_TURNED[line["turn"] or ""](exact.astype(np.int16))), out=hu)
-    if dataset.spec.store == "hu":
-        return hu[np.newaxis]
-    return np.stack([window_codes(hu, window) for window in dataset.spec.windows])

@@ -83,6 +83,8 @@ class Meta(BaseModel):
     head: HeadShape | None = None
     # What it was trained on.
     dataset_digest: str
+    dataset_generation: int = 1
+    where: str | None = None  # the filter that selected its slices
     val_fold: Fold
     test_fold: Fold
     epoch: int

@@ -73,7 +73,8 @@ def program(*, show_version: Version = False) -> None:
 
 @app.command("run")
 @options_from(
-    TrainConfig, "data", "model", "head", "epochs", "weights", "features", "seed", "batch_size", "threads", "device"
+    TrainConfig,
+    *("data", "where", "model", "head", "epochs", "weights", "features", "seed", "batch_size", "threads", "device"),
 )
 def run_command(*, given: dict[str, Any], out: Out = None, recipe: RecipeFile = None, resume: Resume = False) -> None:
     """Train, keep the best epoch in validation, evaluate it on held-out slices, write a report."""
@@ -118,7 +119,9 @@ def cv_command(
 
 @app.command("eval")
 @options_from(
-    EvalConfig, "subset", "limit", "seed", "batch_size", "by", "mirror", "sensitivity", default="as in the run's recipe"
+    EvalConfig,
+    *("subset", "where", "limit", "seed", "batch_size", "by", "mirror", "sensitivity"),
+    default="as in the run's recipe",
 )
 @options_from(TrainConfig, "data", "threads", "device", into="place", default="the run's")
 def eval_command(run: RunFolder, *, given: dict[str, Any], place: dict[str, Any], out: Evaluation = None) -> None:
@@ -168,6 +171,8 @@ def predict_command(
     wanted = validate(PredictConfig, given, where="options")
     if wanted.src and "data" in place:
         raise UsageError("Give the slices to predict with --src or with --data, not with both.")
+    if wanted.where is not None and sample is not None:
+        raise UsageError("--where selects the slices, and --sample names them: give one of the two.")
     settings, evaluation = [settings_of(run) for run in runs][0]  # noqa: RUF015  # all are checked
 
     from ich_train.infer import predict

@@ -22,6 +22,9 @@ class TrainConfig(BaseModel):
 
     # Data.
     data: Path = Field(default=Path("data.zarr"), description="The dataset.")
+    where: str | None = Field(
+        default=None, description="Train on, and choose the best epoch by, the slices of this filter only."
+    )
     context: int = Field(default=0, ge=0, description="Neighbouring slices on each side, as further channels.")
     windows: tuple[str, ...] = Field(
         default=(), description="Windows of an HU dataset, made on the device; none: the dataset's."
@@ -150,6 +153,10 @@ class EvalConfig(BaseModel):
 
     subset: Literal["train", "val", "test", "all"] = Field(
         default="test", description="The part of the split to evaluate, or all; not the dataset's own subsets."
+    )
+    where: str | None = Field(
+        default=None,
+        description="Evaluate the slices of this filter only; none: those of the run's own, if it has one.",
     )
     limit: int | None = Field(default=None, ge=1, description="Evaluate this many slices, drawn by the seed.")
     seed: int = Field(default=0, ge=0, le=(1 << 63) - 1, description="The seed of the draw and of the bootstrap.")

@@ -29,6 +29,8 @@ def meta_of(session: Session) -> Meta:
         scaling=session.preprocess.scaling,
         head=head_shape(settings),
         dataset_digest=session.dataset.digest,
+        dataset_generation=session.dataset.root.generation,
+        where=settings.where,
         val_fold=settings.val_fold,
         test_fold=settings.test_fold,
         epoch=len(session.history),
@@ -65,6 +67,20 @@ def restore(session: Session, state: Mapping[str, Any]) -> None:
 def _restore(session: Session, state: Mapping[str, Any]) -> None:
     dataset, step, ranks = session.dataset, session.step, session.ranks
     if state["dataset_digest"] != dataset.digest:
+        generation = next(
+            (
+                number
+                for number, event in enumerate(dataset.root.history)
+                if event.digests.get("before") == state["dataset_digest"]
+            ),
+            None,
+        )
+        if generation is not None:
+            raise TrainError(
+                f"The run started with generation {generation} of {dataset.path}, which is now generation "
+                f"{dataset.root.generation}: a run is resumed with what it began with. Name a copy of that generation with "
+                "--data, or start another run (--weights can start it from this run's weights)."
+            )
         raise TrainError(
             f"The run started with another dataset: its digest was {state['dataset_digest']}, that of {dataset.path} is "
             f"{dataset.digest}. Name the right one with --data."

@@ -16,14 +16,16 @@ if TYPE_CHECKING:
     from ich_prep.dataset.dataset import Dataset
 
 
-def labelled_rows(dataset: Dataset, *, allow_series_labels: bool = False) -> NDArray[np.int64]:
-    """Return the rows whose status is ok and that have a known label, ascending.
+def labelled_rows(
+    dataset: Dataset, *, allow_series_labels: bool = False, where: str | None = None
+) -> NDArray[np.int64]:
+    """Return the rows whose status is ok and that have a known label, ascending; only those of the filter ``where``.
 
-    Raises ``UsageError`` if there are none, or if labels are those of a whole series, study or patient, which are weak
-    labels of their slices, unless allowed.
+    Raises ``UsageError`` if there are none, if the filter is not valid, or if labels are those of a whole series, study or
+    patient, which are weak labels of their slices, unless allowed.
     """
     levels = dataset.slices["label_level"]
-    ok = dataset.is_ok
+    ok = dataset.is_ok if where is None else selected_rows(dataset, where)
     weak = ok & ~_equal(levels, "slice") & ~_equal(levels, "none")
     if weak.any() and not allow_series_labels:
         level = levels[int(np.argmax(weak))].as_py()
@@ -34,11 +36,20 @@ def labelled_rows(dataset: Dataset, *, allow_series_labels: bool = False) -> NDA
         )
     rows = np.flatnonzero(ok & ~_equal(levels, "none"))
     if not len(rows):
+        of_filter = "" if where is None else f" where {where}"
         raise UsageError(
-            f"No labelled slices in {dataset.path}: of its {count(len(ok), 'slice')} {int(ok.sum()):,} have pixels, and "
-            "none of these has a label. Build again with --labels; to read slices without labels, pass their rows."
+            f"No labelled slices in {dataset.path}{of_filter}: of its {count(len(ok), 'slice')} {int(ok.sum()):,} have "
+            "pixels, and none of these has a label. Build again with --labels; to read slices without labels, pass their "
+            "rows."
         )
     return rows
+
+
+def selected_rows(dataset: Dataset, where: str) -> NDArray[np.bool_]:
+    """Return whether each row has pixels and is one of the filter ``where``, (slices,); raises ``UsageError``."""
+    selected = np.zeros(len(dataset.is_ok), bool)
+    selected[dataset.where(where)] = True
+    return selected & dataset.is_ok
 
 
 def checked_rows(dataset: Dataset, rows: ArrayLike) -> NDArray[np.int64]:
@@ -97,5 +108,5 @@ def column(dataset: Dataset, name: str, rows: NDArray[np.int64]) -> NDArray[np.g
 
 
 def _equal(values: pa.ChunkedArray, word: str) -> NDArray[np.bool_]:
-    equal: NDArray[np.bool_] = pc.equal(values, word).to_numpy(zero_copy_only=False)
+    equal: NDArray[np.bool_] = pc.equal(values, word).fill_null(False).to_numpy(zero_copy_only=False)
     return equal

@@ -75,6 +75,13 @@ class Session:
         return self.average.network if self.average is not None and self.average.begun else self.model
 
 
+def _needed_parts(settings: TrainConfig) -> tuple[str, ...]:
+    """Return the parts that must have slices: a run that holds nothing out, or learns from a selection, lacks some."""
+    if settings.val_fold == "none" or settings.test_fold == "none":
+        return ("train",)
+    return ("train", "val") if settings.where is not None else ("train", "val", "test")
+
+
 def prepare(dataset: Dataset, settings: TrainConfig, ranks: Ranks, *, weights: Path | None) -> Session:
     """Return a run at its start, on this rank's device, its network initialized from the file ``weights`` if given.
 
@@ -92,7 +99,8 @@ def prepare(dataset: Dataset, settings: TrainConfig, ranks: Ranks, *, weights: P
         test_fold=settings.test_fold,
         # With a head the labels of a series are those of the scan, and no slice's.
         allow_series_labels=settings.allow_series_labels or shape is not None,
-        needed=("train",) if settings.val_fold == "none" or settings.test_fold == "none" else ("train", "val", "test"),
+        where=settings.where,
+        needed=_needed_parts(settings),
     )
     features = None if settings.features is None else open_features(settings.features, dataset, settings, windows)
     loader, val_loader = (

@@ -34,9 +34,10 @@ def split_rows(
     val_fold: int | Literal["none"],
     test_fold: int | Literal["none"],
     allow_series_labels: bool,
+    where: str | None = None,
     needed: Collection[str] = ("train", "val", "test"),
 ) -> Split:
-    """Return the labelled rows of ``dataset`` as a `Split`.
+    """Return the labelled rows of ``dataset``, or those of the filter ``where``, as a `Split`.
 
     If the dataset's own test subset has labels, it is the test part, and the training part has all folds but
     ``val_fold``. Otherwise ``test_fold`` is held out. "none" holds nothing out. Where a fold group is in several folds or
@@ -44,7 +45,7 @@ def split_rows(
     no part. Raises `UsageError` if the two folds are the same, a part that is ``needed`` would be empty, no slice has a
     label, or labels are those of whole series and ``allow_series_labels`` is false.
     """
-    rows = labelled_rows(dataset, allow_series_labels=allow_series_labels)
+    rows = labelled_rows(dataset, allow_series_labels=allow_series_labels, where=where)
     in_test_subset = column(dataset, "subset", rows) == "test"
     # A slice of the test subset has no fold.
     fold = np.where(in_test_subset, -1, column(dataset, "fold", rows)).astype(np.int64)
@@ -64,7 +65,8 @@ def split_rows(
             folds, sizes = np.unique(fold[fold >= 0], return_counts=True)
             counts = ", ".join(f"{k}: {size}" for k, size in zip(folds, sizes, strict=True)) or "none"
             raise UsageError(
-                f"No slices for {part} with val_fold {val_fold} and test_fold {test_fold}. Labelled slices in each fold: "
+                f"No slices for {part} with val_fold {val_fold} and test_fold {test_fold}"
+                f"{'' if where is None else f' where {where}'}. Labelled slices in each fold: "
                 f"{counts}. Choose other folds, or build with more patients or fewer folds."
             )
     return split

@@ -133,7 +133,9 @@ def _lines_of_sample(sample: Path, classes: tuple[str, ...]) -> _Lines:
 
 def training_shares(dataset: Dataset, meta: Meta) -> NDArray[np.float32]:
     """Return the share of positives of each label among the training slices of a run, (classes,), 0 if none is known."""
-    split = split_rows(dataset, val_fold=meta.val_fold, test_fold=meta.test_fold, allow_series_labels=True)
+    split = split_rows(
+        dataset, val_fold=meta.val_fold, test_fold=meta.test_fold, allow_series_labels=True, where=meta.where, needed=()
+    )
     labels = dataset.labels[split.train]
     known = (labels >= 0).sum(axis=0)
     shares: NDArray[np.float32] = ((labels > 0).sum(axis=0) / np.maximum(known, 1)).astype(np.float32)

@@ -17,7 +17,7 @@ from ich_prep.dataset.affine import AffineError, to_ras
 from ich_prep.dataset.checks import lines_expected, table_problem
 from ich_prep.dataset.classes import UNKNOWN
 from ich_prep.dataset.codecs import CODECS
-from ich_prep.dataset.schema import OK, ROOT, Root, parse_root, shard_path
+from ich_prep.dataset.schema import OK, ROOT, WITHDRAWN, Root, parse_root, shard_path
 from ich_prep.dataset.shard_reader import ShardReader, require_out, stored_form
 from ich_prep.dataset.storage import local_path
 from ich_prep.dataset.tables import read_published
@@ -211,8 +211,13 @@ class Dataset:
             out = np.empty(shape, self.dtype)
         require_out(out, shape, self.dtype)
         lines = out.reshape(len(wanted), int(np.prod(shape[1:]))).view(np.uint8)
-        missing = reader.read(wanted, lines, threads=threads)
+        try:
+            missing = reader.read(wanted, lines, threads=threads)
+        except CorruptionError:
+            self._refuse_purged(wanted)
+            raise
         if missing:
+            self._refuse_purged(np.array(missing))
             self._refuse_row(missing[0])
         return out
 
@@ -312,6 +317,18 @@ class Dataset:
                 f"{self.path / ROOT} is damaged, or {path} is of another dataset: a slice of {self.spec.store} at "
                 f"{self.spec.size} x {self.spec.size} has {self._slice_bytes} bytes, in items of {self.dtype.itemsize}; "
                 f"row {row} has {size}, in items of {item}. Restore the dataset, or build again with --overwrite."
+            )
+
+    def _refuse_purged(self, rows: NDArray[np.int64]) -> None:
+        """Raise ``DatasetError`` if a row of ``rows`` was ok when this dataset was opened and has been purged since."""
+        now = open_dataset(self.path)
+        if now.digest == self.digest or len(now) < len(self):
+            return
+        gone = rows[self.is_ok[rows] & pc.equal(now.slices["status"].take(pa.array(rows)), WITHDRAWN).to_numpy()]
+        if len(gone):
+            raise DatasetError(
+                f"Row {int(gone[0])} was withdrawn and purged since {self.path} was opened: generation "
+                f"{now.root.generation} does not have its pixels. Open the dataset again."
             )
 
     def _refuse_row(self, row: int) -> None:

@@ -191,7 +191,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Counts(BaseModel):
-    """The counts of a dataset: ``rows`` is the length of the dataset; found = ok + quarantined.
+    """The counts of a dataset: ``rows`` is the length of the dataset; found = ok + quarantined + withdrawn.
 
     Those without a default say how long the tables are.
     """
@@ -203,6 +203,7 @@ class Counts(BaseModel):
     planned: Count = 0
     ok: Count
     quarantined: Count
+    withdrawn: Count = 0
     series: Count
     patients: Count = 0
     fold_groups: Count = 0

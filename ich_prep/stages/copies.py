@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 FILES_PER_TASK = 64
 # What the scan reads of a header that changes what the stored values mean.
 _MEANING = ("rescale_slope", "rescale_intercept", "signed", "bits_stored", "rows", "columns")
+_BLANK, _CONTENT_HASH = "blank", 32  # how a hash of a blank image begins; characters of that of the stored values
 MapTasks = Callable[[Callable[[int], Any], Sequence[int]], Iterable[tuple[int, Any]]]
 
 
@@ -72,8 +73,13 @@ def _hash(source: Any, line: dict[str, Any]) -> str | None:
     except SliceError:
         return None
     meaning = repr([line[name] for name in _MEANING]).encode()
-    blank = "blank" if (stored == stored.flat[0]).all() else ""
+    blank = _BLANK if (stored == stored.flat[0]).all() else ""
     return f"{blank}{xxhash.xxh3_128_hexdigest(stored.data)}{xxhash.xxh3_64_hexdigest(meaning)}"
+
+
+def content_hash_in(image: str) -> str:
+    """Return the part of an image hash that is the hash of the stored values, ``content_hash`` of the slice table."""
+    return image.removeprefix(_BLANK)[:_CONTENT_HASH]
 
 
 @dataclass(frozen=True)
@@ -120,7 +126,7 @@ def settle(slices: pa.Table, image: pa.Array, *, keyed_by_uid: bool) -> Copies:
             value = hashes[index]
             if value is None:
                 continue
-            if value.startswith("blank"):
+            if value.startswith(_BLANK):
                 value += subset[index]["series_instance_uid"]
             if images.setdefault(value, index) != index:
                 copy_of[index] = images[value]

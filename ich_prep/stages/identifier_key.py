@@ -74,6 +74,22 @@ def find_key(folder: BuildFolder, given: Path | None, *, recorded: str | None) -
     )
 
 
+def key_of_dataset(root: Root, folder: BuildFolder, given: Path | None, *, needed: bool) -> bytes | None:
+    """Return the key of the pseudonyms of a finished dataset; None in one without pseudonyms.
+
+    It is in the file ``given``, or in the working ``folder``. None too if it is in neither and not ``needed``. Raises what
+    ``find_key`` does, and ``UsageError`` for a key without use.
+    """
+    recorded = recorded_key(root)
+    if recorded is None:
+        if given is not None:
+            raise UsageError("--key is for pseudonyms, which this dataset does not have: leave it out.")
+        return None
+    if not needed and given is None and not folder.key.exists():
+        return None
+    return find_key(folder, given, recorded=recorded)
+
+
 def make_key(folder: BuildFolder) -> bytes:
     """Make a random key in the working ``folder``, readable by its owner only, and return it."""
     clear_leftovers(folder.key)

@@ -192,13 +192,14 @@ def check_group_sizes(
     links: Mapping[str, tuple[NDArray[np.int64], pa.Array | pa.ChunkedArray]],
     *,
     folds: int,
+    others: int = 0,
 ) -> None:
     """Raise ``BuildError`` if one group has more than 1/``folds`` of more than ten studies; name the value that links it.
 
-    ``links`` are, by the name of a value, its codes (n,) and the values themselves.
+    ``links`` are, by the name of a value, its codes (n,) and the values themselves; ``others`` counts studies beside these.
     """
     groups, _ = _pairs(group, study)
-    studies = len(groups)
+    studies = len(groups) + others
     sizes = np.bincount(groups, minlength=1)
     largest = int(sizes.argmax())
     if studies <= FEW_STUDIES or sizes[largest] * folds <= studies or sizes[largest] == 1:

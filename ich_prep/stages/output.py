@@ -114,7 +114,7 @@ def _check_belongs(out: Path, folder: BuildFolder) -> None:
     if state is None or state.published is None or folder.path == working_folder(out):
         return
     try:
-        belongs = open_dataset(out).digest == state.published
+        belongs = state.belongs_to(open_dataset(out).digest)
     except DatasetError:
         belongs = bool(own_files(out))  # of a build that was interrupted while it published
     if not belongs:
@@ -184,11 +184,14 @@ def _dataset_differences(
 ) -> list[str]:
     """Return how the finished dataset at ``out`` differs from the one that a build with ``state`` would make."""
     dataset = open_dataset(out)
-    if before is not None and before.published != dataset.digest:
+    if before is not None and not before.belongs_to(dataset.digest):
         raise BuildError(
             f"The working folder {folder.path} belongs to another dataset than {out}. Name the right one with "
             "--build-dir, remove this one, or replace the dataset with --overwrite."
         )
+    if dataset.root.generation > 1:
+        commands = ", ".join(dict.fromkeys(event.command for event in dataset.root.history[1:]))
+        return [f"it is generation {dataset.root.generation}, changed since it was built ({commands})"]
     recorded = {
         "orientation": AS_STORED,
         "identifiers": "keep",
@@ -313,7 +316,7 @@ def clean(out: Path, folder: BuildFolder, *, forget_key: bool = False) -> int:
     elif unknown or not folder.state.exists():
         found = f"it contains {unknown[0].relative_to(folder.path)}" if unknown else "it has no state.json"
         raise UsageError(f"{folder.path} is not the working folder of a build ({found}); nothing was removed.")
-    elif read_state(folder).published != dataset.digest:
+    elif not read_state(folder).belongs_to(dataset.digest):
         raise BuildError(
             f"The working folder {folder.path} belongs to another dataset than {out}, or to a build that is not "
             "finished; nothing was removed."
@@ -325,7 +328,8 @@ def clean(out: Path, folder: BuildFolder, *, forget_key: bool = False) -> int:
             files, key=lambda path: path == folder.state
         ):  # last: until then the command can be repeated
             path.unlink(missing_ok=True)  # a lease may have renewed itself
-    for path in (folder.scan, folder.done, folder.path):
+    inside = (folder.append.scan, folder.append.done, folder.append.path)
+    for path in (*inside, folder.scan, folder.done, folder.path):
         with contextlib.suppress(OSError):  # a link to a folder stays
             path.rmdir()
     return freed
@@ -361,7 +365,7 @@ def _lock_explained(what: str, target: Path, lease: Path, say: Callable[[str], N
             yield
     except HeldError as error:
         raise BuildError(
-            f"Another process {error}is building {what}. Wait for it, or stop it, then run this command again."
+            f"Another process {error}is building or changing {what}. Wait for it, or stop it, then run this command again."
         ) from None
 
 

@@ -45,8 +45,12 @@ class Copied:
     line: NDArray[np.int64]
 
 
-def with_identities(slices: pa.Table, given: Given, spec: Spec, copied: Copied) -> tuple[pa.Table, tuple[str, ...]]:
+def with_identities(
+    slices: pa.Table, given: Given, spec: Spec, copied: Copied, known: pa.Table | None = None
+) -> tuple[pa.Table, tuple[str, ...]]:
     """Return the slices with their patient, volume and fold group, and notes for the user.
+
+    ``known`` is the series table of the dataset that they are added to: its patients are no placeholders, and link slices.
 
     Adds ``patient`` (the study or else the series stands in for a missing patient id), ``unnamed_patient``,
     ``patient_conflict``, ``volume``, ``series_uid_shared``, ``fold_group`` and ``given_fold``, and sets the ``subset`` that
@@ -55,34 +59,38 @@ def with_identities(slices: pa.Table, given: Given, spec: Spec, copied: Copied) 
     """
     patient_id = _patient_ids(slices, given, spec)
     study_uid = identity.usable(slices["study_instance_uid"])
-    issuer = slices["issuer_of_patient_id"]
-    series, study = identity.codes_of(slices["series_instance_uid"]), identity.codes_of(study_uid)
-    person = identity.codes_of(identity.with_issuer(patient_id, issuer))
-    unit = identity.study_units(identity.divide_series(series, study, person)[0], study, person)
-    common = identity.too_common(person, unit)
-    notes = tuple(_too_common_note(patient_id, person, unit, code) for code in common)
-    is_common = pa.array(np.isin(person, common))
-    placeholders = identity.with_issuer(patient_id, issuer).filter(is_common).unique()
-    patient_id = pc.if_else(is_common, pa.scalar(None, pa.string()), patient_id)
-    person = np.where(np.isin(person, common), -1, person)
+    issuer, own = slices["issuer_of_patient_id"], len(slices)
+    person_of_slice = identity.with_issuer(patient_id, issuer)
+    # Of the slices, and behind them of the known volumes.
+    texts = _with_known(
+        {"patient": person_of_slice, "study": study_uid, "series": slices["series_instance_uid"]}, known
+    )
+    codes = {name: identity.codes_of(values) for name, values in texts.items()}
+    units = identity.study_units(_volumes(codes, own)[0], codes["study"], codes["patient"])
+    known_persons = set(codes["patient"][own:].tolist())
+    common = tuple(code for code in identity.too_common(codes["patient"], units) if code not in known_persons)
+    notes = tuple(_too_common_note(patient_id, codes["patient"], units, code) for code in common)
+    is_common = np.isin(codes["patient"], common)
+    placeholders = person_of_slice.filter(pa.array(is_common[:own])).unique()
+    patient_id = pc.if_else(pa.array(is_common[:own]), pa.scalar(None, pa.string()), patient_id)
+    texts["patient"] = pc.if_else(pa.array(is_common), pa.scalar(None, pa.string()), texts["patient"])
+    codes["patient"] = np.where(is_common, -1, codes["patient"])
 
-    links = {
-        "patient": (person, patient_id),
-        "study": (study, study_uid),
-        "series": (series, slices["series_instance_uid"]),
-    }
-    links = {name: link for name, link in links.items() if name in spec.link}
-    volume, shared = identity.divide_series(series, study, person)
-    group = identity.connect(volume, [codes for codes, _ in links.values()])
+    person, study, series = (codes[name][:own] for name in ("patient", "study", "series"))
+    values = {"patient": patient_id, "study": study_uid, "series": slices["series_instance_uid"]}
+    linking = [name for name in values if name in spec.link]
+    volumes, shared = _volumes(codes, own)
+    group = identity.connect(volumes, [codes[name] for name in linking])[:own]
     if "image" in spec.link and len(copied.line):
-        texts = {
-            "patient": identity.with_issuer(patient_id, issuer),
-            "study": study_uid,
-            "series": slices["series_instance_uid"].combine_chunks(),
-        }
-        texts = {name: text for name, text in texts.items() if name in spec.link}
-        group = _groups_with_copies(volume, texts, placeholders, copied, spec)
-    identity.check_group_sizes(group, unit, links, folds=spec.folds)
+        linked = {name: texts[name] for name in linking}
+        group = _groups_with_copies(volumes, linked, placeholders, copied, spec)[:own]
+    identity.check_group_sizes(
+        group,
+        units[:own],
+        {name: (codes[name][:own], values[name]) for name in linking},
+        folds=spec.folds,
+        others=len(np.setdiff1d(units[own:], units[:own])),
+    )
     stand_in = pc.coalesce(study_uid, slices["series_instance_uid"])
     name = identity.group_names(group, pc.coalesce(identity.with_issuer(patient_id, issuer), stand_in))
 
@@ -92,7 +100,7 @@ def with_identities(slices: pa.Table, given: Given, spec: Spec, copied: Copied) 
     columns = {
         "patient": pc.coalesce(patient_id, stand_in),
         "unnamed_patient": pc.is_null(patient_id),
-        "patient_conflict": pa.array(_conflicts(slices, study, person)),
+        "patient_conflict": pa.array(_conflicts(slices, codes["study"], codes["patient"])),
         "volume": pa.array(volume),
         "series_uid_shared": pa.array(shared),
         "fold_group": name,
@@ -102,6 +110,55 @@ def with_identities(slices: pa.Table, given: Given, spec: Spec, copied: Copied) 
     for column, values in columns.items():
         slices = slices.append_column(column, values)
     return slices, notes
+
+
+def _with_known(
+    texts: dict[str, pa.Array | pa.ChunkedArray], known: pa.Table | None
+) -> dict[str, pa.Array | pa.ChunkedArray]:
+    """Return each of the ``texts`` (n,), and behind them those of the ``known`` volumes."""
+    if known is None:
+        return texts
+    values_of_known = {
+        "patient": persons_of(known),
+        "study": identity.usable(known["study_instance_uid"]),
+        "series": known["series_instance_uid"],
+    }
+    return {
+        name: pa.chunked_array([*_chunks(values), *_chunks(values_of_known[name])], pa.string())
+        for name, values in texts.items()
+    }
+
+
+def _chunks(values: pa.Array | pa.ChunkedArray) -> list[pa.Array]:
+    return values.chunks if isinstance(values, pa.ChunkedArray) else [values]
+
+
+def _volumes(codes: dict[str, NDArray[np.int64]], own: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Return the volume of each slice, the first ``own`` of the ``codes``, then of each known volume a number of its own.
+
+    And for each slice whether its series UID is shared, as ``identity.divide_series``.
+    """
+    volume, shared = identity.divide_series(*(codes[name][:own] for name in ("series", "study", "patient")))
+    added = len(codes["series"]) - own
+    return np.r_[volume, int(volume.max(initial=-1)) + 1 + np.arange(added)], shared
+
+
+def persons_of(series: pa.Table) -> pa.Array:
+    """Return the patient of each line of a series table, with the issuer where its fold group names one.
+
+    Null for a patient that the study stands in for.
+    """
+    patient, group = series["patient_id"], series["fold_group"]
+    issued = pa.array(
+        [
+            name is not None and group_name is not None and group_name.startswith(f"{name}^^^")
+            for name, group_name in zip(patient.to_pylist(), group.to_pylist(), strict=True)
+        ]
+    )
+    unnamed = pa.array(["patient_is_study" in (flags or ()) for flags in series["flags"].to_pylist()])
+    person = pc.if_else(issued, group, patient)
+    named = pc.if_else(unnamed, pa.scalar(None, pa.string()), person)
+    return named.combine_chunks() if isinstance(named, pa.ChunkedArray) else named
 
 
 def _patient_ids(slices: pa.Table, given: Given, spec: Spec) -> pa.Array:
@@ -116,7 +173,7 @@ def _patient_ids(slices: pa.Table, given: Given, spec: Spec) -> pa.Array:
 
 def _groups_with_copies(
     volume: NDArray[np.int64],
-    texts: Mapping[str, pa.Array],
+    texts: Mapping[str, pa.Array | pa.ChunkedArray],
     placeholders: pa.Array,
     copied: Copied,
     spec: Spec,
@@ -133,7 +190,10 @@ def _groups_with_copies(
         "study": identity.usable(headers["study_instance_uid"]),
         "series": headers["series_instance_uid"].combine_chunks(),
     }
-    links = [identity.codes_of(pa.chunked_array([values, of_copies[name]])) for name, values in texts.items()]
+    links = [
+        identity.codes_of(pa.chunked_array([*_chunks(values), of_copies[name]], pa.string()))
+        for name, values in texts.items()
+    ]
     return identity.connect(np.r_[volume, volume[copied.line]], links)[: len(volume)]
 
 
@@ -147,11 +207,16 @@ def _too_common_note(patient_id: pa.Array, person: NDArray[np.int64], unit: NDAr
 
 
 def _conflicts(slices: pa.Table, study: NDArray[np.int64], person: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return whether a slice's study has several patients, or its patient several sexes or birth years."""
+    """Return whether a slice's study has several patients, or its patient several sexes or birth years.
+
+    ``study`` and ``person`` are codes of the slices, and behind them of known volumes.
+    """
     sex = pc.if_else(pc.is_in(slices["patient_sex"], value_set=pa.array(["M", "F"])), slices["patient_sex"], None)
     year = pc.utf8_slice_codeunits(slices["patient_birth_date"], 0, 4)
     year = pc.if_else(pc.match_substring_regex(year, "^[0-9]{4}$"), year, None)
-    conflict = identity.contradictions(study, person)
+    own = len(slices)
+    conflict = identity.contradictions(study, person)[:own]
+    person = person[:own]
     for value in (sex, year):
         conflict |= identity.contradictions(person, identity.codes_of(value.cast(pa.string())))
     return conflict

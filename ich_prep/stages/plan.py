@@ -52,12 +52,19 @@ class Plan:
 
 
 def make_plan(
-    scanned: pa.Table, *, assignment: Assignment, labels: LabelTable, spec: Spec, image: pa.Array | None = None
+    scanned: pa.Table,
+    *,
+    assignment: Assignment,
+    labels: LabelTable,
+    spec: Spec,
+    image: pa.Array | None = None,
+    known: pa.Table | None = None,
 ) -> Plan:
     """Return the plan of the files in ``scanned`` (``scan.SCHEMA``, sorted by path).
 
     ``assignment`` is the layout's, with one value per line of ``scanned``; ``image`` are the image hashes of slices that
-    share a SOP Instance UID, one per line (see ``copies.hash_images``). Raises ``BuildError`` if one fold group
+    share a SOP Instance UID, one per line (see ``copies.hash_images``); ``known`` is the series table of the dataset that
+    they are added to. Raises ``BuildError`` if one fold group
     would have most of the studies.
     """
     if image is None:
@@ -77,7 +84,7 @@ def make_plan(
     slices = slices.append_column("sop_uid_shared", pa.array(copies.shared)).filter(pc.invert(leaves))
 
     slices = slices.append_column("label_key", _label_keys(labels, slices))
-    slices, notes = with_identities(slices, _given(labels, slices["label_key"], spec), spec, twins)
+    slices, notes = with_identities(slices, _given(labels, slices["label_key"], spec), spec, twins, known)
     slices = _sort_slices(_with_acquisitions(slices), upright=spec.orientation == "patient")
     joined = join_labels(labels, slices["label_key"])
     tables = build_tables(slices, labels, joined, spec)

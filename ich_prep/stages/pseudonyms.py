@@ -97,6 +97,20 @@ def pseudonyms(key: bytes, level: Level, values: pa.Array | pa.ChunkedArray) -> 
     return _mapped(values, lambda value: pseudonym(key, level, value) if value else None)
 
 
+def with_originals(
+    values: pa.Array | pa.ChunkedArray, key: bytes | None, level: Level, originals: pa.Array | pa.ChunkedArray
+) -> pa.Array | pa.ChunkedArray:
+    """Return published ``values`` (string, (n,)) with each pseudonym of one of the ``originals`` replaced by that one.
+
+    All other values stay as they are, and so do all if there is no ``key``.
+    """
+    if key is None:
+        return values
+    known = pc.unique(originals).drop_null()
+    place = pc.index_in(values, value_set=pseudonyms(key, level, known))
+    return pc.coalesce(known.take(place), values)
+
+
 def key_id(key: bytes) -> str:
     """Return what a dataset records of the key of its pseudonyms: whether another key is the same, and nothing else."""
     return pseudonym(key, Level.KEY, "")

@@ -73,14 +73,14 @@ class Tables:
 
 
 def collect_tables(out: Path, folder: BuildFolder, state: State) -> Tables:
-    """Return the tables of the build of ``out``, once every shard has an entry in the ledger.
+    """Return the tables of the build of ``out``, once every shard has an entry in the ledger; rows and shards from 0.
 
     Raises ``BuildError`` if a shard does not have the length that its entry records.
     """
     plan = read_sealed(folder.plan)
     per_shard = state.spec.slices_per_shard
     starts = np.arange(0, len(plan), per_shard)
-    entries = [_entry(out, folder, number) for number in range(len(starts))]
+    entries = [_entry(out, folder, state.first_shard + number) for number in range(len(starts))]
     lines = [line for entry in entries for line in entry.rows]
     status = pa.array([line.status for line in lines], pa.string())
     ok = pc.equal(status, OK).to_numpy(zero_copy_only=False)
@@ -223,6 +223,7 @@ def publish(
         "planned": len(tables.slices),
         "ok": tables.ok,
         "quarantined": len(tables.quarantine),
+        "withdrawn": 0,
         "series": len(tables.series),
         "patients": len(pc.unique(tables.slices["patient_id"])),
         "fold_groups": len(pc.unique(tables.slices["fold_group"])),
@@ -244,7 +245,7 @@ def publish(
         ),
         "tables": names,
         "digests": {
-            name: _sha256((out / name).read_bytes())
+            name: sha256((out / name).read_bytes())
             for name in sorted((*names.values(), f"{IMAGES}/{ROOT}", f"{LABELS}/{ROOT}"))
         },
         "generation": 1,
@@ -272,7 +273,8 @@ def publish(
     return counts
 
 
-def _sha256(data: bytes) -> str:
+def sha256(data: bytes) -> str:
+    """Return the SHA-256 of ``data``, as the root records it."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -280,18 +282,31 @@ def root_document(out: Path, ich: dict[str, Any]) -> bytes:
     """Return the bytes of the root's ``zarr.json``: a group with the attribute ``ich``.
 
     It repeats the metadata of the images and the labels, as zarr-python's consolidated metadata does: xarray looks for
-    that first, and warns if it is missing.
+    that first, and warns if it is missing. The array is as long as ``ich`` says, also while it grows.
     """
+    members = {name: json.loads((out / name / ROOT).read_bytes()) for name in (IMAGES, LABELS)}
+    members[IMAGES]["shape"][0] = ich["counts"]["rows"]
     document = {
         "attributes": {"ich": ich},
         "consolidated_metadata": {
             "kind": "inline",
-            "metadata": {name: json.loads((out / name / ROOT).read_bytes()) for name in (IMAGES, LABELS)},
+            "metadata": members,
             "must_understand": False,
         },
         "node_type": "group",
         "zarr_format": 3,
     }
+    return _json(document)
+
+
+def images_document(data: bytes, rows: int) -> bytes:
+    """Return the ``zarr.json`` of the images, of which ``data`` is one of another length, for that many ``rows``."""
+    document = json.loads(data)
+    document["shape"][0] = rows
+    return _json(document)
+
+
+def _json(document: Any) -> bytes:
     return json.dumps(document, indent=2, sort_keys=True).encode()
 
 
@@ -322,7 +337,4 @@ def _metadata(spec: Spec, slices: int) -> dict[str, bytes]:
         if spec.store == "windows"
         else {"channels": ["hu"], "units": "HU"},
     )
-    return {
-        folder: json.dumps(json.loads(written[f"{folder}/{ROOT}"].to_bytes()), indent=2, sort_keys=True).encode()
-        for folder in (IMAGES, LABELS)
-    }
+    return {folder: _json(json.loads(written[f"{folder}/{ROOT}"].to_bytes())) for folder in (IMAGES, LABELS)}

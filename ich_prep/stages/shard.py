@@ -27,7 +27,7 @@ from ich_prep.pixels.stored import mask_unused_bits
 from ich_prep.pixels.turn import turn
 from ich_prep.sources import open_source, read_ahead
 from ich_prep.stages.plan_tables import PIXEL_COLUMNS
-from ich_prep.stages.state import BuildFolder, read_state
+from ich_prep.stages.state import BuildFolder, State, read_state
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -93,8 +93,9 @@ def write_shard(out: str, folder: str, sources: tuple[str, ...], digest: str, nu
 
     ``folder`` is the working folder, ``sources`` are the paths of the folders and archives.
     """
-    spec, plan = _opened(folder, digest)
-    rows = plan.read_row_group(number, columns=COLUMNS).to_pylist()
+    state, plan = _opened(folder, digest)
+    spec, group = state.spec, number - state.first_shard
+    rows = plan.read_row_group(group, columns=COLUMNS).to_pylist()
     path = shard_path(Path(out), number)
     path.parent.mkdir(parents=True, exist_ok=True)
     decoder = shared_decoder()
@@ -103,7 +104,7 @@ def write_shard(out: str, folder: str, sources: tuple[str, ...], digest: str, nu
     with renamed_when_whole(path) as partial, open(partial, "wb", buffering=0) as file:
         writer = ShardWriter(file, spec.slices_per_shard, CODECS[spec.codec])
         source = open_source(sources)
-        located = [pixel_source(source, key, row) for key, row in zip(_keys(folder, number), rows, strict=True)]
+        located = [pixel_source(source, key, row) for key, row in zip(_keys(folder, group), rows, strict=True)]
         ahead = read_ahead(source, located, lambda pixels: pixels.key, files=FILES_AHEAD)
         for row, pixels in zip(rows, ahead, strict=True):
             try:
@@ -153,11 +154,11 @@ def row_reports(
 
 
 @lru_cache(maxsize=1)
-def _opened(folder: str, digest: str) -> tuple[Spec, pq.ParquetFile]:
-    """Return the spec and the open plan of the build; a new ``digest`` means a new plan in ``folder``."""
+def _opened(folder: str, digest: str) -> tuple[State, pq.ParquetFile]:
+    """Return the state and the open plan of the build; a new ``digest`` means a new plan in ``folder``."""
     use_one_thread()
     build = BuildFolder(Path(folder))
-    return read_state(build).spec, pq.ParquetFile(build.plan)
+    return read_state(build), pq.ParquetFile(build.plan)
 
 
 def use_one_thread() -> None:
@@ -165,10 +166,13 @@ def use_one_thread() -> None:
     cv2.setNumThreads(1)
 
 
-def _keys(folder: str, number: int) -> list[bytes]:
-    """Return the source keys of the files of shard ``number``. Not cached: a worker may outlive the run that wrote them."""
+def _keys(folder: str, group: int) -> list[bytes]:
+    """Return the source keys of the files of row group ``group`` of the plan.
+
+    Not cached: a worker may outlive the run that wrote them.
+    """
     with pq.ParquetFile(BuildFolder(Path(folder)).keys) as file:
-        keys: list[bytes] = file.read_row_group(number)["key"].to_pylist()
+        keys: list[bytes] = file.read_row_group(group)["key"].to_pylist()
     return keys
 
 

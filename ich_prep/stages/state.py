@@ -100,6 +100,11 @@ class BuildFolder:
         return self.path / "label_problems.parquet"
 
     @property
+    def append(self) -> BuildFolder:
+        """The working folder of an append in progress, inside this one."""
+        return BuildFolder(self.path / "append")
+
+    @property
     def key(self) -> Path:
         """The key of the pseudonyms, unless the user keeps it elsewhere."""
         return self.path / "identifiers.key"
@@ -147,6 +152,8 @@ class BuildFolder:
             return _BATCH.fullmatch(name) is not None
         if path.parent == self.done:
             return _ENTRY.fullmatch(name) is not None
+        if self.append.path in path.parents:
+            return self.append._is_own(path)
         return path.with_name(name) in self.members() and path.parent == self.path
 
 
@@ -163,6 +170,8 @@ class State(BaseModel):
     ``sources`` and ``labels`` are digests of the file listing and of the labels, ``versions`` those of the libraries that
     can change the bytes, ``key`` the id of the key of pseudonyms, ``plan`` the digest of the plan once there is one,
     ``published`` that of the dataset it became.
+    ``before`` is the digest of the generation that ``published`` follows: until its root is written, that is the dataset.
+    ``base`` is the digest of the dataset that an append adds to, ``first_shard`` the number of its first shard.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -175,6 +184,13 @@ class State(BaseModel):
     key: str | None = None
     plan: str | None = None
     published: str | None = None
+    before: str | None = None
+    base: str | None = None
+    first_shard: int = 0
+
+    def belongs_to(self, digest: str) -> bool:
+        """Return whether the dataset with this ``digest`` is the one that the build made."""
+        return digest in (self.published, self.before)
 
 
 def read_state(folder: BuildFolder) -> State:

@@ -149,16 +149,21 @@ class Candidates:
     image: pa.Array
 
 
-def settle_files(job: Job, scanned: pa.Table, spec: Spec) -> Candidates:
-    """Return ``scanned`` after the rules of the build, and the image hashes of slices that share a SOP Instance UID."""
+def settle_files(job: Job, scanned: pa.Table, spec: Spec, known: pa.Array | None = None) -> Candidates:
+    """Return ``scanned`` after the rules of the build, and the image hashes of slices that share a SOP Instance UID.
+
+    ``known`` are the UIDs of further slices: those of the dataset that files are added to.
+    """
     scanned = apply_rules(scanned, spec)
     scanned = refuse_other_units(
         scanned, job.listing.files, folder=job.folder, sources=job.sources, run=job.pool.map, spec=spec
     )
-    return Candidates(scanned, _hash_copies(job, scanned))
+    return Candidates(scanned, _hash_copies(job, scanned, known))
 
 
-def plan_files(job: Job, found: Candidates, *, layout: Layout, labels: LabelTable, spec: Spec) -> Plan:
+def plan_files(
+    job: Job, found: Candidates, *, layout: Layout, labels: LabelTable, spec: Spec, known: pa.Table | None = None
+) -> Plan:
     """Return the plan, with ``labels`` from ``join_key``; write the quarantine so far; raises as ``make_plan``."""
     plan = make_plan(
         found.scanned,
@@ -166,6 +171,7 @@ def plan_files(job: Job, found: Candidates, *, layout: Layout, labels: LabelTabl
         labels=labels,
         spec=spec,
         image=found.image,
+        known=known,
     )
     for note in plan.notes:
         job.progress.say(f"{note}.")
@@ -181,10 +187,15 @@ def join_key(job: Job, found: Candidates, labels: LabelTable, spec: Spec) -> Lab
     return labels
 
 
-def _hash_copies(job: Job, scanned: pa.Table) -> pa.Array:
+def _hash_copies(job: Job, scanned: pa.Table, known: pa.Array | None) -> pa.Array:
     """Return the image hash of each line of ``scanned`` whose SOP Instance UID another slice has, null for all others."""
     accepted = np.flatnonzero(pc.is_null(scanned["reason"]).to_numpy())
-    lines = accepted[sharing_uid(scanned.take(pa.array(accepted)))]
+    slices = scanned.select(["sop_instance_uid"]).take(pa.array(accepted))
+    shared = sharing_uid(slices)
+    if known is not None:
+        there = pc.is_in(slices["sop_instance_uid"], value_set=known).to_numpy()
+        shared = np.union1d(shared, np.flatnonzero(there))
+    lines = accepted[shared]
     if not len(lines):
         return pa.nulls(len(scanned), pa.string())
     slices = scanned.take(pa.array(lines))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,7 +32,7 @@ from ich_train.evaluation.metrics import best_f1_thresholds, by_series, measure,
 from ich_train.evaluation.plots import png
 from ich_train.evaluation.report import report_html
 from ich_train.predict import Mirrored, Predictor, load_predictor
-from ich_train.rows import draw_rows
+from ich_train.rows import draw_rows, labelled_rows
 from ich_train.runs import METRICS, read_history, require_writable
 from ich_train.scan_predict import ScanProbabilities, predict_scans, predict_slices, series_rows
 from ich_train.split import Split, split_rows
@@ -87,7 +88,8 @@ def evaluate_run(
     The files go to the folder ``out``, or to ``run``. Labels of whole series are accepted, whatever the network learned
     from: the report says so, and the per-series measures are then the ones to read.
 
-    The parts train, val and test are split as in training. The thresholds of best F1 come from the whole validation
+    The parts train, val and test are split as in training, and of the filter that the run was trained with; another filter
+    of the ``evaluation`` selects the evaluated slices among all. The thresholds of best F1 come from the whole validation
     part; if that is empty there are none, and without a training part there is no position-only baseline. With a
     ``limit`` there are no results by series, because the drawn slices of a series are not the series. Raises
     `TrainError` if the run has no network or history, and `UsageError` if the dataset does not fit it, has no labels or
@@ -172,16 +174,22 @@ def _series_of(
 def choose_rows(dataset: Dataset, meta: Meta, evaluation: EvalConfig) -> Rows:
     """Return the rows of the part that ``evaluation`` names, as the network of ``meta`` splits ``dataset``."""
     subset = evaluation.subset
-    split = split_rows(
-        dataset,
-        val_fold=meta.val_fold,
-        test_fold=meta.test_fold,
-        allow_series_labels=True,
-        needed=() if subset == "all" else (subset,),
-    )
-    candidates = np.sort(np.concatenate([*vars(split).values()])) if subset == "all" else vars(split)[subset]
+    parts = partial(
+        split_rows, dataset, val_fold=meta.val_fold, test_fold=meta.test_fold, allow_series_labels=True
+    )  # fmt: skip
+    where = meta.where if evaluation.where is None else evaluation.where
+    chosen = parts(where=where, needed=() if subset == "all" else (subset,))
+    split = chosen if where == meta.where else parts(where=meta.where, needed=())
+    candidates = np.sort(np.concatenate([*vars(chosen).values()])) if subset == "all" else vars(chosen)[subset]
     rows = draw_rows(candidates, limit=evaluation.limit, seed=evaluation.seed)
-    return Rows(split, rows, complete=len(rows) == len(candidates))
+    complete = len(rows) == len(candidates) and (where is None or _are_whole_series(dataset, rows))
+    return Rows(split, rows, complete=complete)
+
+
+def _are_whole_series(dataset: Dataset, rows: NDArray[np.int64]) -> bool:
+    """Return whether ``rows`` are all labelled rows of their series."""
+    series = dataset.slices["series_row"].fill_null(-1).to_numpy()
+    return bool(np.isin(series[labelled_rows(dataset, allow_series_labels=True)], series[rows]).sum() == len(rows))
 
 
 def predict_parts(

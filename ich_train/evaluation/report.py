@@ -165,9 +165,10 @@ def _notes(metrics: Mapping[str, Any], history: Sequence[Epoch]) -> list[str]:
             "studies."
         )
     if metrics["by_series_max"] is None:
+        chosen = "of a filter" if evaluated["limit"] is None else f"drawn with seed {evaluated['seed']}"
         notes.append(
-            f"Only {count(evaluated['slices'], 'slice')} of {part_words(evaluated['subset'])}, drawn with seed "
-            f"{evaluated['seed']}: these are not whole series, so there are no results by series."
+            f"Only {count(evaluated['slices'], 'slice')} of {part_words(evaluated['subset'])}, {chosen}: these are not "
+            "whole series, so there are no results by series."
         )
     if not data["trained_on"]:
         notes.append(_other_dataset(data, evaluated["subset"]))
@@ -199,14 +200,18 @@ def _facts(metrics: Mapping[str, Any]) -> list[Row]:
     size = model["images"]["size"]
     windows = ", ".join(f"{w['name']} {w['center']:g}/{w['width']:g}" for w in model["windows"])
     neighbours = f"; neighbouring slices on each side: {model['context']}" if model["context"] else ""
-    drawn = f", {evaluated['limit']:,} drawn with seed {evaluated['seed']}" if metrics["by_series_max"] is None else ""
+    is_drawn = evaluated["limit"] is not None and metrics["by_series_max"] is None
+    drawn = f", {evaluated['limit']:,} drawn with seed {evaluated['seed']}" if is_drawn else ""
+    filtered = evaluated.get("where") or model.get("where")
+    where = f", where {filtered}" if filtered else ""
+    learned = f", from the slices where {model['where']}" if model.get("where") else ""
     facts = {
-        "network": f"{model['network']}{_head_words(model)}, {_epoch_words(metrics)}",
+        "network": f"{model['network']}{_head_words(model)}, {_epoch_words(metrics)}{learned}",
         "input": f"{size} × {size} pixels in the windows {windows} (center/width in HU){neighbours}",
         "dataset": f"{data['name']}: {count(data['slices'], 'slice')}, {data['series']:,} series, "
         f"{count(data['patients'], 'patient')}",
         "digest": data["digest"],
-        "evaluated": f"{part_words(evaluated['subset'])}: {count(evaluated['slices'], 'slice')}{drawn}",
+        "evaluated": f"{part_words(evaluated['subset'])}: {count(evaluated['slices'], 'slice')}{drawn}{where}",
         "intervals": f"{count(evaluated['bootstrap'], 'bootstrap resample')} of the patients, seed {evaluated['seed']}",
     }
     return [Row(fact) for fact in facts.items()]

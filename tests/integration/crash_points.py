@@ -37,8 +37,8 @@ def in_child(work: Callable[[], object]) -> int:
     return os.waitpid(child, 0)[1]
 
 
-def killed_at(moment: int, src: Path, out: Path) -> Callable[[], object]:
-    """Return a build that is killed at its ``moment``-th fsync."""
+def killing_at(moment: int, work: Callable[[], object]) -> Callable[[], object]:
+    """Return ``work`` that is killed at its ``moment``-th fsync."""
     left, real = moment, os.fsync
 
     def fsync(descriptor: Any) -> None:
@@ -48,11 +48,11 @@ def killed_at(moment: int, src: Path, out: Path) -> Callable[[], object]:
             os.kill(os.getpid(), signal.SIGKILL)
         real(descriptor)
 
-    def work() -> None:
+    def killed() -> None:
         os.fsync = fsync
-        build(src, out, SPEC, workers=0)
+        work()
 
-    return work
+    return killed
 
 
 def main(src: Path, reference: Path, work: Path, step: int) -> None:
@@ -63,7 +63,7 @@ def main(src: Path, reference: Path, work: Path, step: int) -> None:
     moment = 1
     while True:
         out = work / f"{moment}.zarr"
-        status = in_child(killed_at(moment, src, out))
+        status = in_child(killing_at(moment, partial(build, src, out, SPEC, workers=0)))
         if status == 0:
             break
         assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, f"moment {moment}: status {status}"

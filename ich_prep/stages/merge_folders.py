@@ -1,0 +1,51 @@
+"""The working folder of an append -> that of the dataset: one plan, one ledger, and the headers of all files."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ich_prep.dataset.storage import write_whole
+from ich_prep.dataset.tables import read_sealed, write_sealed
+from ich_prep.errors import CorruptionError
+from ich_prep.stages import ledger
+from ich_prep.stages.growth import stacked
+from ich_prep.stages.scan import FILES_PER_BATCH
+from ich_prep.stages.state import readable_state
+
+if TYPE_CHECKING:
+    from ich_prep.dataset.dataset import Dataset
+    from ich_prep.stages.state import BuildFolder, State
+
+
+def merge_append(base: BuildFolder, dataset: Dataset, state: State) -> None:
+    """Bring what the append of ``state`` recorded into ``base``, the working folder of ``dataset``, if there is one.
+
+    Until the next generation is published, the folder still describes this one: its rows and shards come first. A second
+    call changes nothing more. A folder whose plan is damaged stays as it is.
+    """
+    folder, of_base = base.append, readable_state(base)
+    if of_base is None or not of_base.belongs_to(dataset.digest):
+        return
+    try:
+        plan = read_sealed(base.plan)
+    except (OSError, CorruptionError):
+        return
+    if len(plan) < len(dataset):
+        return
+    per_shard = state.spec.slices_per_shard
+    first_row = state.first_shard * per_shard
+    new = read_sealed(folder.plan)
+    new = new.set_column(new.schema.get_field_index("row"), "row", pc.add(new["row"], first_row))
+    holes = pa.table({"row": np.arange(len(dataset), first_row)})
+    merged = stacked(plan.slice(0, len(dataset)), holes, new)
+    write_sealed(base.plan, merged, row_group_size=per_shard, write_statistics=False)
+    for shard in sorted(ledger.done(folder.done)):
+        ledger.record(base.done, shard, ledger.read(folder.done, shard))
+    # Numbers that neither the batches before nor those of a later append have.
+    first_batch = dataset.counts.found // FILES_PER_BATCH + 2 * dataset.root.generation
+    for batch in sorted(ledger.done(folder.scan, suffix=".parquet")):
+        write_whole(base.batch(first_batch + batch), folder.batch(batch).read_bytes())
