@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from ich_prep.dataset.dataset import Dataset
 from ich_prep.errors import Reason, UsageError, count
 from ich_train.infer_source import Block, blocks, first_quarantine, has_subsets, metas_of
-from ich_train.predict import Predictor, load_predictor, predict_rows
+from ich_train.predict import Mirrored, Predictor, load_predictor, predict_rows
 from ich_train.scan_predict import predict_scans, series_rows
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def predict(
     settings: PredictConfig,
     *,
     kaggle: bool = False,
+    mirror: bool = False,
     batch_size: int = 64,
     threads: int = 2,
     device: Any = "cpu",
@@ -80,7 +81,8 @@ def predict(
 
     Only slices that ``settings.where`` selects are predicted, or without it for ``kaggle`` those of the subset test. A
     scan of which fewer than half of the slices were predicted has no probabilities, nor has a flagged one with
-    ``settings.skip_flagged``. Raises ``UsageError`` if no slice is selected, or as ``load_predictor``.
+    ``settings.skip_flagged``. With ``mirror``, logits are averaged with those of the mirrored slices. Raises
+    ``UsageError`` if no slice is selected, or as ``load_predictor``.
     """
     metas = metas_of(runs)
     subset = "test" if kaggle and settings.where is None and has_subsets(source) else None
@@ -90,7 +92,7 @@ def predict(
     damaged = np.zeros(len(source.series), np.int64) if isinstance(source, Dataset) else source.damaged
     for block in blocks(source, metas, threads):
         predictors = predictors or tuple(
-            load_predictor(run, block.of(meta), device=device) for run, meta in zip(runs, metas, strict=True)
+            _load(run, block.of(meta), device, mirror=mirror) for run, meta in zip(runs, metas, strict=True)
         )
         selected = block.selected(settings.where, subset)
         if len(selected):
@@ -112,6 +114,11 @@ def predict(
         of_scans = _with_lost_scans(of_scans, source.lost)
     left_out = pa.concat_tables(quarantine).sort_by("path")
     return Predictions(metas[0].classes, pa.concat_tables(slices), of_scans, left_out, predictors)
+
+
+def _load(run: Path, dataset: Dataset, device: Any, *, mirror: bool) -> Predictor:
+    predictor = load_predictor(run, dataset, device=device)
+    return replace(predictor, model=Mirrored(predictor.model)) if mirror else predictor
 
 
 def _with_lost_scans(scans: pa.Table, lost: pa.Table) -> pa.Table:

@@ -27,7 +27,7 @@ from ich_train import infer_source
 from ich_train.config import SOURCE_OPTIONS, EvalConfig, PredictConfig, TrainConfig
 from ich_train.infer import Answer, Predictions, predict, scan_probabilities
 from ich_train.infer_source import open_source, stored_as
-from ich_train.predict import load_predictor, predict_rows
+from ich_train.predict import Mirrored, load_predictor, predict_rows
 from ich_train.runs import start
 from ich_train.scan_predict import predict_scans
 from ich_train.train import train
@@ -444,6 +444,20 @@ def test_runs_are_averaged_also_those_of_other_images(
     of_slice = found["series_row"].to_numpy()
     highest = np.stack([values[of_slice == series].max(axis=0) for series in (0, 1)])
     assert np.array_equal(np.stack([scans[name].to_numpy() for name in one.classes], axis=1), highest)
+
+
+def test_mirror_images_are_averaged_on_request(call: Call, run: Path, twelve: Path, tmp_path: Path) -> None:
+    dataset = open_dataset(twelve)
+    predictor = load_predictor(run, dataset, device="cpu")
+    rows = np.arange(len(dataset))
+    expected = predict_rows(
+        Mirrored(predictor.model), predictor.preprocess, dataset, rows, context=1, batch_size=16, threads=2
+    )
+    for option, equal in (("--mirror", True), ("--no-mirror", False)):
+        assert call("predict", run, "--src", twelve, "--out", "x.parquet", option) == 0
+        found = pq.read_table(tmp_path / "x.parquet")
+        values = np.stack([found[name].to_numpy() for name in dataset.classes], axis=1)
+        assert np.array_equal(values, expected) == equal
 
 
 def test_runs_that_cannot_be_averaged_are_refused(
