@@ -125,11 +125,20 @@ class Dataset:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Send the generation that is open, not the pixels or tables: another process reads these for itself."""
+        return type(self), (self.path, self.root, self.attributes)
+
     def __len__(self) -> int:
         return self.shape[0]
 
     def __repr__(self) -> str:
         return f"Dataset({str(self.path)!r}, {self.spec.store}, shape={self.shape})"
+
+    @property
+    def parts(self) -> tuple[Dataset, ...]:
+        """The datasets that this one consists of: itself, unless it is a union."""
+        return (self,)
 
     @cached_property
     def slices(self) -> pa.Table:
@@ -204,10 +213,7 @@ class Dataset:
         a row whose status is not ok, ``TypeError`` for anything but row numbers, ``CorruptionError`` for bytes that are
         not the ones written; never returns zeros for missing data.
         """
-        wanted = np.asarray(rows)
-        if wanted.size and (wanted.dtype.kind not in "iu" or wanted.ndim != 1):
-            raise TypeError(f"Expected row numbers, as a list or (n,); got {wanted.dtype} of shape {wanted.shape}.")
-        wanted = wanted.astype(np.int64, copy=False)
+        wanted = row_numbers(rows)
         shape = (len(wanted), *self.shape[1:])
         reader = self._reader or self._open_reader()
         if out is None:
@@ -346,6 +352,14 @@ class Dataset:
             f"Row {row} has the status {status!r} and no pixels. Read only rows whose status is ok: "
             "np.flatnonzero(dataset.is_ok)."
         )
+
+
+def row_numbers(rows: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+    """Return ``rows`` as int64 (n,); raises ``TypeError`` for anything but row numbers."""
+    wanted = np.asarray(rows)
+    if wanted.size and (wanted.dtype.kind not in "iu" or wanted.ndim != 1):
+        raise TypeError(f"Expected row numbers, as a list or (n,); got {wanted.dtype} of shape {wanted.shape}.")
+    return wanted.astype(np.int64, copy=False)
 
 
 def _is_ok(slices: pa.Table) -> NDArray[np.bool_]:
