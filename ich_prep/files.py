@@ -12,7 +12,7 @@ import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 
 # O_NONBLOCK: opening a FIFO returns at once, and changes nothing for regular files. O_NOCTTY: no terminal is taken over.
 READ_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
@@ -26,14 +26,19 @@ _KINDS = (
 )
 
 
-# What operating systems and file servers put beside the user's files: Finder, AppleDouble, Windows Explorer, Synology, NFS.
-_LITTER = re.compile(r"\.DS_Store|\._.+|Thumbs\.db|desktop\.ini|\.nfs[0-9a-f]+", re.IGNORECASE)
-_LITTER_FOLDER = "@eaDir"
+# What operating systems, file servers and version control put beside the user's files, in lower case.
+_LITTER_NAMES = frozenset(
+    (".ds_store", "icon\r", ".localized", "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "autorun.inf")
+    + (".directory", ".nomedia", ".picasa.ini", "picasa.ini", ".gitkeep", ".gitignore", ".gitattributes", ".keep")
+)
+_LITTER = re.compile(r"\._.+|~\$.*|\.nfs[0-9a-f]+|.*@syno(?:eastream|resource).*", re.DOTALL)
+_LITTER_FOLDERS = frozenset(("@eadir", "__macosx", ".appledouble", ".trashes", ".spotlight-v100", ".fseventsd"))
 
 
-def is_litter(path: Path) -> bool:
-    """Return whether the file at ``path`` is one that an operating system or a file server made, by its name."""
-    return _LITTER.fullmatch(path.name) is not None or _LITTER_FOLDER in path.parts
+def is_litter(path: PurePath) -> bool:
+    """Return whether ``path``, relative to the user's folder, is that of a file that no user made, by its name."""
+    *folders, name = (part.lower() for part in path.parts)
+    return name in _LITTER_NAMES or _LITTER.fullmatch(name) is not None or not _LITTER_FOLDERS.isdisjoint(folders)
 
 
 class NotRegularError(OSError):

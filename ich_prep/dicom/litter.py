@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import PurePosixPath
 from typing import Final
 
 from ich_prep.dicom.skim import has_prefix
 from ich_prep.errors import Reason, SliceError
+from ich_prep.files import is_litter
 
 FIRST_BYTES: Final = 1 << 20
 
@@ -57,21 +59,6 @@ _SIGNATURES: Final[tuple[tuple[int, bytes, str], ...]] = (
     (344, b"n+1\x00", "a NIfTI volume"),
     (344, b"ni1\x00", "a NIfTI header"),
 )
-_LITTER_NAMES: Final = frozenset(
-    (".ds_store", "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "autorun.inf", ".localized")
-    + (
-        ".gitkeep",
-        ".gitignore",
-        ".gitattributes",
-        ".keep",
-        ".nomedia",
-        ".directory",
-        "icon\r",
-        ".picasa.ini",
-        "picasa.ini",
-    )
-)
-_LITTER_FOLDERS: Final = frozenset(("@eadir", "__macosx", ".appledouble", ".trashes", ".spotlight-v100", ".fseventsd"))
 _DICOM_ENDINGS: Final = (".dcm", ".dicom", ".ima")
 # Names of files that hold no slice, so that they may be empty.
 _OTHER_ENDINGS: Final = re.compile(
@@ -89,14 +76,15 @@ def judge_unreadable(path: str, data: bytes, error: SliceError) -> SliceError:
     belong to no slice decide, then names of litter. Text under the name of a slice is damage: a download that failed.
     """
     name = path.rsplit("/", 1)[-1].lower()
+    named_litter = is_litter(PurePosixPath(path))
     if not data:
-        return _litter("an empty file") if _is_named_litter(path) or _OTHER_ENDINGS.search(name) else error
+        return _litter("an empty file") if named_litter or _OTHER_ENDINGS.search(name) else error
     if has_prefix(data):
         return error
     kind = _kind_by_first_bytes(data)
     if kind is not None:
         return _litter(kind)
-    if _is_named_litter(path):
+    if named_litter:
         return _litter("a file that its name shows to be litter")
     if name.endswith(_DICOM_ENDINGS) or not any(data):
         return error
@@ -118,12 +106,6 @@ def _kind_by_first_bytes(data: bytes) -> str | None:
         if data[header : header + 2] in (b"PE", b"NE", b"LE") or b"This program" in data[:512]:
             return "a program"
     return None
-
-
-def _is_named_litter(path: str) -> bool:
-    *folders, name = path.lower().split("/")
-    is_resource = name.startswith(("._", "~$")) or "@synoeastream" in name or "@synoresource" in name
-    return is_resource or name in _LITTER_NAMES or not _LITTER_FOLDERS.isdisjoint(folders)
 
 
 def _is_text(data: bytes) -> bool:

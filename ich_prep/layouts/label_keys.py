@@ -30,8 +30,8 @@ def choose_key(labels: LabelTable, scanned: pa.Table, *, own_patients: bool = Fa
     headers of the files, one line each, with a column for each key that the scan reads. Labels that are not from a
     user's table are returned as they are, without notes.
 
-    Raises ``SourceError`` if a line has the key of a file and a coarser key that is not that file's, and as
-    ``labels_from_lines``.
+    Raises ``SourceError`` if a line has the key of a file and a coarser key that is not that file's, if one joins by a
+    patient id that several issuers gave, and as ``labels_from_lines``.
     """
     lines = labels.lines
     if lines is None:
@@ -51,6 +51,8 @@ def choose_key(labels: LabelTable, scanned: pa.Table, *, own_patients: bool = Fa
         notes = [*notes, f"joined by {key}, the finest key that matches files"]
     checked = {name: values for name, values in lines.keys.items() if not (own_patients and name == "patient_id")}
     _check_coarser(replace(lines, keys=checked), key, scanned)
+    if key == "patient_id":
+        _check_issuers(lines, scanned)
     chosen = fill_any(labels_from_lines(lines, key, classes=labels.classes))
     return replace(chosen, lines=lines, notes=(*notes, *(note for note in chosen.notes if note not in labels.notes)))
 
@@ -131,6 +133,30 @@ def _check_coarser(lines: LabelLines, key: Key, scanned: pa.Table) -> None:
             f"file's, among them {lines.line_of(first)}: it has the {key} of {path}, and another {coarser}. Correct the "
             "table, or leave the column out with --ignore-columns."
         )
+
+
+def _check_issuers(lines: LabelLines, scanned: pa.Table) -> None:
+    """Raise ``SourceError`` if a line has a patient id that two issuers gave (PS3.3 C.7.1.1): those are two patients."""
+    files = pa.table({"patient": _values(scanned, "patient_id"), "issuer": scanned["issuer_of_patient_id"]}).drop_null()
+    given = files.group_by("patient").aggregate([("issuer", "count_distinct"), ("issuer", "min"), ("issuer", "max")])
+    shared = given.filter(pc.greater(given["issuer_count_distinct"], 1))
+    found = np.flatnonzero(
+        pc.is_in(lines.keys["patient_id"], value_set=shared["patient"]).to_numpy(zero_copy_only=False)
+    )
+    if not len(found):
+        return
+    own = lines.keys["patient_id"][int(found[0])]
+    concerned = pc.equal(_values(scanned, "patient_id"), own)
+    paths = [
+        scanned["path"].filter(pc.and_(concerned, pc.equal(scanned["issuer_of_patient_id"], issuer)))[0].as_py()
+        for name in ("issuer_min", "issuer_max")
+        for issuer in shared.filter(pc.equal(shared["patient"], own))[name]
+    ]
+    raise SourceError(
+        f"{count(len(found), 'line')} of {lines.path} with a patient_id that two issuers gave, so that of two patients, "
+        f"among them {lines.line_of(int(found[0]))}: {' and '.join(paths)} have that PatientID and different "
+        "IssuerOfPatientID. Give the labels by study_instance_uid or a finer key."
+    )
 
 
 def _pairs(table: pa.Table) -> pa.ChunkedArray:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ich_prep.dataset import Dataset
 from ich_prep.dataset.dataset import open_dataset
-from ich_prep.errors import BuildError
+from ich_prep.errors import BuildError, SourceError
 from ich_prep.progress import NoProgress
 from ich_prep.stages.checks import Allowances
 from ich_prep.verify import verify
@@ -192,6 +192,11 @@ def test_equal_ids_of_two_issuers_are_two_patients(tmp_path: Path) -> None:
     src = write_files(tmp_path / "src", scans(2, PatientID="7", IssuerOfPatientID=lambda scan: f"H{scan}"))
     dataset = built(src, tmp_path / "data.zarr")
     assert set(dataset.slices["fold_group"].to_pylist()) == {"7^^^H0", "7^^^H1"}
+    labels = write_labels(tmp_path / "labels.csv", "PatientID", {"7": [1, 0, 0, 0, 0, 1]})
+    with pytest.raises(SourceError, match=r"two issuers gave.*00/0\.dcm and 01/0\.dcm.*by study_instance_uid"):
+        built(src, tmp_path / "labelled.zarr", labels=labels)
+    by_study = write_labels(tmp_path / "by-study.csv", "StudyInstanceUID", {"1.5.0": [1, 0, 0, 0, 0, 1]})
+    assert built(src, tmp_path / "labelled.zarr", labels=by_study).slices["any"].to_pylist() == [1] * 3 + [None] * 3
 
 
 # --- any folder --------------------------------------------------------------------------------------------------------
