@@ -101,6 +101,14 @@ def test_the_command_line_takes_filters(twelve: Path, run: Path, tmp_path: Path,
     assert call("run", *words, "--where", "colour == 1", "--out", tmp_path / "r") == 2
 
 
+def test_a_filter_may_leave_nothing_to_test_on(dataset: Dataset, tmp_path: Path) -> None:
+    said = io.StringIO()
+    settings = SETTINGS.model_copy(update={"where": "subset == 'train' and fold != 1"})
+    result = train(dataset, tmp_path / "run", settings, EvalConfig(bootstrap=0), console=Console(file=said, width=200))
+    assert result.finished and result.metrics is None
+    assert "will not be evaluated" in said.getvalue()
+
+
 def test_a_run_is_resumed_with_the_generation_that_it_began_with(twelve: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(twelve, tmp_path / "data.zarr"))
     settings = SETTINGS.model_copy(update={"epochs": 2})
