@@ -1,27 +1,50 @@
-"""DICOM files rendered in memory, as a build renders them, without a dataset."""
+"""DICOM files rendered in memory, as a build renders them, without a dataset: one file, or the scans of a source."""
 
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ich_prep.dataset.affine import upright_turns
-from ich_prep.dataset.schema import AS_STORED
+from ich_prep.dataset.classes import RSNA_CLASSES
+from ich_prep.dataset.dataset import Dataset, row_numbers
+from ich_prep.dataset.native import require
+from ich_prep.dataset.schema import AS_STORED, FORMAT, OK, QUARANTINE_SCHEMA, Counts, Root
+from ich_prep.dataset.shard_reader import require_out
+from ich_prep.dataset.storage import local_path
 from ich_prep.dicom.decode import Decoder
 from ich_prep.errors import Reason, SliceError
-from ich_prep.layouts import LAYOUTS
-from ich_prep.sources import FolderSource
-from ich_prep.stages.scan import SCHEMA, scan_file
-from ich_prep.stages.shard import SliceRenderer, pixel_source
+from ich_prep.execute import Pool
+from ich_prep.layouts import LAYOUTS, check_layout, choose_layout
+from ich_prep.layouts.labels import no_labels
+from ich_prep.progress import NoProgress, Progress
+from ich_prep.sources import FolderSource, Source, open_source, read_ahead
+from ich_prep.stages.checks import check_any_slice
+from ich_prep.stages.plan import Plan
+from ich_prep.stages.plan_tables import PLAN_COLUMNS
+from ich_prep.stages.publish import with_results, with_rows
+from ich_prep.stages.scan import FILES_PER_BATCH, SCHEMA, scan_file, scan_files
+from ich_prep.stages.shard import COLUMNS, FILES_AHEAD, RowReport, SliceRenderer, pixel_source, row_reports
+from ich_prep.stages.state import BuildFolder
+from ich_prep.stages.survey import Job, plan_files, settle_files, source_keys
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ich_prep.dataset.spec import Spec
+    from ich_prep.dataset.spec import Spec, Stored
+    from ich_prep.pixels.audit import Audit
+
+_FOLDS = ("fold", "fold_group")  # columns that say something about training data only
 
 
 def render_file(path: str | os.PathLike[str], spec: Spec) -> NDArray[Any]:
@@ -61,3 +84,207 @@ def _repairs(line: dict[str, Any], spec: Spec, file: Path) -> list[str]:
     assignment = LAYOUTS[spec.layout].assign(pa.Table.from_pylist([line], SCHEMA), file.absolute().parent.name)
     names: list[str] = assignment.repairs[0].as_py()
     return names
+
+
+# --- the scans of a source -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlannedScans:
+    """The scans of a ``source``, ordered as a build orders them, no pixel decoded yet.
+
+    ``slices`` and ``series`` are the plan's tables without folds, ``keys`` (binary) the source keys of the slices,
+    ``quarantine`` the files that are left out so far, with ``series_instance_uid`` (null where no header was read).
+    ``found`` is the number of files.
+    """
+
+    source: Source
+    path: Path
+    spec: Spec
+    slices: pa.Table
+    series: pa.Table
+    keys: pa.ChunkedArray
+    quarantine: pa.Table
+    found: int
+
+
+def plan_scans(src: Sequence[str | Path], spec: Spec, *, progress: Progress | None = None) -> PlannedScans:
+    """Return the scans of the folders and zip archives ``src``, in the rows that a build without labels gives them.
+
+    Label tables are not read: labels of all classes of ``spec``, which may be any, are unknown. Patients are not linked: no
+    fold is assigned. Raises ``SourceError`` if there is no CT slice, or nothing that can be read, and ``UsageError``.
+    """
+    require()
+    progress = progress or NoProgress()
+    assumed = spec.model_copy(update={"link": (), "classes": RSNA_CLASSES})  # which classes a layout has, labels decide
+    check_layout(assumed)
+    paths = [local_path(path, "--src").absolute() for path in src]
+    source = open_source(paths)
+    listing = source.list()
+    layout, assumed = choose_layout(assumed, listing, progress)
+    spec = assumed.model_copy(update={"classes": spec.classes})
+    progress.begin("Reading headers", len(listing.files), "files", 0)
+    scanned = pa.concat_tables(_scanned(source, listing.files, progress))
+    progress.end()
+    with tempfile.TemporaryDirectory(prefix="ich-scans-") as temporary, Pool(workers=0) as pool:
+        job = Job(pool, BuildFolder(Path(temporary)), paths, listing, progress)
+        found = settle_files(job, scanned, spec)
+        plan = plan_files(job, found, layout=layout, labels=no_labels(spec.classes), spec=spec)
+    check_any_slice(plan)
+    return PlannedScans(
+        source=source,
+        path=paths[0],
+        spec=spec,
+        slices=_without_folds(plan.slices),
+        series=_without_folds(plan.series),
+        keys=source_keys(listing, plan.slices["path"]),
+        quarantine=_with_series(plan, found.scanned),
+        found=len(listing.files),
+    )
+
+
+def _scanned(source: Source, files: pa.Table, progress: Progress) -> Iterator[pa.Table]:
+    for start in range(0, len(files), FILES_PER_BATCH):
+        part = scan_files(source, files.slice(start, FILES_PER_BATCH).to_pylist())
+        progress.advance(len(part), len(part) - part["reason"].null_count)
+        yield part
+
+
+def _without_folds(table: pa.Table) -> pa.Table:
+    for name in _FOLDS:
+        field = table.schema.field(name)
+        table = table.set_column(table.schema.get_field_index(name), field, pa.nulls(len(table), field.type))
+    return table
+
+
+def _with_series(plan: Plan, scanned: pa.Table) -> pa.Table:
+    """Return the plan's quarantine table with the Series Instance UID of each file whose header was read."""
+    index = pc.index_in(plan.quarantine["path"], value_set=scanned["path"])
+    return plan.quarantine.append_column("series_instance_uid", scanned["series_instance_uid"].take(index))
+
+
+class RenderedScans(Dataset):
+    """Scans in memory that are read like a dataset: equal rows, pixels and tables, but no labels, folds or checksums.
+
+    ``quarantine`` (the columns of the table of a dataset, and ``series_instance_uid``) has the slices that could not be
+    decoded; their rows have the reason as status, and no pixels.
+    """
+
+    def __init__(self, path: Path, spec: Spec, tables: Mapping[str, pa.Table], pixels: NDArray[Any]) -> None:
+        slices = tables["slices"]
+        ok = int(pc.sum(pc.equal(slices["status"], OK)).as_py() or 0)
+        counts = Counts(
+            rows=len(slices),
+            ok=ok,
+            quarantined=len(slices) - ok,
+            series=len(tables["series"]),
+            shards=0,
+            found=len(slices),
+        )
+        root = Root.model_construct(format=FORMAT, spec=spec, classes=spec.classes, counts=counts, digest="")
+        super().__init__(path, root, {})
+        self._tables, self._pixels = dict(tables), pixels
+
+    @property
+    def quarantine(self) -> pa.Table:
+        """The slices without pixels."""
+        return self._tables["quarantine"]
+
+    def read_table(self, table: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return a table (slices, series or quarantine), or only some of its columns."""
+        found = self._tables[table]
+        return found if columns is None else found.select(list(columns))
+
+    def read(
+        self, rows: Sequence[int] | NDArray[np.integer[Any]], out: NDArray[Any] | None = None, *, threads: int = 1
+    ) -> NDArray[Any]:
+        """Return the pixels of ``rows``; see ``Dataset.read``."""
+        wanted = row_numbers(rows)
+        outside = wanted[(wanted < 0) | (wanted >= len(self))]
+        if len(outside):
+            raise IndexError(f"Expected rows of 0 to {len(self) - 1}; got {outside[0]}.")
+        missing = wanted[~self.is_ok[wanted]]
+        if len(missing):
+            self._refuse_row(int(missing[0]))
+        shape = (len(wanted), *self.shape[1:])
+        if out is None:
+            out = np.empty(shape, self.dtype)
+        require_out(out, shape, self.dtype)
+        return np.take(self._pixels, wanted, axis=0, out=out, mode="clip")  # checked; "raise" would buffer a copy
+
+    def _check_stored_form(self, slices: pa.Table) -> None:
+        """Do nothing: there is no shard."""
+
+
+def render_scans(planned: PlannedScans, stored: Stored, volumes: range, *, threads: int = 1) -> RenderedScans:
+    """Return the ``volumes`` of the plan (lines of its series table, adjacent), rendered as a build stores them.
+
+    ``stored`` says how: its orientation is the plan's. Rows and ``series_row`` start at 0. The flag ``same_image``
+    marks equal images among these volumes. ``threads`` render at once.
+    """
+    series = planned.series.slice(volumes.start, len(volumes))
+    first = int(series["first_row"][0].as_py())
+    rows = int(pc.sum(series["n_slices"]).as_py())
+    spec = planned.spec.model_copy(
+        update={name: getattr(stored, name) for name in ("size", "store", "windows", "orientation")}
+    )
+    lines = planned.slices.slice(first, rows)
+    pixels = np.empty((rows, spec.channels, spec.size, spec.size), spec.dtype)
+    records, keys = lines.select(COLUMNS).to_pylist(), planned.keys.slice(first, rows).to_pylist()
+    bounds = np.linspace(0, rows, min(threads, rows) + 1).astype(int).tolist()
+
+    def part(number: int) -> list[RowReport]:
+        chosen = slice(bounds[number], bounds[number + 1])
+        return _rendered(planned.source, records[chosen], keys[chosen], spec, pixels[chosen])
+
+    with ThreadPoolExecutor(len(bounds) - 1, thread_name_prefix="render") as pool:
+        reports = [report for reports in pool.map(part, range(len(bounds) - 1)) for report in reports]
+    return RenderedScans(planned.path, spec, _tables_of(lines, series, reports), pixels)
+
+
+def _rendered(
+    source: Source, lines: Sequence[Mapping[str, Any]], keys: Sequence[bytes], spec: Spec, pixels: NDArray[Any]
+) -> list[RowReport]:
+    """Fill ``pixels`` (n, channel, y, x) from the files of n ``lines`` of the plan; return the report of each."""
+    decoder, slices = Decoder(), SliceRenderer(spec)
+    results: list[Audit | SliceError] = []
+    located = [pixel_source(source, key, line) for key, line in zip(keys, lines, strict=True)]
+    try:
+        for number, one in enumerate(read_ahead(source, located, lambda pixels: pixels.key, files=FILES_AHEAD)):
+            slices.out = pixels[number]
+            try:
+                results.append(slices.render(decoder.read(one), lines[number]))
+            except SliceError as error:
+                results.append(error)
+    finally:
+        decoder.close()
+    return list(row_reports(results, repeat(None), slices.histogram.tissues()))
+
+
+def _tables_of(lines: pa.Table, series: pa.Table, reports: Sequence[RowReport]) -> dict[str, pa.Table]:
+    """Return the tables of rendered volumes: what is published of their ``lines`` of the plan, and of their ``series``."""
+    status = pa.array([report.status for report in reports], pa.string())
+    ok = pc.equal(status, OK).to_numpy(zero_copy_only=False)
+    slices = lines.drop_columns(list(PLAN_COLUMNS))
+    origins = {"row": lines["row"][0], "series_row": series["series_row"][0]}
+    for name, origin in origins.items():
+        slices = _set(slices, name, pc.subtract(slices[name], origin))
+    series = _set(series, "series_row", pc.subtract(series["series_row"], origins["series_row"]))
+    series = _set(series, "first_row", pc.subtract(series["first_row"], origins["row"]))
+    slices = with_results(slices, list(reports), status)
+    failed = slices.filter(pa.array(~ok))
+    quarantine = pa.table(
+        [
+            lines["path"].filter(pa.array(~ok)),
+            pa.array(["shard"] * len(failed), pa.string()),
+            failed["row"],
+            failed["status"],
+            pa.array([report.detail for report in reports if report.status != OK], pa.string()),
+        ],
+        schema=QUARANTINE_SCHEMA,
+    ).append_column("series_instance_uid", failed["series_instance_uid"])
+    return {"slices": slices, "series": with_rows(series, slices, ok), "quarantine": quarantine}
+
+
+def _set(table: pa.Table, name: str, values: pa.ChunkedArray) -> pa.Table:
+    return table.set_column(table.schema.get_field_index(name), table.schema.field(name), values)

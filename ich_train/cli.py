@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 import typer
 
 from ich_prep.command_options import options_from, run_program
-from ich_prep.errors import DatasetError, InterruptError, count
+from ich_prep.errors import DatasetError, InterruptError, UsageError, count
 from ich_prep.recipe import read_recipe, validate
-from ich_train.config import EvalConfig, TrainConfig
-from ich_train.wording import text_table
+from ich_train.config import EvalConfig, PredictConfig, TrainConfig
+from ich_train.metrics_table import print_metrics
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,7 +46,11 @@ Out = Annotated[Path | None, typer.Option(help="The run's folder. [default: runs
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A TOML file of sections; options win over it.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Resume the run in --out, or the last of its name.")]
 Evaluation = Annotated[Path | None, typer.Option("--out", help="Where to write. [default: the run's folder]")]
-Submission = Annotated[Path, typer.Option("--out", help="The CSV to write, with the columns ID,Label.")]
+RunFolders = Annotated[list[Path], typer.Argument(metavar="RUN...", help="The folders of one run or of several.")]
+Predicted = Annotated[Path, typer.Option("--out", help="The slices to write: .csv or .parquet; a submission is a CSV.")]
+ScanTable = Annotated[Path | None, typer.Option("--scans", help="The scans to write: .csv or .parquet.")]
+QuarantineTable = Annotated[Path | None, typer.Option("--quarantine", help="The files left out: .csv or .parquet.")]
+Report = Annotated[Path | None, typer.Option("--report", help="A page to write: .html.")]
 FeaturesFolder = Annotated[Path, typer.Option("--out", help="The folder to write, such as features.zarr.")]
 Where = Annotated[
     str | None, typer.Option(help="A filter (docs/filters.md) of the slices. [default: those of predictions.parquet]")
@@ -99,7 +103,7 @@ def run_command(*, given: dict[str, Any], out: Out = None, recipe: RecipeFile = 
     if not result.finished:
         raise InterruptError(f"Resume with: ich-train run --resume --out {plan.out}")
     if result.metrics is not None:
-        _print_metrics(console, result.metrics, plan.out)
+        print_metrics(console, result.metrics, plan.out)
 
 
 @app.command("cv")
@@ -128,7 +132,7 @@ def cv_command(
     if metrics is None:
         chosen = "" if folds == "all" else f" --folds {folds}"
         raise InterruptError(f"Resume with: ich-train cv --resume --out {plan.out}{chosen}")
-    _print_metrics(console, metrics, plan.out)
+    print_metrics(console, metrics, plan.out)
 
 
 @app.command("eval")
@@ -157,46 +161,75 @@ def eval_command(run: RunFolder, *, given: dict[str, Any], place: dict[str, Any]
         threads=place.get("threads", settings.threads),
         out=out,
     )
-    _print_metrics(_console(), metrics, out or run)
+    print_metrics(_console(), metrics, out or run)
 
 
 @app.command("predict")
-@options_from(EvalConfig, "batch_size", default="as in the run's recipe")
-@options_from(TrainConfig, "data", "threads", "device", into="place", default="the run's")
+@options_from(PredictConfig)
+@options_from(EvalConfig, "batch_size", into="batches", default="as in the recipe of the first run")
+@options_from(TrainConfig, "data", "threads", "device", into="place", default="the first run's")
 def predict_command(
-    run: RunFolder,
+    runs: RunFolders,
     *,
     given: dict[str, Any],
+    batches: dict[str, Any],
     place: dict[str, Any],
-    out: Submission,
+    out: Predicted,
+    scans: ScanTable = None,
+    quarantine: QuarantineTable = None,
+    report: Report = None,
     sample: Sample = None,
-    where: Annotated[str | None, typer.Option(help="Only the slices of this filter.")] = None,
 ) -> None:
-    """Write the probabilities of the test subset in the format of a Kaggle submission."""
+    """Write the mean probabilities of one run or several for DICOM files or a dataset, or a Kaggle submission.
+
+    With --src: for all its slices, as a table. Without: for the test subset of the run's dataset, as a submission.
+    """
     from ich_train.runs import settings_of
 
-    settings, evaluation = settings_of(run)
-    dataset = _dataset_of(run, settings, place)
+    wanted = validate(PredictConfig, given, where="options")
+    if wanted.src and "data" in place:
+        raise UsageError("Give the slices to predict with --src or with --data, not with both.")
+    if wanted.where is not None and sample is not None:
+        raise UsageError("--where selects the slices, and --sample names them: give one of the two.")
+    settings, evaluation = [settings_of(run) for run in runs][0]  # noqa: RUF015  # all are checked
 
+    from ich_train.infer import predict
+    from ich_train.infer_files import Outputs, check_outputs, check_source, summary_lines, write_outputs
+    from ich_train.infer_source import metas_of, open_source
     from ich_train.ranks import choose_device
-    from ich_train.submission import write_submission
 
-    written = write_submission(
-        run,
-        dataset,
-        out,
-        sample=sample,
-        where=where,
-        device=choose_device(place.get("device", settings.device)),
+    kaggle = (wanted.format or ("table" if wanted.src else "kaggle")) == "kaggle"
+    outputs = Outputs(out, kaggle, scans=scans, quarantine=quarantine, report=report, sample=sample)
+    if wanted.src:
+        meta = metas_of(runs)[0]
+        check_outputs(outputs, meta.classes)
+        source = open_source(meta, wanted)
+    else:
+        source = _dataset_of(runs[0], settings, place)
+        check_outputs(outputs, source.classes)
+    check_source(outputs, source)
+    found = predict(
+        runs,
+        source,
+        wanted,
+        kaggle=kaggle,
+        batch_size=batches.get("batch_size", evaluation.batch_size),
         threads=place.get("threads", settings.threads),
-        batch_size=given.get("batch_size", evaluation.batch_size),
+        device=choose_device(place.get("device", settings.device)),
     )
+    submission = write_outputs(outputs, found, source)
     console = _console()
-    console.print(f"{count(written.lines, 'line')} in {out}", soft_wrap=True)
-    if written.without_image:
+    if submission is None or wanted.src:
+        for line in summary_lines(found):
+            console.print(line, soft_wrap=True, markup=False)
+    if submission is None:
+        return
+    console.print(f"{count(submission.lines, 'line')} in {out}", soft_wrap=True)
+    if submission.without_image:
+        filled = "mean probability" if wanted.src else "share of the training slices"
         console.print(
-            f"Without a usable image in the test subset: {written.without_image:,} of {count(written.slices, 'slice')}. The "
-            "lines of these give each label's share of the training slices.",
+            f"Without a usable image in the test subset: {submission.without_image:,} of "
+            f"{count(submission.slices, 'slice')}. The lines of these give each label's {filled}.",
             soft_wrap=True,
         )
 
@@ -351,44 +384,3 @@ def _console() -> Console:
     from ich_prep.terminal import Terminal
 
     return Terminal(quiet=os.environ.get("RANK", "0") != "0")
-
-
-def _print_metrics(console: Console, metrics: dict[str, Any], run: Path) -> None:
-    from ich_train.evaluation.evaluate import REPORT
-    from ich_train.evaluation.report import areas_by_value, log_loss_name, part_words
-
-    evaluated, view = metrics["evaluated"], metrics["by_slice"]
-    title = f"{count(evaluated['slices'], 'slice')} of {part_words(evaluated['subset'])}"
-    if evaluated["series_labels"] and metrics["by_series_max"]:
-        title, view = f"Series of {title}, by their highest slice", metrics["by_series_max"]
-    rows = [
-        (
-            name,
-            f"{entry['positives']:,}",
-            _number(entry["roc_auc"]),
-            _interval(entry["intervals"]["roc_auc"]),
-            _number(entry["average_precision"]),
-        )
-        for name, entry in view["labels"].items()
-    ]
-    console.print(f"{title}:", soft_wrap=True)
-    head = ("label", "positive", "ROC AUC", "95%", "average precision")
-    console.print(text_table(head, rows), soft_wrap=True, markup=False)
-    if metrics["by_value"]:
-        names = [*view["labels"]]
-        lines = [
-            (value, f"{views['by_slice']['cases']:,}", *(_number(entry) for entry in areas_by_value(views, names)))
-            for value, views in metrics["by_value"].items()
-        ]
-        console.print("ROC AUC by value:", soft_wrap=True)
-        console.print(text_table((evaluated["by"], "slices", *names), lines), soft_wrap=True, markup=False)
-    loss = log_loss_name([*view["labels"]]).capitalize()
-    console.print(f"{loss} {_number(view['log_loss'])}. Report: {run / REPORT}", soft_wrap=True)
-
-
-def _interval(interval: Sequence[float] | None) -> str:
-    return "undefined" if interval is None else f"{interval[0]:.3f}-{interval[1]:.3f}"
-
-
-def _number(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.3f}"

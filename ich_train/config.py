@@ -190,6 +190,50 @@ class EvalConfig(BaseModel):
     )
 
 
+class PredictConfig(BaseModel):
+    """What ``ich-train predict`` reads and how it sums up scans; no section of a recipe."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    src: tuple[Path, ...] = Field(
+        default=(), description="A dataset; or folders and zip archives of DICOM files, may be repeated."
+    )
+    where: str | None = Field(default=None, description="Predict only slices that this filter selects.")
+    # Of DICOM files. These are fields of a build's Spec, which is not imported here for NumPy's sake: a test compares them.
+    layout: str = Field(default="auto", description="auto, rsna, cq500 or folder.")
+    include: tuple[str, ...] = Field(
+        default=(), description="Keep only files that match, such as BodyPartExamined=HEAD,BRAIN. May be repeated."
+    )
+    exclude: tuple[str, ...] = Field(
+        default=(), description="Leave out files that match, such as 'SeriesDescription~bone|angio'. May be repeated."
+    )
+    one_series_per_study: Literal["off", "thickest"] = Field(
+        default="off", description="Keep one series of each study: plain before others, then the thickest slices."
+    )
+    rescale_types: tuple[str, ...] = Field(
+        default=(), description="RescaleTypes to take as HU, as a,b, besides those that say so."
+    )
+    allow_burned_in: bool = Field(default=False, description="Keep slices with burned-in text.")
+    skip_flagged: bool = Field(default=False, description="Give no call to scans with flags.")
+    # The evaluation's first view by series is that of the maximum: one slice with a bleed makes a scan positive.
+    aggregate: Literal["max", "top3", "mean"] = Field(
+        default="max",
+        description="A scan's probability: of its slices the highest, the mean of the 3 highest, or of all.",
+    )
+    format: Literal["table", "kaggle"] | None = Field(
+        default=None, description="table, or kaggle (RSNA's submission). [default: table with --src, else kaggle]"
+    )
+
+    @field_validator("src", "include", "exclude", "rescale_types", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str | Path) else value
+
+
+# The fields of PredictConfig that are a build's.
+SOURCE_OPTIONS = ("layout", "include", "exclude", "one_series_per_study", "rescale_types", "allow_burned_in")
+
+
 def recipe_text(sections: Mapping[str, Mapping[str, Any]]) -> str:
     """Return ``sections`` as the text of a TOML recipe.
 

@@ -1,7 +1,8 @@
-"""The RSNA 2019 competition's submission file, made of a run's probabilities of the test subset."""
+"""The RSNA 2019 competition's submission file, made of the probabilities of slices."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,23 +10,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 from pyarrow import csv
 
 from ich_prep.dataset.storage import write_whole
 from ich_prep.errors import UsageError, count
 from ich_prep.files import require_regular
-from ich_train.predict import Predictor, load_predictor
-from ich_train.rows import selected_rows
 from ich_train.rsna import require_rsna
 from ich_train.runs import require_writable
-from ich_train.scan_predict import predict_slices
 from ich_train.split import split_rows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ich_prep.dataset.dataset import Dataset
+    from ich_train.checkpoint import Meta
 
 
 @dataclass(frozen=True)
@@ -45,78 +43,71 @@ class _Lines:
     classes: NDArray[np.int64]
 
 
-def write_submission(
-    run: Path,
-    dataset: Dataset,
-    out: Path,
-    *,
-    sample: Path | None = None,
-    where: str | None = None,
-    device: torch.device | str = "cpu",
-    threads: int = 2,
-    batch_size: int = 64,
-) -> Submission:
-    """Write the probabilities of the test subset to ``out`` in the competition's format.
-
-    The lines are ``ID,Label`` with IDs of the form ``<sop_instance_uid>_<class>``: those of the file ``sample`` in its
-    order, or without it six for each row of the subset, or of those of the filter ``where``, in the order of the label file
-    and then of the dataset. A slice
-    without a usable image gets the training slices' share of each label. Raises `UsageError` if the dataset has other
-    classes than RSNA's, pseudonyms or no test subset, ``sample`` is not such a file, both it and a filter are given, or
-    ``out`` cannot be written.
-    """
+def check_submission(out: Path, classes: tuple[str, ...]) -> None:
+    """Raise `UsageError` if ``classes`` are not RSNA's, or if ``out`` cannot be written."""
     if out.is_dir():
         raise UsageError(f"{out} is a folder. Name the CSV file to write with --out.")
     require_writable(out.parent, hint="Name another file with --out.")
-    require_rsna(dataset.classes, "A submission")
+    require_rsna(classes, "A submission")
+
+
+def require_names(dataset: Dataset) -> None:
+    """Raise `UsageError` if ``dataset`` has pseudonyms: a submission names slices by their SOP Instance UID."""
     if dataset.attributes["spec"].get("identifiers") == "pseudonymise":
         raise UsageError(
             f"A submission names slices by their SOP Instance UID; {dataset.path} has pseudonyms. Build the dataset with "
             "--identifiers keep."
         )
-    predictor = load_predictor(run, dataset, device=device)
-    slices = dataset.slices
-    test = np.flatnonzero(pc.equal(slices["subset"], "test").fill_null(False).to_numpy())
-    if not len(test):
-        raise UsageError(
-            f"No slices of the subset test in {dataset.path}. Build from a tree that holds the competition's test files."
-        )
-    if where is not None:
-        if sample is not None:
-            raise UsageError("--where selects the slices, and --sample names them: give one of the two.")
-        test = np.intersect1d(test, np.flatnonzero(selected_rows(dataset, where)))
-        if not len(test):
-            raise UsageError(f"No slices of the subset test with pixels in {dataset.path} where {where}.")
-    usable = test[dataset.is_ok[test]]
-    lines = _lines_of_sample(sample, dataset.classes) if sample is not None else _lines_of(dataset, test)
-    # One row more than there are usable slices: for those without an image, at index -1.
-    place = pc.fill_null(pc.index_in(lines.slice_ids, slices["sop_instance_uid"].take(pa.array(usable))), -1).to_numpy()
-    without_image = len(pc.unique(lines.slice_ids.filter(pa.array(place < 0))))
-    shares = _training_shares(dataset, predictor) if without_image else np.zeros(len(dataset.classes), np.float32)
 
-    probabilities = predict_slices(predictor, dataset, usable, batch_size=batch_size, threads=threads)
-    values = np.vstack([probabilities, shares])[place, lines.classes]
-    names = np.array(dataset.classes)[lines.classes]
+
+def write_submission(
+    out: Path,
+    slices: pa.Table,
+    classes: tuple[str, ...],
+    *,
+    sample: Path | None = None,
+    shares: Callable[[], NDArray[np.float32]],
+) -> Submission:
+    """Write the probabilities of ``slices`` to ``out`` in the competition's format.
+
+    ``slices`` have a ``sop_instance_uid``, a ``label_line`` and a column for each of ``classes``, null where they have no
+    probability. The lines are ``ID,Label`` with IDs of the form ``<sop_instance_uid>_<class>``: those of the file ``sample``
+    in its order, or without it six for each of ``slices``, in the order of the label file and then of the table. A slice
+    without a probability gets ``shares()``, (classes,). Raises `UsageError` if ``sample`` is not such a file.
+    """
+    usable = slices.filter(pc.is_valid(slices[classes[0]]))
+    lines = _lines_of_sample(sample, classes) if sample is not None else _lines_of(slices, len(classes))
+    # One row more than there are usable slices: for those without an image, at index -1.
+    place = pc.fill_null(pc.index_in(lines.slice_ids, usable["sop_instance_uid"].combine_chunks()), -1).to_numpy()
+    without_image = len(pc.unique(lines.slice_ids.filter(pa.array(place < 0))))
+    filled = shares() if without_image else np.zeros(len(classes), np.float32)
+    probabilities = np.stack([usable[name].to_numpy() for name in classes], axis=1)
+    values = np.vstack([probabilities, filled]).astype(np.float32)[place, lines.classes]
+    names = np.array(classes)[lines.classes]
     # Nine digits are what a float32 needs to read back as the same number.
     text = "".join(
         f"{slice_id}_{name},{value:.9g}\n"
         for slice_id, name, value in zip(lines.slice_ids.to_pylist(), names, values.tolist(), strict=True)
     )
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(out, f"ID,Label\n{text}".encode())
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(out)) from error  # not the name of a temporary file
+    write_output(out, f"ID,Label\n{text}".encode())
     return Submission(len(values), len(pc.unique(lines.slice_ids)), without_image)
 
 
-def _lines_of(dataset: Dataset, rows: NDArray[np.int64]) -> _Lines:
-    """Return six lines for each of ``rows``, in the order of the label file."""
-    count = len(dataset.classes)
-    line = pc.fill_null(dataset.slices["label_line"].take(pa.array(rows)), np.iinfo(np.int64).max).to_numpy()
-    ordered = rows[np.argsort(line, kind="stable")]
-    slice_ids = dataset.slices["sop_instance_uid"].take(pa.array(np.repeat(ordered, count))).combine_chunks()
-    return _Lines(slice_ids, np.tile(np.arange(count), len(rows)))
+def write_output(out: Path, data: bytes) -> None:
+    """Write a file that the user named, and the folders above it; an `OSError` names that file, not a temporary one."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(out, data)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(out)) from error
+
+
+def _lines_of(slices: pa.Table, count: int) -> _Lines:
+    """Return ``count`` lines for each of ``slices``, in the order of the label file."""
+    line = pc.fill_null(slices["label_line"], np.iinfo(np.int64).max).to_numpy()
+    ordered = np.argsort(line, kind="stable")
+    slice_ids = slices["sop_instance_uid"].take(pa.array(np.repeat(ordered, count))).combine_chunks()
+    return _Lines(slice_ids, np.tile(np.arange(count), len(slices)))
 
 
 def _lines_of_sample(sample: Path, classes: tuple[str, ...]) -> _Lines:
@@ -140,9 +131,8 @@ def _lines_of_sample(sample: Path, classes: tuple[str, ...]) -> _Lines:
     return _Lines(parts.field("slice"), indices)
 
 
-def _training_shares(dataset: Dataset, predictor: Predictor) -> NDArray[np.float32]:
-    """Return the share of positives of each label among the training slices, (classes,), 0 if none is known."""
-    meta = predictor.meta
+def training_shares(dataset: Dataset, meta: Meta) -> NDArray[np.float32]:
+    """Return the share of positives of each label among the training slices of a run, (classes,), 0 if none is known."""
     split = split_rows(
         dataset, val_fold=meta.val_fold, test_fold=meta.test_fold, allow_series_labels=True, where=meta.where, needed=()
     )

@@ -93,7 +93,7 @@ def collect_tables(out: Path, folder: BuildFolder, state: State) -> Tables:
         status.filter(pa.array(~ok)),
         pa.array([line.detail for line in lines if line.status != OK], pa.string()),
     ]
-    slices = _with_results(plan.drop_columns(list(PLAN_COLUMNS)), lines, status)
+    slices = with_results(plan.drop_columns(list(PLAN_COLUMNS)), lines, status)
     slices = link_images(slices, plan["given_fold"], equal_images(slices), state.spec)
     shards = [
         pa.array(np.arange(len(starts))),
@@ -106,7 +106,7 @@ def collect_tables(out: Path, folder: BuildFolder, state: State) -> Tables:
     ]
     return Tables(
         slices=slices,
-        series=_with_rows(read_sealed(folder.series), slices, ok),
+        series=with_rows(read_sealed(folder.series), slices, ok),
         shards=pa.table(shards, schema=SHARD_SCHEMA),
         quarantine=pa.concat_tables([read_sealed(folder.quarantine), pa.table(quarantined, schema=QUARANTINE_SCHEMA)]),
         lost=pa.concat_tables([read_sealed(folder.lost), lost_in_shards(plan, status, _is_positive(plan, state.spec))]),
@@ -119,7 +119,7 @@ def _is_positive(plan: pa.Table, spec: Spec) -> pa.Array:
     return pa.array((values == 1).any(axis=1), pa.bool_())
 
 
-def _with_rows(series: pa.Table, slices: pa.Table, ok: NDArray[np.bool_]) -> pa.Table:
+def with_rows(series: pa.Table, slices: pa.Table, ok: NDArray[np.bool_]) -> pa.Table:
     """Return the series table with what its rows of ``slices`` say: the number that are ``ok``, fold group, fold, flags."""
     starts = series["first_row"]
     first = slices.take(starts)
@@ -159,7 +159,7 @@ def _entry(out: Path, folder: BuildFolder, number: int) -> ShardReport:
     return entry
 
 
-def _with_results(slices: pa.Table, lines: list[RowReport], status: pa.Array) -> pa.Table:
+def with_results(slices: pa.Table, lines: list[RowReport], status: pa.Array) -> pa.Table:
     """Return the slice table with what the shards reported: status, flags, HU range and mean, hash, checksum."""
     results = {"status": status}
     for name in _REPORTED:

@@ -66,11 +66,16 @@ def scan_batch(folder: str, sources: tuple[str, ...], batch: int) -> tuple[int, 
     source = open_source(sources)
     with pq.ParquetFile(build.files) as listed:  # reopened each time: a worker may outlive the build that wrote it
         files = listed.read_row_group(batch).to_pylist()
+    scanned = scan_files(source, files)
+    write_sealed(build.batch(batch), scanned, write_statistics=False)
+    slices: int = scanned["reason"].null_count
+    return slices, len(scanned) - slices
+
+
+def scan_files(source: Source, files: list[dict[str, Any]]) -> pa.Table:
+    """Return one line (``SCHEMA``) for each of ``files``, lines of the listing of ``source``."""
     ahead = read_ahead(source, files, itemgetter("key"), files=FILES_AHEAD, length=SKIM_BYTES)
-    lines = [_scan_listed(source, file) for file in ahead]
-    write_sealed(build.batch(batch), pa.Table.from_pylist(lines, SCHEMA), write_statistics=False)
-    quarantined = sum(line.get("reason") is not None for line in lines)
-    return len(lines) - quarantined, quarantined
+    return pa.Table.from_pylist([_scan_listed(source, file) for file in ahead], SCHEMA)
 
 
 def _scan_listed(source: Source, file: dict[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from ich_prep.stages.plan_tables import PIXEL_COLUMNS
 from ich_prep.stages.state import BuildFolder, State, read_state
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -119,13 +119,18 @@ def write_shard(out: str, folder: str, sources: tuple[str, ...], digest: str, nu
         plan=digest,
         bytes=written.size,
         fingerprint=written.fingerprint,
-        rows=tuple(_row_reports(results, written.chunk_crc32c.tolist(), slices.histogram.tissues())),
+        rows=tuple(row_reports(results, written.chunk_crc32c.tolist(), slices.histogram.tissues())),
         hu_histogram=tuple(slices.histogram.counts().tolist()),
     )
 
 
-def _row_reports(results: list[Audit | SliceError], checksums: list[int], tissues: Tissues) -> Iterator[RowReport]:
-    """Yield the report of each row; ``tissues`` are those of the slices that were rendered, in their order."""
+def row_reports(
+    results: Sequence[Audit | SliceError], checksums: Iterable[int | None], tissues: Tissues
+) -> Iterator[RowReport]:
+    """Yield the report of each row; ``tissues`` are those of the slices that were rendered, in their order.
+
+    ``checksums`` are those of the chunks, None where pixels are kept in memory.
+    """
     samples = zip(tissues.shares.tolist(), tissues.body.tolist(), tissues.lung.tolist(), strict=True)
     for result, checksum in zip(results, checksums, strict=False):
         if isinstance(result, SliceError):

@@ -12,9 +12,12 @@ from ich_prep.dataset.dataset import open_dataset
 from ich_prep.dataset.spec import Spec
 from ich_prep.errors import UsageError
 from ich_prep.phantom import synthesize
+from ich_train.config import PredictConfig
+from ich_train.infer import predict
+from ich_train.infer_files import Outputs, check_outputs, check_source, write_outputs
 from ich_train.predict import load_predictor, predict_rows
 from ich_train.split import split_rows
-from ich_train.submission import Submission, write_submission
+from ich_train.submission import Submission
 from tests.support.training_runs import save_untrained, with_classes
 
 
@@ -38,6 +41,13 @@ def dataset(source, tmp_path_factory):
 def run(dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "baseline"
     return save_untrained(folder, dataset, context=1)
+
+
+def write_submission(run, dataset, out, sample=None):
+    outputs = Outputs(out, kaggle=True, sample=sample)
+    check_outputs(outputs, dataset.classes)
+    check_source(outputs, dataset)
+    return write_outputs(outputs, predict([run], dataset, PredictConfig(), kaggle=True), dataset)
 
 
 def read(path):

@@ -24,7 +24,6 @@ from ich_train.evaluation.evaluate import evaluate_run
 from ich_train.rows import labelled_rows
 from ich_train.runs import settings_of
 from ich_train.split import split_rows
-from ich_train.submission import write_submission
 from ich_train.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -83,21 +82,16 @@ def test_an_evaluation_is_of_the_runs_slices_or_of_another_filter(dataset: Datas
     assert series["by_series_max"] is not None
 
 
-def test_a_prediction_of_some_test_slices(dataset: Dataset, run: Path, tmp_path: Path) -> None:
-    found = write_submission(run, dataset, tmp_path / "p.csv", where="slice_index == 4")
-    expected = dataset.where("subset == 'test' and slice_index == 4")
-    assert (found.slices, found.lines) == (len(expected), 6 * len(expected))
-    with pytest.raises(UsageError, match="give one of the two"):
-        write_submission(run, dataset, tmp_path / "p.csv", where="any == 1", sample=tmp_path / "s.csv")
-    with pytest.raises(UsageError, match="No slices of the subset test"):
-        write_submission(run, dataset, tmp_path / "p.csv", where="subset == 'train'")
-
-
 def test_the_command_line_takes_filters(twelve: Path, run: Path, tmp_path: Path, call: Callable[..., int]) -> None:
     words = ("--data", twelve, "--device", "cpu", "--threads", 1)
     assert call("eval", run, *words, "--where", "slice_index < 3", "--subset", "val", "--out", tmp_path / "e") == 0
     assert json.loads((tmp_path / "e" / "metrics.json").read_text())["evaluated"]["where"] == "slice_index < 3"
-    assert call("predict", run, *words, "--where", "slice_index == 1", "--out", tmp_path / "p.csv") == 0
+    submission = tmp_path / "p.csv"
+    assert call("predict", run, *words, "--where", "slice_index == 4", "--out", submission) == 0
+    expected = open_dataset(twelve).where("slice_index == 4")
+    assert len(submission.read_text().splitlines()) == 1 + 6 * len(expected)
+    assert call("predict", run, *words, "--where", "slice_index == 4", "--sample", submission, "--out", submission) == 2
+    assert call("predict", run, *words, "--where", "row < 0", "--out", submission) == 2
     assert call("run", *words, "--where", "colour == 1", "--out", tmp_path / "r") == 2
 
 
