@@ -97,10 +97,10 @@ class UnionDataset(Dataset):
         return _with(series, "fold_group", self._group_names([_groups_of(dataset) for dataset in self._parts]))
 
     def read_table(self, table: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """Return the slices or series, or some of their columns; raises ``DatasetError`` for another table."""
-        if table not in ("slices", "series"):
+        """Return a table of all, but for the shards, or some of its columns; raises ``DatasetError`` for the shards."""
+        if table == "shards":
             raise DatasetError(f"{self.path} is several datasets: read the table {table} of each, in `parts`.")
-        found = self.slices if table == "slices" else self.series
+        found = getattr(self, table) if table in ("slices", "series") else self._quarantine()
         return found if columns is None else found.select([name for name in columns if name in found.column_names])
 
     def read(
@@ -125,6 +125,14 @@ class UnionDataset(Dataset):
         return out
 
     # --- tables ----------------------------------------------------------------------------------------------------------
+
+    def _quarantine(self) -> pa.Table:
+        tables = [dataset.read_table("quarantine") for dataset in self._parts]
+        shifted = [
+            _with(table, "row", pc.add(table["row"], int(start)))
+            for table, start in zip(tables, self._starts[:-1], strict=True)
+        ]
+        return stacked(*shifted)
 
     def _joined(self, tables: list[pa.Table], rows: str) -> pa.Table:
         """Return the lines of all ``tables``, in which series and the row numbers in the column ``rows`` count on."""

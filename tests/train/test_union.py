@@ -95,6 +95,7 @@ def test_what_cannot_be_read_from_several(twelve: Path, other: Path) -> None:
             both.read(rows)
     with pytest.raises(DatasetError, match="several datasets"):
         both.read_table("shards")
+    assert len(both.read_table("quarantine")) == both.counts.quarantined
     both.close()
     with pytest.raises(ValueError, match="closed"):
         both.read([0])
