@@ -164,10 +164,11 @@ def _show_summary(summary: dict[str, Any]) -> None:
     spec, counts = summary["spec"], summary["counts"]
     shown = ", ".join(f"{w['name']} {w['center']:g}/{w['width']:g}" for w in spec["windows"])
     stored = f"uint8 windows {shown}" if spec["store"] == "windows" else "int16 HU"
+    withdrawn = f", {counts['withdrawn']:,} withdrawn" if counts.get("withdrawn") else ""
     lines = [
         f"{summary['path']}  ({summary['format']}, layout {spec['layout']})",
         f"  {' x '.join(map(str, summary['shape']))} (slice, channel, y, x), {stored}",
-        f"  {count(counts['ok'], 'slice')} ok of {counts['planned']:,} planned, {counts['series']:,} series, "
+        f"  {count(counts['ok'], 'slice')} ok of {counts['planned']:,} planned{withdrawn}, {counts['series']:,} series, "
         f"{count(counts['patients'], 'patient')}",
         f"  {count(counts['found'], 'file')} found, {counts['quarantined']:,} quarantined",
         f"  {count(counts['shards'], 'shard')}, {counts['bytes'] / 1e6:,.1f} MB, codec {spec['codec']}",

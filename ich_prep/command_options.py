@@ -98,6 +98,8 @@ def _kind(name: str, annotation: Any) -> Any:
     """Return the type of the option for the field ``name``: str for whatever the model has to parse itself."""
     if get_origin(annotation) in (Union, types.UnionType):
         annotation = next(one for one in get_args(annotation) if one is not type(None))
+    if get_origin(annotation) is tuple:
+        annotation = get_args(annotation)[0]
     if get_origin(annotation) is Literal:  # of which Typer takes no lists
         return StrEnum(name, {choice: choice for choice in get_args(annotation)})
     return annotation if annotation in (bool, int, float, str, Path) else str

@@ -65,6 +65,23 @@ class Images(BaseModel):
         return f"windows {names} at {self.size} x {self.size}"
 
 
+class TrainedOn(BaseModel):
+    """A dataset that a network was trained on."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    name: str
+    digest: str
+    generation: int
+
+    @classmethod
+    def parts_of(cls, dataset: Dataset) -> tuple[Self, ...]:
+        """Return the datasets that ``dataset`` consists of."""
+        return tuple(
+            cls(name=part.path.name, digest=part.digest, generation=part.root.generation) for part in dataset.parts
+        )
+
+
 class Meta(BaseModel):
     """The content of ``meta.json``; unknown keys, of a later version, are ignored."""
 
@@ -83,7 +100,7 @@ class Meta(BaseModel):
     head: HeadShape | None = None
     # What it was trained on.
     dataset_digest: str
-    dataset_generation: int = 1
+    datasets: tuple[TrainedOn, ...] = ()  # one, unless several were read as one; none in runs of earlier versions
     where: str | None = None  # the filter that selected its slices
     val_fold: Fold
     test_fold: Fold

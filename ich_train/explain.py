@@ -67,6 +67,10 @@ def explain_run(
     predictions, a filter is invalid, the network reads whole scans, or it has no layer whose output is an image.
     """
     require_writable(run, hint="Copy the run to a folder that can be written to.")
+    if len(dataset.parts) > 1:
+        raise UsageError(
+            f"Maps are for the viewer, which shows one dataset; {dataset.path} is several: name one with --data."
+        )
     predictor = load_predictor(run, dataset, device=device)
     if predictor.meta.head is not None:
         raise UsageError(

@@ -125,9 +125,11 @@ def _train(
     session = _start_or_resume(dataset, out, settings, evaluation, ranks, resume=resume)
     if ranks.first and not resume:
         held.enter_context(run_lock(out))
-    if evaluation is not None and settings.test_fold == "none" and not _has_test_part(dataset, settings):
-        evaluation = None
     reporter = Reporter(console, epochs=settings.epochs, silent=not ranks.first, chosen_by=chosen_by(settings))
+    if evaluation is not None and not _can_be_tested(dataset, settings, evaluation):
+        if settings.where is not None:
+            reporter.say("The filter leaves no slices to test on: the run will not be evaluated.")
+        evaluation = None
     finished = is_finished(session.history, settings)
     # The metrics of a run that is not finished are those of an earlier best epoch.
     evaluated = evaluation is None or (finished and _is_evaluated(out, dataset, evaluation))
@@ -337,10 +339,18 @@ def _check_untrained(out: Path) -> None:
         )
 
 
-def _has_test_part(dataset: Dataset, settings: TrainConfig) -> bool:
-    """Return whether the dataset has a test subset with labels, for a run that holds out no fold."""
+def _can_be_tested(dataset: Dataset, settings: TrainConfig, evaluation: EvalConfig) -> bool:
+    """Return whether there are slices to evaluate: without a held-out fold, or with a filter, there may be none."""
+    filtered = settings.where is not None and evaluation.where is None and evaluation.subset == "test"
+    if settings.test_fold != "none" and not filtered:
+        return True
     split = split_rows(
-        dataset, val_fold=settings.val_fold, test_fold="none", allow_series_labels=True, needed=("train",)
+        dataset,
+        val_fold=settings.val_fold,
+        test_fold=settings.test_fold,
+        allow_series_labels=True,
+        where=settings.where if filtered else None,
+        needed=("train",),
     )
     return len(split.test) > 0
 

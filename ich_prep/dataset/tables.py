@@ -111,3 +111,29 @@ def read_sealed(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
 
 def _with_seal(data: bytes, seal: bytes, at: int) -> bytes:
     return data[:at] + seal + data[at + len(seal) :]
+
+
+def stacked(*tables: pa.Table) -> pa.Table:
+    """Return the lines of all ``tables``; a column that one lacks is null there, a kept one of two types becomes text."""
+    types: dict[str, pa.DataType] = {}
+    for table in tables:
+        for field in table.schema:
+            types[field.name] = _common_type(types.get(field.name, field.type), field.type)
+    schema = pa.schema(types.items())
+    whole = []
+    for table in tables:
+        columns = [
+            table[name].cast(kind) if name in table.column_names else pa.nulls(len(table), kind)
+            for name, kind in types.items()
+        ]
+        whole.append(pa.table(columns, schema=schema))
+    return pa.concat_tables(whole)
+
+
+def _common_type(one: pa.DataType, other: pa.DataType) -> pa.DataType:
+    if one == other:
+        return one
+    numbers = (pa.types.is_integer, pa.types.is_floating)
+    if all(any(is_kind(kind) for is_kind in numbers) for kind in (one, other)):
+        return pa.float64()
+    return pa.string()

@@ -306,7 +306,8 @@ def write_evaluation(
 
 
 def _predictions(dataset: Dataset, cases: Cases) -> pa.Table:
-    taken = dataset.slices.select([*IDENTITY, *cases.classes]).take(pa.array(cases.rows))
+    of = ["dataset"] if len(dataset.parts) > 1 else []
+    taken = dataset.slices.select([*IDENTITY, *of, *cases.classes]).take(pa.array(cases.rows))
     for j, name in enumerate(cases.classes):
         taken = taken.append_column(f"p_{name}", pa.array(cases.probabilities[:, j], pa.float32()))
     return taken
