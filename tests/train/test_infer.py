@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
 from ich_prep.build_dataset import Allowances, build
 from ich_prep.dataset.dataset import Dataset, open_dataset
@@ -27,6 +29,8 @@ from ich_train.infer import Answer, Predictions, predict, scan_probabilities
 from ich_train.infer_source import open_source, stored_as
 from ich_train.predict import load_predictor, predict_rows
 from ich_train.runs import start
+from ich_train.scan_predict import predict_scans
+from ich_train.train import train
 from tests.support.compressed import JPEG_LS, compressed
 from tests.support.hospital import SIDE, ct_bytes, write_files
 from tests.support.training_runs import save_untrained, with_classes
@@ -158,6 +162,27 @@ def test_probabilities_are_those_of_the_dataset_bit_for_bit(
     slices = found["folder"][0]
     assert np.array_equal(np.stack([slices[name].to_numpy() for name in dataset.classes], axis=1), expected)
     assert slices["sop_instance_uid"].to_pylist() == dataset.slices["sop_instance_uid"].to_pylist()
+
+
+@pytest.mark.parametrize("kind", ["gru", "attention"])
+def test_a_network_that_reads_whole_scans_predicts_files_as_the_dataset_bit_for_bit(
+    kind: str, twelve: Path, twelve_tree: Path, tmp_path: Path
+) -> None:
+    dataset = open_dataset(twelve)
+    config = TrainConfig(data=twelve, device="cpu", batch_size=8, head=kind, head_size=16, context=1, epochs=1)
+    train(dataset, tmp_path / "run", config, None, console=Console(file=io.StringIO()))
+    one, other = predicted(tmp_path / "run", twelve), predicted(tmp_path / "run", twelve_tree)
+    assert equal_tables(one.scans, other.scans)
+    assert equal_tables(one.slices.drop_columns("label_line"), other.slices.drop_columns("label_line"))
+    expected = predict_scans(
+        load_predictor(tmp_path / "run", dataset, device="cpu"), dataset, np.arange(len(dataset.series)), threads=2
+    )
+    assert np.array_equal(one.matrix(), expected.of_rows(np.arange(len(dataset))))
+    assert np.array_equal(np.stack([one.scans[name].to_numpy() for name in one.classes], axis=1), expected.scans)
+    # The answer for a scan is that of the head, not an aggregate of its slices, and a filter does not change it.
+    some = predicted(tmp_path / "run", twelve_tree, settings={"where": "slice_index != 2"})
+    assert len(some.slices) == len(one.slices) - len(one.scans)
+    assert equal_tables(some.scans.select(one.classes), one.scans.select(one.classes))
 
 
 def test_blocks_of_a_source_have_the_rows_of_the_whole(
