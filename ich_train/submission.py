@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import torch
 from pyarrow import csv
 
-from ich_prep.dataset.storage import write_whole
+from ich_prep.dataset.storage import naming, write_whole
 from ich_prep.errors import UsageError, count
 from ich_prep.files import require_regular
 from ich_train.predict import Predictor, load_predictor
@@ -92,11 +92,9 @@ def write_submission(
         f"{slice_id}_{name},{value:.9g}\n"
         for slice_id, name, value in zip(lines.slice_ids.to_pylist(), names, values.tolist(), strict=True)
     )
-    try:
+    with naming(out):  # for its folder too
         out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(out, f"ID,Label\n{text}".encode())
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(out)) from error  # not the name of a temporary file
     return Submission(len(values), len(pc.unique(lines.slice_ids)), without_image)
 
 
