@@ -13,6 +13,7 @@ import json
 import mmap
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -193,6 +194,10 @@ class Programs:
     def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
         self._process, self._folder = process, folder
 
+    def seen(self, path: Path) -> Path:
+        """Return where this process finds what the server sees at ``path``."""
+        return Path(f"/proc/{self._process.pid}/root{path}")
+
     def run(
         self,
         *words: object,
@@ -224,8 +229,12 @@ class Programs:
 
 
 @contextmanager
-def programs() -> Iterator[Programs]:
-    """Start the server, with the library if there is a C compiler; skip the test, loudly, if there is none."""
+def programs(tmpfs: Path | None = None) -> Iterator[Programs]:
+    """Start the server with the library; skip the test, loudly, without a C compiler.
+
+    With ``tmpfs``, that folder is a file system in memory, of 64 MB, for the server and its commands only; skip the test,
+    loudly, where none can be mounted.
+    """
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("no C compiler: failing system calls are NOT tested")
@@ -244,6 +253,12 @@ def programs() -> Iterator[Programs]:
             "COLUMNS": "200",
         }
         words = [sys.executable, "-m", "tests.support.faults"]
+        if tmpfs is not None:
+            mounting = f"mount -t tmpfs -o size=64m tmpfs {shlex.quote(str(tmpfs))}"
+            own = ["unshare", *(() if os.geteuid() == 0 else ("--user", "--map-root-user")), "--mount", "sh", "-c"]
+            if shutil.which("unshare") is None or subprocess.run([*own, mounting], check=False).returncode:
+                pytest.skip("no file system can be mounted: full file systems are NOT tested")
+            words = [*own, f"{mounting} && exec {shlex.join(words)}"]
         process = subprocess.Popen(
             words, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=folder
         )
