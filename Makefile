@@ -13,7 +13,7 @@ BENCH_BIN := $(BENCH_VENV)/bin
 BENCH_PINNED := $(BENCH_VENV)-pinned
 PEERS_PINNED := mosaicml-streaming litdata
 
-.PHONY: help venv demo test test-one test-slow test-web test-light lint format docs wheel audit sbom bench-setup bench bench-full profile clean
+.PHONY: help venv demo test test-one test-properties test-slow test-web test-light lint format docs wheel audit sbom bench-setup bench bench-full profile clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -40,6 +40,9 @@ test: venv lint ## the tests, in two processes, and lint and types
 
 test-one: venv ## one test module or test: make test-one T=tests/prep/test_folds.py
 	$(BIN)/pytest -x $(or $(T),$(error say which one: make test-one T=tests/prep/test_folds.py))
+
+test-properties: venv ## the property tests, with new random examples each time
+	$(BIN)/pytest -m "hypothesis and not slow" --hypothesis-profile random
 
 test-slow: venv ## the tests that take minutes
 	$(BIN)/pytest -m slow --timeout 1200

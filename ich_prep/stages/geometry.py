@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 SAME_POSITION_MM = 0.01
 GAP_SPACINGS = 1.5
 SAME_DIRECTION_COSINE = 0.9998  # about one degree
+_ROUNDING = 1e-12  # of the product of two norms: what float64 leaves of a covariance that is zero
 _DIRECTION_STEPS = 1000  # directions that agree to three decimals, a twentieth of a degree, count as equal
 
 
@@ -240,16 +241,25 @@ def _varies_in_group(values: NDArray[np.float64], group: NDArray[np.int64]) -> N
 def _rise_in_group(
     values: NDArray[np.float64], position_mm: NDArray[np.float64], group: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """Return for each element whether ``values`` rise (> 0) or fall (< 0) with the known positions of its group, else 0."""
+    """Return for each element 1 if ``values`` rise with the known positions of its group, -1 if they fall, else 0.
+
+    The sign is that of the covariance, summed in one order whatever the order of the input; where it is no more than
+    rounding leaves, the positions tell nothing.
+    """
     known = np.flatnonzero(~np.isnan(values) & ~np.isnan(position_mm))
+    known = known[np.lexsort((values[known], position_mm[known], group[known]))]
     members, size = group[known], group.max(initial=-1) + 1
     counts = np.maximum(np.bincount(members, minlength=size), 1)
     product = np.ones(len(known))
+    scale = np.ones(size)
     for column in (values[known], position_mm[known]):
-        means = np.bincount(members, weights=column, minlength=size) / counts
-        product *= column - means[members]
-    # A covariance as float64 whatever is known: weights of no elements give integers.
-    return np.bincount(members, weights=product, minlength=size)[group].astype(np.float64)
+        # Weights of no elements give integers.
+        centred = column - (np.bincount(members, weights=column, minlength=size) / counts)[members]
+        product *= centred
+        scale *= np.bincount(members, weights=column**2, minlength=size)
+    covariance = np.bincount(members, weights=product, minlength=size)
+    rises: NDArray[np.float64] = np.where(np.abs(covariance) > _ROUNDING * np.sqrt(scale), np.sign(covariance), 0.0)
+    return rises[group]
 
 
 def _group_ids(values: NDArray[Any]) -> NDArray[np.int64]:

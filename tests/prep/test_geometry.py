@@ -62,6 +62,19 @@ def test_the_order_does_not_depend_on_how_slices_are_given(
         np.testing.assert_array_equal(getattr(after, name), getattr(before, name)[shuffled])
 
 
+def test_positions_that_tell_nothing_give_no_direction() -> None:
+    """Positions and numbers without a covariance: whatever the order of the files, rounding does not turn the series."""
+    lines: list[tuple[str, float, Any, float]] = [
+        ("s", z, AXIAL, number)
+        for z, number in [(np.nan, 9.0), *((0.1 * k, n) for k in (1, 3, 7) for n in (0.1, 0.3, 0.7))]
+    ]
+    for seed in range(50):
+        shuffled = np.random.default_rng(seed).permutation(len(lines))
+        after = ordered([lines[number] for number in shuffled], np.array([f"u{number}" for number in shuffled], str))
+        assert after.direction_unknown.all()
+        assert np.all(np.diff(np.array([lines[shuffled[number]][3] for number in after.order])) >= 0)
+
+
 @given(slices)
 @settings(max_examples=100, deadline=None)
 def test_ranks_order_as_uids_do(lines: list[tuple[str, float, Any, float]]) -> None:

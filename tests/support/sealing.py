@@ -38,7 +38,7 @@ def reseal(path: Path) -> None:
 def replace_table(path: Path, name: str, table: pa.Table) -> None:
     """Write another table ``name`` into the dataset at ``path``; the digests and the count of ok slices follow."""
     write_table(path / f"labels/{name}.parquet", table)
-    if name == "slices":
+    if name == "slices" and "status" in table.column_names:
         ok = pc.sum(pc.equal(table["status"], "ok")).as_py() or 0
         rewrite_root(path, lambda ich: ich["counts"].update(ok=ok))
     reseal(path)
