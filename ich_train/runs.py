@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from ich_prep.dataset.storage import write_whole
+from ich_prep.dataset.storage import sync_folder, write_whole
 from ich_prep.errors import TrainError, UsageError, describe_os_error
 from ich_prep.files import read_regular
 from ich_prep.recipe import load_section
@@ -107,6 +107,7 @@ def start(out: Path, settings: TrainConfig, evaluation: EvalConfig | None) -> No
     if out.exists() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty. Continue its run with --resume, or name another folder with --out.")
     out.mkdir(parents=True, exist_ok=True)
+    sync_folder(out.parent)  # its name: checkpoints are of no use without it
     sections = {"train": settings} if evaluation is None else {"train": settings, "eval": evaluation}
     write_whole(out / RECIPE, recipe_text({name: values.model_dump() for name, values in sections.items()}).encode())
 
