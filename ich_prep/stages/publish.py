@@ -266,7 +266,7 @@ def publish(
     }
     ich["digest"] = digest_of(ich)
     write_state(folder, state.model_copy(update={"published": ich["digest"]}))
-    for path in {folder.path, folder.path.parent, out.parent}:  # the names of both folders, too
+    for path in (folder.path, out.parent):  # the name of the dataset, too
         sync_folder(path)
     write_whole(out / ROOT, root_document(out, ich))
     sync_folder(out)
