@@ -6,6 +6,7 @@ The server has imported both programs, so a command costs a fork and not the sta
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import importlib
@@ -286,6 +287,8 @@ def _serve(jobs: IO[str], answers: IO[str]) -> None:
         child = os.fork()
         if child == 0:
             _become(job)
+        with contextlib.suppress(OSError):  # whoever is first
+            os.setpgid(child, child)
         status = _wait(child, job["killed_after"])
         calls = _Control.from_buffer_copy(control[: ctypes.sizeof(_Control)]).count
         control[:] = bytes(_CONTROL)
@@ -300,7 +303,8 @@ def _wait(child: int, killed_after: float | None) -> int:
         if ended:
             return os.waitstatus_to_exitcode(status)
         if time.monotonic() >= deadline:
-            os.killpg(child, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child, signal.SIGKILL)
             return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         time.sleep(0.002)
 
