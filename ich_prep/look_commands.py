@@ -13,7 +13,7 @@ from ich_prep.command_options import options_from
 from ich_prep.errors import Reason, UsageError, count
 from ich_prep.options import BuildOptions, resolve
 from ich_prep.recipe import refuse_unknown
-from ich_prep.text_tables import check_new_file, print_table, print_text, printable, write_csv
+from ich_prep.text_tables import check_new_file, print_table, print_text, printable, write_csvs
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -57,12 +57,12 @@ def scan(
         check = None if label_template is None else _refuse_template
         found = dry_run(src, options.spec(), check=check, progress=progress, **options.arguments())
     notes = list(found.notes)
-    if csv_file is not None:
-        write_csv(csv_file, found.volumes)
+    tables = {} if csv_file is None else {csv_file: found.volumes}
     if label_template is not None:
         template = template_of(found.slices, found.volumes, level, found.spec.classes)
-        write_csv(label_template, template.table)
+        tables[label_template] = template.table
         notes += [f"{label_template}: {count(len(template.table), 'line')} to fill in", *template.notes]
+    write_csvs(tables)
     if as_json:
         typer.echo(json.dumps({**_as_json(found), "notes": notes}, indent=2, default=str))
     else:
@@ -117,10 +117,10 @@ def quarantine(
     files = found.files
     if reason:
         files = files.filter(pc.is_in(files["reason"], value_set=pa.array(reason, pa.string())))
-    if csv_file is not None:
-        write_csv(csv_file, files)
     groups = by_reason(files)
     copied = None if copy_to is None else _copy(files, src or (), copy_to, quiet=as_json)
+    if csv_file is not None:  # last: an existing file is not overwritten, and the command may have to run again
+        write_csvs({csv_file: files})
     if as_json:
         parts = {"stage": found.stage, "reasons": [vars(group) for group in groups], "files": files.to_pylist()}
         typer.echo(json.dumps({**parts, **({} if copied is None else {"copied": vars(copied)})}, indent=2))

@@ -122,7 +122,7 @@ def cv_command(
     """Cross-validate: train for each fold, test on it, and report on the predictions of all test folds together."""
     plan = _plan(given, out, recipe, resume=resume, ending="-cv")
 
-    from ich_train.cross_validation import cross_validate
+    from ich_train.cross_validation import cross_validate, resuming
 
     console = _console()
     _note_differences(console, plan)
@@ -130,8 +130,7 @@ def cv_command(
         plan.dataset, plan.out, plan.settings, plan.evaluation, folds=folds, console=console, resume=resume
     )
     if metrics is None:
-        chosen = "" if folds == "all" else f" --folds {folds}"
-        raise InterruptError(f"Resume with: ich-train cv --resume --out {plan.out}{chosen}")
+        raise InterruptError(f"Resume with: {resuming(plan.out, folds)}")
     print_metrics(console, metrics, plan.out)
 
 

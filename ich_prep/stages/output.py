@@ -340,6 +340,11 @@ def build_lock(folder: BuildFolder) -> Iterator[None]:
     """Hold the build's lock; raises ``BuildError`` if another process does."""
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.lock.touch()
+    for path in (
+        folder.path,
+        folder.path.parent,
+    ):  # after a power cut, shards without a working folder could not resume
+        sync_folder(path)
     with _lock_explained(f"with the working folder {folder.path}", folder.lock, folder.lease):
         yield
 

@@ -89,6 +89,8 @@ def start_or_resume(job: Job, state: State, make_new: Callable[[], None]) -> Sta
     folder = job.folder
     if folder.state.exists():
         before = read_state(folder)
+        for path in (folder.scan, folder.done):
+            path.mkdir(exist_ok=True)  # after a power cut, their names may be missing
         if before.plan is not None and plan_is_whole(folder):
             return before
         drop_damaged_headers(folder)

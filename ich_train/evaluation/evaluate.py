@@ -293,7 +293,7 @@ def write_evaluation(
     pictures = {name: png(figure) for name, figure in figures.items()}
     out.mkdir(parents=True, exist_ok=True)
     (out / METRICS).unlink(missing_ok=True)  # of the evaluation that is replaced
-    write_whole(out / PREDICTIONS, parquet_bytes(_predictions(dataset, cases)))
+    write_whole(out / PREDICTIONS, parquet_bytes(_predictions(dataset, cases), write_page_checksum=True))
     (out / CURVES).mkdir(exist_ok=True)
     for name, of_labels in curves.items():
         x, y = AXES[name]
