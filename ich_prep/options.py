@@ -50,6 +50,9 @@ class BuildOptions(Spec):
     allow_kept_columns: bool = Field(default=False, description="Publish --keep-columns as they are beside pseudonyms.")
     allow_contradictions: bool = Field(default=False, description="Take contradictory labels as unknown.")
 
+    log_json: bool = Field(
+        default=False, description="Report on standard error as lines of JSON (docs/cli.md has their keys)."
+    )
     report: bool = Field(
         default=False, description="Write a page that shows the dataset, at its path with .report.html appended."
     )
