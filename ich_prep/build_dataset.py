@@ -34,6 +34,7 @@ from ich_prep.progress import LoggedProgress, NoProgress, Progress
 from ich_prep.sources import Listing, check_table_path, open_source, shown
 from ich_prep.stages import ledger
 from ich_prep.stages.checks import Allowances, check_any_slice, check_damage, check_labels, check_lost
+from ich_prep.stages.forecast import check_space, forecast
 from ich_prep.stages.identifier_key import key_of_build, make_key, refuse_kept_columns
 from ich_prep.stages.output import (
     build_lock,
@@ -232,6 +233,8 @@ def planned(request: Request, seconds: dict[str, float]) -> Iterator[PlannedBuil
                 del scanned, found, plan  # one line per file: memory that writing shards does not need
             with timed(seconds, "keys"):
                 write_keys(folder, listing, sources)
+            with timed(seconds, "estimate"):
+                _say_forecast(job, out, spec, allow)
             yield PlannedBuild(job, out, state, secret)
 
 
@@ -244,6 +247,15 @@ def _say_broken_archives(listing: Listing, progress: Progress) -> None:
     for path, detail in zip(broken["path"].to_pylist(), broken["detail"].to_pylist(), strict=True):
         if path.lower().endswith(b".zip"):
             progress.say(f"Cannot read the archive {shown(path)}: {detail}. None of its files are in the dataset.")
+
+
+def _say_forecast(job: Job, out: Path, spec: Spec, allow: Allowances) -> None:
+    """Say what the missing shards will take; raises ``BuildError`` if the disk is not expected to hold them."""
+    found = forecast(job.pool, out, job.folder, job.sources, spec)
+    if found is not None:
+        job.progress.say(str(found))
+        job.progress.event("estimate", **found.values())
+        check_space(found, out, allowed=allow.full_disk, say=job.progress.say)
 
 
 @contextmanager

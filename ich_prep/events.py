@@ -21,7 +21,7 @@ EVENTS: Final = {
     "progress": ("stage", "unit", "done", "quarantined", "per_second", "total", "seconds_left"),
     "stage_end": ("stage", "unit", "done", "quarantined", "per_second", "seconds"),
     "planned": ("slices", "quarantined"),
-    "estimate": ("slices", "processes", "bytes", "free_bytes", "source_bytes", "seconds"),
+    "estimate": ("slices", "processes", "bytes", "free_bytes", "seconds"),
     "end": ("part", "shards"),
     "published": ("counts", "seconds"),
     "error": ("kind", "text", "exit_code"),

@@ -50,6 +50,7 @@ class BuildOptions(Spec):
     allow_kept_columns: bool = Field(default=False, description="Publish --keep-columns as they are beside pseudonyms.")
     allow_contradictions: bool = Field(default=False, description="Take contradictory labels as unknown.")
 
+    allow_full_disk: bool = Field(default=False, description="Start though the disk is expected to be too small.")
     log_json: bool = Field(
         default=False, description="Report on standard error as lines of JSON (docs/cli.md has their keys)."
     )
@@ -86,6 +87,7 @@ class BuildOptions(Spec):
                 contradictions=self.allow_contradictions,
                 lost_labels=self.allow_lost_labels,
                 kept_columns=self.allow_kept_columns,
+                full_disk=self.allow_full_disk,
                 max_quarantined=self.max_quarantined,
             ),
         }

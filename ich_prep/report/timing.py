@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ich_prep.dataset import Dataset
     from ich_prep.stages.state import BuildFolder
 
-STAGES = ("list", "start workers", "scan", "plan", "shards", "publish")
+STAGES = ("list", "start workers", "scan", "plan", "keys", "estimate", "shards", "publish")
 
 
 @dataclass(frozen=True)

@@ -157,3 +157,44 @@ def test_an_interruption_is_a_line_of_json_with_the_exit_code(
     last = json_lines(printed)[-1]
     assert (last["event"], last["exit_code"]) == ("interrupted", 128 + number)
     assert status_of(out).ended == "interrupted"
+
+
+# --- estimates -------------------------------------------------------------------------------------------------------
+
+SMALL_DISK = 'mount -t tmpfs -o size="$1" tmpfs "$2" && shift 2 && exec "$@"'
+
+
+def on_small_disk(size: str, folder: Path, script: str) -> subprocess.CompletedProcess[str]:
+    """Run a shell script in a mount namespace of its own, in which ``folder`` is a file system of that size."""
+    inside = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", SMALL_DISK, "sh", size, str(folder)]
+    done = subprocess.run([*inside, "sh", "-c", script], capture_output=True, text=True, check=False, timeout=240)
+    if "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip(f"no namespaces: a disk that is too small is NOT tested ({done.stderr.strip()[:200]})")
+    return done
+
+
+def test_a_disk_that_is_too_small_is_refused_before_a_shard_is_written(phantom_tree: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    words = f"{PREP} build --src {phantom_tree} --out {disk}/data.zarr --build-dir {tmp_path}/work"
+    words = f"{words} --size 256 --workers 0 --codec none"
+    done = on_small_disk(
+        "4m", disk, f"{words}; echo $?; ls {disk}/data.zarr/images/c; {words} --allow-full-disk; echo $?"
+    )
+    assert "The disk of" in done.stderr and "--allow-full-disk tries nevertheless" in done.stderr
+    assert done.stdout.split() == ["1", "1"]
+    assert "; allowed." in done.stderr and "No space left on device" in done.stderr
+
+
+def test_the_estimate_is_near_what_the_build_takes(phantom_tree: Path, tmp_path: Path) -> None:
+    out = tmp_path / "data.zarr"
+    done = prep("build", "--src", phantom_tree, "--out", out, "--size", 64, "--workers", 0)
+    assert done.returncode == 0
+    assert "Estimate, from 4 slices: " in done.stderr
+    (estimate,) = [
+        event for event in json_lines((working(out) / "log.jsonl").read_text()) if event["event"] == "estimate"
+    ]
+    folders = (out, working(out) / "shards")
+    actual = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
+    assert 0.5 * actual < estimate["bytes"] < 2 * actual
+    assert estimate["seconds"] > 0 and estimate["free_bytes"] > estimate["bytes"]

@@ -41,7 +41,8 @@ def test_a_recipe_may_set_every_option(tmp_path: Path) -> None:
         "max_quarantined = 0.5\nallow_unlabelled = true\nallow_missing_images = true\nallow_contradictions = true\n"
         'label_key = ["patient_id=Fall, Nr."]\nlabel_column = ["any=Blutung"]\n'
         'ignore_columns = "all"\nkeep_columns = ["age"]\n'
-        'identifiers = "pseudonymise"\nkey = "one.key"\nallow_kept_columns = true\nlog_json = true\nreport = true\n',
+        'identifiers = "pseudonymise"\nkey = "one.key"\nallow_kept_columns = true\nreport = true\n'
+        "allow_full_disk = true\nlog_json = true\n",
         encoding="utf-8",
     )
     options = resolve(recipe, {})
