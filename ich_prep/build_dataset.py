@@ -27,7 +27,7 @@ from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.storage import clear_leftovers, local_path, size_of, sync_file, write_whole
 from ich_prep.dataset.tables import sealed_parquet_bytes, write_sealed
 from ich_prep.errors import CorruptionError, Reason
-from ich_prep.execute import Pool, default_workers
+from ich_prep.execute import Pool, Tls, default_workers
 from ich_prep.layouts import check_layout, choose_layout
 from ich_prep.layouts.labels import LabelOptions, LabelRules
 from ich_prep.progress import LoggedProgress, NoProgress, Progress
@@ -85,6 +85,7 @@ class Request:
     key: str | Path | None = None
     workers: int | None = None
     scheduler: str | None = None
+    tls: Tls | None = None
     overwrite: bool = False
     allow: Allowances = field(default_factory=Allowances)
     progress: Progress = field(default_factory=NoProgress)
@@ -120,6 +121,7 @@ def build(
     key: str | Path | None = None,
     workers: int | None = None,
     scheduler: str | None = None,
+    tls: Tls | None = None,
     overwrite: bool = False,
     allow: Allowances | None = None,
     progress: Progress | None = None,
@@ -130,8 +132,9 @@ def build(
     archive. ``labels`` is a label file instead of the one in the tree, ``label_options`` how to read it.
     ``build_dir`` is the working folder, which keeps what a resume needs (default: ``out`` with ``.build`` appended).
     ``key`` is the file with the key of pseudonyms (default: one in the working folder, made by the first build).
-    ``workers`` are local processes (default: one per core; 0: all in this process), ``scheduler`` the address of a
-    Dask cluster whose workers see all folders under the same paths. Raises ``SourceError``, ``BuildError`` or
+    ``workers`` are local processes (default: one per core; 0: all in this process), ``scheduler`` the address
+    or scheduler file of a Dask cluster whose workers see all folders under the same paths, ``tls`` the files to reach it
+    at ``tls://``. Raises ``SourceError``, ``BuildError`` or
     ``UsageError``; finished work is kept for the next run.
     """
     request = Request(
@@ -144,6 +147,7 @@ def build(
         key=key,
         workers=workers,
         scheduler=scheduler,
+        tls=tls,
         overwrite=overwrite,
         allow=allow or Allowances(),
         progress=progress or NoProgress(),
@@ -185,7 +189,7 @@ def planned(request: Request, seconds: dict[str, float]) -> Iterator[PlannedBuil
     refuse_kept_columns(spec, request.label_options.keep, allowed=allow.kept_columns)
     key = None if request.key is None else Path(request.key)
     secret = key_of_build(out, folder, key, spec, overwrite=request.overwrite, say=progress.say)
-    with Pool(workers=count, scheduler=request.scheduler, modules=TASK_MODULES) as pool:
+    with Pool(workers=count, scheduler=request.scheduler, tls=request.tls, modules=TASK_MODULES) as pool:
         with timed(seconds, "list"):
             listing = source.list()
             layout, spec = choose_layout(spec, listing, progress)

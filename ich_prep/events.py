@@ -14,7 +14,6 @@ from typing import Any, Final
 
 EVENTS: Final = {
     "start": ("layout", "files", "notes", "part"),
-    "dashboard": ("address",),
     "message": ("text",),
     "stage": ("stage", "unit", "total", "done"),
     "task": ("stage", "task", "count", "quarantined"),

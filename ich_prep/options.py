@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator
 
 from ich_prep.dataset.spec import Spec
+from ich_prep.errors import UsageError
 from ich_prep.recipe import read_section, validate
+
+if TYPE_CHECKING:
+    from ich_prep.execute import Tls
 
 
 class BuildOptions(Spec):
@@ -40,7 +44,13 @@ class BuildOptions(Spec):
     workers: int | None = Field(
         default=None, ge=0, le=4096, description="Processes; 0: this one. [default: one per core]"
     )
-    scheduler: str | None = Field(default=None, description="Address of a Dask scheduler to use instead.")
+    scheduler: str | None = Field(
+        default=None,
+        description="A Dask scheduler to use instead: tcp://HOST:PORT, tls://HOST:PORT, or its scheduler file.",
+    )
+    tls_ca: Path | None = Field(default=None, description="For tls://: PEM file of the certificate authority.")
+    tls_cert: Path | None = Field(default=None, description="For tls://: PEM file of this client's certificate.")
+    tls_key: Path | None = Field(default=None, description="For tls://: PEM file of its key.")
     max_quarantined: float = Field(default=0.01, ge=0, le=1, description="Largest share of damaged files.")
     allow_unlabelled: bool = Field(default=False, description="Keep slices without a label.")
     allow_missing_images: bool = Field(default=False, description="Continue when labels have no image.")
@@ -64,6 +74,17 @@ class BuildOptions(Spec):
         # Not split at commas: a column's name may contain one.
         return [value] if isinstance(value, str) else value
 
+    def _tls(self) -> Tls | None:
+        from ich_prep.execute import Tls
+
+        if self.tls_ca is None and self.tls_cert is None and self.tls_key is None:
+            return None
+        if self.tls_ca is None or self.tls_cert is None or self.tls_key is None:
+            raise UsageError("--tls-ca, --tls-cert and --tls-key belong together: give all three, or none.")
+        if self.scheduler is None:
+            raise UsageError("--tls-ca, --tls-cert and --tls-key are for a --scheduler at tls://, and there is none.")
+        return Tls(self.tls_ca, self.tls_cert, self.tls_key)
+
     def spec(self) -> Spec:
         """Return the part that changes the bytes."""
         return Spec(**{name: getattr(self, name) for name in Spec.model_fields})
@@ -81,6 +102,7 @@ class BuildOptions(Spec):
             "build_dir": self.build_dir,
             "workers": self.workers,
             "scheduler": self.scheduler,
+            "tls": self._tls(),
             "allow": Allowances(
                 unlabelled=self.allow_unlabelled,
                 missing_images=self.allow_missing_images,
