@@ -54,7 +54,7 @@ def scan(
 
     for path, option in ((csv_file, "--csv"), (label_template, "--label-template")):
         check_new_file(path, option, src)
-    with _progress(quiet=as_json) as progress:
+    with _progress(quiet=as_json, lines=options.log_json) as progress:
         check = None if label_template is None else _refuse_template
         found = dry_run(src, options.spec(), check=check, progress=progress, **options.arguments())
     notes = list(found.notes)
@@ -152,12 +152,14 @@ def _copy(files: pa.Table, src: Sequence[Path], target: Path, *, quiet: bool) ->
         return copy_quarantined(files, src, target, progress=progress)
 
 
-def _progress(*, quiet: bool) -> Any:
+def _progress(*, quiet: bool, lines: bool = False) -> Any:
     """Return a context of a ``Progress``."""
     from contextlib import nullcontext
 
-    from ich_prep.progress import NoProgress, TerminalProgress
+    from ich_prep.progress import JsonProgress, NoProgress, TerminalProgress
 
+    if lines:
+        return nullcontext(JsonProgress())
     silent: Progress = NoProgress()
     return nullcontext(silent) if quiet else TerminalProgress()
 
