@@ -7,8 +7,10 @@ Published tables need none: the root records their digests.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import pyarrow.parquet as pq
 
 from ich_prep.dataset.storage import write_whole
 from ich_prep.errors import CorruptionError
-from ich_prep.files import read_regular
+from ich_prep.files import open_regular, read_regular
 
 _REMEDY = "Run the same build command again, without --overwrite: what is damaged is made again."
 _SEAL, _OPEN = "ich.sha256", "0" * 64  # the key of a seal, and its value while the other bytes are digested
@@ -27,8 +29,20 @@ MAX_LINES_PER_BYTE = 64  # of a Parquet file; a line of ours takes 20 bytes and 
 
 def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """Return a Parquet file's table, with page checksums verified; unlike ``pq.read_table`` this does not import pandas."""
-    with pq.ParquetFile(in_arrow_memory(read_regular(path)), page_checksum_verification=True) as file:
+    with opened_parquet(path) as file:
         return file.read(columns)
+
+
+@contextmanager
+def opened_parquet(path: Path) -> Iterator[pq.ParquetFile]:
+    """Yield the open Parquet file at ``path``, which must be a regular one; page checksums are verified.
+
+    Arrow opens it: its threads may drop buffers after the read, and those of a Python file would abort a process that
+    ends at that moment.
+    """
+    os.close(open_regular(path))
+    with pa.OSFile(os.fsencode(path)) as opened, pq.ParquetFile(opened, page_checksum_verification=True) as file:
+        yield file
 
 
 def in_arrow_memory(data: bytes) -> pa.BufferReader:

@@ -133,8 +133,8 @@ def read_headers(job: Job) -> pa.Table:
     already = sum(min(FILES_PER_BATCH, files - batch * FILES_PER_BATCH) for batch in done)
     progress.begin("Reading headers", files, "files", already)
     task = partial(scan_batch, str(folder.path), tuple(map(str, job.sources)))
-    for _, (slices, quarantined) in job.pool.map(task, [batch for batch in batches if batch not in done]):
-        progress.advance(slices + quarantined, quarantined)
+    for batch, (slices, quarantined) in job.pool.map(task, [batch for batch in batches if batch not in done]):
+        progress.advance(slices + quarantined, quarantined, batch)
     progress.end()
     return pa.concat_tables([read_sealed(folder.batch(batch)) for batch in batches])
 
