@@ -72,10 +72,15 @@ def commands(inputs: Inputs, out: Path) -> dict[str, Command]:
         words = ("ich-train", "cv" if name == "cv" else "run", *trained, out / name)
         return lambda: (*words, "--resume") if (out / name / "recipe.toml").exists() else words
 
+    def overwrite_again() -> tuple[object, ...]:
+        """As the messages say: without --overwrite, unless the old dataset is still there."""
+        old = (out / "d.zarr" / "zarr.json").exists()
+        return (*built[:-1], "windows", *(["--overwrite"] if old else []))
+
     return {
         "synth": Command(("ich-prep", "synth", "--out", out / "s", "--series", 2, "--size", 32, "--workers", 0)),
         "build": Command((*built, "--report")),
-        "overwrite": Command((*built[:-1], "windows", "--overwrite"), dataset, lambda: (*built[:-1], "windows")),
+        "overwrite": Command((*built[:-1], "windows", "--overwrite"), dataset, overwrite_again),
         "scan": Command(
             ("ich-prep", "scan", src, "--layout", "folder", "--csv", out / "v.csv", "--label-template", out / "l.csv")
             + ("--workers", 0)
