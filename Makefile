@@ -13,7 +13,7 @@ BENCH_BIN := $(BENCH_VENV)/bin
 BENCH_PINNED := $(BENCH_VENV)-pinned
 PEERS_PINNED := mosaicml-streaming litdata
 
-.PHONY: help venv demo test test-one test-properties test-slow test-web test-light lint format docs wheel audit sbom bench-setup bench bench-full profile clean
+.PHONY: help venv demo test test-one test-properties test-slow test-web test-light lint format docs wheel audit lock sbom bench-setup bench bench-full profile clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -83,6 +83,10 @@ audit: $(VENV)/.release ## known vulnerabilities in the pinned packages; fails i
 	$(BIN)/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt --format json --output build/audit.json
 	@$(BIN)/python -c "import json; print(len(json.load(open('build/audit.json'))['dependencies']) or exit('Nothing was audited.'), \
 		'packages audited, no known vulnerability.')"
+
+lock: venv ## the hashes of the required packages, in requirements.lock; read by `pip install --require-hashes`
+	$(BIN)/pip --isolated install --quiet --disable-pip-version-check --dry-run --ignore-installed --report - \
+		--constraint constraints.txt '.[jpeg,excel,nifti,view]' | $(BIN)/python .ci/lock
 
 sbom: $(VENV)/.release ## the software bill of materials of the required packages, with their licences, in build/sbom.json
 	rm -rf build/sbom

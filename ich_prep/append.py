@@ -177,7 +177,7 @@ class _Append:
                 return self._nothing_new(plan)
             state = write_plan(job.folder, state, plan)
         assert state.plan is not None
-        write_keys(job.folder, job.listing)
+        write_keys(job.folder, job.listing, job.sources)
         write_shards(job.pool, out, job.folder, job.sources, state.plan, job.progress, first=state.first_shard)
         new = collect_tables(out, job.folder, state)
         check_damage(new.quarantine, new.ok, allow, "Run the same command again if the machine was at fault")

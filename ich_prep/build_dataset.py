@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -25,15 +25,16 @@ from ich_prep.dataset import native, open_dataset
 from ich_prep.dataset.schema import OK, shard_path
 from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.storage import clear_leftovers, local_path, size_of, sync_file, write_whole
-from ich_prep.dataset.tables import parquet_bytes, sealed_parquet_bytes, write_sealed
+from ich_prep.dataset.tables import sealed_parquet_bytes, write_sealed
 from ich_prep.errors import CorruptionError, Reason
-from ich_prep.execute import Pool, default_workers
+from ich_prep.execute import Pool, Tls, default_workers
 from ich_prep.layouts import check_layout, choose_layout
 from ich_prep.layouts.labels import LabelOptions, LabelRules
-from ich_prep.progress import NoProgress, Progress
+from ich_prep.progress import LoggedProgress, NoProgress, Progress
 from ich_prep.sources import Listing, check_table_path, open_source, shown
 from ich_prep.stages import ledger
 from ich_prep.stages.checks import Allowances, check_any_slice, check_damage, check_labels, check_lost
+from ich_prep.stages.forecast import check_space, forecast
 from ich_prep.stages.identifier_key import key_of_build, make_key, refuse_kept_columns
 from ich_prep.stages.output import (
     build_lock,
@@ -44,6 +45,7 @@ from ich_prep.stages.output import (
     output_lock,
     reset,
 )
+from ich_prep.stages.parts import ALL, Part
 from ich_prep.stages.plan import Plan
 from ich_prep.stages.pseudonyms import key_id, published_state
 from ich_prep.stages.publish import collect_tables, publish
@@ -64,9 +66,29 @@ from ich_prep.stages.survey import (
 )
 from ich_prep.versions import all_versions
 
-__all__ = ["Allowances", "Outcome", "build"]
+__all__ = ["Allowances", "Outcome", "Request", "build"]
 
 SYNC_THREADS = 4
+SOURCES = "ich.sources"  # the metadata of the keys that lists the paths of the sources
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a build is asked to make, from what, and how; see ``build``."""
+
+    src: str | Path | Sequence[str | Path]
+    out: str | Path
+    spec: Spec = field(default_factory=Spec)
+    labels: str | Path | None = None
+    label_options: LabelOptions = field(default_factory=LabelOptions)
+    build_dir: str | Path | None = None
+    key: str | Path | None = None
+    workers: int | None = None
+    scheduler: str | None = None
+    tls: Tls | None = None
+    overwrite: bool = False
+    allow: Allowances = field(default_factory=Allowances)
+    progress: Progress = field(default_factory=NoProgress)
 
 
 @dataclass(frozen=True)
@@ -76,6 +98,16 @@ class Outcome:
     counts: dict[str, int]
     already_finished: bool
     seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class PlannedBuild:
+    """A build that has a plan, in this process, which holds its locks; ``secret`` is the key of pseudonyms."""
+
+    job: Job
+    out: Path
+    state: State
+    secret: bytes | None
 
 
 def build(
@@ -89,6 +121,7 @@ def build(
     key: str | Path | None = None,
     workers: int | None = None,
     scheduler: str | None = None,
+    tls: Tls | None = None,
     overwrite: bool = False,
     allow: Allowances | None = None,
     progress: Progress | None = None,
@@ -99,81 +132,114 @@ def build(
     archive. ``labels`` is a label file instead of the one in the tree, ``label_options`` how to read it.
     ``build_dir`` is the working folder, which keeps what a resume needs (default: ``out`` with ``.build`` appended).
     ``key`` is the file with the key of pseudonyms (default: one in the working folder, made by the first build).
-    ``workers`` are local processes (default: one per core; 0: all in this process), ``scheduler`` the address of a
-    Dask cluster whose workers see all folders under the same paths. Raises ``SourceError``, ``BuildError`` or
+    ``workers`` are local processes (default: one per core; 0: all in this process), ``scheduler`` the address
+    or scheduler file of a Dask cluster whose workers see all folders under the same paths, ``tls`` the files to reach it
+    at ``tls://``. Raises ``SourceError``, ``BuildError`` or
     ``UsageError``; finished work is kept for the next run.
     """
-    paths = [src] if isinstance(src, str | Path) else src
-    sources, out = [local_path(path, "--src").absolute() for path in paths], local_path(out, "--out").absolute()
-    folder = build_folder(out, build_dir)
-    spec, allow, progress = spec or Spec(), allow or Allowances(), progress or NoProgress()
-    count = default_workers() if workers is None else workers
+    request = Request(
+        src,
+        out,
+        spec or Spec(),
+        labels=labels,
+        label_options=label_options or LabelOptions(),
+        build_dir=build_dir,
+        key=key,
+        workers=workers,
+        scheduler=scheduler,
+        tls=tls,
+        overwrite=overwrite,
+        allow=allow or Allowances(),
+        progress=progress or NoProgress(),
+    )
     seconds: dict[str, float] = {}
+    with planned(request, seconds) as work:
+        if work is None:
+            return Outcome(open_dataset(Path(out)).counts.model_dump(), already_finished=True, seconds=seconds)
+        job, state = work.job, work.state
+        assert state.plan is not None
+        with timed(seconds, "shards"):
+            write_shards(job.pool, work.out, job.folder, job.sources, state.plan, job.progress)
+        with timed(seconds, "publish"):
+            found = len(job.listing.files)
+            counts = publish_shards(work.out, job.folder, state, found=found, secret=work.secret, allow=request.allow)
+        job.progress.event("published", counts=counts, seconds=seconds)
+    return Outcome(counts=counts, already_finished=False, seconds=seconds)
+
+
+@contextmanager
+def planned(request: Request, seconds: dict[str, float]) -> Iterator[PlannedBuild | None]:
+    """List, scan and plan, as far as no earlier run has; yield the build while its locks are held.
+
+    Yields None if its dataset is already finished. ``seconds`` gets what each stage took.
+    """
+    paths = [request.src] if isinstance(request.src, str | Path) else request.src
+    sources = [local_path(path, "--src").absolute() for path in paths]
+    out = local_path(request.out, "--out").absolute()
+    folder = build_folder(out, request.build_dir)
+    spec, labels, allow, progress = request.spec, request.labels, request.allow, request.progress
+    count = default_workers() if request.workers is None else request.workers
     check_layout(spec)
     check_filters(spec)
     native.require()
     source = open_source(sources)
     if labels is not None:
         check_table_path(local_path(labels, "--labels"))
-    check_output_folder(out, folder, sources, overwrite=overwrite)
-    refuse_kept_columns(spec, label_options.keep if label_options else (), allowed=allow.kept_columns)
-    secret = key_of_build(out, folder, None if key is None else Path(key), spec, overwrite=overwrite, say=progress.say)
-    with Pool(workers=count, scheduler=scheduler, modules=TASK_MODULES) as pool:
-        with _timed(seconds, "list"):
+    check_output_folder(out, folder, sources, overwrite=request.overwrite)
+    refuse_kept_columns(spec, request.label_options.keep, allowed=allow.kept_columns)
+    key = None if request.key is None else Path(request.key)
+    secret = key_of_build(out, folder, key, spec, overwrite=request.overwrite, say=progress.say)
+    with Pool(workers=count, scheduler=request.scheduler, tls=request.tls, modules=TASK_MODULES) as pool:
+        with timed(seconds, "list"):
             listing = source.list()
             layout, spec = choose_layout(spec, listing, progress)
-            rules = LabelRules(spec.classes, allow.contradictions, allow.unlabelled, label_options or LabelOptions())
+            rules = LabelRules(spec.classes, allow.contradictions, allow.unlabelled, request.label_options)
             table = read_labels(layout, listing, labels, rules)
-        job = Job(pool, folder, sources, listing, progress)
         state = State(spec=spec, sources=digest_listing(listing), labels=table.digest(), versions=all_versions())
         published = published_state(state, secret)
-        if not overwrite and check_existing(out, folder, state, listing, published=published):
-            counts = open_dataset(out).counts.model_dump()
-            return Outcome(counts=counts, already_finished=True, seconds=seconds)
-        with os_errors_explained(out), build_lock(folder), output_lock(out, say=progress.say):
-            if overwrite:
+        if not request.overwrite and check_existing(out, folder, state, listing, published=published):
+            yield None
+            return
+        with (
+            os_errors_explained(out),
+            build_lock(folder),
+            output_lock(out, say=progress.say),
+            LoggedProgress(progress, folder.log) as logged,
+        ):
+            job = Job(pool, folder, sources, listing, logged)
+            if request.overwrite:
                 invalidate(out, folder)
             if spec.identifiers == "pseudonymise":
                 secret = secret or make_key(folder)
                 state = state.model_copy(update={"key": key_id(secret)})
             state = start_or_resume(job, state, partial(reset, out, folder))
-            log = partial(_log, folder.log)
-            log("start", layout=spec.layout, files=len(listing.files), notes=table.notes)
-            say_broken_archives(listing, progress)
+            logged.event("start", layout=spec.layout, files=len(listing.files), notes=table.notes)
+            say_broken_archives(listing, logged)
             for note in table.notes:
-                progress.say(f"Labels: {note}.")
-            with _timed(seconds, "start workers"):
+                logged.say(f"Labels: {note}.")
+            with timed(seconds, "start workers"):
                 importlib.import_module("zarr")  # publishing needs it: loaded while the workers start
-                pool.check_workers(*sources, out, folder.path, say=progress.say)
+                pool.check_workers(*sources, out, folder.path, say=logged.say)
             if state.plan is None:
-                with _timed(seconds, "scan"):
+                with timed(seconds, "scan"):
                     scanned = read_headers(job)
-                with _timed(seconds, "plan"):
+                with timed(seconds, "plan"):
                     found = settle_files(job, scanned, spec)
                     table = join_key(job, found, table, spec)
                     plan = plan_files(job, found, layout=layout, labels=table, spec=spec)
                     hint = "`ich-prep quarantine` lists them. Fix what can be fixed and run the same command again"
                     check_damage(plan.quarantine, len(plan.slices), allow, hint)
-                    check_labels(plan, table, folder, allow, progress)
-                    check_lost(plan.lost, allow, progress)
+                    check_labels(plan, table, folder, allow, logged)
+                    check_lost(plan.lost, allow, logged)
                     check_any_slice(plan)
                     state = write_plan(folder, state, plan)
-                log("planned", slices=len(plan.slices), quarantined=len(plan.quarantine))
+                logged.event("planned", slices=len(plan.slices), quarantined=len(plan.quarantine))
                 del scanned, found, plan  # one line per file: memory that writing shards does not need
-            assert state.plan is not None
-            with _timed(seconds, "shards"):
-                write_keys(folder, listing)
-                write_shards(pool, out, folder, sources, state.plan, progress)
-            with _timed(seconds, "publish"):
-                tables = collect_tables(out, folder, state)
-                hint = (
-                    "`ich-prep quarantine` lists them. Run the same command again if the machine was at fault, and with "
-                    "--overwrite if files were fixed"
-                )
-                check_damage(tables.quarantine, tables.ok, allow, hint)
-                counts = publish(out, folder, state=state, tables=tables, found=len(listing.files), key=secret)
-            log("published", **counts, seconds=seconds)
-    return Outcome(counts=counts, already_finished=False, seconds=seconds)
+            with timed(seconds, "keys"):
+                write_keys(folder, listing, sources)
+            with timed(seconds, "estimate"):
+                _say_forecast(job, out, spec, allow)
+            yield PlannedBuild(job, out, state, secret)
 
 
 # --- before the work -------------------------------------------------------------------------------------------------
@@ -187,17 +253,20 @@ def say_broken_archives(listing: Listing, progress: Progress) -> None:
             progress.say(f"Cannot read the archive {shown(path)}: {detail}. None of its files are in the dataset.")
 
 
+def _say_forecast(job: Job, out: Path, spec: Spec, allow: Allowances) -> None:
+    """Say what the missing shards will take; raises ``BuildError`` if the disk is not expected to hold them."""
+    found = forecast(job.pool, out, job.folder, job.sources, spec)
+    if found is not None:
+        job.progress.say(str(found))
+        job.progress.event("estimate", **found.values())
+        check_space(found, out, allowed=allow.full_disk, say=job.progress.say)
+
+
 @contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[stage] = time.perf_counter() - start
-
-
-def _log(path: Path, event: str, **values: object) -> None:
-    line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event, **values}
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
 
 
 # --- the steps -------------------------------------------------------------------------------------------------------
@@ -216,8 +285,8 @@ def write_plan(folder: BuildFolder, state: State, plan: Plan) -> State:
     return state
 
 
-def write_keys(folder: BuildFolder, listing: Listing) -> None:
-    """Write the source keys of the planned files, one row group per shard.
+def write_keys(folder: BuildFolder, listing: Listing, sources: Sequence[Path]) -> None:
+    """Write the source keys of the planned files, one row group per shard, and which ``sources`` they are keys of.
 
     They are not part of the plan: between two runs a folder may become an archive, or be repacked.
     """
@@ -225,8 +294,8 @@ def write_keys(folder: BuildFolder, listing: Listing) -> None:
         metadata = plan.metadata
         paths = plan.read(["path"])["path"]
     keys = pa.table({"key": source_keys(listing, paths)})
-    data = parquet_bytes(keys, row_group_size=metadata.row_group(0).num_rows, write_statistics=False)
-    write_whole(folder.keys, data)
+    keys = keys.replace_schema_metadata({SOURCES: json.dumps([str(path) for path in sources])})
+    write_sealed(folder.keys, keys, row_group_size=metadata.row_group(0).num_rows, write_statistics=False)
 
 
 def write_shards(
@@ -238,24 +307,25 @@ def write_shards(
     progress: Progress,
     *,
     first: int = 0,
+    part: Part = ALL,
 ) -> None:
-    """Write every shard that is not done; the plan's are numbered from ``first``.
+    """Write every shard of ``part`` that is not done; the plan's are numbered from ``first``.
 
     A shard is recorded in the ledger when it is on disk. Threads of this process wait for that; the workers continue.
     """
     plan = pq.ParquetFile(folder.plan).metadata
-    sizes = {first + number: plan.row_group(number).num_rows for number in range(plan.num_row_groups)}
-    done = {number for number in ledger.done(folder.done) if _is_done(out, folder, number, digest)}
+    sizes = {first + number: plan.row_group(number).num_rows for number in part.numbers(plan.num_row_groups)}
+    done = {number for number in ledger.done(folder.done) & sizes.keys() if is_done(out, folder, number, digest)}
     for number in sizes:
         if number not in done:
             clear_leftovers(shard_path(out, number))
-    progress.begin("Writing slices", plan.num_rows, "slices", sum(sizes[number] for number in done))
+    progress.begin("Writing slices", sum(sizes.values()), "slices", sum(sizes[number] for number in done))
     task = partial(write_shard, str(out), str(folder.path), tuple(map(str, sources)), digest)
     with ThreadPoolExecutor(SYNC_THREADS, thread_name_prefix="sync") as syncers:
         pending = deque[Future[None]]()
         for number, report in pool.map(task, [number for number in sizes if number not in done]):
             pending.append(syncers.submit(_sync_and_record, out, folder, number, report))
-            progress.advance(len(report.rows), sum(row.status != OK for row in report.rows))
+            progress.advance(len(report.rows), sum(row.status != OK for row in report.rows), number)
             while pending and pending[0].done():
                 pending.popleft().result()
         for recording in pending:
@@ -263,18 +333,40 @@ def write_shards(
     progress.end()
 
 
-def _is_done(out: Path, folder: BuildFolder, number: int, digest: str) -> bool:
+def is_done(out: Path, folder: BuildFolder, number: int, digest: str) -> bool:
     """Return whether shard ``number`` is as this plan's entry records, and has no slice that a retry might fix."""
+    report = intact_report(out, folder, number, digest)
+    return report is not None and not any(
+        Reason(status).is_transient for status in {row.status for row in report.rows} - {OK}
+    )
+
+
+def intact_report(out: Path, folder: BuildFolder, number: int, digest: str) -> ShardReport | None:
+    """Return the ledger's entry of shard ``number`` if it is of the plan with this ``digest``, and the shard is there."""
     try:
         report = ShardReport.from_json(ledger.read(folder.done, number))
     except (OSError, ValueError, CorruptionError):
-        return False
-    statuses = {row.status for row in report.rows} - {OK}
-    intact = report.plan == digest and size_of(shard_path(out, number)) == report.bytes
-    return intact and not any(Reason(status).is_transient for status in statuses)
+        return None
+    return report if report.plan == digest and size_of(shard_path(out, number)) == report.bytes else None
 
 
 def _sync_and_record(out: Path, folder: BuildFolder, number: int, report: ShardReport) -> None:
     """Wait until shard ``number`` is on disk, then record it in the ledger."""
     sync_file(shard_path(out, number), folders=3)
     ledger.record(folder.done, number, report.to_json())
+
+
+def publish_shards(
+    out: Path, folder: BuildFolder, state: State, *, found: int, secret: bytes | None, allow: Allowances
+) -> dict[str, int]:
+    """Publish the dataset, every shard of which has an entry in the ledger; return its counts.
+
+    ``found`` is the number of files in the sources, ``secret`` the key of pseudonyms.
+    """
+    tables = collect_tables(out, folder, state)
+    hint = (
+        "`ich-prep quarantine` lists them. Run the same command again if the machine was at fault, and with "
+        "--overwrite if files were fixed"
+    )
+    check_damage(tables.quarantine, tables.ok, allow, hint)
+    return publish(out, folder, state=state, tables=tables, found=found, key=secret)

@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from ich_prep import cli_change, look_commands
+from ich_prep import cli_build, cli_change, look_commands
 from ich_prep.cli_report import report
-from ich_prep.command_options import options_from, run_program, say
-from ich_prep.errors import InterruptError, UsageError, count
-from ich_prep.options import BuildOptions, resolve
+from ich_prep.command_options import EXIT_CODES, run_program, say
+from ich_prep.errors import UsageError, count
 
 if TYPE_CHECKING:
-    from ich_prep.build_dataset import Outcome
     from ich_prep.verify import Verification
 
 app = typer.Typer(
@@ -46,7 +44,7 @@ Version = Annotated[
 ]
 
 
-@app.callback()
+@app.callback(epilog=EXIT_CODES)
 def _options(version: Version = False) -> None:
     pass
 
@@ -77,68 +75,9 @@ def synth(
         say(f"  {name}: {DEFECTS[name]}")
 
 
-@app.command()
-@options_from(BuildOptions)
-def build(
-    *,
-    src: Annotated[list[Path], typer.Option(help="Folder or zip archive with the DICOM files; may be repeated.")],
-    out: Annotated[Path, typer.Option(help="The dataset to build, or to resume.")],
-    recipe: Annotated[Path | None, typer.Option(help="TOML file whose [build] sets any of these; options win.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing dataset or build.")] = False,
-    given: dict[str, Any],
-) -> None:
-    """Build a dataset. To resume an interrupted build, run the same command again."""
-    options = resolve(recipe, given)
-
-    from ich_prep import build_dataset
-    from ich_prep.progress import TerminalProgress
-
-    try:
-        with TerminalProgress() as progress:
-            outcome = build_dataset.build(
-                src,
-                out,
-                options.spec(),
-                overwrite=overwrite,
-                key=options.key,
-                **options.arguments(),
-                progress=progress,
-            )
-    except KeyboardInterrupt:
-        if not overwrite:
-            hint = "Run the same command again to resume."
-        elif (out / "zarr.json").exists():
-            hint = "Nothing was replaced yet: run the same command again."
-        else:
-            hint = "Run the same command without --overwrite to resume."
-        raise InterruptError(hint) from None
-    _print_outcome(out, outcome)
-    if options.report:
-        report(out, build_dir=options.build_dir)
-
-
-def _print_outcome(out: Path, outcome: Outcome) -> None:
-    from ich_prep.dataset.dataset import open_dataset
-    from ich_prep.summary import closing_lines
-
-    counts = outcome.counts
-    if outcome.already_finished:
-        say(f"{out} is already finished, with the same settings: nothing to do.")
-    say(
-        f"{out}: {count(counts['ok'], 'slice')} in {counts['series']} series of {count(counts['patients'], 'patient')}; "
-        f"{counts['quarantined']} of {count(counts['found'], 'file')} quarantined; {count(counts['shards'], 'shard')}, "
-        f"{counts['bytes'] / 1e6:,.1f} MB."
-    )
-    work = sum(outcome.seconds.get(stage, 0.0) for stage in ("scan", "plan", "shards", "publish"))
-    if work:
-        say(
-            f"{work:.1f} s, {counts['planned'] / work:,.0f} slices/s after the workers had started "
-            f"({', '.join(f'{stage} {seconds:.1f} s' for stage, seconds in outcome.seconds.items())})."
-        )
-    for line in closing_lines(open_dataset(out)):
-        typer.echo(line)
-
-
+app.command(epilog=EXIT_CODES)(cli_build.build)
+for _step in cli_build.STEPS:
+    app.command(epilog=EXIT_CODES)(_step)
 app.command()(look_commands.scan)
 
 
@@ -164,10 +103,11 @@ def _show_summary(summary: dict[str, Any]) -> None:
     spec, counts = summary["spec"], summary["counts"]
     shown = ", ".join(f"{w['name']} {w['center']:g}/{w['width']:g}" for w in spec["windows"])
     stored = f"uint8 windows {shown}" if spec["store"] == "windows" else "int16 HU"
+    withdrawn = f", {counts['withdrawn']:,} withdrawn" if counts.get("withdrawn") else ""
     lines = [
         f"{summary['path']}  ({summary['format']}, layout {spec['layout']})",
         f"  {' x '.join(map(str, summary['shape']))} (slice, channel, y, x), {stored}",
-        f"  {count(counts['ok'], 'slice')} ok of {counts['planned']:,} planned, {counts['series']:,} series, "
+        f"  {count(counts['ok'], 'slice')} ok of {counts['planned']:,} planned{withdrawn}, {counts['series']:,} series, "
         f"{count(counts['patients'], 'patient')}",
         f"  {count(counts['found'], 'file')} found, {counts['quarantined']:,} quarantined",
         f"  {count(counts['shards'], 'shard')}, {counts['bytes'] / 1e6:,.1f} MB, codec {spec['codec']}",

@@ -21,6 +21,10 @@ from ich_prep.errors import IchError, InterruptError, UsageError, describe_os_er
 from ich_prep.messages import escaped, message
 from ich_prep.signals import exit_status, interrupting, is_interrupted
 
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 failed, or verify found problems; 2 an invalid command, option or recipe; 128 + n ended by "
+    "signal n (130: Ctrl-C)."
+)
 _COMMAND_LINE_ERROR: Any = typer.BadParameter.__mro__[2]  # ClickException, which Typer does not export
 
 
@@ -98,6 +102,8 @@ def _kind(name: str, annotation: Any) -> Any:
     """Return the type of the option for the field ``name``: str for whatever the model has to parse itself."""
     if get_origin(annotation) in (Union, types.UnionType):
         annotation = next(one for one in get_args(annotation) if one is not type(None))
+    if get_origin(annotation) is tuple:
+        annotation = get_args(annotation)[0]
     if get_origin(annotation) is Literal:  # of which Typer takes no lists
         return StrEnum(name, {choice: choice for choice in get_args(annotation)})
     return annotation if annotation in (bool, int, float, str, Path) else str
@@ -139,7 +145,7 @@ def _run(app: typer.Typer) -> NoReturn:
     except InterruptError as error:
         _end(exit_status(), f"Interrupted. {error}")
     except IchError as error:
-        _end(2 if isinstance(error, UsageError) else 1, f"Error: {error}")
+        _end(exit_code_of(error), f"Error: {error}")
     except _COMMAND_LINE_ERROR as error:
         shown = io.StringIO()
         error.show(file=shown)
@@ -152,6 +158,11 @@ def _run(app: typer.Typer) -> NoReturn:
     if is_interrupted():
         _end(exit_status(), "Interrupted.")
     sys.exit(status)
+
+
+def exit_code_of(error: BaseException) -> int:
+    """Return the exit code of a program that ``error`` ends: 2 for an invalid command or recipe, 1 for all else."""
+    return 2 if isinstance(error, UsageError) else 1
 
 
 def _end(status: int, text: str) -> NoReturn:

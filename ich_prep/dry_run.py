@@ -20,7 +20,7 @@ from ich_prep.dataset import native
 from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.storage import local_path
 from ich_prep.errors import BuildError, Reason, SourceError, UsageError
-from ich_prep.execute import Pool, default_workers
+from ich_prep.execute import Pool, Tls, default_workers
 from ich_prep.layouts import Layout, check_layout, choose_layout
 from ich_prep.layouts.labels import LabelOptions, LabelRules, LabelTable, no_labels
 from ich_prep.progress import NoProgress, Progress
@@ -134,6 +134,7 @@ def dry_run(
     build_dir: str | Path | None = None,
     workers: int | None = None,
     scheduler: str | None = None,
+    tls: Tls | None = None,
     allow: Allowances | None = None,
     check: Callable[[Spec], None] | None = None,
     progress: Progress | None = None,
@@ -157,7 +158,7 @@ def dry_run(
     processes = default_workers() if workers is None else workers
     with (
         _working_folder(build_dir, sources, shared=scheduler is not None) as folder,
-        Pool(workers=processes, scheduler=scheduler, modules=TASK_MODULES) as pool,
+        Pool(workers=processes, scheduler=scheduler, tls=tls, modules=TASK_MODULES) as pool,
     ):
         listing = source.list()
         layout, spec = choose_layout(spec, listing, progress)

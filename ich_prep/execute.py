@@ -8,19 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import logging
 import os
 import signal
+import socket
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
+from importlib.util import find_spec
 from itertools import islice
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ich_prep.errors import BuildError
+from ich_prep.errors import BuildError, UsageError, describe_os_error
+from ich_prep.files import read_regular
 from ich_prep.versions import PACKAGE, all_versions
 
 if TYPE_CHECKING:
@@ -40,6 +46,7 @@ QUIET = {
 }
 FOR_THE_DRIVER = (signal.SIGINT, signal.SIGHUP)
 SECONDS_BETWEEN_KILLS = 0.2
+SECONDS_FOR_A_FILE = 30.0
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 # Tasks reuse buffers, and pydicom has process-wide settings: one task at a time in a process.
 _TASK_LOCK = threading.Lock()
@@ -60,9 +67,20 @@ def default_workers() -> int:
     return int(cpu_count())
 
 
+@dataclass(frozen=True)
+class Tls:
+    """The files, in PEM, with which a ``tls://`` scheduler is reached: the authority's certificate, one's own, its key."""
+
+    ca: Path
+    cert: Path
+    key: Path
+
+
 @dataclass
 class Pool:
-    """Workers to run tasks on: ``workers`` local processes, or those of the Dask ``scheduler`` at that address.
+    """Workers to run tasks on: ``workers`` local processes, or those of the Dask ``scheduler``.
+
+    That is its address, ``tcp://`` or, with ``tls``, ``tls://``; or the file to which it wrote its address.
 
     With ``workers`` 0 and no scheduler every task runs in this process. Local processes listen on the loopback
     interface only. They start in the background as soon as the pool is opened; the first ``map`` waits for them. All
@@ -72,6 +90,8 @@ class Pool:
     workers: int
     scheduler: str | None = None
     modules: tuple[str, ...] = ()
+    tls: Tls | None = None
+    _folders: tuple[Path, ...] = ()
     _client: Client | None = None
     _close: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _starting: threading.Thread | None = None
@@ -113,7 +133,12 @@ class Pool:
         need no check.
         """
         count = self.wait_until_started()
-        if self._client is None or not self.scheduler:
+        if self._client is None:
+            return
+        # Without bokeh a local dashboard shows nothing; what a scheduler elsewhere has installed is not known here.
+        if self._client.dashboard_link and (self.scheduler or find_spec("bokeh")):
+            say(f"Dashboard: {self._client.dashboard_link}")
+        if not self.scheduler:
             return
         if not count:
             say(f"The scheduler {self.scheduler} has no workers yet: waiting for the first.")
@@ -134,11 +159,8 @@ class Pool:
                     )
         for worker, missing in self._client.run(_missing, folders).items():
             if missing:
-                raise BuildError(
-                    f"{worker} of {self.scheduler} does not see {missing[0]}: every worker must see the sources, the "
-                    "dataset and its working folder under the same paths. Mount it there, or omit --scheduler to use "
-                    "this machine."
-                )
+                raise BuildError(_unseen(f"{worker} of {self.scheduler}", missing[0]))
+        self._folders = folders
 
     def map(self, task: Callable[[int], T], keys: Sequence[int]) -> Iterator[tuple[int, T]]:
         """Yield ``(key, task(key))`` as tasks finish; at most a few tasks per worker are in flight at a time.
@@ -158,8 +180,13 @@ class Pool:
         # A scheduler treats equal keys as one task, even from two clients: another build's must differ.
         prefix = f"{_name(task)}-{uuid.uuid4().hex}"
 
+        # A worker may join later, from a host that nobody has checked.
+        run = (
+            partial(_on_checked_host, tuple(all_versions().items()), self._folders) if self._folders else _one_at_a_time
+        )
+
         def submit(key: int) -> Any:
-            return client.submit(_one_at_a_time, task, key, pure=False, key=f"{prefix}-{key}")
+            return client.submit(run, task, key, pure=False, key=f"{prefix}-{key}")
 
         names: dict[str, int] = {}
         first = [submit(key) for key in islice(pending, IN_FLIGHT_PER_WORKER * workers)]
@@ -218,11 +245,14 @@ class Pool:
 
         logging.getLogger("distributed").setLevel(logging.CRITICAL)
         if self.scheduler:
+            address = _address(self.scheduler)
+            security = _security(address, self.tls)
             try:
-                self._client = Client(self.scheduler, timeout="10s", set_as_default=False)
+                self._client = Client(address, timeout="10s", set_as_default=False, security=security)
             except (OSError, ValueError) as error:
+                encrypted = "" if address.startswith("tls:") else ", with tls:// if it is encrypted"
                 raise BuildError(
-                    f"No Dask scheduler answers at {self.scheduler} ({error}). Start one, or omit --scheduler to use "
+                    f"No Dask scheduler answers at {address} ({error}). Start one{encrypted}, or omit --scheduler to use "
                     "this machine's cores."
                 ) from None
             self._close.callback(self._client.close)
@@ -285,6 +315,68 @@ def _one_at_a_time(task: Callable[[int], T], key: int) -> T:
     """Return ``task(key)``, run while no other task runs in this process."""
     with _TASK_LOCK:
         return task(key)
+
+
+def _on_checked_host(
+    versions: tuple[tuple[str, str | None], ...], folders: tuple[Path, ...], task: Callable[[int], T], key: int
+) -> T:
+    """Return ``task(key)``, once it is clear that this process has the ``versions`` and sees the ``folders``."""
+    _check_host(versions, folders)
+    return _one_at_a_time(task, key)
+
+
+@cache
+def _check_host(versions: tuple[tuple[str, str | None], ...], folders: tuple[Path, ...]) -> None:
+    here = all_versions()
+    for name, driver in versions:
+        if here.get(name) != driver:
+            raise BuildError(
+                f"A worker on {socket.gethostname()} has {name} {here.get(name)}, the build {driver}: different versions "
+                "can produce different bytes. Install the same version on both. Finished work is kept."
+            )
+    for path in _missing(folders):
+        raise BuildError(_unseen(f"A worker on {socket.gethostname()}", path))
+
+
+def _unseen(worker: str, path: Path) -> str:
+    return (
+        f"{worker} does not see {path}: every worker must see the sources, the dataset and its working folder under the "
+        "same paths. Mount it there, or omit --scheduler to use this machine."
+    )
+
+
+def _address(given: str) -> str:
+    """Return the address of a scheduler: ``given``, or the one in the file of that name; raises ``BuildError``."""
+    if "://" in given or not (given.endswith(".json") or Path(given).exists()):
+        return given
+    deadline = time.monotonic() + SECONDS_FOR_A_FILE  # a scheduler that is starting has yet to write it
+    while not Path(given).exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    try:
+        return str(json.loads(read_regular(Path(given), limit=1 << 20))["address"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        what = describe_os_error(error) if isinstance(error, OSError) else "it is no such file"
+        raise BuildError(
+            f"Expected the scheduler file of a Dask scheduler (`dask scheduler --scheduler-file FILE`) at {given}; {what}."
+        ) from None
+
+
+def _security(address: str, tls: Tls | None) -> Any:
+    """Return Dask's object for the files of ``tls``, None without them; raises ``UsageError`` and ``BuildError``."""
+    if tls is None:
+        return None
+    if not address.startswith("tls://"):
+        raise UsageError(f"--tls-ca, --tls-cert and --tls-key are for a scheduler at tls://; this one is at {address}.")
+    from distributed import Security
+
+    for path in (tls.ca, tls.cert, tls.key):
+        try:
+            read_regular(path, limit=1 << 20)
+        except OSError as error:
+            raise BuildError(f"Cannot read a file for TLS: {describe_os_error(error)}.") from None
+    return Security(
+        tls_ca_file=str(tls.ca), tls_client_cert=str(tls.cert), tls_client_key=str(tls.key), require_encryption=True
+    )
 
 
 def _missing(paths: tuple[Path, ...]) -> list[Path]:

@@ -28,7 +28,7 @@ import pyarrow as pa
 from ich_prep.dataset.affine import AffineError, to_ras
 from ich_prep.dataset.corrections import guarded
 from ich_prep.dataset.placement import RESAMPLED, Placement, equal_steps, onto_equal_steps, place_slices
-from ich_prep.dataset.storage import new_folder, write_whole
+from ich_prep.dataset.storage import filling, new_folder, write_whole
 from ich_prep.dataset.volumes import find_series
 from ich_prep.dataset.windows import window_table
 from ich_prep.errors import UsageError, count
@@ -100,10 +100,10 @@ def export(
     volumes = [_volume(dataset, series_row) for series_row in series_rows]
     if form == "nifti":
         _check_nifti(dataset, volumes, resample=resample)
-    out.mkdir(parents=True, exist_ok=True)
     write: Callable[[Dataset, _Volume, Path], _Written] = {"nifti": _nifti, "png": _pngs, "npy": _npy}[form]
-    written = [write(dataset, volume, out) for volume in volumes]
-    _write_tables(dataset, out, volumes, written, predictions)
+    with filling(out):
+        written = [write(dataset, volume, out) for volume in volumes]
+        _write_tables(dataset, out, volumes, written, predictions)
     return Exported(
         volumes=len(volumes),
         slices=sum(len(volume.ok) for volume in volumes),

@@ -11,9 +11,10 @@ import typer
 
 from ich_prep.command_options import options_from
 from ich_prep.errors import Reason, UsageError, count
+from ich_prep.messages import duration_text, size_text
 from ich_prep.options import BuildOptions, resolve
 from ich_prep.recipe import refuse_unknown
-from ich_prep.text_tables import check_new_file, print_table, print_text, printable, write_csv
+from ich_prep.text_tables import check_new_file, print_table, print_text, printable, write_csvs
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -53,16 +54,16 @@ def scan(
 
     for path, option in ((csv_file, "--csv"), (label_template, "--label-template")):
         check_new_file(path, option, src)
-    with _progress(quiet=as_json) as progress:
+    with _progress(quiet=as_json, lines=options.log_json) as progress:
         check = None if label_template is None else _refuse_template
         found = dry_run(src, options.spec(), check=check, progress=progress, **options.arguments())
     notes = list(found.notes)
-    if csv_file is not None:
-        write_csv(csv_file, found.volumes)
+    tables = {} if csv_file is None else {csv_file: found.volumes}
     if label_template is not None:
         template = template_of(found.slices, found.volumes, level, found.spec.classes)
-        write_csv(label_template, template.table)
+        tables[label_template] = template.table
         notes += [f"{label_template}: {count(len(template.table), 'line')} to fill in", *template.notes]
+    write_csvs(tables)
     if as_json:
         typer.echo(json.dumps({**_as_json(found), "notes": notes}, indent=2, default=str))
     else:
@@ -117,10 +118,10 @@ def quarantine(
     files = found.files
     if reason:
         files = files.filter(pc.is_in(files["reason"], value_set=pa.array(reason, pa.string())))
-    if csv_file is not None:
-        write_csv(csv_file, files)
     groups = by_reason(files)
     copied = None if copy_to is None else _copy(files, src or (), copy_to, quiet=as_json)
+    if csv_file is not None:  # last: an existing file is not overwritten, and the command may have to run again
+        write_csvs({csv_file: files})
     if as_json:
         parts = {"stage": found.stage, "reasons": [vars(group) for group in groups], "files": files.to_pylist()}
         typer.echo(json.dumps({**parts, **({} if copied is None else {"copied": vars(copied)})}, indent=2))
@@ -151,12 +152,14 @@ def _copy(files: pa.Table, src: Sequence[Path], target: Path, *, quiet: bool) ->
         return copy_quarantined(files, src, target, progress=progress)
 
 
-def _progress(*, quiet: bool) -> Any:
+def _progress(*, quiet: bool, lines: bool = False) -> Any:
     """Return a context of a ``Progress``."""
     from contextlib import nullcontext
 
-    from ich_prep.progress import NoProgress, TerminalProgress
+    from ich_prep.progress import JsonProgress, NoProgress, TerminalProgress
 
+    if lines:
+        return nullcontext(JsonProgress())
     silent: Progress = NoProgress()
     return nullcontext(silent) if quiet else TerminalProgress()
 
@@ -284,31 +287,16 @@ def _estimate_lines(found: DryRun) -> Iterable[str]:
     if estimate.dataset_bytes is None or estimate.slice_seconds is None:
         return
     processes = count(estimate.processes, "process", "processes")
-    header = "" if estimate.header_seconds is None else f" and {_duration(estimate.header_seconds)} for headers"
+    header = "" if estimate.header_seconds is None else f" and {duration_text(estimate.header_seconds)} for headers"
     yield (
-        f"Estimate, from {count(sample.slices, 'slice')} decoded on this machine: {_size(estimate.dataset_bytes)} on disk "
-        f"(uncompressed {_size(estimate.uncompressed_bytes)}), {_size(estimate.folder_bytes)} or more in the working folder."
+        f"Estimate, from {count(sample.slices, 'slice')} decoded on this machine: {size_text(estimate.dataset_bytes)} "
+        f"on disk (uncompressed {size_text(estimate.uncompressed_bytes)}), {size_text(estimate.folder_bytes)} or more in "
+        "the working folder."
     )
     yield (
-        f"Time, an estimate too: {_duration(estimate.slice_seconds)} for {count(slices, 'slice')} in {processes}{header}; "
-        f"longer if the disk cannot read {_size(estimate.source_bytes)} in that time."
-    )
-
-
-def _size(number: float) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
-        if number >= scale:
-            return f"{number / scale:,.1f} {unit}"
-    return f"{number / 1e3:,.1f} KB"
-
-
-def _duration(seconds: float) -> str:
-    return (
-        f"{seconds / 3600:.1f} h"
-        if seconds >= 5400
-        else f"{seconds / 60:.0f} min"
-        if seconds >= 90
-        else f"{seconds:.1f} s"
+        f"Time, an estimate too: {duration_text(estimate.slice_seconds)} for {count(slices, 'slice')} in "
+        f"{processes}{header}; "
+        f"longer if the disk cannot read {size_text(estimate.source_bytes)} in that time."
     )
 
 

@@ -37,5 +37,20 @@ def message(text: str) -> str:
     return safe[: LONGEST_MESSAGE - _END - len(_CUT)] + _CUT + safe[-_END:]
 
 
+def size_text(number: float) -> str:
+    """Return ``number`` bytes as text, such as "1.5 GB"."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if number >= scale:
+            return f"{number / scale:,.1f} {unit}"
+    return f"{number / 1e3:,.1f} KB"
+
+
+def duration_text(seconds: float) -> str:
+    """Return ``seconds`` as text, such as "12 min"."""
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.1f} s"
+
+
 def _escape(match: re.Match[str]) -> str:
     return match[0].encode("unicode_escape").decode("ascii")

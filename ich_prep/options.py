@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator
 
 from ich_prep.dataset.spec import Spec
+from ich_prep.errors import UsageError
 from ich_prep.recipe import read_section, validate
+
+if TYPE_CHECKING:
+    from ich_prep.execute import Tls
 
 
 class BuildOptions(Spec):
@@ -40,7 +44,13 @@ class BuildOptions(Spec):
     workers: int | None = Field(
         default=None, ge=0, le=4096, description="Processes; 0: this one. [default: one per core]"
     )
-    scheduler: str | None = Field(default=None, description="Address of a Dask scheduler to use instead.")
+    scheduler: str | None = Field(
+        default=None,
+        description="A Dask scheduler to use instead: tcp://HOST:PORT, tls://HOST:PORT, or its scheduler file.",
+    )
+    tls_ca: Path | None = Field(default=None, description="For tls://: PEM file of the certificate authority.")
+    tls_cert: Path | None = Field(default=None, description="For tls://: PEM file of this client's certificate.")
+    tls_key: Path | None = Field(default=None, description="For tls://: PEM file of its key.")
     max_quarantined: float = Field(default=0.01, ge=0, le=1, description="Largest share of damaged files.")
     allow_unlabelled: bool = Field(default=False, description="Keep slices without a label.")
     allow_missing_images: bool = Field(default=False, description="Continue when labels have no image.")
@@ -50,6 +60,10 @@ class BuildOptions(Spec):
     allow_kept_columns: bool = Field(default=False, description="Publish --keep-columns as they are beside pseudonyms.")
     allow_contradictions: bool = Field(default=False, description="Take contradictory labels as unknown.")
 
+    allow_full_disk: bool = Field(default=False, description="Start though the disk is expected to be too small.")
+    log_json: bool = Field(
+        default=False, description="Report on standard error as lines of JSON (docs/cli.md has their keys)."
+    )
     report: bool = Field(
         default=False, description="Write a page that shows the dataset, at its path with .report.html appended."
     )
@@ -59,6 +73,17 @@ class BuildOptions(Spec):
     def _columns_as_list(cls, value: Any) -> Any:  # not the name of a validator of Spec, which it would replace
         # Not split at commas: a column's name may contain one.
         return [value] if isinstance(value, str) else value
+
+    def _tls(self) -> Tls | None:
+        from ich_prep.execute import Tls
+
+        if self.tls_ca is None and self.tls_cert is None and self.tls_key is None:
+            return None
+        if self.tls_ca is None or self.tls_cert is None or self.tls_key is None:
+            raise UsageError("--tls-ca, --tls-cert and --tls-key belong together: give all three, or none.")
+        if self.scheduler is None:
+            raise UsageError("--tls-ca, --tls-cert and --tls-key are for a --scheduler at tls://, and there is none.")
+        return Tls(self.tls_ca, self.tls_cert, self.tls_key)
 
     def spec(self) -> Spec:
         """Return the part that changes the bytes."""
@@ -77,12 +102,14 @@ class BuildOptions(Spec):
             "build_dir": self.build_dir,
             "workers": self.workers,
             "scheduler": self.scheduler,
+            "tls": self._tls(),
             "allow": Allowances(
                 unlabelled=self.allow_unlabelled,
                 missing_images=self.allow_missing_images,
                 contradictions=self.allow_contradictions,
                 lost_labels=self.allow_lost_labels,
                 kept_columns=self.allow_kept_columns,
+                full_disk=self.allow_full_disk,
                 max_quarantined=self.max_quarantined,
             ),
         }

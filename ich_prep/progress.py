@@ -1,12 +1,17 @@
-"""Progress reporting: the interface, one that does nothing, and the terminal's."""
+"""Progress reporting: the interface, one that does nothing, the terminal's, lines of JSON, and one that also keeps a log."""
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from ich_prep.errors import count
+from ich_prep.events import event_line
 from ich_prep.messages import message
 
 if TYPE_CHECKING:
@@ -24,11 +29,14 @@ class Progress(Protocol):
     def begin(self, stage: str, total: int, unit: str, done: int) -> None:
         """Show that a stage of ``total`` units begins, ``done`` of them in an earlier run."""
 
-    def advance(self, count: int, quarantined: int) -> None:
-        """Show that ``count`` more units are done, ``quarantined`` of them quarantined."""
+    def advance(self, count: int, quarantined: int, task: int | None = None) -> None:
+        """Show that ``count`` more units are done, ``quarantined`` of them quarantined, those of ``task``."""
 
     def end(self) -> None:
         """Show that the stage is over."""
+
+    def event(self, name: str, **values: Any) -> None:
+        """Record an event, one of ``events.EVENTS``, which ``say`` may have told in words."""
 
 
 class NoProgress:
@@ -40,11 +48,14 @@ class NoProgress:
     def begin(self, stage: str, total: int, unit: str, done: int) -> None:
         """Show nothing."""
 
-    def advance(self, count: int, quarantined: int) -> None:
+    def advance(self, count: int, quarantined: int, task: int | None = None) -> None:
         """Show nothing."""
 
     def end(self) -> None:
         """Show nothing."""
+
+    def event(self, name: str, **values: Any) -> None:
+        """Record nothing."""
 
 
 class TerminalProgress:
@@ -87,7 +98,7 @@ class TerminalProgress:
         if self._console.is_terminal:
             self._start_bar()
 
-    def advance(self, count: int, quarantined: int) -> None:
+    def advance(self, count: int, quarantined: int, task: int | None = None) -> None:
         """Show that ``count`` more units are done, ``quarantined`` of them quarantined."""
         self._done += count
         self._quarantined += quarantined
@@ -101,6 +112,9 @@ class TerminalProgress:
         """Show that the stage is over."""
         self._stop_bar()
         self.say(f"{self._stage}: {count(self._done, self._unit.removesuffix('s'))}{self._rate()}.")
+
+    def event(self, name: str, **values: Any) -> None:
+        """Show nothing: what a person must know is said."""
 
     def _start_bar(self) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -129,3 +143,116 @@ class TerminalProgress:
         rate = done / max(1e-9, time.monotonic() - self._start)
         speed = f", {rate:,.0f} {self._unit}/s" if done else ""
         return speed + (f", {self._quarantined} quarantined" if self._quarantined else "")
+
+
+class JsonProgress:
+    """Passes lines of JSON (see ``events``) to ``write``, standard error by default.
+
+    Of a stage: its progress, at most every ten seconds; or every task, if ``tasks``.
+    """
+
+    def __init__(self, write: Callable[[str], None] | None = None, *, tasks: bool = False) -> None:
+        self._write, self._tasks = write or _to_stderr, tasks
+        self._stage, self._unit = "", ""
+        self._total = self._done = self._first = self._quarantined = 0
+        self._start = self._spoke = 0.0
+
+    def say(self, text: str) -> None:
+        """Write one message."""
+        self.event("message", text=message(text))
+
+    def begin(self, stage: str, total: int, unit: str, done: int) -> None:
+        """Write that a stage of ``total`` units begins, ``done`` of them in an earlier run."""
+        self._stage, self._unit, self._total = stage, unit, total
+        self._done, self._first, self._quarantined = done, done, 0
+        self._start = self._spoke = time.monotonic()
+        self.event("stage", stage=stage, unit=unit, total=total, done=done)
+
+    def advance(self, count: int, quarantined: int, task: int | None = None) -> None:
+        """Write the task, or how far the stage is if ten seconds have passed."""
+        self._done += count
+        self._quarantined += quarantined
+        if self._tasks:
+            self.event("task", stage=self._stage, task=task, count=count, quarantined=quarantined)
+        elif time.monotonic() - self._spoke >= SECONDS_BETWEEN_LINES:
+            self._spoke = time.monotonic()
+            rate = self._rate()
+            left = round((self._total - self._done) / rate, 1) if rate else None
+            self.event("progress", **self._counts(), total=self._total, seconds_left=left)
+
+    def end(self) -> None:
+        """Write that the stage is over."""
+        self.event("stage_end", **self._counts(), seconds=round(time.monotonic() - self._start, 3))
+
+    def event(self, name: str, **values: Any) -> None:
+        """Write an event."""
+        self._write(event_line(name, values))
+
+    def _counts(self) -> dict[str, Any]:
+        return {
+            "stage": self._stage,
+            "unit": self._unit,
+            "done": self._done,
+            "quarantined": self._quarantined,
+            "per_second": round(self._rate(), 1),
+        }
+
+    def _rate(self) -> float:
+        return (self._done - self._first) / max(1e-9, time.monotonic() - self._start)
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+class LoggedProgress:
+    """Shows what ``shown`` shows, and appends every message, task and event to the log at ``path``.
+
+    As a context, it also logs the error or the interruption that leaves it.
+    """
+
+    def __init__(self, shown: Progress, path: Path) -> None:
+        self._path = path
+        self._log = JsonProgress(self._append, tasks=True)
+        self._both: tuple[Progress, ...] = (shown, self._log)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with contextlib.suppress(OSError):  # the error may be that the disk is full
+            if isinstance(error, KeyboardInterrupt):
+                self._log.event("interrupted")
+            elif error is not None:
+                self._log.event("error", kind=type(error).__name__, text=message(str(error)))
+
+    def say(self, text: str) -> None:
+        """Show and log one line."""
+        for one in self._both:
+            one.say(text)
+
+    def begin(self, stage: str, total: int, unit: str, done: int) -> None:
+        """Show and log that a stage begins."""
+        for one in self._both:
+            one.begin(stage, total, unit, done)
+
+    def advance(self, count: int, quarantined: int, task: int | None = None) -> None:
+        """Show the progress, and log the task."""
+        for one in self._both:
+            one.advance(count, quarantined, task)
+
+    def end(self) -> None:
+        """Show and log that the stage is over."""
+        for one in self._both:
+            one.end()
+
+    def event(self, name: str, **values: Any) -> None:
+        """Record and log an event."""
+        for one in self._both:
+            one.event(name, **values)
+
+    def _append(self, line: str) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(f"{line}\n")

@@ -24,6 +24,7 @@ from ich_prep.layouts.rsna import HEADER as RSNA_HEADER
 from ich_prep.sources import LISTING_SCHEMA, Listing, check_table_path, local_table
 from ich_prep.stages.generation import Change, changing, joined_digest, publish_generation
 from ich_prep.stages.identifier_key import key_of_dataset, recorded_key
+from ich_prep.stages.identity import ISSUER
 from ich_prep.stages.pseudonyms import PSEUDONYMS, Level, pseudonym, with_originals
 from ich_prep.stages.relabelling import (
     LabelChange,
@@ -222,5 +223,17 @@ def _keys_of(dataset: Dataset, table: LabelTable, secret: bytes | None) -> pa.Ta
         name = _column_of(key)
         if name in columns:
             columns[name] = with_originals(columns[name], secret, PSEUDONYMS[name], values)
+    columns["issuer_of_patient_id"] = _issuers(series).take(slices["series_row"])
     columns["path"] = pc.binary_join_element_wise("row", slices["row"].cast(pa.string()), " ")
     return pa.table(columns)
+
+
+def _issuers(series: pa.Table) -> pa.Array:
+    """Return the issuer of each volume's patient id, as far as its fold group names it; null for all others."""
+    if "fold_group" not in series.column_names:
+        return pa.nulls(len(series), pa.string())
+    found = []
+    for patient, group in zip(series["patient_id"].to_pylist(), series["fold_group"].to_pylist(), strict=True):
+        prefix = f"{patient}{ISSUER}"
+        found.append(group.removeprefix(prefix) if group is not None and group.startswith(prefix) else None)
+    return pa.array(found, pa.string())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,13 +83,28 @@ def check_new_file(path: Path | None, option: str, src: Sequence[Path]) -> None:
         )
 
 
-def write_csv(path: Path, table: pa.Table) -> None:
-    """Write a table as CSV in UTF-8, lists as their values with a blank between them; raises ``OSError``."""
+def write_csvs(tables: Mapping[Path, pa.Table]) -> None:
+    """Write tables as CSV in UTF-8, lists as their values with a blank between them; raises ``OSError``.
+
+    If one of the new files cannot be written, none is there: the same command can then be run again.
+    """
     from ich_prep.dataset.storage import write_whole
 
+    written: list[Path] = []
+    try:
+        for path, table in tables.items():
+            write_whole(path, _csv_text(table).encode())
+            written.append(path)
+    except OSError:
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise
+
+
+def _csv_text(table: pa.Table) -> str:
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(table.column_names)
     for row in zip(*(table[name].to_pylist() for name in table.column_names), strict=True):
         writer.writerow(" ".join(map(str, cell)) if isinstance(cell, list) else cell for cell in row)
-    write_whole(path, text.getvalue().encode())
+    return text.getvalue()

@@ -25,9 +25,8 @@ from ich_prep.dataset.storage import local_path
 from ich_prep.dataset.tables import read_sealed
 from ich_prep.errors import CorruptionError, UsageError
 from ich_prep.files import is_litter, read_regular
-from ich_prep.sources import open_source
 from ich_prep.stages import ledger
-from ich_prep.stages.compare import Problem, compare, keys_of, sample_rows
+from ich_prep.stages.compare import Problem, compare, files_of, open_sources, sample_rows
 from ich_prep.stages.folds import fold_of
 from ich_prep.stages.generation import generation_of, is_new_shard
 from ich_prep.stages.publish import images_document, root_document, sha256
@@ -64,11 +63,12 @@ def verify(
 ) -> Verification:
     """Return the problems of the dataset at ``path``.
 
-    With ``src``, the sources it was built from, the share ``sample`` of its slices (at least one) is decoded again by
-    pydicom alone and compared pixel by pixel. That needs the working folder of the build: ``build_dir``, or the one next
-    to the dataset. A filter ``where`` limits the shards that are checked, and the slices that are compared, to those that
-    have, or are, rows that it selects. Raises ``DatasetError`` if there is no dataset, ``SourceError`` if ``src`` is neither
-    a folder nor an archive, and ``UsageError`` if it has none of the files, if the filter is not valid or selects no row,
+    With ``src``, the sources it was built from and those of all appends, the share ``sample`` of its slices (at least one)
+    is decoded again by pydicom alone and compared pixel by pixel. That needs the working folder of the build:
+    ``build_dir``, or the one next to the dataset. A filter ``where`` limits the shards that are checked, and the slices that
+    are compared, to those that have, or are, rows that it selects. Raises ``DatasetError`` if there is no dataset,
+    ``SourceError`` if ``src`` is neither a folder nor an archive, and ``UsageError`` if it has none of the files, if the
+    filter is not valid or selects no row,
     or if the working folder is missing or belongs to another dataset.
     """
     if not 0 < sample <= 1:
@@ -77,8 +77,9 @@ def verify(
     folder = build_folder(dataset.path.absolute(), build_dir)
     belongs = _belongs(folder, dataset)
     paths = [] if src is None else [src] if isinstance(src, str | Path) else list(src)
-    source = open_source([local_path(path, "--src") for path in paths]) if paths else None
-    if source is not None and not (belongs and folder.plan.exists()):
+    grown = any(event.command == "append" for event in dataset.root.history)
+    sources = open_sources([local_path(path, "--src") for path in paths], grown=grown) if paths else ()
+    if sources and not (belongs and folder.plan.exists()):
         problem = "belongs to another dataset" if not belongs and folder.state.exists() else "is missing or damaged"
         raise UsageError(
             f"Comparing with the sources needs the working folder of the build, whose plan names the source file of each "
@@ -103,7 +104,7 @@ def verify(
     if intact and belongs:
         problems += _check_ledger(dataset, folder)
     compared = 0
-    if source is not None:
+    if sources:
         try:
             plan = read_sealed(folder.plan)
         except (OSError, CorruptionError):
@@ -111,13 +112,13 @@ def verify(
         else:
             rows = sample_rows(np.flatnonzero(dataset.is_ok & selected), sample, seed)
             sampled = plan.take(pa.array(rows)).to_pylist()
-            keys = keys_of(source, [line["path"] for line in sampled])
-            if sampled and not keys:
+            files = files_of(sources, [line["path"] for line in sampled])
+            if sampled and not files:
                 raise UsageError(
                     f"None of the {len(sampled)} sampled source files of {dataset.path} is in {', '.join(map(str, paths))} "
                     f"(for example {sampled[0]['path']}). Give the same --src as to `ich-prep build`."
                 )
-            problems += compare(dataset, source, keys, sampled, progress)
+            problems += compare(dataset, files, sampled, progress)
             compared = len(rows)
     slices = len(dataset) if where is None else int(selected.sum())
     return Verification(len(checked), slices, compared, tuple(problems), notes)

@@ -7,13 +7,17 @@
         meta.json           how to rebuild the network and what it was trained on
         state.pt            last/ only: what a run needs to resume (tensors and plain values, no pickled objects)
 
+``meta.json`` also has the SHA-256 of the other files, and of itself; checkpoints of earlier versions have none.
+
 A folder is written under another name, flushed to disk, and renamed. A process that dies between the two renames of a
 replacement leaves the earlier folder under the name ``*.old``, from where it is recovered.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,12 +27,13 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 
+from ich_prep.dataset.schema import digest_of
 from ich_prep.dataset.storage import sync_folder, write_whole
 from ich_prep.dataset.windows import Window
 from ich_prep.errors import TrainError, describe_os_error
-from ich_prep.files import read_regular, require_regular
+from ich_prep.files import read_regular
 from ich_train.config import Fold
 from ich_train.model import build_model
 from ich_train.preprocess import Scaling
@@ -39,6 +44,7 @@ if TYPE_CHECKING:
     from ich_prep.dataset.dataset import Dataset
 
 WEIGHTS, META, STATE = "model.safetensors", "meta.json", "state.pt"
+MAX_META_BYTES = 1 << 24  # some kilobytes
 
 
 class Images(BaseModel):
@@ -65,6 +71,23 @@ class Images(BaseModel):
         return f"windows {names} at {self.size} x {self.size}"
 
 
+class TrainedOn(BaseModel):
+    """A dataset that a network was trained on."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    name: str
+    digest: str
+    generation: int
+
+    @classmethod
+    def parts_of(cls, dataset: Dataset) -> tuple[Self, ...]:
+        """Return the datasets that ``dataset`` consists of."""
+        return tuple(
+            cls(name=part.path.name, digest=part.digest, generation=part.root.generation) for part in dataset.parts
+        )
+
+
 class Meta(BaseModel):
     """The content of ``meta.json``; unknown keys, of a later version, are ignored."""
 
@@ -83,7 +106,7 @@ class Meta(BaseModel):
     head: HeadShape | None = None
     # What it was trained on.
     dataset_digest: str
-    dataset_generation: int = 1
+    datasets: tuple[TrainedOn, ...] = ()  # one, unless several were read as one; none in runs of earlier versions
     where: str | None = None  # the filter that selected its slices
     val_fold: Fold
     test_fold: Fold
@@ -123,13 +146,21 @@ def save_checkpoint(folder: Path, model: torch.nn.Module, meta: Meta, state: Map
 
 
 def _write_checkpoint(new: Path, model: torch.nn.Module, meta: Meta, state: Mapping[str, Any] | None) -> None:
-    write_whole(new / WEIGHTS, tensor_bytes(model.state_dict()))
-    write_whole(new / META, meta.model_dump_json(indent=1).encode())
+    digests = {WEIGHTS: _write(new / WEIGHTS, tensor_bytes(model.state_dict()))}
     if state is not None:
         saved = io.BytesIO()
         torch.save(dict(state), saved)
-        write_whole(new / STATE, saved.getvalue())
+        digests[STATE] = _write(new / STATE, saved.getvalue())
+    document = meta.model_dump(mode="json") | {"digests": digests}
+    document["digest"] = digest_of(document)
+    write_whole(new / META, json.dumps(document, indent=1).encode())
     sync_folder(new)
+
+
+def _write(path: Path, data: bytes) -> str:
+    """Write ``data`` and return its SHA-256."""
+    write_whole(path, data)
+    return hashlib.sha256(data).hexdigest()
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -163,9 +194,7 @@ def read_meta(folder: Path) -> Meta:
         raise TrainError(f"No checkpoint in {folder}. Name a run that has trained.")
     file = folder / META
     try:
-        return Meta.model_validate_json(read_regular(file))
-    except OSError as error:
-        raise TrainError(f"Cannot read the description of a network: {describe_os_error(error)}.") from error
+        return Meta.model_validate(_document(folder))
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         place = ".".join(map(str, problem["loc"]))
@@ -173,16 +202,42 @@ def read_meta(folder: Path) -> Meta:
         raise TrainError(f"The description of a network in {file} is damaged: {reason}.") from error
 
 
+def _document(folder: Path) -> dict[str, Any]:
+    """Return what ``meta.json`` of the checkpoint at ``folder`` says; raises `TrainError` if it is not what was written."""
+    file = folder / META
+    try:
+        document = json.loads(read_regular(file, limit=MAX_META_BYTES))
+        if not isinstance(document, dict):
+            raise TypeError(f"it is a {type(document).__name__}")
+        if "digest" in document and document["digest"] != digest_of(document):
+            raise ValueError("digest mismatch")
+    except OSError as error:
+        raise TrainError(f"Cannot read the description of a network: {describe_os_error(error)}.") from error
+    except (ValueError, TypeError, RecursionError) as error:  # ValueError: not JSON, not UTF-8
+        raise TrainError(f"The description of a network in {file} is damaged: {error}.") from error
+    return document
+
+
+def _verified(file: Path) -> bytes:
+    """Return the bytes of a ``file`` of a checkpoint; raises `OSError`, and `ValueError` if they are others."""
+    data = read_regular(file)
+    digests = _document(file.parent).get("digests") if (file.parent / META).exists() else None
+    if isinstance(digests, dict) and digests.get(file.name) not in (None, hashlib.sha256(data).hexdigest()):
+        raise ValueError("SHA-256 mismatch")
+    return data
+
+
 def load_parameters(folder: Path, model: torch.nn.Module) -> None:
     """Fill ``model`` with the weights saved at ``folder``; raises `TrainError` if they are damaged or do not fit."""
     file = folder / WEIGHTS
     try:
-        require_regular(file)
-        tensors = load_file(file)
+        tensors = load(_verified(file))
     except OSError as error:
         raise TrainError(f"Cannot read the weights of a run in {file}: {describe_os_error(error)}.") from error
-    except SafetensorError as error:
+    except (SafetensorError, KeyError, TypeError) as error:  # KeyError: an unknown kind of number
         raise TrainError(f"The weights of a run in {file} are damaged: not a whole safetensors file.") from error
+    except ValueError as error:
+        raise TrainError(f"The weights of a run in {file} are damaged: {error}.") from error
     differences = weight_differences(tensors, model.state_dict())
     if differences:
         raise TrainError(
@@ -201,8 +256,10 @@ def load_state(folder: Path) -> dict[str, Any]:
     """Return the ``state`` saved at ``folder``, tensors on the CPU; raises `TrainError` if it is damaged."""
     file = folder / STATE
     try:
-        require_regular(file)
-        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        saved = io.BytesIO(_verified(file))
+        state: dict[str, Any] = torch.load(saved, map_location="cpu", weights_only=True)
+    except TrainError:
+        raise
     except Exception as error:  # an unpickler may raise anything on bytes that it does not expect
         reason = describe_os_error(error) if isinstance(error, OSError) else "the file is damaged"
         raise TrainError(

@@ -7,7 +7,7 @@ Exit codes: 0 done; 1 an error; 2 an invalid command or recipe; 128 + n stopped 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ich_prep.dataset.dataset import Dataset
+    from ich_prep.dataset.union import SharedPatients
 
 Section = TypeVar("Section", TrainConfig, EvalConfig)
 
 RUNS = Path("runs")
+_SOURCE = ("data", "shared_patients")
 
 app = typer.Typer(
     help="Train a hemorrhage classifier on a dataset of ich-prep, evaluate it, predict with it. "
@@ -74,7 +76,20 @@ def program(*, show_version: Version = False) -> None:
 @app.command("run")
 @options_from(
     TrainConfig,
-    *("data", "where", "model", "head", "epochs", "weights", "features", "seed", "batch_size", "threads", "device"),
+    *(
+        "data",
+        "shared_patients",
+        "where",
+        "model",
+        "head",
+        "epochs",
+        "weights",
+        "features",
+        "seed",
+        "batch_size",
+        "threads",
+        "device",
+    ),
 )
 def run_command(*, given: dict[str, Any], out: Out = None, recipe: RecipeFile = None, resume: Resume = False) -> None:
     """Train, keep the best epoch in validation, evaluate it on held-out slices, write a report."""
@@ -92,7 +107,10 @@ def run_command(*, given: dict[str, Any], out: Out = None, recipe: RecipeFile = 
 
 
 @app.command("cv")
-@options_from(TrainConfig, "data", "model", "head", "epochs", "weights", "seed", "batch_size", "threads", "device")
+@options_from(
+    TrainConfig,
+    *("data", "shared_patients", "model", "head", "epochs", "weights", "seed", "batch_size", "threads", "device"),
+)
 def cv_command(
     *,
     given: dict[str, Any],
@@ -104,7 +122,7 @@ def cv_command(
     """Cross-validate: train for each fold, test on it, and report on the predictions of all test folds together."""
     plan = _plan(given, out, recipe, resume=resume, ending="-cv")
 
-    from ich_train.cross_validation import cross_validate
+    from ich_train.cross_validation import cross_validate, resuming
 
     console = _console()
     _note_differences(console, plan)
@@ -112,8 +130,7 @@ def cv_command(
         plan.dataset, plan.out, plan.settings, plan.evaluation, folds=folds, console=console, resume=resume
     )
     if metrics is None:
-        chosen = "" if folds == "all" else f" --folds {folds}"
-        raise InterruptError(f"Resume with: ich-train cv --resume --out {plan.out}{chosen}")
+        raise InterruptError(f"Resume with: {resuming(plan.out, folds)}")
     print_metrics(console, metrics, plan.out)
 
 
@@ -123,7 +140,7 @@ def cv_command(
     *("subset", "where", "limit", "seed", "batch_size", "by", "mirror", "sensitivity"),
     default="as in the run's recipe",
 )
-@options_from(TrainConfig, "data", "threads", "device", into="place", default="the run's")
+@options_from(TrainConfig, "data", "shared_patients", "threads", "device", into="place", default="the run's")
 def eval_command(run: RunFolder, *, given: dict[str, Any], place: dict[str, Any], out: Evaluation = None) -> None:
     """Evaluate a run's best epoch on a part of a dataset and rewrite the run's report, or write another to --out."""
     from ich_train.runs import RECIPE, settings_of
@@ -301,7 +318,7 @@ def _plan(given: dict[str, Any], out: Path | None, recipe: Path | None, *, resum
     sections = read_recipe(recipe) if recipe else {}
     settings = _section(recipe, sections, TrainConfig, given)
     evaluation = _section(recipe, sections, EvalConfig, {})
-    dataset = _open(settings.data, moved_from=out if resume and "data" not in given else None)
+    dataset = _open(settings.data, settings.shared_patients, moved_from=out if resume and "data" not in given else None)
     return _Plan(out, recipe, sections, settings, evaluation, dataset)
 
 
@@ -322,18 +339,20 @@ def _section(
 
 def _dataset_of(run: Path, settings: TrainConfig, place: Mapping[str, Any]) -> Dataset:
     """Return the dataset that ``place`` names, or the one that ``run`` was trained on."""
-    data = place.get("data")
-    return _open(settings.data if data is None else data, moved_from=run if data is None else None)
+    named = validate(TrainConfig, {name: place[name] for name in _SOURCE if name in place}, where="options")
+    data = named.data if "data" in place else settings.data
+    shared = named.shared_patients if "shared_patients" in place else settings.shared_patients
+    return _open(data, shared, moved_from=None if "data" in place else run)
 
 
-def _open(path: Path, *, moved_from: Path | None) -> Dataset:
-    """Return the dataset at ``path``; one that the run ``moved_from`` names may have been moved: the error says so."""
-    from ich_prep.dataset.dataset import open_dataset
+def _open(paths: Sequence[Path], shared_patients: SharedPatients, *, moved_from: Path | None) -> Dataset:
+    """Return the datasets at ``paths`` as one; those that the run ``moved_from`` names may have been moved: it says so."""
+    from ich_prep.dataset.union import open_union
 
     try:
-        return open_dataset(path)
+        return open_union(paths, shared_patients=shared_patients)
     except DatasetError as error:
-        if moved_from is None or (path / "zarr.json").exists():
+        if moved_from is None or all((path / "zarr.json").exists() for path in paths):
             raise
         raise DatasetError(f"If the dataset of {moved_from} was moved, pass its path with --data. {error}") from error
 

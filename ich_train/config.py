@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator
 
 MODELS = ("baseline", "resnet18", "resnet34", "resnet50", "densenet121", "densenet169", "seresnext50")
 
@@ -21,7 +21,15 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # Data.
-    data: Path = Field(default=Path("data.zarr"), description="The dataset.")
+    data: tuple[Path, ...] = Field(
+        default=(Path("data.zarr"),),
+        min_length=1,
+        description="The dataset; several are read as one, if they store equal pixels.",
+    )
+    shared_patients: Literal["join", "apart"] = Field(
+        default="join",
+        description="Equal patients of several datasets: join them, or keep them apart as different ones.",
+    )
     where: str | None = Field(
         default=None, description="Train on, and choose the best epoch by, the slices of this filter only."
     )
@@ -140,6 +148,15 @@ class TrainConfig(BaseModel):
         default=True, description="On one GPU, except in float16: record the step as a CUDA graph."
     )
     threads: int = Field(default=2, ge=1, description="Threads that read data.")
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str | Path) else value
+
+    @field_serializer("data")
+    def _as_written(self, value: tuple[Path, ...]) -> Any:
+        return value[0] if len(value) == 1 else value
 
 
 # These may differ between a run and its resumption: they say where it runs, not what it learns.

@@ -62,7 +62,15 @@ def cross_validate(
             run = out / f"fold-{fold}"
             console.print(f"Fold {fold}, validated on fold {of_run.val_fold}:", soft_wrap=True)
             try:
-                result = train(dataset, run, of_run, None, console=console, resume=(run / RECIPE).is_file())
+                result = train(
+                    dataset,
+                    run,
+                    of_run,
+                    None,
+                    console=console,
+                    resume=(run / RECIPE).is_file(),
+                    resume_with=resuming(out, folds),
+                )
             except UsageError:
                 if not resume and not any(out.glob("fold-*")):
                     (out / RECIPE).unlink()  # nothing was started
@@ -80,6 +88,11 @@ def cross_validate(
             device=str(choose_device(settings.device)),
             threads=settings.threads,
         )
+
+
+def resuming(out: Path, folds: str) -> str:
+    """Return the command that resumes the cross-validation of ``folds`` in the folder ``out``."""
+    return f"ich-train cv --resume --out {out}" + ("" if folds == ALL else f" --folds {folds}")
 
 
 def _settings_of_runs(

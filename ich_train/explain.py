@@ -7,7 +7,9 @@ shows what raised the logit, not whether the answer is right.
 
 from __future__ import annotations
 
+import io
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from torch.nn import functional
 
 from ich_prep.dataset.explanations import ABOUT, FOLDER, MAPS, ROWS
 from ich_prep.dataset.predictions import read_predictions
-from ich_prep.dataset.storage import write_whole
+from ich_prep.dataset.storage import naming, renamed_when_whole, write_whole
 from ich_prep.errors import UsageError
 from ich_train.loader import SliceLoader
 from ich_train.predict import Predictor, load_predictor
@@ -67,6 +69,10 @@ def explain_run(
     predictions, a filter is invalid, the network reads whole scans, or it has no layer whose output is an image.
     """
     require_writable(run, hint="Copy the run to a folder that can be written to.")
+    if len(dataset.parts) > 1:
+        raise UsageError(
+            f"Maps are for the viewer, which shows one dataset; {dataset.path} is several: name one with --data."
+        )
     predictor = load_predictor(run, dataset, device=device)
     if predictor.meta.head is not None:
         raise UsageError(
@@ -79,8 +85,9 @@ def explain_run(
     (folder / ABOUT).unlink(missing_ok=True)  # it is written last: without it, there are no maps
     layer, parts = explain_rows(predictor, dataset, rows, batch_size=batch_size, threads=threads)
     _write_maps(folder / MAPS, len(rows), parts)
-    with (folder / ROWS).open("wb") as file:
-        np.save(file, rows)
+    saved = io.BytesIO()
+    np.save(saved, rows)
+    write_whole(folder / ROWS, saved.getvalue())
     about = {
         "version": VERSION,
         "method": "Grad-CAM",
@@ -192,14 +199,15 @@ def _output_of(layer: nn.Module) -> Iterator[list[torch.Tensor]]:
 
 
 def _write_maps(path: Path, slices: int, parts: Iterator[NDArray[np.uint8]]) -> None:
-    """Write maps (b, classes, y, x) as one array of ``slices``, without holding it in memory."""
-    partial = path.with_name(f".{path.name}.partial")
-    array: NDArray[np.uint8] | None = None
-    at = 0
-    for part in parts:
-        if array is None:
-            array = np.lib.format.open_memmap(partial, "w+", np.uint8, (slices, *part.shape[1:]))
-        array[at : at + len(part)] = part
-        at += len(part)
-    del array  # flushes
-    partial.replace(path)
+    """Write maps (b, classes, y, x) as one array of ``slices``, without holding it in memory.
+
+    By ordinary writes: on a full disk, storing to a mapped file ends the process by SIGBUS.
+    """
+    with renamed_when_whole(path) as partial, naming(path), partial.open("xb") as file:
+        for number, part in enumerate(parts):
+            if not number:
+                header = {"descr": "|u1", "fortran_order": False, "shape": (slices, *part.shape[1:])}
+                np.lib.format.write_array_header_1_0(file, header)
+            file.write(np.ascontiguousarray(part).tobytes())
+        file.flush()
+        os.fsync(file.fileno())

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,13 +95,13 @@ def write_features(path: Path, origin: Origin, values: NDArray[np.float32], enco
     rows, features = values.shape
     (path / "c").mkdir(parents=True, exist_ok=True)
     (path / ROOT).unlink(missing_ok=True)  # of features that are replaced; written last
+    write_whole(path / ENCODER, tensor_bytes(encoder.state_dict()))  # first: it marks the folder as one of features
     for chunk in range(-(-rows // ROWS_PER_CHUNK)):
         part = np.full((ROWS_PER_CHUNK, features), np.nan, "<f4")
         given = values[chunk * ROWS_PER_CHUNK : (chunk + 1) * ROWS_PER_CHUNK]
         part[: len(given)] = given
         (path / "c" / str(chunk)).mkdir(exist_ok=True)
         write_whole(path / "c" / str(chunk) / "0", part.tobytes())
-    write_whole(path / ENCODER, tensor_bytes(encoder.state_dict()))
     root = {
         "zarr_format": 3,
         "node_type": "array",
@@ -121,20 +122,34 @@ def read_features(path: Path) -> Features:
     try:
         root = json.loads(read_regular(path / ROOT))
         origin = Origin.model_validate(root["attributes"][KEY])
-        rows, features = (int(n) for n in root["shape"])
-        values = np.empty((rows, features), np.float32)
-        for chunk in range(-(-rows // ROWS_PER_CHUNK)):
-            part = np.frombuffer(read_regular(path / "c" / str(chunk) / "0"), "<f4").reshape(ROWS_PER_CHUNK, features)
-            values[chunk * ROWS_PER_CHUNK : (chunk + 1) * ROWS_PER_CHUNK] = part[: rows - chunk * ROWS_PER_CHUNK]
+        values = _read_values(path, root["shape"])
     except OSError as error:
         raise UsageError(
             f"Cannot read features from {path}: {describe_os_error(error)}. Make them with `ich-train embed`."
         ) from error
-    except (ValueError, KeyError, TypeError, ValidationError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, ValidationError) as error:
         raise UsageError(
             f"{path} holds no features of ich-train embed, or they are damaged. Make them again with `ich-train embed`."
         ) from error
     return Features(path, origin, values)
+
+
+def _read_values(path: Path, shape: Any) -> NDArray[np.float32]:
+    """Return the values of the chunks, all of which must be there in full before any memory is allocated."""
+    rows, features = shape
+    if not (isinstance(rows, int) and isinstance(features, int) and rows > 0 and features > 0):
+        raise ValueError(f"the shape is {shape}")
+    count = -(-rows // ROWS_PER_CHUNK)
+    if count > len(os.listdir(path / "c")):
+        raise ValueError("chunks are missing")
+    chunks = [path / "c" / str(number) / "0" for number in range(count)]
+    if {chunk.stat().st_size for chunk in chunks} != {ROWS_PER_CHUNK * features * 4}:
+        raise ValueError("a chunk has another size than the shape says")
+    values = np.empty((rows, features), np.float32)
+    for number, chunk in enumerate(chunks):
+        part = np.frombuffer(read_regular(chunk), "<f4").reshape(ROWS_PER_CHUNK, features)
+        values[number * ROWS_PER_CHUNK : (number + 1) * ROWS_PER_CHUNK] = part[: rows - number * ROWS_PER_CHUNK]
+    return values
 
 
 def open_features(path: Path, dataset: Dataset, settings: TrainConfig, windows: Sequence[Window]) -> Features:

@@ -147,11 +147,9 @@ class SliceDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor, in
     """
 
     def __init__(self, dataset: Dataset | str | Path, rows: NDArray[np.int64] | None = None) -> None:
-        dataset = opened(dataset)
-        self.path = dataset.path
-        self.rows = labelled_rows(dataset) if rows is None else checked_rows(dataset, rows)
-        self._labels = dataset.labels[self.rows]
-        self._dataset: Dataset | None = dataset
+        self.dataset = opened(dataset)
+        self.rows = labelled_rows(self.dataset) if rows is None else checked_rows(self.dataset, rows)
+        self._labels = self.dataset.labels[self.rows]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -161,15 +159,10 @@ class SliceDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor, in
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
         """Return the items of a batch: views of one array that is read at once."""
-        if self._dataset is None:
-            self._dataset = open_dataset(self.path)
         positions = np.asarray(indices, np.int64)
-        images = torch.from_numpy(self._dataset.read(self.rows[positions]))
+        images = torch.from_numpy(self.dataset.read(self.rows[positions]))
         labels = torch.from_numpy(self._labels[positions])
         return list(zip(images, labels, self.rows[positions].tolist(), strict=True))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_dataset": None}
 
 
 def opened(dataset: Dataset | str | Path) -> Dataset:

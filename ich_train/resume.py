@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ich_prep.errors import TrainError
-from ich_train.checkpoint import Images, Meta
+from ich_prep.errors import TrainError, count
+from ich_train.checkpoint import Images, Meta, TrainedOn
 from ich_train.meters import Meter
 from ich_train.runs import Epoch
 from ich_train.scan_session import head_shape
 from ich_train.session import Session
+
+if TYPE_CHECKING:
+    from ich_prep.dataset.dataset import Dataset
 
 
 def meta_of(session: Session) -> Meta:
@@ -29,7 +32,7 @@ def meta_of(session: Session) -> Meta:
         scaling=session.preprocess.scaling,
         head=head_shape(settings),
         dataset_digest=session.dataset.digest,
-        dataset_generation=session.dataset.root.generation,
+        datasets=TrainedOn.parts_of(session.dataset),
         where=settings.where,
         val_fold=settings.val_fold,
         test_fold=settings.test_fold,
@@ -42,6 +45,7 @@ def state_of(session: Session) -> dict[str, Any]:
     """Return what `restore` needs, beside the weights, to resume from here."""
     return {
         "dataset_digest": session.dataset.digest,
+        "datasets": [part.digest for part in session.dataset.parts],
         "settings": session.settings.model_dump(mode="json"),
         "optimizer": session.step.optimizer.state_dict(),
         "scaler": session.step.scaler.state_dict(),
@@ -67,24 +71,7 @@ def restore(session: Session, state: Mapping[str, Any]) -> None:
 def _restore(session: Session, state: Mapping[str, Any]) -> None:
     dataset, step, ranks = session.dataset, session.step, session.ranks
     if state["dataset_digest"] != dataset.digest:
-        generation = next(
-            (
-                number
-                for number, event in enumerate(dataset.root.history)
-                if event.digests.get("before") == state["dataset_digest"]
-            ),
-            None,
-        )
-        if generation is not None:
-            raise TrainError(
-                f"The run started with generation {generation} of {dataset.path}, which is now generation "
-                f"{dataset.root.generation}: a run is resumed with what it began with. Name a copy of that generation with "
-                "--data, or start another run (--weights can start it from this run's weights)."
-            )
-        raise TrainError(
-            f"The run started with another dataset: its digest was {state['dataset_digest']}, that of {dataset.path} is "
-            f"{dataset.digest}. Name the right one with --data."
-        )
+        raise _another_dataset(state, dataset)
     step.optimizer.load_state_dict(state["optimizer"])
     for group in step.optimizer.param_groups:
         group["capturable"] = False  # until a step is recorded
@@ -100,3 +87,28 @@ def _restore(session: Session, state: Mapping[str, Any]) -> None:
     # The sums of all ranks were added up before they were saved: the first rank continues from the totals.
     sums = session.meter.sums if ranks.first else torch.zeros_like(session.meter.sums)
     session.meter.sums = sums.to(ranks.device)
+
+
+def _another_dataset(state: Mapping[str, Any], dataset: Dataset) -> TrainError:
+    """Return the error that says which of the datasets is not the one that the run of ``state`` started with."""
+    recorded = state.get("datasets", [state["dataset_digest"]])
+    if len(recorded) != len(dataset.parts):
+        return TrainError(
+            f"The run started with {count(len(recorded), 'dataset')}, and --data names {len(dataset.parts)}. Name the same "
+            "ones, in the same order."
+        )
+    differing = [(digest, part) for digest, part in zip(recorded, dataset.parts, strict=True) if digest != part.digest]
+    if not differing:
+        return TrainError("The run started with another --shared-patients. Resume it with the same one.")
+    digest, part = differing[0]
+    for generation, event in enumerate(part.root.history):
+        if event.digests.get("before") == digest:
+            return TrainError(
+                f"The run started with generation {generation} of {part.path}, which is now generation "
+                f"{part.root.generation}: a run is resumed with what it began with. Name a copy of that generation with "
+                "--data, or start another run (--weights can start it from this run's weights)."
+            )
+    return TrainError(
+        f"The run started with another dataset: its digest was {digest}, that of {part.path} is {part.digest}. Name the "
+        "right one with --data."
+    )

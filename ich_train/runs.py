@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from ich_prep.dataset.storage import write_whole
+from ich_prep.dataset.storage import sync_folder, write_whole
 from ich_prep.errors import TrainError, UsageError, describe_os_error
 from ich_prep.files import read_regular
 from ich_prep.recipe import load_section
@@ -107,6 +107,7 @@ def start(out: Path, settings: TrainConfig, evaluation: EvalConfig | None) -> No
     if out.exists() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty. Continue its run with --resume, or name another folder with --out.")
     out.mkdir(parents=True, exist_ok=True)
+    sync_folder(out.parent)  # its name: checkpoints are of no use without it
     sections = {"train": settings} if evaluation is None else {"train": settings, "eval": evaluation}
     write_whole(out / RECIPE, recipe_text({name: values.model_dump() for name, values in sections.items()}).encode())
 
@@ -158,6 +159,19 @@ def check_same(out: Path, before: TrainConfig, settings: TrainConfig) -> None:
         )
 
 
+@contextmanager
+def os_errors_explained(out: Path, resume_with: str) -> Iterator[None]:
+    """Raise `TrainError`, with how to go on, for an error of the operating system in the run in the folder ``out``."""
+    try:
+        yield
+    except OSError as error:
+        remedy = "Fix this, then run the same command again."
+        if (out / RECIPE).is_file():
+            kept = "Its last checkpoint is kept: fix" if (out / LAST).is_dir() else "Fix"
+            remedy = f"{kept} this, then continue with `{resume_with}`."
+        raise TrainError(f"The run in {out} stopped: {describe_os_error(error)}. {remedy}") from error
+
+
 def require_run(out: Path) -> None:
     """Raise `UsageError` if ``out`` is not the folder of a run."""
     if not (out / RECIPE).is_file():
@@ -165,7 +179,10 @@ def require_run(out: Path) -> None:
 
 
 def require_writable(folder: Path, *, hint: str) -> None:
-    """Raise `UsageError`, which ends with ``hint``, if no file can be written to ``folder``, which need not exist yet."""
+    """Raise an error that ends with ``hint`` if no file can be written to ``folder``, which need not exist yet.
+
+    `UsageError` where a file is in its place, `TrainError` where the file system takes none.
+    """
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not nearest.is_dir():
         raise UsageError(f"{nearest} is a file, not a folder. {hint}")
@@ -173,7 +190,7 @@ def require_writable(folder: Path, *, hint: str) -> None:
         # Permissions alone do not tell: the file system may be read-only.
         tempfile.TemporaryFile(dir=nearest).close()
     except OSError as error:
-        raise UsageError(f"Cannot write to {nearest}: {error.strerror}. {hint}") from error
+        raise TrainError(f"Cannot write to {nearest}: {error.strerror}. {hint}") from error
 
 
 def settings_of(out: Path) -> tuple[TrainConfig, EvalConfig]:

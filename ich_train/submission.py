@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv
 
-from ich_prep.dataset.storage import write_whole
+from ich_prep.dataset.storage import naming, write_whole
 from ich_prep.errors import UsageError, count
 from ich_prep.files import require_regular
 from ich_train.rsna import require_rsna
@@ -95,11 +95,9 @@ def write_submission(
 
 def write_output(out: Path, data: bytes) -> None:
     """Write a file that the user named, and the folders above it; an `OSError` names that file, not a temporary one."""
-    try:
+    with naming(out):  # for its folder too
         out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(out, data)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(out)) from error
 
 
 def _lines_of(slices: pa.Table, count: int) -> _Lines:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from ich_prep.errors import TrainError, UsageError, count, describe_os_error
+from ich_prep.errors import TrainError, UsageError, count
 from ich_prep.files import read_regular
 from ich_train.checkpoint import WEIGHTS, has_checkpoint, load_parameters, load_state, read_meta, save_checkpoint
 from ich_train.config import TrainConfig
@@ -36,6 +36,7 @@ from ich_train.runs import (
     chosen_by,
     is_finished,
     lengthen,
+    os_errors_explained,
     read_history,
     require_run,
     run_lock,
@@ -72,13 +73,14 @@ def train(
     *,
     console: Console,
     resume: bool = False,
+    resume_with: str | None = None,
 ) -> Result:
     """Train with ``settings`` on ``dataset``, evaluate the best epoch unless ``evaluation`` is None, return the result.
 
     Writes the folder ``out``, from rank 0 only if torchrun started several processes. ``resume`` continues the run in
-    ``out``. SIGINT and SIGTERM finish the current step, write ``last/`` and return. Raises `UsageError` for invalid
-    settings, `TrainError` if the loss is no longer finite, a checkpoint is damaged, or a step cannot be recorded as a
-    CUDA graph.
+    ``out``; messages name the command ``resume_with`` for that (default: that of the run alone). SIGINT and SIGTERM
+    finish the current step, write ``last/`` and return. Raises `UsageError` for invalid settings, `TrainError` if the
+    loss is no longer finite, a checkpoint is damaged, or a step cannot be recorded as a CUDA graph.
     """
     with ExitStack() as stack:
         ranks = stack.enter_context(join_ranks(settings.device))
@@ -87,22 +89,16 @@ def train(
         if resume and ranks.first:
             require_run(out)
             stack.enter_context(run_lock(out))
-        try:
+        with os_errors_explained(out, resume_with or f"ich-train run --resume --out {out}"):
             result, evaluated = _train(
                 dataset, out, settings, evaluation, ranks, stop, held=stack, console=console, resume=resume
             )
-        except OSError as error:
-            remedy = "Fix this, then run the same command again."
-            if (out / LAST).is_dir():
-                remedy = (
-                    f"Its last checkpoint is kept: fix this, then continue with `ich-train run --resume --out {out}`."
-                )
-            raise TrainError(f"The run in {out} stopped: {describe_os_error(error)}. {remedy}") from error
     if evaluation is None or evaluated or not result.finished or not ranks.first:
         return result
     from ich_train.evaluation.evaluate import evaluate_run
 
-    metrics = evaluate_run(out, dataset, evaluation, device=str(ranks.device), threads=settings.threads)
+    with os_errors_explained(out, resume_with or f"ich-train run --resume --out {out}"):
+        metrics = evaluate_run(out, dataset, evaluation, device=str(ranks.device), threads=settings.threads)
     return replace(result, metrics=metrics)
 
 
@@ -125,9 +121,11 @@ def _train(
     session = _start_or_resume(dataset, out, settings, evaluation, ranks, resume=resume)
     if ranks.first and not resume:
         held.enter_context(run_lock(out))
-    if evaluation is not None and settings.test_fold == "none" and not _has_test_part(dataset, settings):
-        evaluation = None
     reporter = Reporter(console, epochs=settings.epochs, silent=not ranks.first, chosen_by=chosen_by(settings))
+    if evaluation is not None and not _can_be_tested(dataset, settings, evaluation):
+        if settings.where is not None:
+            reporter.say("The filter leaves no slices to test on: the run will not be evaluated.")
+        evaluation = None
     finished = is_finished(session.history, settings)
     # The metrics of a run that is not finished are those of an earlier best epoch.
     evaluated = evaluation is None or (finished and _is_evaluated(out, dataset, evaluation))
@@ -337,10 +335,18 @@ def _check_untrained(out: Path) -> None:
         )
 
 
-def _has_test_part(dataset: Dataset, settings: TrainConfig) -> bool:
-    """Return whether the dataset has a test subset with labels, for a run that holds out no fold."""
+def _can_be_tested(dataset: Dataset, settings: TrainConfig, evaluation: EvalConfig) -> bool:
+    """Return whether there are slices to evaluate: without a held-out fold, or with a filter, there may be none."""
+    filtered = settings.where is not None and evaluation.where is None and evaluation.subset == "test"
+    if settings.test_fold != "none" and not filtered:
+        return True
     split = split_rows(
-        dataset, val_fold=settings.val_fold, test_fold="none", allow_series_labels=True, needed=("train",)
+        dataset,
+        val_fold=settings.val_fold,
+        test_fold=settings.test_fold,
+        allow_series_labels=True,
+        where=settings.where if filtered else None,
+        needed=("train",),
     )
     return len(split.test) > 0
 
@@ -351,12 +357,12 @@ def _is_evaluated(out: Path, dataset: Dataset, evaluation: EvalConfig) -> bool:
         return False
     try:
         metrics = json.loads(read_regular(out / METRICS))
-    except ValueError:  # damaged: evaluate again
+        evaluated = metrics["evaluated"]
+        return bool(metrics["dataset"]["digest"] == dataset.digest) and all(
+            evaluated.get(name) == value for name, value in evaluation.model_dump(exclude={"batch_size"}).items()
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # damaged: evaluate again
         return False
-    evaluated = metrics["evaluated"]
-    return metrics["dataset"]["digest"] == dataset.digest and all(
-        evaluated.get(name) == value for name, value in evaluation.model_dump(exclude={"batch_size"}).items()
-    )
 
 
 def _outline(session: Session) -> str:

@@ -17,13 +17,15 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import agree, document, files, measure, racing, scaling, training, viewer
+from benchmarks import agree, document, files, full_count, measure, racing, scaling, training, viewer
+from benchmarks import relabel as relabelling
 from benchmarks.measure import Result, compete, contest, in_process, publish, ratios
 from ich_prep.build_dataset import build
 from ich_prep.dataset.dataset import open_dataset
 from ich_prep.dataset.spec import Spec
 from ich_prep.dicom.header import read_header
 from ich_prep.phantom import synthesize
+from ich_prep.relabel import relabel
 from ich_train.config import TrainConfig
 from ich_train.loader import Batch, SliceLoader
 from ich_train.ranks import Ranks
@@ -288,3 +290,32 @@ def test_a_repeated_dataset_has_the_same_slices_again(dataset_path: Path, phanto
     for copy in range(3):
         volume = many.volume(series_row=1 + copy * len(small.series))
         np.testing.assert_array_equal(volume, small.volume(series_row=1))
+
+
+def test_the_files_of_the_full_count_are_slices_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(full_count, "TEMPLATE_SERIES", 4)
+    of = full_count.templates(tmp_path / "phantom", 32)
+    files = 2 * len(of) + 5
+    full_count.make(tmp_path / "rsna", of, 0, files, 32)
+    full_count.make(tmp_path / "rsna.zip", of, 0, files, 32)
+    spec = Spec(size=32, layout="rsna")
+    for name in ("rsna", "rsna.zip"):
+        build(tmp_path / name, tmp_path / f"{name}.zarr", spec, workers=0)
+    dataset, packed = (open_dataset(tmp_path / f"{name}.zarr") for name in ("rsna", "rsna.zip"))
+    assert dataset.counts.ok == files and packed.digest == dataset.digest
+    for name in ("sop_instance_uid", "content_hash"):
+        assert len(set(dataset.slices[name].to_pylist())) == files
+    train = np.array(dataset.slices["subset"].to_pylist()) == "train"
+    assert (dataset.labels[train] >= 0).all() and (dataset.labels[train][:, -1] == 1).any()
+
+
+def test_enlarged_tables_are_those_of_a_dataset(tmp_path: Path) -> None:
+    synthesize(tmp_path / "rsna", series=2, size=32, layout="rsna", workers=0)
+    build(tmp_path / "rsna", tmp_path / "data.zarr", Spec(size=32, slices_per_shard=16), workers=0)
+    relabelling.enlarge(open_dataset(tmp_path / "data.zarr"), 500)
+    dataset = open_dataset(tmp_path / "data.zarr")
+    assert len(dataset) >= 500 and len(set(dataset.slices["sop_instance_uid"].to_pylist())) == len(dataset)
+    relabelling.label_lines(dataset, tmp_path / "old.csv")
+    with (tmp_path / "old.csv").open() as old:
+        full_count.changed_labels(old, tmp_path / "new.csv")
+    assert relabel(tmp_path / "data.zarr", tmp_path / "new.csv").slices > 0

@@ -33,6 +33,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from ich_prep import cli as prep_cli
+from ich_prep.events import EVENTS
 from ich_prep.options import BuildOptions
 from ich_prep.phantom import synthesize
 from ich_prep.recipe import SECTIONS, validate
@@ -243,3 +244,10 @@ def test_every_file_that_a_page_names_exists(page: str) -> None:
 @pytest.mark.parametrize("name", re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE))
 def test_every_name_of_the_python_api_is_importable(name: str) -> None:
     assert pkgutil.resolve_name(name).__doc__
+
+
+def test_the_events_of_a_build_are_those_of_the_code() -> None:
+    section = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8").split("## Lines of JSON", 1)[1].split("\n## ")[0]
+    lines = [line.split("|") for line in section.splitlines() if line.startswith("| `")]
+    documented = {line[1].strip(" `"): set(re.findall(r"`(\w+)`", line[3])) for line in lines}
+    assert documented == {name: set(keys) for name, keys in EVENTS.items()}

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 LINT_IMPORTS = Path(sys.executable).with_name("lint-imports")
 
 TOP_LEVEL = {
-    *("pyproject.toml", "setup.py", "constraints.txt", "Makefile"),
+    *("pyproject.toml", "setup.py", "constraints.txt", "requirements.lock", "Makefile"),
     *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"),
     *("ich_prep", "ich_train", "pipelines", "tests", "benchmarks", "docs"),
 }

@@ -125,11 +125,20 @@ class Dataset:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Send the generation that is open, not the pixels or tables: another process reads these for itself."""
+        return type(self), (self.path, self.root, self.attributes)
+
     def __len__(self) -> int:
         return self.shape[0]
 
     def __repr__(self) -> str:
         return f"Dataset({str(self.path)!r}, {self.spec.store}, shape={self.shape})"
+
+    @property
+    def parts(self) -> tuple[Dataset, ...]:
+        """The datasets that this one consists of: itself, unless it is a union."""
+        return (self,)
 
     @cached_property
     def slices(self) -> pa.Table:

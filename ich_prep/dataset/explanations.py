@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ich_prep.errors import DatasetError, UsageError
+from ich_prep.files import read_regular, require_regular
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from ich_prep.dataset.dataset import Dataset
 
 FOLDER, ABOUT, ROWS, MAPS = "explanations", "explanations.json", "rows.npy", "maps.npy"
+# What NumPy and JSON raise for files that are no longer what was written.
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, OverflowError, RecursionError, SyntaxError)
 
 
 @dataclass(frozen=True)
@@ -58,14 +62,23 @@ def read_explanations(run: Path, dataset: Dataset) -> Explanations | None:
         return None
     again = f"Write them again with `ich-train explain {run}`."
     try:
-        about = json.loads((folder / ABOUT).read_bytes())
-        rows = np.load(folder / ROWS, allow_pickle=False)
+        about = json.loads(read_regular(folder / ABOUT))
+        rows = np.load(io.BytesIO(read_regular(folder / ROWS)), allow_pickle=False)
+        require_regular(folder / MAPS)
         values = np.load(folder / MAPS, allow_pickle=False, mmap_mode="r")
         digest, classes = about["dataset_digest"], tuple(about["classes"])
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        if not (isinstance(rows, np.ndarray) and isinstance(values, np.ndarray)):
+            raise TypeError("an archive instead of an array")
+    except _DAMAGE as error:
         raise DatasetError(f"The explanations in {folder} cannot be read: {error}. {again}") from None
     if digest != dataset.digest or classes != dataset.classes:
         raise UsageError(f"The explanations in {folder} are of another dataset than {dataset.path}. {again}")
-    if rows.ndim != 1 or values.ndim != 4 or values.shape[:2] != (len(rows), len(classes)) or values.dtype != np.uint8:
+    if (
+        rows.ndim != 1
+        or values.ndim != 4
+        or values.shape[:2] != (len(rows), len(classes))
+        or values.dtype != np.uint8
+        or rows.dtype.kind != "i"
+    ):
         raise DatasetError(f"The explanations in {folder} do not fit each other. {again}")
     return Explanations(rows, values)

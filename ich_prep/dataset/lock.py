@@ -85,15 +85,27 @@ def locked(target: Path, lease: Path, *, say: Callable[[str], None]) -> Iterator
         yield
 
 
+def refuse_if_held(target: Path, lease: Path) -> None:
+    """Raise ``HeldError`` while another process holds the lock on ``target``, or the ``lease``; takes neither."""
+    descriptor = os.open(target, os.O_RDONLY)
+    try:
+        _flock(descriptor, fcntl.LOCK_SH)  # shared: two processes that look at once do not see each other
+    finally:
+        os.close(descriptor)
+    if lease.exists() and not _may_be_broken(lease):
+        holder = _owner_of(lease)
+        raise HeldError(f"({holder}) " if holder else "")
+
+
 def breaking(lease: Path) -> Path:
     """Return the file that a process creates while it breaks a ``lease``."""
     return lease.with_name(f"{lease.name}.breaking")
 
 
-def _flock(descriptor: int) -> bool:
+def _flock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
     """Lock the open file; return false where the file system has no locks. Raises ``HeldError``."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in _BUSY:
             raise HeldError("") from None

@@ -28,26 +28,32 @@ def read_predictions(run: Path, dataset: Dataset) -> NDArray[np.float32]:
     path = run / PREDICTIONS
     if not path.is_file():
         raise UsageError(f"There is no {PREDICTIONS} in {run}. Write it with `ich-train eval {run}`.")
-    columns = [f"p_{name}" for name in dataset.classes]
+    columns = {"row": pa.int64(), "sop_instance_uid": pa.string()} | {f"p_{n}": pa.float32() for n in dataset.classes}
+    again = f"Write it again with `ich-train eval {run}`."
     try:
         table = read_parquet(path)
-    except (OSError, pa.ArrowException) as error:
-        raise DatasetError(f"{path} cannot be read: {error}. Write it again with `ich-train eval {run}`.") from None
-    missing = [name for name in ("row", "sop_instance_uid", *columns) if name not in table.column_names]
-    if missing:
-        raise UsageError(f"{path} lacks the columns {', '.join(missing)}: it is of other classes than {dataset.path}.")
-    rows = table["row"].fill_null(-1).cast(pa.int64()).to_numpy()
+        missing = [name for name in columns if name not in table.column_names]
+        if missing:
+            raise UsageError(
+                f"{path} lacks the columns {', '.join(missing)}: it is of other classes than {dataset.path}."
+            )
+        table = table.select([*columns]).cast(pa.schema(columns.items()))
+        table.validate(full=True)
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        raise DatasetError(f"{path} cannot be read: {error}. {again}") from None
+    rows = table["row"].fill_null(-1).to_numpy()
     if len(rows) and not (rows.min() >= 0 and rows.max() < len(dataset) and _same_slices(dataset, rows, table)):
         raise UsageError(
             f"{path} is of other slices than {dataset.path}. Name the dataset that the run was evaluated on, or evaluate "
             f"the run on this one: ich-train eval {run} --data {dataset.path} --subset all --out FOLDER."
         )
-    predictions = np.full((len(dataset), len(columns)), np.nan, np.float32)
-    for j, name in enumerate(columns):
-        predictions[rows, j] = table[name].cast(pa.float32()).fill_null(float("nan")).to_numpy()
+    predictions = np.full((len(dataset), len(dataset.classes)), np.nan, np.float32)
+    for j, name in enumerate(dataset.classes):
+        predictions[rows, j] = table[f"p_{name}"].fill_null(float("nan")).to_numpy()
     return predictions
 
 
 def _same_slices(dataset: Dataset, rows: NDArray[np.int64], table: pa.Table) -> bool:
     here = dataset.slices["sop_instance_uid"].take(pa.array(rows))
-    return bool(pc.all(pc.equal(here, table["sop_instance_uid"])).as_py())
+    same = pc.equal(here, table["sop_instance_uid"])
+    return not same.null_count and bool(pc.all(same).as_py())

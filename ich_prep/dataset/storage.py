@@ -9,9 +9,10 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ich_prep.errors import UsageError
@@ -59,12 +60,38 @@ def new_folder(given: str | Path, what: str, *, outside: Path) -> Path:
     return path
 
 
+@contextmanager
+def filling(folder: Path) -> Iterator[None]:
+    """Make ``folder``, which is new or empty; on failure remove what was written, so that the same command can run again."""
+    existed = folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        if existed:
+            folder.mkdir(exist_ok=True)
+        raise
+
+
 def write_whole(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` so that a reader sees all of it or nothing, even after a power cut."""
-    with renamed_when_whole(path) as temporary, temporary.open("xb") as file:
+    """Write ``data`` to ``path`` so that a reader sees all of it or nothing, even after a power cut.
+
+    An ``OSError`` names ``path``: writing itself reports no name.
+    """
+    with renamed_when_whole(path) as temporary, naming(path), temporary.open("xb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an ``OSError`` of the block name ``path``, the file that is written, and no temporary name."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 @contextmanager
@@ -74,8 +101,11 @@ def renamed_when_whole(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (temporary, str(temporary)):
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 

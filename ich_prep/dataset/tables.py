@@ -7,8 +7,10 @@ Published tables need none: the root records their digests.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +23,37 @@ from ich_prep.files import open_regular, read_regular
 
 _REMEDY = "Run the same build command again, without --overwrite: what is damaged is made again."
 _SEAL, _OPEN = "ich.sha256", "0" * 64  # the key of a seal, and its value while the other bytes are digested
+HASHED_ALONE = 1 << 17  # bytes: hashing fewer takes less time than starting a thread
 MAX_LINES_PER_BYTE = 64  # of a Parquet file; a line of ours takes 20 bytes and more
 
 
 def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """Return a Parquet file's table, with page checksums verified; unlike ``pq.read_table`` this does not import pandas."""
-    with (
-        open(open_regular(path), "rb") as opened,
-        pq.ParquetFile(opened, page_checksum_verification=True) as file,
-    ):
+    with opened_parquet(path) as file:
         return file.read(columns)
+
+
+@contextmanager
+def opened_parquet(path: Path) -> Iterator[pq.ParquetFile]:
+    """Yield the open Parquet file at ``path``, which must be a regular one; page checksums are verified.
+
+    Arrow opens it: its threads may drop buffers after the read, and those of a Python file would abort a process that
+    ends at that moment.
+    """
+    os.close(open_regular(path))
+    with pa.OSFile(os.fsencode(path)) as opened, pq.ParquetFile(opened, page_checksum_verification=True) as file:
+        yield file
+
+
+def in_arrow_memory(data: bytes) -> pa.BufferReader:
+    """Return a copy of ``data`` for Arrow to read.
+
+    Arrow's threads may outlive a reader for a moment. If one of them then gives up Python's memory while the interpreter
+    shuts down, the process aborts: they must not own any.
+    """
+    copy = pa.BufferOutputStream()
+    copy.write(data)
+    return pa.BufferReader(copy.getvalue())
 
 
 def read_published(path: Path, *, columns: Sequence[str] | None, lines: int, sha256: str) -> pa.Table:
@@ -40,6 +63,9 @@ def read_published(path: Path, *, columns: Sequence[str] | None, lines: int, sha
     ``pa.ArrowException`` if it cannot be read.
     """
     data = read_regular(path)
+    if len(data) <= HASHED_ALONE:
+        _require_digest(hashlib.sha256(data).hexdigest(), sha256, data)
+        return _read_lines(data, columns, lines)
     # hashlib and Arrow both release the GIL: hashing takes no time of its own.
     with ThreadPoolExecutor(1, thread_name_prefix="hash") as pool:
         digest = pool.submit(lambda: hashlib.sha256(data).hexdigest())
@@ -58,7 +84,7 @@ def _require_digest(found: str, expected: str, data: bytes) -> None:
 
 
 def _read_lines(data: bytes, columns: Sequence[str] | None, lines: int) -> pa.Table:
-    with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
+    with pq.ParquetFile(in_arrow_memory(data), page_checksum_verification=True) as file:
         # Before anything is allocated for the lines that the file says it has.
         found = file.metadata.num_rows
         if found != lines or lines > MAX_LINES_PER_BYTE * len(data):
@@ -99,7 +125,7 @@ def read_sealed(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """Return the table of a sealed file, or some of its columns; raises ``CorruptionError`` and ``OSError``."""
     data = read_regular(path)
     try:
-        with pq.ParquetFile(pa.BufferReader(data)) as file:
+        with pq.ParquetFile(in_arrow_memory(data)) as file:
             seal = (file.metadata.metadata or {}).get(_SEAL.encode(), b"")
             at = data.rfind(seal) if len(seal) == len(_OPEN) else -1
             if at < 0 or hashlib.sha256(_with_seal(data, _OPEN.encode(), at)).hexdigest().encode() != seal:
@@ -111,3 +137,29 @@ def read_sealed(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
 
 def _with_seal(data: bytes, seal: bytes, at: int) -> bytes:
     return data[:at] + seal + data[at + len(seal) :]
+
+
+def stacked(*tables: pa.Table) -> pa.Table:
+    """Return the lines of all ``tables``; a column that one lacks is null there, a kept one of two types becomes text."""
+    types: dict[str, pa.DataType] = {}
+    for table in tables:
+        for field in table.schema:
+            types[field.name] = _common_type(types.get(field.name, field.type), field.type)
+    schema = pa.schema(types.items())
+    whole = []
+    for table in tables:
+        columns = [
+            table[name].cast(kind) if name in table.column_names else pa.nulls(len(table), kind)
+            for name, kind in types.items()
+        ]
+        whole.append(pa.table(columns, schema=schema))
+    return pa.concat_tables(whole)
+
+
+def _common_type(one: pa.DataType, other: pa.DataType) -> pa.DataType:
+    if one == other:
+        return one
+    numbers = (pa.types.is_integer, pa.types.is_floating)
+    if all(any(is_kind(kind) for is_kind in numbers) for kind in (one, other)):
+        return pa.float64()
+    return pa.string()

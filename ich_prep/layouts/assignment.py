@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.csv as pcsv
 
+from ich_prep.dataset.tables import in_arrow_memory
 from ich_prep.errors import SourceError, UsageError
 from ich_prep.layouts.labels import LabelOptions, LabelRules
 
@@ -48,21 +49,19 @@ def no_repairs(count: int) -> pa.Array:
 
 def read_csv(table: TableFile, types: dict[str, pa.DataType] | None = None) -> pa.Table:
     """Return a CSV file as a table; raises ``SourceError`` if it cannot be read."""
-    # Arrow's threads may outlive the reader: they must not own a Python object while the interpreter shuts down.
-    copy = pa.BufferOutputStream()
-    copy.write(table.read())
+    data = table.read()
     options = pcsv.ConvertOptions(column_types=types)
     try:
-        return pcsv.read_csv(pa.BufferReader(copy.getvalue()), convert_options=options)
+        return pcsv.read_csv(in_arrow_memory(data), convert_options=options)
     except (pa.ArrowInvalid, pa.ArrowKeyError):
-        problem = _csv_problem(copy.getvalue(), options, header_of(table))
+        problem = _csv_problem(data, options, header_of(table))
         raise SourceError(f"Expected a CSV of labels at {table.path}; it cannot be read: {problem}.") from None
 
 
-def _csv_problem(data: pa.Buffer, options: pcsv.ConvertOptions, header: Sequence[str]) -> str:
+def _csv_problem(data: bytes, options: pcsv.ConvertOptions, header: Sequence[str]) -> str:
     """Return why a CSV cannot be read, with a line if possible, but without the cells that Arrow's message quotes."""
     try:  # with one thread: only then does Arrow say which line
-        pcsv.read_csv(pa.BufferReader(data), read_options=pcsv.ReadOptions(use_threads=False), convert_options=options)
+        pcsv.read_csv(in_arrow_memory(data), read_options=pcsv.ReadOptions(use_threads=False), convert_options=options)
     except (pa.ArrowInvalid, pa.ArrowKeyError) as error:
         message = str(error)
         row = re.search(r"Row #(\d+)", message)

@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 
+from ich_prep.dataset.tables import in_arrow_memory
 from ich_prep.errors import SourceError, count
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ class _Text:
         wanted = [str(number) for number in numbers]
         try:
             table = pcsv.read_csv(
-                pa.BufferReader(self.body),
+                in_arrow_memory(self.body),
                 read_options=pcsv.ReadOptions(
                     use_threads=False,
                     column_names=[str(number) for number in range(len(self.header.names))],
@@ -238,7 +239,7 @@ def _check_width(path: str, columns: int) -> None:
 
 def _open_parquet(path: str, data: bytes) -> UserTable:
     try:
-        file = pq.ParquetFile(pa.BufferReader(data))
+        file = pq.ParquetFile(in_arrow_memory(data))
         names = file.schema_arrow.names
     except (pa.ArrowException, OSError):
         raise SourceError(f"Expected a Parquet file at {path}; it is damaged. Write it again.") from None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from ich_prep.dataset.storage import filling, naming
 from ich_prep.errors import UsageError
 from ich_prep.phantom.defects import KNOWN_DEFECTS, damaged_files
 from ich_prep.phantom.series import place
@@ -54,6 +55,13 @@ def synthesize(
     ``workers`` (processes; 0: this one). Raises ``UsageError`` for invalid values and an ``out`` that is not empty.
     """
     _refuse(out, series=series, seed=seed, size=size, layout=layout)
+    with filling(out):
+        return _synthesize(out, series=series, seed=seed, size=size, layout=layout, defects=defects, workers=workers)
+
+
+def _synthesize(
+    out: Path, *, series: int, seed: int, size: int, layout: str, defects: bool, workers: int
+) -> PhantomSummary:
     cohort = _Cohort(out=str(out), seed=seed, size=size, layout=layout)
     listed = [line for lines in _written(cohort, series, workers) for line in lines]
     slices = files = len(listed)
@@ -105,5 +113,6 @@ def _write_series(cohort: _Cohort, index: int) -> tuple[Listed, ...]:
 
 def _write(out: Path, path: str, content: bytes) -> None:
     target = out / path
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(content)
+    with naming(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)

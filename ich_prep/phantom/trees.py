@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ich_prep.dataset.classes import RSNA_CLASSES
+from ich_prep.dataset.storage import naming
 from ich_prep.phantom.bleeds import Bleed
 from ich_prep.phantom.files import (
     CT_IMAGE,
@@ -238,7 +239,7 @@ def _cq500_type(where: Place) -> tuple[str, float, str]:
 
 
 def _write_lines(path: Path, lines: Sequence[Sequence[object]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with naming(path), path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows(lines)
 
 

@@ -66,7 +66,7 @@ def class_counts(tables: ReportTables) -> list[ClassCounts]:
                 name=name,
                 positive=int(positive.sum()),
                 negative=int((column == 0).sum()),
-                unknown=int((column < 0).sum()),
+                unknown=int(((column < 0) & tables.is_present).sum()),
                 series=len(np.unique(tables.series_row[positive])),
                 patients=len(np.unique(patients[positive])),
             )
@@ -94,12 +94,14 @@ def parts_by_scan_type(tables: ReportTables) -> list[Part]:
 
 
 def _parts(tables: ReportTables, names: pa.Array) -> list[Part]:
-    coded = names.dictionary_encode()
+    present = tables.is_present
+    coded = names.filter(pa.array(present)).dictionary_encode()
     codes = coded.indices.to_numpy()
     words = coded.dictionary.to_pylist()
-    positive, labelled = tables.labels == 1, (tables.labels >= 0).any(axis=1)
+    labels = tables.labels[present]
+    positive, labelled = labels == 1, (labels >= 0).any(axis=1)
     lines = max(len(tables.series), 1)
-    series = np.unique(codes.astype(np.int64) * lines + tables.series_row) // lines
+    series = np.unique(codes.astype(np.int64) * lines + tables.series_row[present]) // lines
     columns = [np.bincount(codes, column, len(words)).astype(np.int64) for column in positive.T]
     slices, known = (np.bincount(codes, weights, len(words)) for weights in (None, labelled))
     volumes = np.bincount(series, minlength=len(words))
@@ -163,5 +165,5 @@ def _gram(positive: NDArray[np.float32]) -> NDArray[np.float64]:
 
 def level_bars(tables: ReportTables) -> list[Bar]:
     """Return what the labels describe: slices by label level."""
-    counted = value_counts(tables.slices["label_level"])
-    return [Bar(str(name), number / len(tables.slices), f"{number:,}") for name, number in counted.items()]
+    levels = tables.present("label_level")
+    return [Bar(str(name), number / len(levels), f"{number:,}") for name, number in value_counts(levels).items()]

@@ -13,7 +13,7 @@ import numpy as np
 from ich_prep.dataset.classes import ANY, UNKNOWN
 from ich_prep.dataset.dataset import open_dataset
 from ich_prep.dataset.storage import local_path, write_whole
-from ich_prep.errors import UsageError, count, describe_os_error
+from ich_prep.errors import UsageError, count
 from ich_prep.html import Cell, Row, Thumb, Tile, render
 from ich_prep.report import labels, sections
 from ich_prep.report.attention import points, verdict
@@ -69,7 +69,7 @@ def write_report(
 
     ``out`` is a file outside of the dataset, by default beside it with ``.report.html`` appended. ``build_dir`` is the
     working folder, whose log says how long the build took. ``seed`` draws the pictures. Raises ``DatasetError`` for what
-    is no dataset, ``UsageError`` if the page cannot be written.
+    is no dataset, ``UsageError`` for a page that cannot be there, ``OSError`` if it cannot be written.
     """
     path = local_path(dataset, "The dataset")
     target = report_path(path) if out is None else local_path(out, "--out").absolute()
@@ -81,9 +81,10 @@ def write_report(
         page = report_html(opened, build_dir=build_dir, seed=seed)
     try:
         write_whole(target, page.encode())
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError):
         raise UsageError(
-            f"Cannot write the report {target}: {describe_os_error(error)}. Give another file with --out."
+            f"Cannot write the report {target}: there is no folder {target.parent}. Make it, or give another file with "
+            "--out."
         ) from None
     return target
 

@@ -140,7 +140,7 @@ def geometry_bars(tables: ReportTables) -> list[Bars]:
         *(series[name].cast(pa.string()) for name in ("source_rows", "source_columns")), " × "
     )
     charts = [
-        Bars("Turned to lie upright", _bars(tables.slices["turn"].fill_null("stored as in the file"))),
+        Bars("Turned to lie upright", _bars(tables.present("turn").fill_null("stored as in the file"))),
         Bars("Rows × columns of the files", _bars(sizes)),
         *(Bars(title, _bars(series[name])) for name, title in SERIES_BARS.items()),
     ]
@@ -222,7 +222,7 @@ def flag_rows(tables: ReportTables) -> list[Row]:
     for name in sorted(tables.rows_by_flag, key=lambda name: LEVELS.index(FLAGS.get(name, UNKNOWN).level)):
         found, advice = tables.rows_by_flag[name], FLAGS.get(name, UNKNOWN)
         volumes = len(np.unique(tables.series_row[found]))
-        share = f"{len(found) / max(len(tables.slices), 1):.2%}"
+        share = f"{len(found) / max(int(tables.is_present.sum()), 1):.2%}"
         rows.append(Row([_named(name, advice), Cell(f"{len(found):,}", (share,)), f"{volumes:,}", *_advised(advice)]))
     return rows
 

@@ -12,7 +12,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ich_prep.dataset.classes import UNKNOWN
-from ich_prep.dataset.schema import OK, QUARANTINE_SCHEMA, SHARD_SCHEMA, series_schema, slice_schema
+from ich_prep.dataset.schema import (
+    OK,
+    QUARANTINE_SCHEMA,
+    SHARD_SCHEMA,
+    UNUSED,
+    WITHDRAWN,
+    series_schema,
+    slice_schema,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -42,15 +50,27 @@ class ReportTables:
 
     @cached_property
     def labels(self) -> NDArray[np.int8]:
-        """The labels of all rows, int8 (slices, classes), -1 where unknown."""
+        """The labels of all rows, int8 (slices, classes), -1 where unknown and in rows of no slice that is present."""
         columns = [self.slices[name].fill_null(UNKNOWN).to_numpy() for name in self.classes]
-        return np.stack(columns, axis=1).astype(np.int8)
+        labels = np.stack(columns, axis=1).astype(np.int8)
+        return np.where(self.is_present[:, np.newaxis], labels, UNKNOWN).astype(np.int8)
 
     @cached_property
     def is_ok(self) -> NDArray[np.bool_]:
         """Whether each row has pixels, bool (slices,)."""
         ok: NDArray[np.bool_] = pc.equal(self.slices["status"], OK).fill_null(False).to_numpy(zero_copy_only=False)
         return ok
+
+    @cached_property
+    def is_present(self) -> NDArray[np.bool_]:
+        """Whether each row is one of a slice that was not withdrawn, bool (slices,)."""
+        absent = pc.is_in(self.slices["status"], value_set=pa.array([UNUSED, WITHDRAWN]))
+        present: NDArray[np.bool_] = pc.invert(absent).to_numpy(zero_copy_only=False)
+        return present
+
+    def present(self, name: str) -> pa.ChunkedArray:
+        """Return a column of the slices that are present."""
+        return self.slices[name].filter(pa.array(self.is_present))
 
     @cached_property
     def series_row(self) -> NDArray[np.int64]:
@@ -61,12 +81,21 @@ class ReportTables:
     @cached_property
     def rows_by_flag(self) -> Mapping[str, NDArray[np.int64]]:
         """The rows that carry each flag, the most frequent flag first."""
-        return _rows_by_word(self.slices["flags"])
+        return self._rows_by_word("flags")
 
     @cached_property
     def rows_by_repair(self) -> Mapping[str, NDArray[np.int64]]:
         """The rows that got each repair, the most frequent repair first."""
-        return _rows_by_word(self.slices["repairs"])
+        return self._rows_by_word("repairs")
+
+    def _rows_by_word(self, name: str) -> Mapping[str, NDArray[np.int64]]:
+        lists = self.slices[name].combine_chunks()
+        words, rows = pc.list_flatten(lists), pc.list_parent_indices(lists).to_numpy()
+        coded = words.dictionary_encode()
+        codes = np.where(self.is_present[rows], coded.indices.to_numpy(zero_copy_only=False), -1)
+        found = {word: rows[codes == code] for code, word in enumerate(coded.dictionary.to_pylist())}
+        found = {word: carriers for word, carriers in found.items() if len(carriers)}
+        return dict(sorted(found.items(), key=lambda item: (-len(item[1]), item[0])))
 
     def numbers(self, table: str, name: str) -> NDArray[np.float64]:
         """Return a column of numbers, float64, NaN where null."""
@@ -101,12 +130,3 @@ def _complete(table: pa.Table, schema: pa.Schema, names: list[str]) -> pa.Table:
         table[name] if name in table.column_names else pa.nulls(len(table), schema.field(name).type) for name in names
     ]
     return pa.table(columns, names=names)
-
-
-def _rows_by_word(column: pa.ChunkedArray) -> Mapping[str, NDArray[np.int64]]:
-    lists = column.combine_chunks()
-    words, rows = pc.list_flatten(lists), pc.list_parent_indices(lists).to_numpy()
-    coded = words.dictionary_encode()
-    codes = coded.indices.to_numpy(zero_copy_only=False)
-    found = {word: rows[codes == code] for code, word in enumerate(coded.dictionary.to_pylist())}
-    return dict(sorted(found.items(), key=lambda item: (-len(item[1]), item[0])))

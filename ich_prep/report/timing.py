@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ich_prep.events import read_events
 from ich_prep.stages.state import readable_state
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from ich_prep.dataset import Dataset
     from ich_prep.stages.state import BuildFolder
 
-STAGES = ("list", "start workers", "scan", "plan", "shards", "publish")
+STAGES = ("list", "start workers", "scan", "plan", "keys", "estimate", "shards", "publish")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def build_timing(dataset: Dataset, folder: BuildFolder) -> Timing | None:
     if state is None or state.published != dataset.digest:
         return None
     runs, found = 0, None
-    for event in _events(folder):
+    for event in read_events(folder.log):
         runs += event.get("event") == "start"
         if event.get("event") == "published":
             found, runs = (event.get("seconds"), runs), 0
@@ -39,17 +39,3 @@ def build_timing(dataset: Dataset, folder: BuildFolder) -> Timing | None:
         return None
     seconds = {name: float(found[0][name]) for name in STAGES if isinstance(found[0].get(name), int | float)}
     return Timing(seconds, max(found[1], 1))
-
-
-def _events(folder: BuildFolder) -> Iterator[dict[str, Any]]:
-    try:
-        lines = folder.log.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return
-    for line in lines:
-        try:
-            event = json.loads(line)
-        except (ValueError, RecursionError):  # the last line of a build that was killed
-            continue
-        if isinstance(event, dict):
-            yield event

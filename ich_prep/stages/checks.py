@@ -29,6 +29,7 @@ class Allowances:
     contradictions: bool = False
     lost_labels: bool = False
     kept_columns: bool = False
+    full_disk: bool = False
     max_quarantined: float = 0.01
 
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ich_prep.dataset.schema import OK, QUARANTINE_SCHEMA, SHARD_SCHEMA, UNUSED
+from ich_prep.dataset.tables import stacked
 from ich_prep.errors import Reason
 from ich_prep.stages import identity
 from ich_prep.stages.copies import content_hash_in
@@ -193,32 +194,6 @@ def _holes(number: int, *, start: int, schema: pa.Schema) -> pa.Table:
         "flags": pa.array([[]] * number, pa.list_(pa.string())),
     }
     return pa.table([columns.get(field.name, pa.nulls(number, field.type)) for field in schema], schema=schema)
-
-
-def stacked(*tables: pa.Table) -> pa.Table:
-    """Return the lines of all ``tables``; a column that one lacks is null there, a kept one of two types becomes text."""
-    types: dict[str, pa.DataType] = {}
-    for table in tables:
-        for field in table.schema:
-            types[field.name] = _common_type(types.get(field.name, field.type), field.type)
-    schema = pa.schema(types.items())
-    whole = []
-    for table in tables:
-        columns = [
-            table[name].cast(kind) if name in table.column_names else pa.nulls(len(table), kind)
-            for name, kind in types.items()
-        ]
-        whole.append(pa.table(columns, schema=schema))
-    return pa.concat_tables(whole)
-
-
-def _common_type(one: pa.DataType, other: pa.DataType) -> pa.DataType:
-    if one == other:
-        return one
-    numbers = (pa.types.is_integer, pa.types.is_floating)
-    if all(any(is_kind(kind) for is_kind in numbers) for kind in (one, other)):
-        return pa.float64()
-    return pa.string()
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ PLACEHOLDER_WORDS: Final = frozenset(
     )
     + ("patient", "patientid", "id", "name", "noname", "test", "empty", "default", "pseudonym", "confidential")
 )
+ISSUER: Final = "^^^"  # between a patient id and its issuer (HL7's CX)
 _NO_SIGN: Final = re.compile(r"[\W_]+")
 _ONE_SIGN: Final = re.compile(r"(0+|x{2,})")
 # One value on more than half of the studies identifies nobody. Below this number it may be one patient's follow-ups.
@@ -75,7 +76,7 @@ def usable(values: pa.Array | pa.ChunkedArray) -> pa.Array:
 
 def with_issuer(patient_id: pa.Array, issuer: pa.Array | pa.ChunkedArray) -> pa.Array:
     """Return each patient's identity: the PatientID, and behind it its issuer where the header names one (HL7's CX)."""
-    qualified = pc.binary_join_element_wise(patient_id, _one(issuer), "^^^")
+    qualified = pc.binary_join_element_wise(patient_id, _one(issuer), ISSUER)
     return pc.coalesce(qualified, patient_id)
 
 

@@ -9,10 +9,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ich_prep.dataset.storage import write_whole
-from ich_prep.dataset.tables import read_sealed, write_sealed
+from ich_prep.dataset.tables import read_sealed, stacked, write_sealed
 from ich_prep.errors import CorruptionError
 from ich_prep.stages import ledger
-from ich_prep.stages.growth import stacked
 from ich_prep.stages.scan import FILES_PER_BATCH
 from ich_prep.stages.state import readable_state
 

@@ -25,6 +25,7 @@ from ich_prep.files import is_litter
 from ich_prep.progress import NoProgress
 from ich_prep.sources import Listing, shown
 from ich_prep.stages.identifier_key import is_key_of
+from ich_prep.stages.parts import refuse_parts
 from ich_prep.stages.state import BuildFolder, State, read_state, readable_state
 
 _SILENT = NoProgress().say
@@ -284,7 +285,7 @@ def reset(out: Path, folder: BuildFolder) -> None:
 def reset_folder(folder: BuildFolder) -> None:
     """Empty the working ``folder`` of what builds put there, but for the lock; make its folders."""
     for path in folder.own_files():
-        if path not in (folder.lock, folder.key) and whole_name(path.name) != folder.lease.name:
+        if path != folder.key and not folder.is_lock(path):
             path.unlink(missing_ok=True)
     for path in (folder.scan, folder.done):
         path.mkdir(parents=True, exist_ok=True)
@@ -329,7 +330,7 @@ def clean(out: Path, folder: BuildFolder, *, forget_key: bool = False) -> int:
         ):  # last: until then the command can be repeated
             path.unlink(missing_ok=True)  # a lease may have renewed itself
     inside = (folder.append.scan, folder.append.done, folder.append.path)
-    for path in (*inside, folder.scan, folder.done, folder.path):
+    for path in (*inside, folder.scan, folder.done, folder.parts, folder.path):
         with contextlib.suppress(OSError):  # a link to a folder stays
             path.rmdir()
     return freed
@@ -337,10 +338,16 @@ def clean(out: Path, folder: BuildFolder, *, forget_key: bool = False) -> int:
 
 @contextmanager
 def build_lock(folder: BuildFolder) -> Iterator[None]:
-    """Hold the build's lock; raises ``BuildError`` if another process does."""
+    """Hold the build's lock; raises ``BuildError`` if another process does, or writes a part of the shards."""
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.lock.touch()
+    for path in (
+        folder.path,
+        folder.path.parent,
+    ):  # after a power cut, shards without a working folder could not resume
+        sync_folder(path)
     with _lock_explained(f"with the working folder {folder.path}", folder.lock, folder.lease):
+        refuse_parts(folder)
         yield
 
 

@@ -151,7 +151,7 @@ def persons_of(series: pa.Table) -> pa.Array:
     patient, group = series["patient_id"], series["fold_group"]
     issued = pa.array(
         [
-            name is not None and group_name is not None and group_name.startswith(f"{name}^^^")
+            name is not None and group_name is not None and group_name.startswith(f"{name}{identity.ISSUER}")
             for name, group_name in zip(patient.to_pylist(), group.to_pylist(), strict=True)
         ]
     )

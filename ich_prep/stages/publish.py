@@ -267,7 +267,8 @@ def publish(
     }
     ich["digest"] = digest_of(ich)
     write_state(folder, state.model_copy(update={"published": ich["digest"]}))
-    sync_folder(folder.path)
+    for path in (folder.path, out.parent):  # the name of the dataset, too
+        sync_folder(path)
     write_whole(out / ROOT, root_document(out, ich))
     sync_folder(out)
     return counts

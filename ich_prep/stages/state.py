@@ -27,6 +27,7 @@ from ich_prep.files import is_litter, read_regular
 
 SEAL = "sha256"  # the key of the digest of all other keys of state.json
 _BATCH, _ENTRY = re.compile(r"[0-9]{5,}\.parquet"), re.compile(r"[0-9]{5,}\.json")
+_OF_PART = re.compile(r"[0-9]+-of-[0-9]+\.(lock|lease(\.breaking)?|log\.jsonl)")
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,15 @@ class BuildFolder:
         """The lease of that process, where the file system has no locks."""
         return self.path / "lease"
 
+    @property
+    def parts(self) -> Path:
+        """The folder of what processes that write a part of the shards keep: locks and logs."""
+        return self.path / "parts"
+
+    def is_lock(self, path: Path) -> bool:
+        """Return whether ``path`` is a lock or a lease, of the build or of a part: those that a process may hold."""
+        return whole_name(path.name).endswith(("lock", "lease", "lease.breaking")) and self._is_own(path)
+
     def members(self) -> tuple[Path, ...]:
         """All that a build may keep in the folder."""
         return (
@@ -154,6 +164,8 @@ class BuildFolder:
             return _ENTRY.fullmatch(name) is not None
         if self.append.path in path.parents:
             return self.append._is_own(path)
+        if path.parent == self.parts:
+            return _OF_PART.fullmatch(name) is not None
         return path.with_name(name) in self.members() and path.parent == self.path
 
 

@@ -89,6 +89,8 @@ def start_or_resume(job: Job, state: State, make_new: Callable[[], None]) -> Sta
     folder = job.folder
     if folder.state.exists():
         before = read_state(folder)
+        for path in (folder.scan, folder.done):
+            path.mkdir(exist_ok=True)  # after a power cut, their names may be missing
         if before.plan is not None and plan_is_whole(folder):
             return before
         drop_damaged_headers(folder)
@@ -131,8 +133,8 @@ def read_headers(job: Job) -> pa.Table:
     already = sum(min(FILES_PER_BATCH, files - batch * FILES_PER_BATCH) for batch in done)
     progress.begin("Reading headers", files, "files", already)
     task = partial(scan_batch, str(folder.path), tuple(map(str, job.sources)))
-    for _, (slices, quarantined) in job.pool.map(task, [batch for batch in batches if batch not in done]):
-        progress.advance(slices + quarantined, quarantined)
+    for batch, (slices, quarantined) in job.pool.map(task, [batch for batch in batches if batch not in done]):
+        progress.advance(slices + quarantined, quarantined, batch)
     progress.end()
     return pa.concat_tables([read_sealed(folder.batch(batch)) for batch in batches])
 

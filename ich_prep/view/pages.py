@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ich_prep.dataset.storage import new_folder
+from ich_prep.dataset.storage import filling, new_folder, write_whole
 from ich_prep.errors import UsageError
 from ich_prep.view.assets import PAGE, page, static_files
 from ich_prep.view.data import SLICES_PER_READ
@@ -45,18 +45,23 @@ def write_pages(data: ViewData, out: Path, lines: Sequence[int] | None = None) -
             f"{data.dataset.path} has {len(data):,} volumes. Choose some with --series NUMBER or --where FILTER."
         )
     chosen = list(range(len(data))) if lines is None else list(lines)
-    (out / "static").mkdir(parents=True)
+    with filling(out):
+        _write_all(data, out, chosen)
+    return len(chosen)
+
+
+def _write_all(data: ViewData, out: Path, chosen: Sequence[int]) -> None:
+    (out / "static").mkdir()
     (out / "data").mkdir()
     for name, file in static_files().items():
-        (out / "static" / name).write_bytes(file.content)
+        write_whole(out / "static" / name, file.content)
     for line in chosen:
         _write_volume(data, out, line)
     more = {"static": True, "marking": False, "pictures": False}
     _put(out, "quarantine", _quarantine(data))
     _put(out, "volumes", _list(data, chosen))
     _put(out, "about", data.about() | more)
-    (out / PAGE).write_bytes(page(head=_HEAD, data=("data/about.js",)).content)
-    return len(chosen)
+    write_whole(out / PAGE, page(head=_HEAD, data=("data/about.js",)).content)
 
 
 def _write_volume(data: ViewData, out: Path, line: int) -> None:
@@ -99,6 +104,5 @@ def _text(raw: bytes) -> str:
 
 
 def _put(out: Path, name: str, value: Any) -> None:
-    (out / "data" / f"{name}.js").write_text(
-        f'ICH.StaticSource.put("{name}", {json.dumps(value, allow_nan=False)});\n', encoding="ascii"
-    )
+    script = f'ICH.StaticSource.put("{name}", {json.dumps(value, allow_nan=False)});\n'
+    write_whole(out / "data" / f"{name}.js", script.encode("ascii"))

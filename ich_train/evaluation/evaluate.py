@@ -293,7 +293,7 @@ def write_evaluation(
     pictures = {name: png(figure) for name, figure in figures.items()}
     out.mkdir(parents=True, exist_ok=True)
     (out / METRICS).unlink(missing_ok=True)  # of the evaluation that is replaced
-    write_whole(out / PREDICTIONS, parquet_bytes(_predictions(dataset, cases)))
+    write_whole(out / PREDICTIONS, parquet_bytes(_predictions(dataset, cases), write_page_checksum=True))
     (out / CURVES).mkdir(exist_ok=True)
     for name, of_labels in curves.items():
         x, y = AXES[name]
@@ -306,7 +306,8 @@ def write_evaluation(
 
 
 def _predictions(dataset: Dataset, cases: Cases) -> pa.Table:
-    taken = dataset.slices.select([*IDENTITY, *cases.classes]).take(pa.array(cases.rows))
+    of = ["dataset"] if len(dataset.parts) > 1 else []
+    taken = dataset.slices.select([*IDENTITY, *of, *cases.classes]).take(pa.array(cases.rows))
     for j, name in enumerate(cases.classes):
         taken = taken.append_column(f"p_{name}", pa.array(cases.probabilities[:, j], pa.float32()))
     return taken

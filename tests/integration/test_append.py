@@ -87,6 +87,7 @@ def test_appending_twice_is_one_build_but_for_the_numbers(cohort: Path, tmp_path
     for part in parts:
         shutil.copytree(part, merged / "rsna", dirs_exist_ok=True)
     assert problems(out, merged / "rsna") == []
+    assert problems(out, parts) == []
     assert [event.command for event in grown.root.history] == ["build", "append", "append"]
     assert grown.root.history[2].counts["appended"] > 0
 

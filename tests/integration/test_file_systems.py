@@ -171,3 +171,38 @@ def test_checkpoints_are_written_where_folders_cannot_be_synced(shim: Path, tmp_
     environment = lacking(shim, NO_FOLDER_SYNC=22, NO_FLOCK=38)
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_parts_without_locks_run_together_and_keep_builds_away(
+    shim: Path, phantom_tree: Path, dataset_path: Path, tmp_path: Path
+) -> None:
+    out, environment = tmp_path / "data.zarr", lacking(shim, NO_FLOCK=37)
+
+    def command(*words: object) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([PREP, *map(str, words)], env=environment, stderr=subprocess.PIPE)
+
+    def ended(process: subprocess.Popen[bytes]) -> tuple[int, str]:
+        _, printed = process.communicate(timeout=120)
+        return process.returncode, printed.decode()
+
+    planned = command("plan", "--src", phantom_tree, "--out", out, *WORDS, "--workers", 0)
+    assert ended(planned)[0] == 0
+    first = command("shards", out, "--part", "1/3", "--workers", 0)
+    wait_for((working(out) / "parts" / "1-of-3.lease").exists, first)
+    os.kill(first.pid, signal.SIGSTOP)
+    refused = {
+        "is writing part 1/3": command("shards", out, "--part", "1/3", "--workers", 0),
+        "Part 1/3 is being written": command("shards", out, "--part", "2/4", "--workers", 0),
+        "Part 1/3 of the shards is being written": command("publish", out),
+    }
+    for message, process in refused.items():
+        code, printed = ended(process)
+        assert (code, message in printed) == (1, True), printed
+    others = [command("shards", out, "--part", f"{number}/3", "--workers", 0) for number in (2, 3)]
+    assert [ended(process)[0] for process in others] == [0, 0]
+    os.kill(first.pid, signal.SIGKILL)
+    first.communicate()
+    assert ended(command("shards", out, "--part", "1/3", "--workers", 0))[0] == 0  # over the lease of the killed one
+    assert ended(command("publish", out))[0] == 0
+    assert published(out) == published(dataset_path)
+    assert not [path for path in (working(out) / "parts").iterdir() if "lease" in path.name]

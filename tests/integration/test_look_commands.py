@@ -21,7 +21,7 @@ from ich_prep.dicom.decode import Decoder
 from ich_prep.dry_run import DryRun, dry_run
 from ich_prep.errors import BuildError, DatasetError, Reason, SourceError, UsageError
 from ich_prep.layouts.label_template import LEVELS, label_template
-from ich_prep.look_commands import write_csv
+from ich_prep.look_commands import write_csvs
 from ich_prep.lookup import copy_quarantined, find
 from ich_prep.progress import NoProgress
 from ich_prep.stages.quarantined import KINDS, by_reason, kind_of, read_quarantine
@@ -298,7 +298,7 @@ def test_a_filled_template_labels_every_slice(level: Any, hospital: Path, tmp_pa
     assert template.table.num_rows == lines[level]
     assert (template.notes != ()) == (level == "series")
     path = tmp_path / "labels.csv"
-    write_csv(path, template.table)
+    write_csvs({path: template.table})
     with path.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert all(row[name] == "" for row in rows for name in RSNA_CLASSES)

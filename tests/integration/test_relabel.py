@@ -11,7 +11,7 @@ import pandas
 import pytest
 
 from ich_prep import open_dataset
-from ich_prep.build_dataset import build
+from ich_prep.build_dataset import Allowances, build
 from ich_prep.dataset.corrections import HEADER, Correction, append_correction, default_file
 from ich_prep.dataset.spec import Spec
 from ich_prep.errors import BuildError
@@ -191,6 +191,23 @@ def test_corrections_that_cannot_be_of_this_dataset(dataset: Path, tmp_path: Pat
     for name, message in (("empty", "found none"), ("half", "Line 2")):
         refused = prep("relabel", dataset, "--labels", tmp_path / f"{name}.csv")
         assert refused.returncode and message in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_a_patient_id_of_two_issuers_is_no_key(tmp_path: Path, slice_bytes) -> None:
+    for number, issuer in enumerate(("NORTH", "SOUTH", "SOUTH")):
+        pixels = np.random.default_rng(number).integers(0, 2000, (32, 32)).astype(np.int16)
+        attributes = {
+            "SOPInstanceUID": f"2.25.9{number}", "StudyInstanceUID": f"2.25.1{number}", "PatientID": f"P{number // 2}",
+            "SeriesInstanceUID": f"2.25.2{number}", "IssuerOfPatientID": issuer,
+        }  # fmt: skip
+        (tmp_path / "src").mkdir(exist_ok=True)
+        (tmp_path / "src" / f"{number}.dcm").write_bytes(slice_bytes(pixels, **attributes))
+    spec = Spec(size=32, layout="folder")
+    build(tmp_path / "src", tmp_path / "data.zarr", spec, workers=0, allow=Allowances(unlabelled=True))
+    for patient, code in (("P0", 1), ("P1", 0)):
+        (tmp_path / "new.csv").write_text(f"patient_id,any\n{patient},1\n")
+        done = prep("relabel", tmp_path / "data.zarr", "--labels", tmp_path / "new.csv")
+        assert done.returncode == code and ("two issuers" in done.stderr) == bool(code), done.stderr
 
 
 def test_tables_that_cannot_be_used(dataset: Path, tmp_path: Path) -> None:

@@ -41,11 +41,17 @@ def test_help_names_every_preset() -> None:
     assert all(name in prep("build", "--help").stdout for name in PRESETS)
 
 
+def test_help_has_the_exit_codes() -> None:
+    for words in ((), ("build",), ("shards",)):
+        assert "128 + n ended by signal n" in " ".join(prep(*words, "--help").stdout.split())
+
+
 def test_help_names_every_command() -> None:
     text = prep("--help").stdout
     commands = [command.callback.__name__ for command in app.registered_commands if command.callback]
-    known = ["synth", "build", "scan", "info", "report", "find", "quarantine", "verify", "clean", "export", "view"]
-    assert commands == [*known, "append", "relabel", "drop", "history"]
+    building = ["build", "plan", "shards", "publish", "status"]
+    looking = ["scan", "info", "report", "find", "quarantine", "verify", "clean", "export", "view"]
+    assert commands == ["synth", *building, *looking, "append", "relabel", "drop", "history"]
     assert all(name in text for name in commands)
 
 

@@ -187,9 +187,23 @@ def test_threads_of_one_worker_take_turns(tmp_path: Path) -> None:
 
 def test_a_folder_that_a_worker_does_not_see_is_named(scheduler: str, tmp_path: Path) -> None:
     with Pool(workers=0, scheduler=scheduler) as guest:
-        guest.check_workers(tmp_path, say=pytest.fail)
+        guest.check_workers(tmp_path, say=str)
         with pytest.raises(BuildError, match=r"does not see .*elsewhere"):
-            guest.check_workers(tmp_path, tmp_path / "elsewhere", say=pytest.fail)
+            guest.check_workers(tmp_path, tmp_path / "elsewhere", say=str)
+
+
+def test_a_worker_that_joins_later_is_checked_by_its_first_task(scheduler: str, tmp_path: Path) -> None:
+    folder = tmp_path / "seen"
+    folder.mkdir()
+    reported: list[str] = []
+    with Pool(workers=0, scheduler=scheduler) as guest:
+        guest.check_workers(folder, say=reported.append)
+        folder.rmdir()  # as if the tasks ran on a host without it
+        with pytest.raises(BuildError, match=r"worker on .* does not see .*seen"):
+            dict(guest.map(square, range(3)))
+        folder.mkdir()
+        assert dict(guest.map(square, range(3))) == {0: 0, 1: 1, 2: 4}
+    assert [text.split(":")[0] for text in reported] == ["Dashboard"]
 
 
 def test_a_worker_that_cannot_load_what_it_is_sent_is_refused(scheduler: str) -> None:
@@ -197,7 +211,7 @@ def test_a_worker_that_cannot_load_what_it_is_sent_is_refused(scheduler: str) ->
         Pool(workers=0, scheduler=scheduler, modules=("ich_prep.nothing",)) as guest,
         pytest.raises(BuildError, match=rf"{scheduler} and its workers cannot load this package.*ich_prep\.nothing"),
     ):
-        guest.check_workers(say=pytest.fail)
+        guest.check_workers(say=str)
 
 
 def test_a_worker_of_another_version_is_refused(scheduler: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +221,7 @@ def test_a_worker_of_another_version_is_refused(scheduler: str, monkeypatch: pyt
         versions = iter([{"ich": "0.1", "numpy": "0.0"}] * 3)
         monkeypatch.setattr("ich_prep.execute.all_versions", lambda: next(versions, {"ich": "0.1", "numpy": "9.9"}))
         with pytest.raises(BuildError, match=r"has numpy 0\.0, this machine has 9\.9"):
-            guest.check_workers(say=pytest.fail)
+            guest.check_workers(say=str)
 
 
 def test_a_scheduler_without_workers_is_waited_for() -> None:
@@ -219,8 +233,9 @@ def test_a_scheduler_without_workers_is_waited_for() -> None:
         assert guest.wait_until_started() == 0
 
         def start_one(text: str) -> None:
-            reported.append(text)
-            cluster.scale(1)
+            if "no workers" in text:
+                reported.append(text)
+                cluster.scale(1)
 
         guest.check_workers(say=start_one)
         assert guest.wait_until_started() == 1

@@ -37,11 +37,13 @@ def test_a_recipe_may_set_every_option(tmp_path: Path) -> None:
         'image_types = "original"\nrescale_types = "US"\nallow_burned_in = true\n'
         'patients = "study"\nlink = "patient,study"\nsplit_groups = true\nallow_lost_labels = true\n'
         'include = ["BodyPartExamined=HEAD"]\nexclude = ["KVP=80"]\nmin_slices = 3\none_series_per_study = "thickest"\n'
-        'folds = 3\nworkers = 0\nscheduler = "tcp://127.0.0.1:8786"\n'
+        'folds = 3\nworkers = 0\nscheduler = "tls://127.0.0.1:8786"\n'
         "max_quarantined = 0.5\nallow_unlabelled = true\nallow_missing_images = true\nallow_contradictions = true\n"
         'label_key = ["patient_id=Fall, Nr."]\nlabel_column = ["any=Blutung"]\n'
         'ignore_columns = "all"\nkeep_columns = ["age"]\n'
-        'identifiers = "pseudonymise"\nkey = "one.key"\nallow_kept_columns = true\nreport = true\n',
+        'identifiers = "pseudonymise"\nkey = "one.key"\nallow_kept_columns = true\nreport = true\n'
+        'tls_ca = "ca.pem"\ntls_cert = "cert.pem"\ntls_key = "key.pem"\n'
+        "allow_full_disk = true\nlog_json = true\n",
         encoding="utf-8",
     )
     options = resolve(recipe, {})

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +14,7 @@ import torch
 
 from ich_prep.dataset.classes import RSNA_CLASSES
 from ich_prep.dataset.dataset import Dataset, open_dataset
+from ich_prep.dataset.schema import digest_of
 from ich_prep.dataset.tables import write_table
 from ich_train.checkpoint import Images, Meta, save_checkpoint
 from ich_train.model import build_model
@@ -41,6 +45,14 @@ def save_untrained(run: Path, dataset: Dataset, *, context: int = 0) -> Path:
     model = build_model("baseline", channels=meta.channels, size=meta.images.size, classes=len(meta.classes))
     save_checkpoint(run / "best", model, meta)
     return run
+
+
+def rewrite_meta(run: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Apply ``change`` to the ``meta.json`` of the best network of ``run``, and compute its digest again."""
+    file = run / "best" / "meta.json"
+    values = json.loads(file.read_bytes())
+    change(values)
+    file.write_text(json.dumps(values | {"digest": digest_of(values)}))
 
 
 def with_classes(source: Path, copy: Path, classes: tuple[str, ...]) -> Dataset:

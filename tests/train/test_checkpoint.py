@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save
 
 from ich_prep.dataset.classes import RSNA_CLASSES
+from ich_prep.dataset.schema import digest_of
 from ich_prep.dataset.windows import PRESETS
 from ich_prep.errors import TrainError
 from ich_train.checkpoint import (
@@ -158,7 +159,7 @@ def test_damaged_files_are_reported(tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="cannot be resumed"):
         load_state(folder)
     (folder / "meta.json").write_text("{", encoding="utf-8")
-    with pytest.raises(TrainError, match=r"meta\.json is damaged: Invalid JSON: .* line 1 column 1\.$"):
+    with pytest.raises(TrainError, match=r"meta\.json is damaged: .* line 1 column 2 \(char 1\)\.$"):
         load_model(folder, "cpu")
     (folder / "meta.json").write_text(META.model_dump_json(exclude={"epoch"}), encoding="utf-8")
     with pytest.raises(TrainError, match=r"meta\.json is damaged: epoch: Field required\.$"):
@@ -177,7 +178,8 @@ def test_meta_is_plain_json_of_which_unknown_keys_are_ignored(tmp_path: Path) ->
     content = json.loads(file.read_text(encoding="utf-8"))
     assert content["classes"] == list(RSNA_CLASSES)
     assert content["images"]["windows"][0] == {"name": "brain", "center": 40.0, "width": 80.0}
-    file.write_text(json.dumps(content | {"of_a_later_version": 1}), encoding="utf-8")
+    content["of_a_later_version"] = 1
+    file.write_text(json.dumps(content | {"digest": digest_of(content)}), encoding="utf-8")
     assert read_meta(tmp_path / "best") == META
 
 

@@ -185,7 +185,7 @@ def test_what_cannot_be_written_is_refused_before_the_work(
     ):
         if "/proc" in str(words[-1]) and not Path("/proc/self").exists():
             continue
-        assert call(*words) == 2
+        assert call(*words) == (1 if "/proc" in str(words[-1]) else 2)
         assert message in capsys.readouterr().err
 
 

@@ -479,3 +479,24 @@ def test_from_shuffled_labels_there_is_nothing_to_learn(sixty: Path, tmp_path: P
     assert 0.4 <= aucs["any"] <= 0.6
     # A subtype has a dozen positives here: only their mean is that certain.
     assert 0.4 <= np.mean(list(aucs.values())) <= 0.6
+
+
+def test_of_two_that_resume_one_run_one_trains_and_the_other_says_so(twelve: Path, tmp_path: Path) -> None:
+    """The first is stopped, as by Ctrl-Z, while it holds the run."""
+    out = tmp_path / "run"
+    quiet_train(open_dataset(twelve), out, settings(epochs=1, data=twelve))
+    recipe = recipe_of(tmp_path, epochs=2, data=twelve)
+    words = [sys.executable, *command("--recipe", recipe, "--out", out, "--resume")]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=ONE_THREAD) as first:
+        assert first.stderr is not None
+        printed = next(line for line in first.stderr if line.startswith("Training"))
+        first.send_signal(signal.SIGSTOP)
+        second = subprocess.run(words, capture_output=True, text=True, env=ONE_THREAD, check=False)
+        first.send_signal(signal.SIGCONT)
+        printed += first.stderr.read()
+    assert second.returncode == 1
+    assert second.stderr == (
+        f"Error: Another process trains the run in {out}. Wait for it, or stop it, then run this command again.\n"
+    )
+    assert first.returncode == 0, printed
+    assert len(read_history(out)) == 2

@@ -148,7 +148,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="no file system here that refuses files to every user")
 def test_a_file_system_that_takes_no_files_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"Cannot write to /proc: .*\. Name another\."):
+    with pytest.raises(TrainError, match=r"Cannot write to /proc: .*\. Name another\."):
         require_writable(Path("/proc/folder"), hint="Name another.")
 
 

@@ -57,7 +57,8 @@ def test_a_split_has_the_slices_of_its_filter_only(dataset: Dataset) -> None:
 
 def test_a_run_records_what_it_was_trained_on(dataset: Dataset, run: Path) -> None:
     meta = read_meta(run / "best")
-    assert (meta.where, meta.dataset_generation, meta.dataset_digest) == (WHERE, 1, dataset.digest)
+    assert (meta.where, meta.dataset_digest) == (WHERE, dataset.digest)
+    assert [(one.generation, one.digest) for one in meta.datasets] == [(1, dataset.digest)]
     assert settings_of(run)[0].where == WHERE
     with pytest.raises(UsageError, match="where"):
         train(dataset, run, SETTINGS.model_copy(update={"where": None}), None, console=Console(), resume=True)
@@ -92,6 +93,14 @@ def test_the_command_line_takes_filters(twelve: Path, run: Path, tmp_path: Path,
     assert call("predict", run, *words, "--where", "slice_index == 4", "--sample", submission, "--out", submission) == 2
     assert call("predict", run, *words, "--where", "row < 0", "--out", submission) == 2
     assert call("run", *words, "--where", "colour == 1", "--out", tmp_path / "r") == 2
+
+
+def test_a_filter_may_leave_nothing_to_test_on(dataset: Dataset, tmp_path: Path) -> None:
+    said = io.StringIO()
+    settings = SETTINGS.model_copy(update={"where": "subset == 'train' and fold != 1"})
+    result = train(dataset, tmp_path / "run", settings, EvalConfig(bootstrap=0), console=Console(file=said, width=200))
+    assert result.finished and result.metrics is None
+    assert "will not be evaluated" in said.getvalue()
 
 
 def test_a_run_is_resumed_with_the_generation_that_it_began_with(twelve: Path, tmp_path: Path) -> None:

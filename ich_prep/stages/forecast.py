@@ -1,0 +1,119 @@
+"""What the shards of a plan will take in disk and time, from a few slices, and whether the disk can hold them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ich_prep.errors import BuildError, count
+from ich_prep.messages import duration_text, size_text
+from ich_prep.stages import ledger
+from ich_prep.stages.sample import Sample, measure
+from ich_prep.stages.shard import COLUMNS
+from ich_prep.stages.state import BuildFolder
+
+if TYPE_CHECKING:
+    from ich_prep.dataset.spec import Spec
+    from ich_prep.execute import Pool
+
+SLICES_PER_SAMPLE = 512  # one sampled slice of so many, so that a sample costs next to nothing
+FEWEST, MOST = 4, 32  # slices of a sample
+TABLE_BYTES = 600  # of a slice in the published tables and in the ledger; measured: 240 to 480
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What writing ``slices`` slices takes in ``processes`` processes, from a ``sample``; None if none of it decoded.
+
+    ``bytes`` on the disk of the dataset, of which ``free_bytes`` are free; ``seconds`` of reading, decoding and encoding,
+    if the disks are as fast for all processes together as for one.
+    """
+
+    slices: int
+    processes: int
+    sample: Sample
+    bytes: int | None
+    free_bytes: int
+    seconds: float | None
+
+    def values(self) -> dict[str, int | float | None]:
+        """Return the numbers, for the log."""
+        return {
+            "slices": self.slices,
+            "processes": self.processes,
+            "bytes": self.bytes,
+            "free_bytes": self.free_bytes,
+            "seconds": None if self.seconds is None else round(self.seconds, 1),
+        }
+
+    def __str__(self) -> str:
+        if self.bytes is None or self.seconds is None:
+            return f"No estimate of disk and time: none of {count(self.sample.slices, 'sampled slice')} decodes."
+        return (
+            f"Estimate, from {count(self.sample.slices, 'slice')}: {size_text(self.bytes)} more on disk, of "
+            f"{size_text(self.free_bytes)} that are free; {duration_text(self.seconds)} for "
+            f"{count(self.slices, 'slice')} in {count(self.processes, 'process', 'processes')}, longer if the disks are "
+            "slower."
+        )
+
+
+def forecast(pool: Pool, out: Path, folder: BuildFolder, sources: Sequence[Path], spec: Spec) -> Forecast | None:
+    """Return what the shards without an entry in the ledger will take; None if there is none.
+
+    The sample is rendered by one of the workers, as a shard's task renders its slices.
+    """
+    plan = pq.ParquetFile(folder.plan).metadata
+    missing = set(range(plan.num_row_groups)) - ledger.done(folder.done)
+    slices = sum(plan.row_group(number).num_rows for number in missing)
+    if not slices:
+        return None
+    task = partial(sample_plan, str(folder.path), tuple(map(str, sources)), spec)
+    ((_, sample),) = pool.map(task, [min(MOST, max(FEWEST, slices // SLICES_PER_SAMPLE))])
+    processes = max(1, pool.wait_until_started())
+    return Forecast(
+        slices=slices,
+        processes=processes,
+        sample=sample,
+        bytes=None if sample.bytes is None else round((sample.bytes + TABLE_BYTES) * slices),
+        free_bytes=shutil.disk_usage(out).free,
+        seconds=None if sample.seconds is None else sample.seconds * slices / processes,
+    )
+
+
+def sample_plan(folder: str, sources: tuple[str, ...], spec: Spec, number: int) -> Sample:
+    """Return what ``number`` slices of the plan, evenly spaced, take in this process: a task of a pool."""
+    build = BuildFolder(Path(folder))
+    with pq.ParquetFile(build.plan) as plan, pq.ParquetFile(build.keys) as keys:
+        rows = np.unique(np.linspace(0, plan.metadata.num_rows - 1, number).round().astype(int)).tolist()
+        starts = np.cumsum([0, *(plan.metadata.row_group(k).num_rows for k in range(plan.metadata.num_row_groups))])
+        slices, found = [], []
+        for row in rows:
+            group = int(np.searchsorted(starts, row, side="right")) - 1
+            slices.append(plan.read_row_group(group, columns=COLUMNS).slice(row - int(starts[group]), 1))
+            found += keys.read_row_group(group)["key"].slice(row - int(starts[group]), 1).to_pylist()
+    chosen = pa.concat_tables(slices)
+    return measure(chosen, found, [Path(source) for source in sources], spec)
+
+
+def check_space(found: Forecast, out: Path, *, allowed: bool, say: Callable[[str], None]) -> None:
+    """Raise ``BuildError`` if the disk of ``out`` is not expected to hold what is missing, unless that is ``allowed``."""
+    if found.bytes is None or found.bytes <= found.free_bytes:
+        return
+    text = (
+        f"The disk of {out} has {size_text(found.free_bytes)} free; the dataset is expected to take "
+        f"{size_text(found.bytes)} more, from {count(found.sample.slices, 'slice')} of the plan"
+    )
+    if not allowed:
+        raise BuildError(
+            f"{text}. Free space and run the same command again (the plan is kept), or choose another --out, or a smaller "
+            "--size, fewer --windows or --codec zstd with --overwrite; --allow-full-disk tries nevertheless."
+        )
+    say(f"{text}; allowed.")
