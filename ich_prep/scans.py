@@ -29,6 +29,7 @@ from ich_prep.layouts import LAYOUTS, check_layout, choose_layout
 from ich_prep.layouts.labels import no_labels
 from ich_prep.progress import NoProgress, Progress
 from ich_prep.sources import FolderSource, Source, open_source, read_ahead
+from ich_prep.stages import identity
 from ich_prep.stages.checks import check_any_slice
 from ich_prep.stages.plan import Plan
 from ich_prep.stages.plan_tables import PLAN_COLUMNS
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from ich_prep.dataset.spec import Spec, Stored
     from ich_prep.pixels.audit import Audit
 
+LOST_SCANS = ("series_instance_uid", "study_instance_uid", "patient_id", "n_damaged")
 _FOLDS = ("fold", "fold_group")  # columns that say something about training data only
 
 
@@ -95,7 +97,8 @@ class PlannedScans:
 
     ``slices`` and ``series`` are the plan's tables without folds, ``keys`` (binary) the source keys of the slices,
     ``quarantine`` the files that are left out so far, with ``series_instance_uid`` (null where no header was read).
-    ``found`` is the number of files.
+    ``damaged``, int64 (volumes,), counts the files that belong to each volume by their headers and are too damaged for a
+    row; ``lost`` (``LOST_SCANS``) has the volumes of which every file is. ``found`` is the number of files.
     """
 
     source: Source
@@ -105,6 +108,8 @@ class PlannedScans:
     series: pa.Table
     keys: pa.ChunkedArray
     quarantine: pa.Table
+    damaged: NDArray[np.int64]
+    lost: pa.Table
     found: int
 
 
@@ -131,6 +136,7 @@ def plan_scans(src: Sequence[str | Path], spec: Spec, *, progress: Progress | No
         found = settle_files(job, scanned, spec)
         plan = plan_files(job, found, layout=layout, labels=no_labels(spec.classes), spec=spec)
     check_any_slice(plan)
+    damaged, lost = _damage(plan, found.scanned)
     return PlannedScans(
         source=source,
         path=paths[0],
@@ -139,6 +145,8 @@ def plan_scans(src: Sequence[str | Path], spec: Spec, *, progress: Progress | No
         series=_without_folds(plan.series),
         keys=source_keys(listing, plan.slices["path"]),
         quarantine=_with_series(plan, found.scanned),
+        damaged=damaged,
+        lost=lost,
         found=len(listing.files),
     )
 
@@ -161,6 +169,35 @@ def _with_series(plan: Plan, scanned: pa.Table) -> pa.Table:
     """Return the plan's quarantine table with the Series Instance UID of each file whose header was read."""
     index = pc.index_in(plan.quarantine["path"], value_set=scanned["path"])
     return plan.quarantine.append_column("series_instance_uid", scanned["series_instance_uid"].take(index))
+
+
+def _damage(plan: Plan, scanned: pa.Table) -> tuple[NDArray[np.int64], pa.Table]:
+    """Return for each volume of the ``plan`` its number of damaged files, and the volumes that are lost with all files.
+
+    Damaged files are told apart by patient and study as slices are: another patient's damage is not the volume's.
+    """
+    reasons = [reason is not None and Reason(reason).is_damage for reason in scanned["reason"].to_pylist()]
+    is_damaged = np.array(reasons, bool) & pc.is_valid(scanned["series_instance_uid"]).to_numpy()
+    is_slice = pc.is_in(scanned["path"], value_set=plan.slices["path"]).to_numpy()
+    headers = scanned.filter(pa.array(is_damaged | is_slice))
+    is_damaged = is_damaged[is_damaged | is_slice]
+    patient = identity.with_issuer(identity.usable(headers["patient_id"]), headers["issuer_of_patient_id"])
+    owner, _ = identity.divide_series(
+        identity.codes_of(headers["series_instance_uid"]),
+        identity.codes_of(identity.usable(headers["study_instance_uid"])),
+        identity.codes_of(patient),
+    )
+    numbers = np.bincount(owner, weights=is_damaged).astype(np.int64)
+    first = pc.index_in(plan.slices["path"].take(plan.series["first_row"]), value_set=headers["path"])
+    without_slice = np.bincount(owner, weights=~is_damaged) == 0
+    lost = [
+        {**headers.slice(int(np.argmax(owner == number)), 1).select(LOST_SCANS[:-1]).to_pylist()[0], "n_damaged": total}
+        for number, total in enumerate(numbers.tolist())
+        if without_slice[number] and total
+    ]
+    fields = [*((name, pa.string()) for name in LOST_SCANS[:-1]), (LOST_SCANS[-1], pa.int32())]
+    found = pa.Table.from_pylist(lost, pa.schema(fields))
+    return numbers[owner[first.to_numpy()]], found.sort_by([(name, "ascending") for name in LOST_SCANS])
 
 
 class RenderedScans(Dataset):

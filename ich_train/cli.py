@@ -165,7 +165,7 @@ def eval_command(run: RunFolder, *, given: dict[str, Any], place: dict[str, Any]
 
 @app.command("predict")
 @options_from(PredictConfig)
-@options_from(EvalConfig, "batch_size", into="batches", default="as in the recipe of the first run")
+@options_from(EvalConfig, "batch_size", "mirror", into="batches", default="as in the recipe of the first run")
 @options_from(TrainConfig, "data", "threads", "device", into="place", default="the first run's")
 def predict_command(
     runs: RunFolders,
@@ -212,6 +212,7 @@ def predict_command(
         source,
         wanted,
         kaggle=kaggle,
+        mirror=batches.get("mirror", evaluation.mirror),
         batch_size=batches.get("batch_size", evaluation.batch_size),
         threads=place.get("threads", settings.threads),
         device=choose_device(place.get("device", settings.device)),

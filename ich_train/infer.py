@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from ich_prep.dataset.dataset import Dataset
 from ich_prep.errors import Reason, UsageError, count
 from ich_train.infer_source import Block, blocks, first_quarantine, has_subsets, metas_of
-from ich_train.predict import Predictor, load_predictor, predict_rows
+from ich_train.predict import Mirrored, Predictor, load_predictor, predict_rows
 from ich_train.scan_predict import predict_scans, series_rows
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def predict(
     settings: PredictConfig,
     *,
     kaggle: bool = False,
+    mirror: bool = False,
     batch_size: int = 64,
     threads: int = 2,
     device: Any = "cpu",
@@ -80,16 +81,18 @@ def predict(
 
     Only slices that ``settings.where`` selects are predicted, or without it for ``kaggle`` those of the subset test. A
     scan of which fewer than half of the slices were predicted has no probabilities, nor has a flagged one with
-    ``settings.skip_flagged``. Raises ``UsageError`` if no slice is selected, or as ``load_predictor``.
+    ``settings.skip_flagged``. With ``mirror``, logits are averaged with those of the mirrored slices. Raises
+    ``UsageError`` if no slice is selected, or as ``load_predictor``.
     """
     metas = metas_of(runs)
     subset = "test" if kaggle and settings.where is None and has_subsets(source) else None
     predictors: tuple[Predictor, ...] = ()
     slices, scans, quarantine = list[pa.Table](), list[pa.Table](), [first_quarantine(source)]
-    damaged = {} if isinstance(source, Dataset) else _damaged(quarantine[0])  # a dataset does not know whose they were
+    # A dataset does not know whose the files were that never got a row.
+    damaged = np.zeros(len(source.series), np.int64) if isinstance(source, Dataset) else source.damaged
     for block in blocks(source, metas, threads):
         predictors = predictors or tuple(
-            load_predictor(run, block.of(meta), device=device) for run, meta in zip(runs, metas, strict=True)
+            _load(run, block.of(meta), device, mirror=mirror) for run, meta in zip(runs, metas, strict=True)
         )
         selected = block.selected(settings.where, subset)
         if len(selected):
@@ -107,35 +110,22 @@ def predict(
             "choose slices with --where."
         )
     of_scans = pa.concat_tables(scans)
-    if settings.where is None and subset is None:
-        of_scans = _with_lost_scans(of_scans, source, damaged)
+    if settings.where is None and subset is None and not isinstance(source, Dataset):
+        of_scans = _with_lost_scans(of_scans, source.lost)
     left_out = pa.concat_tables(quarantine).sort_by("path")
     return Predictions(metas[0].classes, pa.concat_tables(slices), of_scans, left_out, predictors)
 
 
-def _damaged(quarantine: pa.Table) -> Mapping[str, int]:
-    """Return for each series the number of its files that were damaged before they got a row."""
-    numbers: dict[str, int] = {}
-    for series, reason in zip(
-        quarantine["series_instance_uid"].to_pylist(), quarantine["reason"].to_pylist(), strict=True
-    ):
-        if series is not None and reason in DAMAGE:
-            numbers[series] = numbers.get(series, 0) + 1
-    return numbers
+def _load(run: Path, dataset: Dataset, device: Any, *, mirror: bool) -> Predictor:
+    predictor = load_predictor(run, dataset, device=device)
+    return replace(predictor, model=Mirrored(predictor.model)) if mirror else predictor
 
 
-def _with_lost_scans(scans: pa.Table, source: Source, damaged: Mapping[str, int]) -> pa.Table:
-    """Return ``scans`` and a line, without a ``series_row``, for each series of which every slice was damaged."""
-    lost = sorted(damaged.keys() - {*source.series["series_instance_uid"].to_pylist()})
+def _with_lost_scans(scans: pa.Table, lost: pa.Table) -> pa.Table:
+    """Return ``scans`` and a line, without a ``series_row``, for each of the ``lost``, of which every slice is damaged."""
     lines = [
-        {
-            "series_instance_uid": uid,
-            "n_slices": 0,
-            "n_damaged": damaged[uid],
-            "n_predicted": 0,
-            NO_CALL: _no_call("", 0, damaged[uid]),
-        }
-        for uid in lost
+        {**line, "n_slices": 0, "n_predicted": 0, NO_CALL: _no_call("", 0, line["n_damaged"])}
+        for line in lost.to_pylist()
     ]
     return pa.concat_tables([scans, pa.Table.from_pylist(lines, scans.schema)])
 
@@ -148,12 +138,12 @@ def _predict_block(
     block: Block,
     selected: NDArray[np.int64],
     settings: PredictConfig,
-    damaged: Mapping[str, int],
+    damaged: NDArray[np.int64],
     *,
     batch_size: int,
     threads: int,
 ) -> tuple[pa.Table, pa.Table]:
-    """Return the tables of the slices ``selected`` and of their scans."""
+    """Return the tables of the slices ``selected`` and of their scans; ``damaged`` is by the source's ``series_row``."""
     dataset, classes = block.first, predictors[0].meta.classes
     series_row = dataset.slices["series_row"].take(pa.array(selected)).to_numpy().astype(np.int64)
     scans, scan_of = np.unique(series_row, return_inverse=True)
@@ -174,7 +164,7 @@ def _predict_block(
         dataset.slices["series_row"].to_numpy(zero_copy_only=False)[dataset.is_ok].astype(np.int64),
         minlength=int(scans.max()) + 1,
     )[scans]
-    early = np.array([damaged.get(uid, 0) for uid in lines["series_instance_uid"].to_pylist()], np.int64)
+    early = damaged[block.first_series + scans]
     planned = lines["n_slices"].to_numpy().astype(np.int64)
     no_call = [
         _no_call(*values) for values in zip(flagged, predicted.tolist(), (planned + early).tolist(), strict=True)

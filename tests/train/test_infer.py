@@ -27,7 +27,7 @@ from ich_train import infer_source
 from ich_train.config import SOURCE_OPTIONS, EvalConfig, PredictConfig, TrainConfig
 from ich_train.infer import Answer, Predictions, predict, scan_probabilities
 from ich_train.infer_source import open_source, stored_as
-from ich_train.predict import load_predictor, predict_rows
+from ich_train.predict import Mirrored, load_predictor, predict_rows
 from ich_train.runs import start
 from ich_train.scan_predict import predict_scans
 from ich_train.train import train
@@ -293,6 +293,37 @@ def test_a_scan_with_fewer_than_half_of_its_slices_gets_no_call(
     assert {one["series_instance_uid"] for one in quarantined} == ({"1.2.2"} if broken else set())
 
 
+@pytest.mark.parametrize("whole", [3, 0])
+@pytest.mark.parametrize("differing", ["PatientID", "StudyInstanceUID"])
+def test_damage_counts_for_the_volume_that_the_headers_name(
+    call: Call, hospital_run: Path, tmp_path: Path, differing: str, whole: int
+) -> None:
+    """A de-identifier gave two patients, or two studies, one series UID; most files of the second are cut off."""
+    second = {"a": slices(range(10)), "b": slices(range(30, 60), **{differing: "1.2.77"})}
+    for name in sorted(second["b"])[whole:]:
+        second["b"][name] = second["b"][name][:-100]
+    write_files(tmp_path / "src", below("a", second["a"]) | below("b", second["b"]))
+    assert call("predict", hospital_run, "--src", "src", "--out", "x.csv", "--scans", "s.csv") == 0
+    column = "patient_id" if differing == "PatientID" else "study_instance_uid"
+    other, one = sorted(read_table(tmp_path / "s.csv"), key=lambda line: line[column] != "1.2.77")
+    assert (one["n_slices"], one["n_damaged"], one["no_call"]) == ("10", "0", "")
+    assert (other["n_slices"], other["n_damaged"]) == (str(whole), str(30 - whole))
+    assert other["no_call"] and not other["any"]
+    assert other[column] == "1.2.77"
+
+
+def test_damage_counts_for_the_series_if_every_file_has_an_identifier_of_its_own(
+    call: Call, hospital_run: Path, tmp_path: Path
+) -> None:
+    files = {f"{n:03}.dcm": ct_bytes(n, PatientID=f"P{n}", StudyInstanceUID=f"1.9.{n}") for n in range(10)}
+    for name in sorted(files)[:6]:
+        files[name] = files[name][:-100]
+    write_files(tmp_path / "src", files)
+    assert call("predict", hospital_run, "--src", "src", "--out", "x.csv", "--scans", "s.csv") == 0
+    (scan,) = read_table(tmp_path / "s.csv")
+    assert (scan["n_damaged"], scan["no_call"]) == ("6", "only 4 of 10 slices could be predicted")
+
+
 def test_a_slice_whose_pixels_do_not_decode_is_named_and_has_no_probability(
     call: Call, hospital_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -413,6 +444,20 @@ def test_runs_are_averaged_also_those_of_other_images(
     of_slice = found["series_row"].to_numpy()
     highest = np.stack([values[of_slice == series].max(axis=0) for series in (0, 1)])
     assert np.array_equal(np.stack([scans[name].to_numpy() for name in one.classes], axis=1), highest)
+
+
+def test_mirror_images_are_averaged_on_request(call: Call, run: Path, twelve: Path, tmp_path: Path) -> None:
+    dataset = open_dataset(twelve)
+    predictor = load_predictor(run, dataset, device="cpu")
+    rows = np.arange(len(dataset))
+    expected = predict_rows(
+        Mirrored(predictor.model), predictor.preprocess, dataset, rows, context=1, batch_size=16, threads=2
+    )
+    for option, equal in (("--mirror", True), ("--no-mirror", False)):
+        assert call("predict", run, "--src", twelve, "--out", "x.parquet", option) == 0
+        found = pq.read_table(tmp_path / "x.parquet")
+        values = np.stack([found[name].to_numpy() for name in dataset.classes], axis=1)
+        assert np.array_equal(values, expected) == equal
 
 
 def test_runs_that_cannot_be_averaged_are_refused(
