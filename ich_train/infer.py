@@ -124,7 +124,7 @@ def _load(run: Path, dataset: Dataset, device: Any, *, mirror: bool) -> Predicto
 def _with_lost_scans(scans: pa.Table, lost: pa.Table) -> pa.Table:
     """Return ``scans`` and a line, without a ``series_row``, for each of the ``lost``, of which every slice is damaged."""
     lines = [
-        {**line, "n_slices": 0, "n_predicted": 0, NO_CALL: _no_call("", 0, line["n_damaged"])}
+        {**line, "n_slices": 0, "n_predicted": 0, NO_CALL: _no_call("", 0, line["n_damaged"], 0)}
         for line in lost.to_pylist()
     ]
     return pa.concat_tables([scans, pa.Table.from_pylist(lines, scans.schema)])
@@ -167,7 +167,14 @@ def _predict_block(
     early = damaged[block.first_series + scans]
     planned = lines["n_slices"].to_numpy().astype(np.int64)
     no_call = [
-        _no_call(*values) for values in zip(flagged, predicted.tolist(), (planned + early).tolist(), strict=True)
+        _no_call(*values)
+        for values in zip(
+            flagged,
+            predicted.tolist(),
+            (planned + early).tolist(),
+            (planned - np.bincount(scan_of)).tolist(),
+            strict=True,
+        )
     ]
     of_scans[[reason is not None for reason in no_call]] = np.nan
     lines = _shifted(lines, block.first_series)
@@ -240,13 +247,15 @@ def _flagged(scans: pa.Table) -> list[str]:
     ]
 
 
-def _no_call(flags: str, predicted: int, slices: int) -> str | None:
+def _no_call(flags: str, predicted: int, slices: int, not_selected: int) -> str | None:
+    """Return why a scan of ``slices`` gets no call; None if it gets one."""
     if flags:
         return f"flagged: {flags}"
     if not predicted:
         return "no slice could be predicted"
     if predicted < LEAST_SHARE * slices:
-        return f"only {predicted} of {count(slices, 'slice')} could be predicted"
+        filtered = f"; the filter leaves out {not_selected}" if not_selected else ""
+        return f"only {predicted} of {count(slices, 'slice')} could be predicted{filtered}"
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from rich.console import Console
 
 from ich_prep.build_dataset import Allowances, build
 from ich_prep.dataset.dataset import Dataset, open_dataset
+from ich_prep.dataset.schema import digest_of
 from ich_prep.dataset.spec import Spec
 from ich_prep.errors import DatasetError, UsageError
 from ich_prep.phantom import synthesize
@@ -206,6 +208,12 @@ def test_a_filter_selects_the_same_slices_of_files_and_dataset(run: Path, twelve
     assert 0 < len(one.slices) < len(open_dataset(twelve))
     assert equal_tables(one.slices.drop_columns("label_line"), other.slices.drop_columns("label_line"))
     assert equal_tables(one.scans, other.scans)
+    few = predicted(run, twelve_tree, settings={"where": "slice_index < 3"}).scans
+    numbers = zip(few["n_slices"].to_pylist(), few["no_call"].to_pylist(), strict=True)
+    assert all(
+        why == f"only 3 of {n} slices could be predicted; the filter leaves out {n - 3}" for n, why in numbers if n > 6
+    )
+    assert few["any"].null_count == sum(n > 6 for n in few["n_slices"].to_pylist())
     with pytest.raises(UsageError, match=r"--where 'slice_index > 999' selects no slice of"):
         predicted(run, twelve_tree, settings={"where": "slice_index > 999"})
 
@@ -468,7 +476,9 @@ def test_runs_that_cannot_be_averaged_are_refused(
     assert "cannot be averaged: they were trained on other classes, fracture, any and " in capsys.readouterr().err
     turned = shutil.copytree(run, tmp_path / "turned")
     meta = turned / "best" / "meta.json"
-    meta.write_text(meta.read_text().replace('"orientation": "patient"', '"orientation": "as-stored"'))
+    document = json.loads(meta.read_text())
+    document["images"]["orientation"] = "as-stored"
+    meta.write_text(json.dumps({**document, "digest": digest_of(document)}))
     assert call("predict", run, turned, "--src", twelve, "--out", "x.csv") == 2
     assert "trained on other orientations of images, as-stored and patient" in capsys.readouterr().err
 
