@@ -25,7 +25,7 @@ from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.storage import files_below, local_path
 from ich_prep.dataset.tables import read_sealed
 from ich_prep.errors import DatasetError, Reason, UsageError
-from ich_prep.execute import Pool, default_workers
+from ich_prep.execute import Pool, Tls, default_workers
 from ich_prep.layouts import LAYOUTS
 from ich_prep.layouts.labels import LabelOptions, LabelRules, LabelTable
 from ich_prep.progress import NoProgress, Progress
@@ -86,6 +86,7 @@ def append(
     key: str | Path | None = None,
     workers: int | None = None,
     scheduler: str | None = None,
+    tls: Tls | None = None,
     allow: Allowances | None = None,
     progress: Progress | None = None,
 ) -> Appended:
@@ -115,7 +116,10 @@ def append(
         secret = key_of_dataset(dataset.root, base, None if key is None else Path(key), needed=True)
         layout = LAYOUTS[spec.layout]
         pool = Pool(
-            workers=default_workers() if workers is None else workers, scheduler=scheduler, modules=TASK_MODULES
+            workers=default_workers() if workers is None else workers,
+            scheduler=scheduler,
+            tls=tls,
+            modules=TASK_MODULES,
         )
         with pool:
             listing = source.list()

@@ -26,8 +26,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @options_from(
     BuildOptions,
     *("labels", "label_key", "label_column", "ignore_columns", "keep_columns", "build_dir", "key", "workers"),
-    *("scheduler", "max_quarantined", "allow_unlabelled", "allow_missing_images", "allow_lost_labels"),
-    *("allow_kept_columns", "allow_contradictions"),
+    *("scheduler", "tls_ca", "tls_cert", "tls_key", "max_quarantined", "allow_unlabelled", "allow_missing_images"),
+    *("allow_lost_labels", "allow_kept_columns", "allow_contradictions"),
 )
 def append(
     src: Annotated[list[Path], typer.Option(help="Folder of DICOM files, or zip archive; may be repeated.")],
