@@ -120,7 +120,8 @@ def verify(
                 )
             problems += compare(dataset, files, sampled, progress)
             compared = len(rows)
-    slices = len(dataset) if where is None else int(selected.sum())
+    used = pc.not_equal(dataset.slices["status"], UNUSED).to_numpy()
+    slices = int((used & selected).sum())
     return Verification(len(checked), slices, compared, tuple(problems), notes)
 
 
@@ -279,7 +280,7 @@ def _check_shards(dataset: Dataset, numbers: Sequence[int], progress: Progress) 
     shards = dataset.read_table("shards").take(pa.array(numbers, pa.int64()))
     withdrawn = pc.equal(dataset.slices["status"], WITHDRAWN).to_numpy()
     buffer = np.empty(int(np.prod(dataset.shape[1:])) * dataset.dtype.itemsize, np.uint8)
-    progress.begin("Checking shards", pc.sum(shards["n_rows"]).as_py(), "slices", 0)
+    progress.begin("Checking shards", pc.sum(shards["n_rows"]).as_py(), "rows", 0)
     for line in shards.to_pylist():
         path = shard_path(dataset.path, line["shard"])
         rows = np.arange(line["first_row"], line["first_row"] + line["n_rows"])
