@@ -10,7 +10,7 @@ import contextlib
 import importlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,19 +65,19 @@ if TYPE_CHECKING:
 class Appended:
     """The result of an append: ``found`` files, of which ``slices`` are new and ok, ``duplicates`` there already.
 
-    ``quarantined`` are the others, ``reasons`` their number by reason, the most first, and ``lost`` the labels that left
-    with them; ``fold_conflicts`` the groups that the new slices would have merged; ``generation`` the new one, None if
-    there was nothing new.
+    ``quarantined`` are the others; ``fold_conflicts`` the groups that the new slices would have merged; ``generation`` the
+    new one, None if there was nothing new. ``reasons`` has the number of others by reason, the most frequent first, and
+    ``lost`` the labels that left with them.
     """
 
     found: int
     slices: int
     duplicates: int
     quarantined: int
-    reasons: Mapping[str, int]
-    lost: Mapping[str, Loss]
     fold_conflicts: int
     generation: int | None
+    reasons: Mapping[str, int] = field(default_factory=dict)
+    lost: Mapping[str, Loss] = field(default_factory=dict)
 
 
 def append(
