@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,10 +33,10 @@ from ich_prep.progress import NoProgress, Progress
 from ich_prep.sources import check_table_path, open_source
 from ich_prep.stages.checks import Allowances, check_any_slice, check_damage, check_labels, check_lost
 from ich_prep.stages.generation import Change, changing, is_new_shard, joined_digest, publish_generation
-from ich_prep.stages.growth import Grown, content_hashes, grow, known_slices, without_known
+from ich_prep.stages.growth import Grown, content_hashes, grow, known_slices, number_there, without_known
 from ich_prep.stages.identifier_key import key_of_dataset, refuse_kept_columns
 from ich_prep.stages.identity import with_issuer
-from ich_prep.stages.losses import losses_by_reason
+from ich_prep.stages.losses import Loss, losses_by_reason
 from ich_prep.stages.merge_folders import merge_append
 from ich_prep.stages.output import check_output_folder, reset_folder
 from ich_prep.stages.plan import Plan
@@ -65,7 +66,8 @@ class Appended:
     """The result of an append: ``found`` files, of which ``slices`` are new and ok, ``duplicates`` there already.
 
     ``quarantined`` are the others; ``fold_conflicts`` the groups that the new slices would have merged; ``generation`` the
-    new one, None if there was nothing new.
+    new one, None if there was nothing new. ``reasons`` has the number of others by reason, the most frequent first, and
+    ``lost`` the labels that left with them.
     """
 
     found: int
@@ -74,6 +76,8 @@ class Appended:
     quarantined: int
     fold_conflicts: int
     generation: int | None
+    reasons: Mapping[str, int] = field(default_factory=dict)
+    lost: Mapping[str, Loss] = field(default_factory=dict)
 
 
 def append(
@@ -184,7 +188,8 @@ class _Append:
         write_keys(job.folder, job.listing, job.sources)
         write_shards(job.pool, out, job.folder, job.sources, state.plan, job.progress, first=state.first_shard)
         new = collect_tables(out, job.folder, state)
-        check_damage(new.quarantine, new.ok, allow, "Run the same command again if the machine was at fault")
+        there = number_there(new.quarantine)
+        check_damage(new.quarantine, new.ok + there, allow, "Run the same command again if the machine was at fault")
         given_fold = read_sealed(job.folder.plan, ["given_fold"])["given_fold"].to_numpy().astype(np.int64)
         patients = new.slices["patient_id"]
         if self.key is not None:
@@ -194,13 +199,21 @@ class _Append:
         change = self._change(state, new, grown, bool((given_fold >= 0).any()))
         generation = publish_generation(self.dataset, self.base, change)
         self._remove_folder()
-        duplicates = _number(new.quarantine, Reason.DUPLICATE)
+        return self._appended(new.quarantine, new.lost, new.ok, grown.fold_conflicts, generation)
+
+    def _appended(
+        self, quarantine: pa.Table, lost: pa.Table, ok: int, fold_conflicts: int = 0, generation: int | None = None
+    ) -> Appended:
+        reasons = Counter(quarantine["reason"].to_pylist())
+        duplicates = reasons.pop(str(Reason.DUPLICATE), 0)
         return Appended(
-            found=len(job.listing.files),
-            slices=new.ok,
+            found=len(self.job.listing.files),
+            slices=ok,
             duplicates=duplicates,
-            quarantined=len(new.quarantine) - duplicates,
-            fold_conflicts=grown.fold_conflicts,
+            quarantined=reasons.total(),
+            reasons=dict(sorted(reasons.items(), key=lambda one: (-one[1], one[0]))),
+            lost=losses_by_reason(lost),
+            fold_conflicts=fold_conflicts,
             generation=generation,
         )
 
@@ -247,7 +260,8 @@ class _Append:
         )
         plan = self._without_labels_of_known(plan, labels)
         hint = "Fix what can be fixed and run the same command again"
-        check_damage(plan.quarantine, len(plan.slices), allow, hint)
+        # Of all slices of the source, as in a build: a folder that grows has mostly those that are there.
+        check_damage(plan.quarantine, len(plan.slices) + number_there(plan.quarantine), allow, hint)
         check_labels(plan, labels, job.folder, allow, job.progress)
         check_lost(plan.lost, allow, job.progress)
         return plan
@@ -286,11 +300,11 @@ class _Append:
 
     def _nothing_new(self, plan: Plan) -> Appended:
         """Return that there is nothing to append; raises ``SourceError`` unless all slices are there already."""
-        duplicates = _number(plan.quarantine, Reason.DUPLICATE)
-        if not duplicates:
+        appended = self._appended(plan.quarantine, plan.lost, 0)
+        if not appended.duplicates:
             check_any_slice(plan)
         self._remove_folder()
-        return Appended(len(self.job.listing.files), 0, duplicates, len(plan.quarantine) - duplicates, 0, None)
+        return appended
 
     def _change(self, state: State, new: Tables, grown: Grown, given_folds: bool) -> Change:
         tables, before, root = grown.tables, self.dataset.counts, self.dataset.root
@@ -331,8 +345,3 @@ class _Append:
         for path in (folder.scan, folder.done, folder.path, self.base.path):
             with contextlib.suppress(OSError):  # it holds something else
                 path.rmdir()
-
-
-def _number(quarantine: pa.Table, reason: Reason) -> int:
-    number: int = pc.sum(pc.equal(quarantine["reason"], str(reason))).as_py() or 0
-    return number

@@ -269,6 +269,8 @@ def view(
     src: Annotated[
         list[Path] | None, typer.Option(help="The sources, as build was given them, to show quarantined files.")
     ] = None,
+    build_dir: Annotated[Path | None, typer.Option(help="Working folder. [DATASET.build]")] = None,
+    key: Annotated[Path | None, typer.Option(help="Key of the pseudonyms, for --src. [identifiers.key there]")] = None,
     corrections: Annotated[
         Path | None, typer.Option(help="CSV file to which marks are appended. [DATASET.corrections.csv]")
     ] = None,
@@ -284,14 +286,26 @@ def view(
 
     with open_dataset(dataset) as opened:
         if html is not None:
-            if src or corrections or port or browser:
-                raise UsageError("--src, --corrections, --port and --browser are of the server; --html writes files.")
+            if src or build_dir or key or corrections or port or browser:
+                raise UsageError(
+                    "--src, --build-dir, --key, --corrections, --port and --browser are of the server; --html writes files."
+                )
             volumes = write_html(opened, html, run=run, series=series or (), where=where)
             typer.echo(f"{count(volumes, 'volume')} in {html}: open {html / 'index.html'} in a browser.")
             return
         if series or where is not None:
             raise UsageError("--series and --where choose the volumes for --html; the page itself has filters.")
-        serve(opened, run=run, src=src or (), corrections=corrections, port=port, browser=browser, say=typer.echo)
+        serve(
+            opened,
+            run=run,
+            src=src or (),
+            build_dir=build_dir,
+            key=key,
+            corrections=corrections,
+            port=port,
+            browser=browser,
+            say=typer.echo,
+        )
 
 
 for _command in cli_change.COMMANDS:

@@ -50,6 +50,10 @@ def append(
         f"{out}: {count(found.slices, 'slice')} appended; of {count(found.found, 'file')} {found.duplicates:,} are there "
         f"already or duplicates, and {found.quarantined:,} were quarantined for other reasons."
     )
+    if found.reasons:
+        typer.echo(f"Quarantined: {', '.join(f'{number:,} {reason}' for reason, number in found.reasons.items())}.")
+    for reason, loss in found.lost.items():
+        typer.echo(f"Lost with {reason}: {count(loss.labels, 'label')}, {loss.positive:,} of them positive.")
     if found.fold_conflicts:
         typer.echo(
             f"{count(found.fold_conflicts, 'group')} of patients would be merged, or moved to another fold, by the new "
@@ -130,7 +134,7 @@ def drop(
     if as_json:
         typer.echo(json.dumps({"dataset": str(dataset), **asdict(found)}, indent=2))
         return
-    what = f"{count(found.slices, 'slice')} in {found.volumes:,} volumes of {count(found.patients, 'patient')}"
+    what = f"{count(found.slices, 'slice')} in {count(found.volumes, 'volume')} of {count(found.patients, 'patient')}"
     already = f"; {found.already:,} were withdrawn already" if found.already else ""
     if dry_run:
         typer.echo(f"{dataset}: {what} would be withdrawn{already}.")

@@ -75,12 +75,15 @@ def find(
     row: Annotated[int | None, typer.Option(help="Number of a row.")] = None,
     sop: Annotated[str | None, typer.Option(help="SOP Instance UID of a slice.")] = None,
     build_dir: BuildDir = None,
+    key: Annotated[
+        Path | None, typer.Option(help="Key of the pseudonyms, for --sop. [identifiers.key in the working folder]")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Find the source file, UIDs and accession number of a row, or of a SOP Instance UID."""
     from ich_prep import lookup
 
-    found = lookup.find(dataset, row=row, sop=sop, build_dir=build_dir)
+    found = lookup.find(dataset, row=row, sop=sop, build_dir=build_dir, key=key)
     if as_json:
         typer.echo(json.dumps({"rows": found.rows, "missing": found.missing}, indent=2))
         return
@@ -102,13 +105,16 @@ def quarantine(
     ] = None,
     src: Annotated[list[Path] | None, typer.Option(help="The sources, as build was given them, for --copy-to.")] = None,
     build_dir: BuildDir = None,
+    key: Annotated[
+        Path | None, typer.Option(help="Key of the pseudonyms, for --copy-to. [identifiers.key in the working folder]")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show what a build quarantined, and why; also of one that stopped."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    from ich_prep.stages.quarantined import by_reason, read_quarantine
+    from ich_prep.stages.quarantined import by_reason, key_of_quarantine, read_quarantine
 
     refuse_unknown(reason or (), map(str, Reason), where="--reason", listed=False)
     if copy_to is not None and not src:
@@ -119,7 +125,10 @@ def quarantine(
     if reason:
         files = files.filter(pc.is_in(files["reason"], value_set=pa.array(reason, pa.string())))
     groups = by_reason(files)
-    copied = None if copy_to is None else _copy(files, src or (), copy_to, quiet=as_json)
+    copied = None
+    if copy_to is not None:
+        secret = key_of_quarantine(dataset, build_dir, key)
+        copied = _copy(files, src or (), copy_to, secret, quiet=as_json)
     if csv_file is not None:  # last: an existing file is not overwritten, and the command may have to run again
         write_csvs({csv_file: files})
     if as_json:
@@ -145,11 +154,11 @@ def quarantine(
             raise typer.Exit(1)
 
 
-def _copy(files: pa.Table, src: Sequence[Path], target: Path, *, quiet: bool) -> Any:
+def _copy(files: pa.Table, src: Sequence[Path], target: Path, secret: bytes | None, *, quiet: bool) -> Any:
     from ich_prep.lookup import copy_quarantined
 
     with _progress(quiet=quiet) as progress:
-        return copy_quarantined(files, src, target, progress=progress)
+        return copy_quarantined(files, src, target, secret=secret, progress=progress)
 
 
 def _progress(*, quiet: bool, lines: bool = False) -> Any:

@@ -14,8 +14,11 @@ from ich_prep.dataset.schema import ROOT
 from ich_prep.dataset.storage import local_path, renamed_when_whole
 from ich_prep.dataset.tables import read_parquet
 from ich_prep.errors import SliceError, UsageError, describe_os_error
-from ich_prep.sources import LARGEST_MEMBER, Source, open_source, read_whole, shown
+from ich_prep.sources import LARGEST_MEMBER, read_whole
 from ich_prep.stages import ledger
+from ich_prep.stages.identifier_key import key_of_dataset
+from ich_prep.stages.pseudonyms import Level, pseudonym, pseudonyms
+from ich_prep.stages.source_files import NamedFile, SourceFiles
 from ich_prep.stages.state import BuildFolder, build_folder, readable_state
 
 if TYPE_CHECKING:
@@ -40,12 +43,18 @@ class Found:
 
 
 def find(
-    path: str | Path, *, row: int | None = None, sop: str | None = None, build_dir: str | Path | None = None
+    path: str | Path,
+    *,
+    row: int | None = None,
+    sop: str | None = None,
+    build_dir: str | Path | None = None,
+    key: str | Path | None = None,
 ) -> Found:
     """Return what is known about one row of the dataset at ``path``, or about all slices with a SOP Instance UID.
 
     The source file is known from the working folder of the build, ``build_dir`` or the one next to the dataset; so are
-    files with that UID that were quarantined. Raises ``UsageError`` unless exactly one of ``row`` and ``sop`` is given,
+    files with that UID that were quarantined. In a dataset of pseudonyms, ``sop`` may be one or, with the ``key``,
+    which is a file or in that folder, an original. Raises ``UsageError`` unless exactly one of ``row`` and ``sop`` is given,
     and for one that is not there.
     """
     if (row is None) == (sop is None):
@@ -53,7 +62,8 @@ def find(
     dataset = open_dataset(path)
     folder = build_folder(dataset.path.absolute(), build_dir)
     missing = _why_unknown(folder, dataset)
-    rows = [row] if row is not None else _rows_of(dataset, str(sop))
+    secret = key_of_dataset(dataset.root, folder, None if key is None else Path(key), needed=False)
+    rows = [row] if row is not None else _rows_of(dataset, str(sop), secret)
     if row is not None and not 0 <= row < len(dataset):
         raise UsageError(f"{dataset.path} has rows 0 to {len(dataset) - 1:,}; got --row {row}.")
     found = [_line(dataset, number) for number in rows]
@@ -61,7 +71,7 @@ def find(
         paths = read_parquet(folder.plan, ["path"])["path"]
         found = [{"path": paths[line["row"]].as_py(), **line} for line in found]
     if sop is not None and missing is None:
-        found += _quarantined(folder, dataset, sop)
+        found += _quarantined(folder, dataset, sop, secret)
     if not found:
         hint = f" {missing}" if missing else ""
         raise UsageError(f"No slice of {dataset.path} has the SOP Instance UID {str(sop)[:100]}.{hint}")
@@ -83,9 +93,10 @@ def _why_unknown(folder: BuildFolder, dataset: Dataset) -> str | None:
     return None
 
 
-def _rows_of(dataset: Dataset, sop: str) -> list[int]:
+def _rows_of(dataset: Dataset, sop: str, secret: bytes | None) -> list[int]:
     slices = dataset.slices
-    rows: list[int] = slices["row"].filter(pc.equal(slices["sop_instance_uid"], sop.strip())).to_pylist()
+    uids = [sop.strip()] if secret is None else [sop.strip(), pseudonym(secret, Level.INSTANCE, sop.strip())]
+    rows: list[int] = slices["row"].filter(pc.is_in(slices["sop_instance_uid"], value_set=pa.array(uids))).to_pylist()
     return rows
 
 
@@ -98,7 +109,7 @@ def _line(dataset: Dataset, row: int) -> dict[str, Any]:
     return {**line, **volume}
 
 
-def _quarantined(folder: BuildFolder, dataset: Dataset, sop: str) -> list[dict[str, Any]]:
+def _quarantined(folder: BuildFolder, dataset: Dataset, sop: str, secret: bytes | None) -> list[dict[str, Any]]:
     """Return the files with this UID in their header that have no row, and why."""
     names = ["path", "sop_instance_uid", "series_instance_uid", "study_instance_uid", "patient_id", "accession_number"]
     quarantine = dataset.read_table("quarantine")
@@ -107,9 +118,14 @@ def _quarantined(folder: BuildFolder, dataset: Dataset, sop: str) -> list[dict[s
     found = []
     for number in sorted(ledger.done(folder.scan, suffix=".parquet")):
         batch = read_parquet(folder.batch(number), names)
-        for line in batch.filter(pc.equal(batch["sop_instance_uid"], sop.strip())).to_pylist():
-            if line["path"] in reasons:
-                why = reasons[line["path"]]
+        published = batch.select(["path", "sop_instance_uid"])
+        if secret is not None:
+            columns = ((Level.PATH, "path"), (Level.INSTANCE, "sop_instance_uid"))
+            published = pa.table({name: pseudonyms(secret, level, batch[name]) for level, name in columns})
+        is_asked = pc.or_(pc.equal(batch["sop_instance_uid"], sop.strip()), pc.equal(published[1], sop.strip()))
+        for line, path in zip(batch.filter(is_asked).to_pylist(), published["path"].filter(is_asked), strict=True):
+            why = reasons.get(path.as_py())
+            if why is not None:
                 found.append({**line, "status": why["reason"], "detail": why["detail"]})
     return found
 
@@ -126,18 +142,27 @@ class Copied:
     failed: tuple[str, ...]
 
 
-def copy_quarantined(files: pa.Table, src: Sequence[str | Path], target: str | Path, *, progress: Progress) -> Copied:
+def copy_quarantined(
+    files: pa.Table,
+    src: Sequence[str | Path],
+    target: str | Path,
+    *,
+    secret: bytes | None = None,
+    progress: Progress,
+) -> Copied:
     """Copy the quarantined ``files`` from the sources to ``target``, in a folder for each reason; overwrite nothing.
 
-    Raises ``UsageError`` if ``target`` lies inside a source or a dataset, or if none of the files is in the sources.
+    ``secret`` is the key of their paths' pseudonyms, None if the paths are the originals. Where several sources, each of
+    which was appended, have a file of the same path, all are copied, below the names of their sources. Raises
+    ``UsageError`` if ``target`` lies inside a source or a dataset, or if none of the files is in the sources.
     """
     sources = [local_path(path, "--src").absolute() for path in src]
     folder = local_path(target, "--copy-to").absolute()
     _check_target(folder, sources)
-    source = open_source(sources)
-    keys = _keys(source)
+    known = SourceFiles(sources, secret)
     lines = files.select(["path", "reason"]).to_pylist()
-    if lines and not any(line["path"] in keys for line in lines):
+    lines = list({(line["path"], line["reason"]): line for line in lines}.values())
+    if lines and not any(known.at(line["path"]) for line in lines):
         raise UsageError(
             f"None of the {len(lines):,} quarantined files is in {', '.join(map(str, src))} (for example "
             f"{lines[0]['path']}). Give the same --src as to `ich-prep build`."
@@ -145,11 +170,14 @@ def copy_quarantined(files: pa.Table, src: Sequence[str | Path], target: str | P
     copied, existing, failed = 0, 0, list[str]()
     progress.begin("Copying", len(lines), "files", 0)
     for line in lines:
-        path = folder / line["reason"] / line["path"]
-        problem = _copy(source, keys.get(line["path"]), line["path"], path)
-        copied, existing = copied + (problem == ""), existing + (problem is None)
-        if problem:
-            failed.append(f"{line['path']}: {problem}")
+        found = known.at(line["path"])
+        if not found:
+            failed.append(f"{line['path']}: not found in the sources")
+        for below, file in found.items():
+            problem = _copy(file, folder / line["reason"] / below)
+            copied, existing = copied + (problem == ""), existing + (problem is None)
+            if problem:
+                failed.append(f"{file.name}: {problem}")
         progress.advance(1, 0)
     progress.end()
     return Copied(copied, existing, tuple(failed))
@@ -166,27 +194,17 @@ def _check_target(folder: Path, sources: Sequence[Path]) -> None:
         raise UsageError(f"--copy-to {folder} is a file. Give a folder.")
 
 
-def _keys(source: Source) -> dict[str, bytes]:
-    """Return the key of each file that can be read, by its path as the quarantine shows it.
-
-    A path that an archive has twice is not among them: which member was quarantined is then not known.
-    """
-    files = source.list().files.select(["path", "key", "reason"]).to_pylist()
-    unreadable = {line["path"] for line in files if line["reason"] is not None}
-    return {shown(line["path"]): line["key"] for line in files if line["path"] not in unreadable}
-
-
-def _copy(source: Source, key: bytes | None, name: str, path: Path) -> str | None:
-    """Copy one file; return "" if that was done, None if there is one, else why it cannot be."""
-    parts = PurePosixPath(name).parts
-    if key is None:
-        return "not found in the sources, or cannot be read there"
-    if ".." in parts or name.startswith("/") or not parts:
+def _copy(file: NamedFile, folder: Path) -> str | None:
+    """Copy one file below ``folder``; return "" if that was done, None if there is one, else why it cannot be."""
+    parts, path = PurePosixPath(file.name).parts, folder / file.name
+    if file.is_damaged:  # or an archive has its path twice: which member was quarantined is then not known
+        return "cannot be read in the sources"
+    if ".." in parts or file.name.startswith("/") or not parts:
         return "its path leads out of the source"
     try:
         if path.exists() or path.is_symlink():
             return None
-        data = read_whole(source, key, limit=LARGEST_MEMBER)
+        data = read_whole(file.source, file.key, limit=LARGEST_MEMBER)
         path.parent.mkdir(parents=True, exist_ok=True)
         with renamed_when_whole(path) as temporary:
             temporary.write_bytes(data)

@@ -20,7 +20,7 @@ def closing_lines(dataset: Dataset) -> Iterator[str]:
     quarantine = dataset.read_table("quarantine")
     identifiers = dataset.attributes["spec"].get("identifiers", "keep")
     if len(quarantine):
-        counted = quarantine.group_by("reason").aggregate([([], "count_all"), ("path", "min")])
+        counted = quarantine.group_by("reason", use_threads=False).aggregate([([], "count_all"), ("path", "min")])
         ordered = counted.sort_by([("count_all", "descending"), ("reason", "ascending")]).to_pylist()
         example = {line["reason"]: line["path_min"] for line in ordered}
         numbers = ", ".join(f"{line['count_all']:,} {line['reason']}" for line in ordered)
@@ -56,11 +56,11 @@ def summary_of(dataset: Dataset) -> dict[str, Any]:
     slices = _present(dataset)
     fold = pc.coalesce(pc.cast(slices["fold"], pa.string()), "-")
     keys = pa.table({"subset": slices["subset"], "fold": fold, **{name: slices[name] for name in dataset.classes}})
-    grouped = keys.group_by(["subset", "fold"]).aggregate(
+    grouped = keys.group_by(["subset", "fold"], use_threads=False).aggregate(
         [([], "count_all"), *[(name, "sum") for name in dataset.classes]]
     )
     quarantine = dataset.read_table("quarantine")
-    counted = quarantine.group_by(["stage", "reason"]).aggregate([([], "count_all")])
+    counted = quarantine.group_by(["stage", "reason"], use_threads=False).aggregate([([], "count_all")])
     flags = pc.value_counts(pc.list_flatten(slices["flags"])).to_pylist()
     repairs = pc.value_counts(pc.list_flatten(slices["repairs"])).to_pylist()
     levels = pc.value_counts(slices["label_level"]).to_pylist()

@@ -120,7 +120,8 @@ def verify(
                 )
             problems += compare(dataset, files, sampled, progress)
             compared = len(rows)
-    slices = len(dataset) if where is None else int(selected.sum())
+    used = pc.not_equal(dataset.slices["status"], UNUSED).to_numpy()
+    slices = int((used & selected).sum())
     return Verification(len(checked), slices, compared, tuple(problems), notes)
 
 
@@ -213,7 +214,7 @@ def _check_folds(dataset: Dataset) -> Iterator[Problem]:
     lines = dataset.slices.select(["fold", "series_row"]).append_column("group", dataset.fold_groups)
     patient_of = _founders(dataset) if drawn else {}
     lines = lines.filter(pc.and_(pc.is_valid(lines["fold"]), pc.equal(dataset.slices["status"], OK)))
-    for line in lines.group_by("group").aggregate([("fold", "min"), ("fold", "max")]).to_pylist():
+    for line in lines.group_by("group", use_threads=False).aggregate([("fold", "min"), ("fold", "max")]).to_pylist():
         group, first, last = line["group"], line["fold_min"], line["fold_max"]
         if first != last:
             yield Problem(culprit, f"fold group {group!r} is in folds {first} and {last}")
@@ -232,9 +233,13 @@ def _founders(dataset: Dataset) -> dict[str, str]:
     born = np.searchsorted(ends, np.arange(len(dataset)), side="right")
     lines = dataset.slices.select(["fold", "patient_id"]).append_column("group", dataset.fold_groups)
     lines = lines.append_column("born", pa.array(born))
-    first = lines.filter(pc.is_valid(lines["fold"])).group_by("group").aggregate([("born", "min")])
+    first = lines.filter(pc.is_valid(lines["fold"])).group_by("group", use_threads=False).aggregate([("born", "min")])
     began = first["born_min"].take(pc.index_in(lines["group"], value_set=first["group"]))
-    founders = lines.filter(pc.equal(lines["born"], began)).group_by("group").aggregate([("patient_id", "min")])
+    founders = (
+        lines.filter(pc.equal(lines["born"], began))
+        .group_by("group", use_threads=False)
+        .aggregate([("patient_id", "min")])
+    )
     return dict(zip(founders["group"].to_pylist(), founders["patient_id_min"].to_pylist(), strict=True))
 
 
@@ -279,7 +284,7 @@ def _check_shards(dataset: Dataset, numbers: Sequence[int], progress: Progress) 
     shards = dataset.read_table("shards").take(pa.array(numbers, pa.int64()))
     withdrawn = pc.equal(dataset.slices["status"], WITHDRAWN).to_numpy()
     buffer = np.empty(int(np.prod(dataset.shape[1:])) * dataset.dtype.itemsize, np.uint8)
-    progress.begin("Checking shards", pc.sum(shards["n_rows"]).as_py(), "slices", 0)
+    progress.begin("Checking shards", pc.sum(shards["n_rows"]).as_py(), "rows", 0)
     for line in shards.to_pylist():
         path = shard_path(dataset.path, line["shard"])
         rows = np.arange(line["first_row"], line["first_row"] + line["n_rows"])

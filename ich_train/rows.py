@@ -36,13 +36,22 @@ def labelled_rows(
         )
     rows = np.flatnonzero(ok & ~_equal(levels, "none"))
     if not len(rows):
+        raise UsageError(_why_none(dataset, int(ok.sum()), where))
+    return rows
+
+
+def _why_none(dataset: Dataset, ok: int, where: str | None) -> str:
+    """Return why there are no labelled rows: ``ok`` is the number of those with pixels that the filter selects."""
+    if ok:
         of_filter = "" if where is None else f" where {where}"
-        raise UsageError(
-            f"No labelled slices in {dataset.path}{of_filter}: of its {count(len(ok), 'slice')} {int(ok.sum()):,} have "
-            "pixels, and none of these has a label. Build again with --labels; to read slices without labels, pass their "
+        return (
+            f"No labelled slices in {dataset.path}{of_filter}: none of the {count(ok, 'slice')} with pixels has a label. "
+            "Build again with --labels, or give labels with `ich-prep relabel`; to read slices without labels, pass their "
             "rows."
         )
-    return rows
+    if where is not None and dataset.is_ok.any():
+        return f"The filter {where!r} selects none of the slices of {dataset.path} that have pixels. Give another one."
+    return f"No slice of {dataset.path} has pixels: all were withdrawn, or could not be decoded."
 
 
 def selected_rows(dataset: Dataset, where: str) -> NDArray[np.bool_]:

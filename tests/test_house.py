@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -143,3 +144,13 @@ def test_a_dataset_is_built_and_trained_on_with_one_recipe(name: str) -> None:
             recipes[dataset].add(f"pipelines/{Path(words[words.index('eval') + 1]).name}.toml")
     assert recipes
     assert all(len(named) == 1 for named in recipes.values()), recipes
+
+
+@pytest.mark.parametrize("package", ["ich_prep", "ich_train"])
+def test_no_thread_of_arrow_gets_memory_of_numpy(package: str) -> None:
+    # A thread of an execution plan that gives it up while the interpreter shuts down aborts the process.
+    for path in sorted((ROOT / package).rglob("*.py")):
+        for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+            if isinstance(call.func, ast.Attribute) and call.func.attr == "group_by":
+                given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+                assert given.get("use_threads") == "False", f"{path}:{call.lineno}"

@@ -114,9 +114,14 @@ def slices_with_series(slices: pa.Table, series: pa.Table, columns: Iterable[str
 
 
 def _matching_lines(columns: dict[str, pa.ChunkedArray], expression: pc.Expression, count: int) -> NDArray[np.int64]:
-    # The line numbers are in a column with an empty name, which no filter can use.
+    from pyarrow import acero  # slow to import, and loads pandas
+
+    # The line numbers are in a column with an empty name, which no filter can use. No thread of Arrow may get them:
+    # NumPy owns them, and a thread that gives them up while the interpreter shuts down aborts the process.
     table = pa.table({**columns, "": np.arange(count, dtype=np.int64)})
-    lines: NDArray[np.int64] = np.sort(table.filter(expression)[""].to_numpy())
+    source = acero.Declaration("table_source", acero.TableSourceNodeOptions(table))
+    chosen = acero.Declaration("filter", acero.FilterNodeOptions(expression), inputs=[source])
+    lines: NDArray[np.int64] = np.sort(chosen.to_table(use_threads=False)[""].to_numpy())
     return lines
 
 

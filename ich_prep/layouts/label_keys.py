@@ -138,7 +138,9 @@ def _check_coarser(lines: LabelLines, key: Key, scanned: pa.Table) -> None:
 def _check_issuers(lines: LabelLines, scanned: pa.Table) -> None:
     """Raise ``SourceError`` if a line has a patient id that two issuers gave (PS3.3 C.7.1.1): those are two patients."""
     files = pa.table({"patient": _values(scanned, "patient_id"), "issuer": scanned["issuer_of_patient_id"]}).drop_null()
-    given = files.group_by("patient").aggregate([("issuer", "count_distinct"), ("issuer", "min"), ("issuer", "max")])
+    given = files.group_by("patient", use_threads=False).aggregate(
+        [("issuer", "count_distinct"), ("issuer", "min"), ("issuer", "max")]
+    )
     shared = given.filter(pc.greater(given["issuer_count_distinct"], 1))
     found = np.flatnonzero(
         pc.is_in(lines.keys["patient_id"], value_set=shared["patient"]).to_numpy(zero_copy_only=False)

@@ -260,8 +260,8 @@ def fold_group_rows(tables: ReportTables) -> list[Row]:
     pairs = tables.slices.select(["fold_group", "patient_id"]).filter(pc.is_valid(tables.slices["fold_group"]))
     if not len(pairs):
         return []
-    counted = pairs.group_by(["fold_group", "patient_id"]).aggregate([([], "count_all")])
-    groups = counted.group_by("fold_group").aggregate([([], "count_all"), ("count_all", "sum")])
+    counted = pairs.group_by(["fold_group", "patient_id"], use_threads=False).aggregate([([], "count_all")])
+    groups = counted.group_by("fold_group", use_threads=False).aggregate([([], "count_all"), ("count_all", "sum")])
     joined = groups.filter(pc.greater(groups["count_all"], 1))
     order = [("count_all", "descending"), ("count_all_sum", "descending"), ("fold_group", "ascending")]
     return [

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 FOLD_CONFLICT, VOLUME_CONTINUED, SOP_UID_SHARED, SAME_IMAGE = (
     "fold_conflict", "volume_continued", "sop_uid_shared", "same_image",
 )  # fmt: skip
+_IS_THERE = "of the dataset has the same SOP Instance UID"
 
 
 # --- before the pixels are written: what is there already ---------------------------------------------------------------
@@ -66,7 +67,7 @@ def without_known(scanned: pa.Table, image: pa.Array, known: pa.Table, *, keyed_
         value = hashes[index].as_py()
         if value is None or content_hash_in(value) in images:
             reasons[index] = str(Reason.DUPLICATE)
-            details[index] = f"row {row} of the dataset has the same SOP Instance UID"
+            details[index] = f"row {row} {_IS_THERE}"
         elif keyed_by_uid:
             reasons[index] = str(Reason.SOP_CONFLICT)
             details[index] = f"another image has its SOP Instance UID: row {row} of the dataset"
@@ -74,6 +75,12 @@ def without_known(scanned: pa.Table, image: pa.Array, known: pa.Table, *, keyed_
         place = scanned.schema.get_field_index(name)
         scanned = scanned.set_column(place, scanned.schema.field(name), pa.array(values, pa.string()))
     return scanned
+
+
+def number_there(quarantine: pa.Table) -> int:
+    """Return how many files of an append's quarantine table are duplicates of slices that the dataset has."""
+    lines = quarantine.filter(pc.equal(quarantine["reason"], str(Reason.DUPLICATE)))
+    return pc.sum(pc.ends_with(lines["detail"], _IS_THERE)).as_py() or 0
 
 
 def content_hashes(image: pa.Array) -> pa.Array:

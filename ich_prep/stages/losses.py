@@ -77,7 +77,9 @@ def lost_in_shards(plan: pa.Table, status: pa.Array, positive: pa.Array) -> pa.T
 
 def losses_by_reason(lost: pa.Table) -> dict[str, Loss]:
     """Return the losses by reason, the most frequent first; ``lost`` has the columns of ``LOST_SCHEMA``."""
-    counted = lost.group_by("reason").aggregate([([], "count_all"), ("positive", "sum"), ("path", "min")])
+    counted = lost.group_by("reason", use_threads=False).aggregate(
+        [([], "count_all"), ("positive", "sum"), ("path", "min")]
+    )
     ordered = counted.sort_by([("count_all", "descending"), ("reason", "ascending")])
     return {
         line["reason"]: Loss(line["count_all"], line["positive_sum"], line["path_min"]) for line in ordered.to_pylist()

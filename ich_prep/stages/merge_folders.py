@@ -42,9 +42,24 @@ def merge_append(base: BuildFolder, dataset: Dataset, state: State) -> None:
     holes = pa.table({"row": np.arange(len(dataset), first_row)})
     merged = stacked(plan.slice(0, len(dataset)), holes, new)
     write_sealed(base.plan, merged, row_group_size=per_shard, write_statistics=False)
+    _merge_quarantine(base, folder, dataset, first_row)
     for shard in sorted(ledger.done(folder.done)):
         ledger.record(base.done, shard, ledger.read(folder.done, shard))
     # Numbers that neither the batches before nor those of a later append have.
     first_batch = dataset.counts.found // FILES_PER_BATCH + 2 * dataset.root.generation
     for batch in sorted(ledger.done(folder.scan, suffix=".parquet")):
         write_whole(base.batch(first_batch + batch), folder.batch(batch).read_bytes())
+
+
+def _merge_quarantine(base: BuildFolder, folder: BuildFolder, dataset: Dataset, first_row: int) -> None:
+    """Bring the files that ``folder`` quarantined before it wrote shards behind those of ``base``."""
+    stages = dataset.read_table("quarantine", ["stage"])["stage"]
+    before = pc.sum(pc.not_equal(stages, "shard")).as_py() or 0
+    try:
+        old = read_sealed(base.quarantine)
+    except (OSError, CorruptionError):
+        return
+    new = read_sealed(folder.quarantine)
+    new = new.set_column(new.schema.get_field_index("row"), "row", pc.add(new["row"], first_row))
+    if len(old) >= before:
+        write_sealed(base.quarantine, pa.concat_tables([old.slice(0, before), new]))

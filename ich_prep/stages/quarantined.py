@@ -15,6 +15,7 @@ from ich_prep.dataset.schema import OK, QUARANTINE_SCHEMA, ROOT
 from ich_prep.dataset.tables import read_parquet
 from ich_prep.errors import DatasetError, Reason, UsageError
 from ich_prep.stages import ledger
+from ich_prep.stages.identifier_key import key_of_dataset
 from ich_prep.stages.shard import ShardReport
 from ich_prep.stages.state import BuildFolder, State, build_folder, read_state
 
@@ -95,6 +96,17 @@ def read_quarantine(path: Path, build_dir: str | Path | None = None) -> Quaranti
     if not _has_work(folder):
         open_dataset(path)  # raises the error that says what is there instead
     return _of_build(folder)
+
+
+def key_of_quarantine(path: Path, build_dir: str | Path | None, given: Path | None) -> bytes | None:
+    """Return the key of the pseudonyms of the paths that ``read_quarantine`` returns; None if they are the originals.
+
+    Those are what a working folder has. Raises as ``identifier_key.key_of_dataset``.
+    """
+    if not (path / ROOT).exists():
+        return None
+    with open_dataset(path) as dataset:
+        return key_of_dataset(dataset.root, build_folder(path.absolute(), build_dir), given, needed=True)
 
 
 def _has_work(folder: BuildFolder) -> bool:

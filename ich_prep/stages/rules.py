@@ -51,7 +51,7 @@ def _has_flag(flags: pa.ChunkedArray, word: str) -> NDArray[np.bool_]:
 def _are_original(scanned: pa.Table) -> NDArray[np.bool_]:
     """Return which lines have an image type of an original slice, or none."""
     kinds = scanned.select(["image_type", "lossy"])
-    distinct = kinds.group_by(["image_type", "lossy"]).aggregate([]).to_pylist()
+    distinct = kinds.group_by(["image_type", "lossy"], use_threads=False).aggregate([]).to_pylist()
     original = {
         (kind["image_type"], kind["lossy"]): is_original(kind["image_type"], kind["lossy"]) for kind in distinct
     }

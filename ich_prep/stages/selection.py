@@ -199,7 +199,7 @@ def _chosen_series(slices: pa.Table, series: _Series) -> list[int]:
     columns = ["series_instance_uid", "scan_type", "slice_thickness", "convolution_kernel", "image_type", "lossy"]
     table = slices.select(columns).append_column("series", pa.array(series.code))
     table = table.append_column("study", pa.array(series.study))
-    grouped = table.group_by("series").aggregate([(name, "min") for name in (*columns, "study")])
+    grouped = table.group_by("series", use_threads=False).aggregate([(name, "min") for name in (*columns, "study")])
     best: dict[int, tuple[Any, int]] = {}
     for line in grouped.to_pylist():
         rank = (

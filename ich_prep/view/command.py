@@ -16,6 +16,8 @@ from ich_prep.dataset.storage import local_path
 from ich_prep.dataset.volumes import find_series
 from ich_prep.errors import UsageError
 from ich_prep.signals import settle
+from ich_prep.stages.identifier_key import key_of_dataset
+from ich_prep.stages.state import build_folder
 from ich_prep.view.data import ViewData
 from ich_prep.view.pages import write_pages
 
@@ -52,6 +54,8 @@ def serve(
     *,
     run: Path | None,
     src: Sequence[Path],
+    build_dir: Path | None,
+    key: Path | None,
     corrections: Path | None,
     port: int,
     browser: bool,
@@ -59,6 +63,7 @@ def serve(
 ) -> None:
     """Serve the page of ``dataset`` on this machine until Ctrl-C; ``say`` is told its address.
 
+    ``src`` are the sources of quarantined files, ``build_dir`` and ``key`` where the key of their pseudonyms is.
     Raises ``UsageError`` if Starlette or uvicorn is missing, the port is taken, or the corrections cannot be read or are
     inside the dataset.
     """
@@ -74,7 +79,10 @@ def serve(
     if file.is_dir() or not file.absolute().parent.is_dir():
         raise UsageError(f"{file} cannot be a file: it is a folder, or its folder does not exist.")
     data = view_data(dataset, run)
-    marks, pictures = Corrections(file, data), Pictures(src) if src else None
+    marks, pictures = Corrections(file, data), None
+    if src:
+        folder = build_folder(dataset.path.absolute(), build_dir)
+        pictures = Pictures(src, key_of_dataset(dataset.root, folder, key, needed=True))
 
     server = Server(
         lambda bound, token: make_app(data, port=bound, token=token, corrections=marks, pictures=pictures), port=port

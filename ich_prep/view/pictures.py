@@ -12,9 +12,9 @@ import numpy as np
 from ich_prep.dicom.decode import Decoder
 from ich_prep.errors import Reason, SliceError
 from ich_prep.pixels.png import png_bytes
-from ich_prep.sources import open_source
 from ich_prep.stages.scan import SCHEMA, scan_file
 from ich_prep.stages.shard import pixel_source
+from ich_prep.stages.source_files import SourceFiles
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,13 +27,12 @@ DARKEST, BRIGHTEST = 1, 99  # percentiles of the stored values
 class Pictures:
     """Pictures of the files of the sources at ``src``; safe to share between threads.
 
-    Files are found by the paths of the quarantine table, never by a path from the browser.
+    Files are found by the paths of the quarantine table, never by a path from the browser. ``secret`` is the key of the
+    pseudonyms of these paths, None if they are the originals.
     """
 
-    def __init__(self, src: Sequence[Path]) -> None:
-        self._source = open_source(src)
-        files = self._source.list().files.select(["path", "key"]).to_pydict()
-        self._keys: dict[bytes, bytes] = dict(zip(files["path"], files["key"], strict=True))
+    def __init__(self, src: Sequence[Path], secret: bytes | None = None) -> None:
+        self._files = SourceFiles(src, secret)
         self._lock = threading.Lock()
 
     def png(self, path: str) -> bytes:
@@ -41,11 +40,12 @@ class Pictures:
 
         Raises ``SliceError``, with the reason, if the file is not in the sources, has no header or cannot be decoded.
         """
-        name = path.encode()
-        if name not in self._keys:
-            raise SliceError(Reason.UNREADABLE, "the file is not in the sources")
-        key = self._keys[name]
-        line: dict[str, Any] = dict.fromkeys(SCHEMA.names) | scan_file(self._source, key, name)
+        found = [*self._files.at(path).values()]
+        if len(found) != 1:
+            what = f"{len(found)} sources have a file of this path" if found else "the file is not in the sources"
+            raise SliceError(Reason.UNREADABLE, what)
+        source, key = found[0].source, found[0].key
+        line: dict[str, Any] = dict.fromkeys(SCHEMA.names) | scan_file(source, key, found[0].path)
         if any(line[field] is None for field in NEEDED) or not line["header_bytes"]:
             raise SliceError(Reason(line["reason"] or Reason.BAD_HEADER), line["detail"] or "the header is incomplete")
         if not 0 < line["rows"] * line["columns"] <= MAX_PIXELS:
@@ -53,7 +53,7 @@ class Pictures:
         with self._lock:  # a decoder reuses its buffers
             decoder = Decoder()
             try:
-                stored = decoder.read(pixel_source(self._source, key, line))
+                stored = decoder.read(pixel_source(source, key, line))
                 return png_bytes(_stretched(stored, signed=line["signed"], inverted=bool(line["monochrome1"])))
             finally:
                 decoder.close()

@@ -215,10 +215,10 @@ def test_a_loader_of_no_labelled_slice_is_refused_unless_rows_are_named(tmp_path
     spec = Spec(layout="folder", size=32)
     build(tmp_path / "cq500", tmp_path / "data.zarr", spec, workers=0, allow=Allowances(unlabelled=True))
     dataset = open_dataset(tmp_path / "data.zarr")
-    with pytest.raises(UsageError, match="none of these has a label"):
+    with pytest.raises(UsageError, match="with pixels has a label"):
         SliceLoader(dataset)
     for named in (dataset, dataset.path):
-        with pytest.raises(UsageError, match="none of these has a label"):
+        with pytest.raises(UsageError, match="with pixels has a label"):
             SliceDataset(named)
     assert rows_of(taken(SliceLoader(dataset, np.arange(9), batch_size=4, order="sequential"))) == [*range(9)]
 

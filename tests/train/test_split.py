@@ -111,7 +111,7 @@ def test_series_labels_are_refused_unless_allowed(changed: Callable[[Change], Da
 
 def test_a_dataset_without_labels_is_called_that(changed: Callable[[Change], Dataset]) -> None:
     dataset = changed(lambda table: replaced(table, "label_level", ["none"] * len(table)))
-    with pytest.raises(UsageError, match=r"none of these has a label.*--labels"):
+    with pytest.raises(UsageError, match=r"has a label.*--labels"):
         split_rows(dataset, val_fold=0, test_fold=1, allow_series_labels=False)
 
 

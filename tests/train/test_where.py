@@ -50,7 +50,7 @@ def test_a_split_has_the_slices_of_its_filter_only(dataset: Dataset) -> None:
     for name in ("train", "val", "test"):
         np.testing.assert_array_equal(getattr(part, name), np.intersect1d(getattr(whole, name), selected))
     assert labelled_rows(dataset, where="row == -1 or slice_index == 2").size
-    for text, message in (("row < 0", "No labelled slices"), ("colour == 1", "unknown column")):
+    for text, message in (("row < 0", "selects none of the slices"), ("colour == 1", "unknown column")):
         with pytest.raises(UsageError, match=message):
             split_rows(dataset, val_fold=0, test_fold=1, allow_series_labels=False, where=text)
 
