@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ich_prep.dataset.corrections import default_file
 from ich_prep.dataset.dataset import open_dataset
 from ich_prep.dataset.schema import UNUSED, WITHDRAWN, shard_path
 from ich_prep.errors import UsageError, count
@@ -167,9 +168,15 @@ def _copies(dataset: Dataset, folder: BuildFolder, linked: list[Path]) -> list[s
         found.append(
             f"earlier generations in {dataset.path} have their labels and identifiers (`ich-prep clean --generations`)"
         )
+    page = dataset.path.absolute().with_name(f"{dataset.path.name}.report.html")
+    if page.exists():
+        found.append(f"{page} may show them: write it again with `ich-prep report`")
+    marks = default_file(dataset.path)
+    if marks.exists():
+        found.append(f"{marks} may have marks and notes about them")
     return [
         *found,
         "the tables of this generation keep their lines, with identifiers, labels and measurements",
-        "the source files, copies and backups of the dataset, and what runs wrote about them (predictions, pictures) are "
-        "not touched",
+        "the source files, copies and backups of the dataset, exported volumes and viewer pages, and what runs wrote about "
+        "them (predictions, pictures) are not touched",
     ]

@@ -86,14 +86,21 @@ def relabel(
         slices, classes = dataset.slices, dataset.classes
         counted = pc.invert(pc.is_in(slices["status"], value_set=pa.array([UNUSED, WITHDRAWN]))).to_numpy()
         rules = LabelRules(classes, allow_contradictions, options=label_options or LabelOptions())
-        if header_of(table) == HEADER:
+        is_marks = header_of(table) == HEADER
+        if is_marks:
             update, notes = _corrected(dataset, file)
         else:
             update, notes = _from_table(dataset, table, rules, secret, allow_missing_images=allow_missing_images)
-            if replace_all:
-                update = replace(update, stated=np.ones_like(update.stated))
-            if not replace_all or recorded_key(dataset.root) is not None:  # a line of the table would tell who it is
-                update = replace(update, line=None)
+        withdrawn = int((update.stated.any(axis=1) & ~counted).sum())
+        if withdrawn:
+            notes = (
+                *notes,
+                f"{count(withdrawn, 'withdrawn slice')} {'keeps' if withdrawn == 1 else 'keep'} the old labels",
+            )
+        if replace_all and not is_marks:
+            update = replace(update, stated=np.ones_like(update.stated))
+        if not replace_all or recorded_key(dataset.root) is not None:  # a line of the table would tell who it is
+            update = replace(update, line=None)
         update = replace(update, stated=update.stated & counted[:, np.newaxis])
         after = updated(dataset.labels, level_codes(slices["label_level"]), update, classes)
         changes = changes_of(dataset.labels, after.values, classes)

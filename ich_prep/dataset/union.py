@@ -42,8 +42,8 @@ class UnionDataset(Dataset):
     their fold groups across datasets with ``shared_patients`` "join"; with "apart", equal patient ids of two datasets
     are two patients, and both ids and groups get the dataset's name. ``digest`` is that of all of them and of this choice.
 
-    Raises ``UsageError`` for datasets that store other pixels or have other classes, one that is named twice, and slices
-    that are in two of them while their patients are kept apart.
+    Raises ``UsageError`` for datasets that store other pixels or have other classes, one that is named twice, slices that
+    are in two of them while their patients are kept apart, and, to join patients, for pseudonyms of different keys.
     """
 
     def __init__(self, datasets: Sequence[Dataset], shared_patients: SharedPatients = "join") -> None:
@@ -69,6 +69,8 @@ class UnionDataset(Dataset):
         self._starts = np.cumsum([0, *(len(dataset) for dataset in datasets)])
         if shared_patients == "apart":
             _refuse_shared_slices(datasets)
+        else:
+            _require_one_key(datasets)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._parts, self.shared_patients)
@@ -185,6 +187,19 @@ def _require_same(first: Dataset, other: Dataset) -> None:
             f"{first.path} and {other.path} cannot be read as one: their classes are {', '.join(first.classes)} and "
             f"{', '.join(other.classes)}."
         )
+
+
+def _require_one_key(datasets: Sequence[Dataset]) -> None:
+    """Raise ``UsageError`` if the identifiers cannot be compared: pseudonyms of several keys, or of some datasets only."""
+    keys = [dataset.root.history[-1].digests.get("key") if dataset.root.history else None for dataset in datasets]
+    other = next((one for one, key in zip(datasets, keys, strict=True) if key != keys[0]), None)
+    if other is None:
+        return
+    kinds = "only one of them has pseudonyms" if None in keys else "their pseudonyms are of different keys"
+    raise UsageError(
+        f"Whether a patient is in both {datasets[0].path} and {other.path} cannot be known: {kinds}. Build one of them "
+        "again with the --identifiers and --key of the other; or, if nobody is in both, add --shared-patients apart."
+    )
 
 
 def _refuse_shared_slices(datasets: Sequence[Dataset]) -> None:

@@ -125,6 +125,17 @@ def test_purged_pixels_are_gone_and_open_readers_are_told(dataset: Path) -> None
     assert listed[1]["command"] == "drop --purge" and listed[1]["counts"]["purged"] == 3
 
 
+def test_pages_and_marks_that_may_show_purged_slices_are_named(dataset: Path) -> None:
+    page, marks = (dataset.with_name(f"{dataset.name}.{name}") for name in ("report.html", "corrections.csv"))
+    assert not any(
+        str(path) in copy for copy in drop(dataset, "row == 1", purge_pixels=True).copies for path in (page, marks)
+    )
+    assert prep("report", dataset).returncode == 0
+    marks.write_text("row\n")
+    copies = drop(dataset, "row == 2", purge_pixels=True).copies
+    assert all(any(str(path) in copy for copy in copies) for path in (page, marks))
+
+
 def test_slices_that_were_withdrawn_before_can_be_purged(dataset: Path) -> None:
     _, rows = a_training_patient(dataset)
     text = f"row in ({rows[0]}, {rows[3]})"

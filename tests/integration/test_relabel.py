@@ -92,6 +92,14 @@ def test_labels_that_are_there_already_change_nothing(dataset: Path, tmp_path: P
     assert published(dataset) == files
 
 
+def test_labels_of_withdrawn_slices_are_told_not_to_change(dataset: Path, tmp_path: Path) -> None:
+    uid = table_of(dataset)["sop_instance_uid"][0]
+    assert prep("drop", dataset, "--where", "row == 0").returncode == 0
+    (tmp_path / "new.csv").write_text(f"SOPInstanceUID,subdural\n{uid},1\n")
+    found = relabel(dataset, tmp_path / "new.csv")
+    assert found.slices == 0 and found.notes[-1] == "1 withdrawn slice keeps the old labels"
+
+
 def test_relabelled_with_a_whole_table_it_is_what_a_build_would_be(phantom_tree: Path, tmp_path: Path) -> None:
     """Also without the working folder."""
     spec = Spec(size=32, slices_per_shard=32)

@@ -213,3 +213,23 @@ def test_a_run_on_both_records_each_and_is_held_to_them(
     train(open_union([twelve, other]), run, settings, None, console=quiet, resume=True)
     assert call("run", *words, "--shared-patients", "apart", "--epochs", 3, "--out", run, "--resume") == 2
     assert TrainConfig(data=twelve).data == TrainConfig(data=[twelve]).data == (twelve,)
+
+
+def test_patients_of_different_pseudonyms_are_not_taken_for_different_people(tmp_path: Path) -> None:
+    synthesize(tmp_path / "rsna", series=3, size=32, workers=0)
+    hidden = SPEC.model_copy(update={"identifiers": "pseudonymise"})
+    for name, spec, key in (("plain", SPEC, None), ("one", hidden, 1), ("two", hidden, 2), ("more", hidden, 1)):
+        file = None if key is None else tmp_path / f"key{key}"
+        if file is not None:
+            file.write_bytes(bytes([key or 0]) * 32)
+            file.chmod(0o600)
+        shape = spec.model_copy(update={"slices_per_shard": 32 if name == "more" else 16})
+        build(tmp_path / "rsna", tmp_path / f"{name}.zarr", shape, workers=0, key=file)
+    paths = {name: tmp_path / f"{name}.zarr" for name in ("plain", "one", "two", "more")}
+    groups = open_dataset(paths["one"]).counts.fold_groups
+    joined = open_union([paths["one"], paths["more"]]).slices["fold_group"]
+    assert len(set(joined.to_pylist()) - {None}) == groups
+    for other, what in (("plain", "only one of them has pseudonyms"), ("two", "of different keys")):
+        with pytest.raises(UsageError, match=what):
+            open_union([paths["one"], paths[other]])
+        assert len(open_union([paths["one"], paths[other]], shared_patients="apart")) > 0
