@@ -47,9 +47,9 @@ def save_untrained(run: Path, dataset: Dataset, *, context: int = 0) -> Path:
     return run
 
 
-def rewrite_meta(run: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Apply ``change`` to the ``meta.json`` of the best network of ``run``, and compute its digest again."""
-    file = run / "best" / "meta.json"
+def rewrite_meta(run: Path, change: Callable[[dict[str, Any]], object], *, checkpoint: str = "best") -> None:
+    """Apply ``change`` to the ``meta.json`` of a ``checkpoint`` of ``run``, and compute its digest again."""
+    file = run / checkpoint / "meta.json"
     values = json.loads(file.read_bytes())
     change(values)
     file.write_text(json.dumps(values | {"digest": digest_of(values)}))

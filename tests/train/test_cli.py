@@ -61,7 +61,7 @@ def test_ctrl_c_prints_the_command_that_resumes(
     stopping = open_dataset(twelve)
     interrupt_at_read(stopping, 50)
     with monkeypatch.context() as patched:
-        patched.setattr("ich_prep.dataset.dataset.open_dataset", lambda _: stopping)
+        patched.setattr("ich_prep.dataset.union.open_dataset", lambda _: stopping)
         assert call("run", "--recipe", "quick.toml", "--data", twelve, "--out", "runs/mine") == 130
     run = tmp_path / "runs" / "mine"
     assert "Interrupted. Resume with: ich-train run --resume --out runs/mine\n" in capsys.readouterr().err
@@ -135,8 +135,8 @@ def test_the_version_is_that_of_the_distribution(call: Call, capsys: pytest.Capt
 
 
 def test_an_option_given_twice_is_refused(call: Call, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("run", "--data", "a.zarr", "--data", "b.zarr") == 2
-    assert "--data was given 2 times (a.zarr, b.zarr)" in capsys.readouterr().err
+    assert call("run", "--model", "baseline", "--model", "resnet18") == 2
+    assert "--model was given 2 times (baseline, resnet18)" in capsys.readouterr().err
 
 
 def test_a_dataset_that_was_moved_is_asked_for(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import shutil
@@ -35,6 +36,7 @@ from ich_train.split import split_rows
 from ich_train.train import Result, learning_rate, step_seed, train
 from tests.support.sealing import replace_table
 from tests.support.slow_reads import interrupt_at_read
+from tests.support.training_runs import rewrite_meta
 
 TIMES = {"seconds", "slices_per_s", "wait_share"}
 QUICK = EvalConfig(bootstrap=20)
@@ -211,6 +213,8 @@ def test_a_run_that_was_stopped_on_a_gpu_goes_on_without_one(twelve: Path, tmp_p
     for group in state["optimizer"]["param_groups"]:  # as a recorded step leaves them
         group |= {"lr": torch.tensor(group["lr"]), "capturable": True}
     torch.save(state, place)
+    digest = hashlib.sha256(place.read_bytes()).hexdigest()
+    rewrite_meta(tmp_path / "stopped", lambda meta: meta["digests"].update({place.name: digest}), checkpoint="last")
     resumed, _ = quiet_train(open_dataset(twelve), tmp_path / "stopped", of, resume=True)
     assert lessons(resumed.history) == lessons(whole.history)
 
