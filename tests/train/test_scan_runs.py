@@ -271,12 +271,12 @@ import io, json, sys
 from pathlib import Path
 import torch
 from rich.console import Console
-from ich_prep.dataset.dataset import open_dataset
+from ich_prep.dataset.union import open_union
 from ich_train.config import TrainConfig
 from ich_train.train import train
 torch.set_num_threads(1)
 of = TrainConfig.model_validate(json.loads(sys.argv[1]))
-train(open_dataset(of.data), Path("two"), of, None, console=Console(file=io.StringIO()))
+train(open_union(of.data), Path("two"), of, None, console=Console(file=io.StringIO()))
 """
 
 
