@@ -24,7 +24,7 @@ from ich_prep.dataset import native
 from ich_prep.dataset.schema import AS_STORED, IMAGES, TABLES
 from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.storage import files_below, local_path
-from ich_prep.dataset.tables import read_sealed
+from ich_prep.dataset.tables import read_sealed, with_columns
 from ich_prep.errors import DatasetError, Reason, UsageError
 from ich_prep.execute import Pool, Tls, default_workers
 from ich_prep.layouts import LAYOUTS
@@ -268,11 +268,10 @@ class _Append:
 
     def _resolved(self, table: pa.Table, originals: dict[str, pa.Array | pa.ChunkedArray]) -> pa.Table:
         """Return ``table`` with the ``originals``, by the name of their column, in place of their pseudonyms."""
-        for name, values in originals.items():
-            place = table.schema.get_field_index(name)
-            column = with_originals(table[name], self.key, PSEUDONYMS[name], values)
-            table = table.set_column(place, table.schema.field(name), column)
-        return table
+        columns = {
+            name: with_originals(table[name], self.key, PSEUDONYMS[name], values) for name, values in originals.items()
+        }
+        return with_columns(table, columns)
 
     def _known_volumes(self, scanned: pa.Table) -> pa.Table:
         """Return the series table, with the identifiers of ``scanned`` in place of their pseudonyms."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from ich_prep.dataset.corrections import default_file
 from ich_prep.dataset.dataset import open_dataset
 from ich_prep.dataset.schema import UNUSED, WITHDRAWN, shard_path
+from ich_prep.dataset.tables import with_columns
 from ich_prep.errors import UsageError, count
 from ich_prep.stages.generation import Change, changing, old_tables, publish_generation
 from ich_prep.stages.purge import ShardPurge, plan_purge, purge
@@ -132,31 +133,25 @@ def _change(
     """Return the next generation, without the rows ``fresh``; those ``purged`` have no checksum any more."""
     slices, shards = dataset.slices, dataset.read_table("shards")
     ok = dataset.is_ok & ~fresh
-    slices = _with(slices, "status", pc.if_else(pa.array(fresh), WITHDRAWN, slices["status"]))
+    slices = with_columns(slices, {"status": pc.if_else(pa.array(fresh), WITHDRAWN, slices["status"])})
     if purged.any() and "chunk_crc32c" in slices.column_names:
         nothing = pa.scalar(None, pa.uint32())
-        slices = _with(slices, "chunk_crc32c", pc.if_else(pa.array(purged), nothing, slices["chunk_crc32c"]))
+        slices = with_columns(slices, {"chunk_crc32c": pc.if_else(pa.array(purged), nothing, slices["chunk_crc32c"])})
     counted = ~_is(slices, WITHDRAWN) & ~_is(slices, UNUSED)
     series = with_series_labels(dataset.series, slices, dataset.classes, counted)
     owners = slices["series_row"].filter(pa.array(ok)).to_numpy()
-    series = _with(series, "n_ok", np.bincount(owners, minlength=len(series)))
+    series = with_columns(series, {"n_ok": np.bincount(owners, minlength=len(series))})
     starts = np.arange(0, len(ok), dataset.spec.slices_per_shard)
-    shards = _with(shards, "n_ok", np.add.reduceat(ok.astype(np.int64), starts))
     fingerprints = shards["fingerprint"].to_pylist()
     for shard, plan in plans.items():
         fingerprints[shard] = plan.fingerprint
+    shards = with_columns(shards, {"n_ok": np.add.reduceat(ok.astype(np.int64), starts), "fingerprint": fingerprints})
     return Change(
         command="drop --purge" if plans else "drop",
-        tables={"slices": slices, "series": series, "shards": _with(shards, "fingerprint", fingerprints)},
+        tables={"slices": slices, "series": series, "shards": shards},
         counts={"ok": int(ok.sum()), "withdrawn": dataset.counts.withdrawn + int(fresh.sum())},
         done={"dropped": int(fresh.sum()), "purged": int(purged.sum())},
     )
-
-
-def _with(table: pa.Table, name: str, values: Any) -> pa.Table:
-    field = table.schema.field(name)
-    column = values if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(values, field.type)
-    return table.set_column(table.schema.get_field_index(name), field, column)
 
 
 def _copies(dataset: Dataset, folder: BuildFolder, linked: list[Path]) -> list[str]:

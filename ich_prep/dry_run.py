@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from ich_prep.dataset import native
 from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.storage import local_path
+from ich_prep.dataset.tables import with_columns
 from ich_prep.errors import BuildError, Reason, SourceError, UsageError
 from ich_prep.execute import Pool, Tls, default_workers
 from ich_prep.layouts import Layout, check_layout, choose_layout
@@ -259,10 +260,7 @@ def _plan(
 
 
 def _without_folds(series: pa.Table) -> pa.Table:
-    for name in ("fold", "fold_group"):
-        field = series.schema.field(name)
-        series = series.set_column(series.schema.get_field_index(name), field, pa.nulls(len(series), field.type))
-    return series
+    return with_columns(series, {name: [None] * len(series) for name in ("fold", "fold_group")})
 
 
 def _stops(
@@ -286,11 +284,7 @@ def _stops(
 def _volumes(plan: Plan) -> pa.Table:
     """Return the series table of the plan with the flags of its slices; how many slices decode is not known."""
     series = plan.series
-    columns = {"flags": series_flags(series, plan.slices), "n_ok": [None] * len(series)}
-    for name, values in columns.items():
-        field = series.schema.field(name)
-        series = series.set_column(series.schema.get_field_index(name), field, pa.array(values, field.type))
-    return series
+    return with_columns(series, {"flags": series_flags(series, plan.slices), "n_ok": [None] * len(series)})
 
 
 def _with_headers(slices: pa.Table, scanned: pa.Table) -> pa.Table:

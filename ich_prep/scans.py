@@ -22,6 +22,7 @@ from ich_prep.dataset.native import require
 from ich_prep.dataset.schema import AS_STORED, FORMAT, OK, QUARANTINE_SCHEMA, Counts, Root
 from ich_prep.dataset.shard_reader import require_out
 from ich_prep.dataset.storage import local_path
+from ich_prep.dataset.tables import with_columns
 from ich_prep.dicom.decode import Decoder
 from ich_prep.errors import Reason, SliceError
 from ich_prep.execute import Pool
@@ -159,10 +160,7 @@ def _scanned(source: Source, files: pa.Table, progress: Progress) -> Iterator[pa
 
 
 def _without_folds(table: pa.Table) -> pa.Table:
-    for name in _FOLDS:
-        field = table.schema.field(name)
-        table = table.set_column(table.schema.get_field_index(name), field, pa.nulls(len(table), field.type))
-    return table
+    return with_columns(table, {name: [None] * len(table) for name in _FOLDS})
 
 
 def _with_series(plan: Plan, scanned: pa.Table) -> pa.Table:
@@ -304,10 +302,9 @@ def _tables_of(lines: pa.Table, series: pa.Table, reports: Sequence[RowReport]) 
     ok = pc.equal(status, OK).to_numpy(zero_copy_only=False)
     slices = lines.drop_columns(list(PLAN_COLUMNS))
     origins = {"row": lines["row"][0], "series_row": series["series_row"][0]}
-    for name, origin in origins.items():
-        slices = _set(slices, name, pc.subtract(slices[name], origin))
-    series = _set(series, "series_row", pc.subtract(series["series_row"], origins["series_row"]))
-    series = _set(series, "first_row", pc.subtract(series["first_row"], origins["row"]))
+    slices = with_columns(slices, {name: pc.subtract(slices[name], origin) for name, origin in origins.items()})
+    starts = {"series_row": origins["series_row"], "first_row": origins["row"]}
+    series = with_columns(series, {name: pc.subtract(series[name], origin) for name, origin in starts.items()})
     slices = with_results(slices, list(reports), status)
     failed = slices.filter(pa.array(~ok))
     quarantine = pa.table(
@@ -321,7 +318,3 @@ def _tables_of(lines: pa.Table, series: pa.Table, reports: Sequence[RowReport]) 
         schema=QUARANTINE_SCHEMA,
     ).append_column("series_instance_uid", failed["series_instance_uid"])
     return {"slices": slices, "series": with_rows(series, slices, ok), "quarantine": quarantine}
-
-
-def _set(table: pa.Table, name: str, values: pa.ChunkedArray) -> pa.Table:
-    return table.set_column(table.schema.get_field_index(name), table.schema.field(name), values)

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ich_prep.dataset.dataset import Dataset
+from ich_prep.dataset.tables import with_columns
 from ich_prep.errors import Reason, UsageError, count
 from ich_train.infer_source import Block, blocks, first_quarantine, has_subsets, metas_of
 from ich_train.predict import Mirrored, Predictor, load_predictor, predict_rows
@@ -275,8 +276,7 @@ _TYPES = {"volume_in_series": pa.int32(), "label_line": pa.int64(), "flags": pa.
 
 
 def _shifted(table: pa.Table, first_series: int) -> pa.Table:
-    index = table.column_names.index("series_row")
-    return table.set_column(index, "series_row", pc.add(table["series_row"], first_series))
+    return with_columns(table, {"series_row": pc.add(table["series_row"], first_series)})
 
 
 def _with_probabilities(table: pa.Table, classes: Sequence[str], values: Probabilities) -> pa.Table:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,6 +90,19 @@ def _read_lines(data: bytes, columns: Sequence[str] | None, lines: int) -> pa.Ta
         if found != lines or lines > MAX_LINES_PER_BYTE * len(data):
             raise ValueError(f"expected {lines} lines, found {found} in {len(data)} bytes")
         return file.read(columns)
+
+
+def with_columns(table: pa.Table, columns: Mapping[str, Any]) -> pa.Table:
+    """Return ``table`` with other values in ``columns``: Arrow's, or any that its types take; one that it lacks is added."""
+    for name, values in columns.items():
+        place = table.schema.get_field_index(name)
+        if place < 0:
+            table = table.append_column(name, values)
+            continue
+        field = table.schema.field(place)
+        column = values if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(values, field.type)
+        table = table.set_column(place, field, column)
+    return table
 
 
 def write_table(path: Path, table: pa.Table) -> None:

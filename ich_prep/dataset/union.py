@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from functools import cached_property, reduce
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from ich_prep.dataset.dataset import Dataset, open_dataset, row_numbers
 from ich_prep.dataset.shard_reader import require_out
-from ich_prep.dataset.tables import stacked
+from ich_prep.dataset.tables import stacked, with_columns
 from ich_prep.errors import DatasetError, UsageError, count
 
 if TYPE_CHECKING:
@@ -90,13 +90,13 @@ class UnionDataset(Dataset):
         """The slice tables of all datasets, one after the other; line i is row i."""
         slices = self._joined([dataset.slices for dataset in self._parts], "row")
         groups = [dataset.fold_groups for dataset in self._parts]
-        return _with(slices, "fold_group", self._group_names(groups))
+        return with_columns(slices, {"fold_group": self._group_names(groups)})
 
     @cached_property
     def series(self) -> pa.Table:
         """The series tables of all datasets, one after the other."""
         series = self._joined([dataset.series for dataset in self._parts], "first_row")
-        return _with(series, "fold_group", self._group_names([_groups_of(dataset) for dataset in self._parts]))
+        return with_columns(series, {"fold_group": self._group_names([_groups_of(dataset) for dataset in self._parts])})
 
     def read_table(self, table: str, columns: Sequence[str] | None = None) -> pa.Table:
         """Return a table of all, but for the shards, or some of its columns; raises ``DatasetError`` for the shards."""
@@ -131,7 +131,7 @@ class UnionDataset(Dataset):
     def _quarantine(self) -> pa.Table:
         tables = [dataset.read_table("quarantine") for dataset in self._parts]
         shifted = [
-            _with(table, "row", pc.add(table["row"], int(start)))
+            with_columns(table, {"row": pc.add(table["row"], int(start))})
             for table, start in zip(tables, self._starts[:-1], strict=True)
         ]
         return stacked(*shifted)
@@ -146,7 +146,7 @@ class UnionDataset(Dataset):
             if self.shared_patients == "apart":
                 columns["patient_id"] = _prefixed(name, table["patient_id"])
             columns["dataset"] = pa.repeat(name, len(table))
-            shifted.append(reduce(lambda lines, column: _with(lines, *column), columns.items(), table))
+            shifted.append(with_columns(table, columns))
         return stacked(*shifted)
 
     @cached_property
@@ -259,10 +259,3 @@ def _connected(group: NDArray[np.int64], links: list[NDArray[np.int64]], number:
             np.minimum.at(label, group[known], least[codes[known]])
         if np.array_equal(label, before):
             return label
-
-
-def _with(table: pa.Table, name: str, values: Any) -> pa.Table:
-    place = table.schema.get_field_index(name)
-    if place < 0:
-        return table.append_column(name, values)
-    return table.set_column(place, table.schema.field(name), values)

@@ -7,14 +7,14 @@ own on.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from ich_prep.dataset.schema import OK, QUARANTINE_SCHEMA, SHARD_SCHEMA, UNUSED
-from ich_prep.dataset.tables import stacked
+from ich_prep.dataset.tables import stacked, with_columns
 from ich_prep.errors import Reason
 from ich_prep.stages import identity
 from ich_prep.stages.copies import content_hash_in
@@ -71,10 +71,7 @@ def without_known(scanned: pa.Table, image: pa.Array, known: pa.Table, *, keyed_
         elif keyed_by_uid:
             reasons[index] = str(Reason.SOP_CONFLICT)
             details[index] = f"another image has its SOP Instance UID: row {row} of the dataset"
-    for name, values in (("reason", reasons), ("detail", details)):
-        place = scanned.schema.get_field_index(name)
-        scanned = scanned.set_column(place, scanned.schema.field(name), pa.array(values, pa.string()))
-    return scanned
+    return with_columns(scanned, {"reason": reasons, "detail": details})
 
 
 def number_there(quarantine: pa.Table) -> int:
@@ -121,8 +118,8 @@ def grow(
 
     drawing = _Drawing(given_fold, patient_id, spec.folds)
     joined = _join_groups(old_slices, old_series, new_slices, new_series, drawing, spec)
-    new_slices = _with(new_slices, "fold_group", joined.fold_group)
-    new_slices = _with(new_slices, "fold", pa.array(joined.fold, pa.int8(), mask=joined.fold < 0))
+    fold = pa.array(joined.fold, pa.int8(), mask=joined.fold < 0)
+    new_slices = with_columns(new_slices, {"fold_group": joined.fold_group, "fold": fold})
     holes = _holes(first_row - len(dataset), start=len(dataset), schema=new_slices.schema)
     slices = stacked(old_slices, holes, new_slices)
     conflict = np.concatenate([joined.old_conflict, np.zeros(len(holes), bool), joined.new_conflict])
@@ -132,10 +129,10 @@ def grow(
         slices = _flagged(slices, where, flag)
     series = stacked(old_series, new_series)
     first = slices.select(["fold", "fold_group"]).take(series["first_row"])
-    series = _with(_with(series, "fold", first["fold"]), "fold_group", first["fold_group"])
+    series = with_columns(series, {name: first[name] for name in first.column_names})
     shards = _shifted(new.shards, shard=dataset.counts.shards, first_row=first_row)
     old_shards = dataset.read_table("shards")
-    old_shards = _with(old_shards, "n_rows", np.full(len(old_shards), dataset.spec.slices_per_shard))
+    old_shards = with_columns(old_shards, {"n_rows": np.full(len(old_shards), dataset.spec.slices_per_shard)})
     quarantine = [dataset.read_table("quarantine"), _shifted(new.quarantine, row=first_row)]
     tables = Tables(
         slices=slices,
@@ -148,15 +145,7 @@ def grow(
 
 
 def _shifted(table: pa.Table, **by: int) -> pa.Table:
-    for name, offset in by.items():
-        table = _with(table, name, pc.add(table[name], offset))
-    return table
-
-
-def _with(table: pa.Table, name: str, values: Any) -> pa.Table:
-    field = table.schema.field(name)
-    column = values if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(values, field.type)
-    return table.set_column(table.schema.get_field_index(name), field, column)
+    return with_columns(table, {name: pc.add(table[name], offset) for name, offset in by.items()})
 
 
 def _continued(old: pa.Table, new: pa.Table) -> tuple[pa.Table, NDArray[np.int64]]:
@@ -168,7 +157,7 @@ def _continued(old: pa.Table, new: pa.Table) -> tuple[pa.Table, NDArray[np.int64
         volumes[uid] = max(volumes.get(uid, 0), 1 + (number or 0))
     before = np.array([volumes.get(uid, 0) for uid in new["series_instance_uid"].to_pylist()], np.int64)
     numbers = pc.add(new["volume_in_series"], pa.array(before, pa.int32()))
-    return _with(new, "volume_in_series", numbers), np.flatnonzero(before)
+    return with_columns(new, {"volume_in_series": numbers}), np.flatnonzero(before)
 
 
 def _flagged(slices: pa.Table, where: NDArray[np.bool_], flag: str) -> pa.Table:
@@ -178,7 +167,7 @@ def _flagged(slices: pa.Table, where: NDArray[np.bool_], flag: str) -> pa.Table:
     flags = slices["flags"].to_pylist()
     for row in np.flatnonzero(where).tolist():
         flags[row] = sorted({*(flags[row] or ()), flag})
-    return _with(slices, "flags", pa.array(flags, pa.list_(pa.string())))
+    return with_columns(slices, {"flags": flags})
 
 
 def _with_flags_of(series: pa.Table, slices: pa.Table) -> pa.Table:
@@ -188,7 +177,7 @@ def _with_flags_of(series: pa.Table, slices: pa.Table) -> pa.Table:
     for owner, flags in zip(owners, slices["flags"].to_pylist(), strict=True):
         if owner is not None and flags:
             united[owner].update(flags)
-    return _with(series, "flags", pa.array(map(sorted, united), pa.list_(pa.string())))
+    return with_columns(series, {"flags": list(map(sorted, united))})
 
 
 def _holes(number: int, *, start: int, schema: pa.Schema) -> pa.Table:

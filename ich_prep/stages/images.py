@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
+from ich_prep.dataset.tables import with_columns
 from ich_prep.stages import identity
 from ich_prep.stages.patients import agreed
 from ich_prep.stages.plan_tables import planned_folds
@@ -48,9 +49,7 @@ def link_images(slices: pa.Table, given_fold: pa.ChunkedArray, image: NDArray[np
     given = agreed(given_fold.to_numpy().astype(np.int64), group, names, "folds", spec).astype(np.int8)
     planned = slices.append_column("given_fold", pa.array(given))
     fold = planned_folds(planned, names, slices["patient_id"], folds=spec.folds)
-    for name, values in (("fold_group", names), ("fold", fold)):
-        slices = slices.set_column(slices.column_names.index(name), slices.schema.field(name), values)
-    return slices
+    return with_columns(slices, {"fold_group": names, "fold": fold})
 
 
 def _is_blank(slices: pa.Table) -> NDArray[np.bool_]:

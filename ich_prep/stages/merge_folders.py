@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ich_prep.dataset.storage import write_whole
-from ich_prep.dataset.tables import read_sealed, stacked, write_sealed
+from ich_prep.dataset.tables import read_sealed, stacked, with_columns, write_sealed
 from ich_prep.errors import CorruptionError
 from ich_prep.stages import ledger
 from ich_prep.stages.scan import FILES_PER_BATCH
@@ -37,8 +37,7 @@ def merge_append(base: BuildFolder, dataset: Dataset, state: State) -> None:
         return
     per_shard = state.spec.slices_per_shard
     first_row = state.first_shard * per_shard
-    new = read_sealed(folder.plan)
-    new = new.set_column(new.schema.get_field_index("row"), "row", pc.add(new["row"], first_row))
+    new = _counted_from(first_row, read_sealed(folder.plan))
     holes = pa.table({"row": np.arange(len(dataset), first_row)})
     merged = stacked(plan.slice(0, len(dataset)), holes, new)
     write_sealed(base.plan, merged, row_group_size=per_shard, write_statistics=False)
@@ -59,7 +58,10 @@ def _merge_quarantine(base: BuildFolder, folder: BuildFolder, dataset: Dataset, 
         old = read_sealed(base.quarantine)
     except (OSError, CorruptionError):
         return
-    new = read_sealed(folder.quarantine)
-    new = new.set_column(new.schema.get_field_index("row"), "row", pc.add(new["row"], first_row))
+    new = _counted_from(first_row, read_sealed(folder.quarantine))
     if len(old) >= before:
         write_sealed(base.quarantine, pa.concat_tables([old.slice(0, before), new]))
+
+
+def _counted_from(first_row: int, table: pa.Table) -> pa.Table:
+    return with_columns(table, {"row": pc.add(table["row"], first_row)})

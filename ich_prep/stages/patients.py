@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ich_prep.dataset.tables import with_columns
 from ich_prep.errors import BuildError, UsageError
 from ich_prep.stages import identity
 
@@ -106,10 +107,7 @@ def with_identities(
         "fold_group": name,
         "given_fold": pa.array(fold, pa.int8()),
     }
-    slices = slices.set_column(slices.column_names.index("subset"), "subset", subset)
-    for column, values in columns.items():
-        slices = slices.append_column(column, values)
-    return slices, notes
+    return with_columns(slices, {"subset": subset, **columns}), notes
 
 
 def _with_known(

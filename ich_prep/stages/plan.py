@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ich_prep.dataset.schema import QUARANTINE_SCHEMA
+from ich_prep.dataset.tables import with_columns
 from ich_prep.errors import Reason, count
 from ich_prep.layouts.label_keys import patients_of_table
 from ich_prep.layouts.labels import LabelTable, join_labels
@@ -76,7 +77,8 @@ def make_plan(
     keyed_by_uid = labels.key == "sop_instance_uid" and len(labels.keys) > 0
     copies = settle(slices, slices["image"].combine_chunks(), keyed_by_uid=keyed_by_uid)
     leaves = pc.is_valid(copies.reason)
-    copied = _with_reason(slices.filter(leaves), copies.reason.filter(leaves), copies.detail.filter(leaves))
+    settled = {"reason": copies.reason.filter(leaves), "detail": copies.detail.filter(leaves)}
+    copied = with_columns(slices.filter(leaves), settled)
     left = pa.concat_tables([left, copied])
     lines = np.flatnonzero(copies.copy_of >= 0)
     remaining = np.cumsum(pc.invert(leaves).to_numpy(zero_copy_only=False)) - 1
@@ -121,7 +123,7 @@ def _with_assignment(scanned: pa.Table, assignment: Assignment) -> pa.Table:
     reason = pc.if_else(excluded, str(Reason.SCAN_TYPE), scanned["reason"])
     detail = pc.if_else(excluded, assignment.excluded_because, scanned["detail"])
     return (
-        _with_reason(scanned, reason, detail)
+        with_columns(scanned, {"reason": reason, "detail": detail})
         .append_column("subset", assignment.subset)
         .append_column("assigned_patient", assignment.patient_id)
         .append_column("subject", assignment.subject)
@@ -134,12 +136,6 @@ def _given(labels: LabelTable, keys: pa.ChunkedArray, spec: Spec) -> Given:
     joined = join_labels(labels, keys)
     patient = patients_of_table(labels, keys) if spec.patients == "column" else None
     return Given(joined.subset, joined.fold, patient)
-
-
-def _with_reason(files: pa.Table, reason: pa.Array | pa.ChunkedArray, detail: pa.Array | pa.ChunkedArray) -> pa.Table:
-    for name, values in (("reason", reason), ("detail", detail)):
-        files = files.set_column(files.column_names.index(name), files.schema.field(name), values)
-    return files
 
 
 def _notes_of_planes(left: pa.Table, slices: pa.Table) -> Iterator[str]:
@@ -201,9 +197,8 @@ def _with_acquisitions(slices: pa.Table) -> pa.Table:
                 known = np.flatnonzero(codes == key)
                 value_of[key] = f"{keyword} {values[int(known[0])].as_py()}" if len(known) else f"no {keyword}"
             texts[index] = value_of[key]
-    return slices.set_column(
-        slices.column_names.index("volume"), "volume", pa.array(identity.join(volume, split.volume))
-    ).append_column("acquisition", pa.array(texts, pa.string()))
+    joined = pa.array(identity.join(volume, split.volume))
+    return with_columns(slices, {"volume": joined, "acquisition": pa.array(texts, pa.string())})
 
 
 def _codes(values: pa.ChunkedArray) -> NDArray[np.int64]:

@@ -29,7 +29,7 @@ from ich_prep.dataset.schema import (
     digest_of,
 )
 from ich_prep.dataset.storage import clear_leftovers, size_of, sync_folder, write_whole
-from ich_prep.dataset.tables import read_sealed, write_table
+from ich_prep.dataset.tables import read_sealed, with_columns, write_table
 from ich_prep.dataset.windows import MIN_HU
 from ich_prep.errors import BuildError
 from ich_prep.stages import ledger
@@ -129,11 +129,7 @@ def with_rows(series: pa.Table, slices: pa.Table, ok: NDArray[np.bool_]) -> pa.T
         "fold_group": first["fold_group"],
         "flags": series_flags(series, slices),
     }
-    for name, values in columns.items():
-        field = series.schema.field(name)
-        column = values if isinstance(values, pa.ChunkedArray) else pa.array(values, field.type)
-        series = series.set_column(series.schema.get_field_index(name), field, column)
-    return series
+    return with_columns(series, columns)
 
 
 def series_flags(series: pa.Table, slices: pa.Table) -> list[list[str]]:
@@ -174,8 +170,7 @@ def with_results(slices: pa.Table, lines: list[RowReport], status: pa.Array) -> 
     for name, where in found.items():
         for row in np.flatnonzero(where).tolist():
             flags[row] = sorted({*flags[row], name})
-    index = slices.schema.get_field_index("flags")
-    return slices.set_column(index, slices.schema.field(index), pa.array(flags, pa.list_(pa.string())))
+    return with_columns(slices, {"flags": flags})
 
 
 def _shows_lung(series_row: NDArray[np.int64], lines: list[RowReport]) -> NDArray[np.bool_]:

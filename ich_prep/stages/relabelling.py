@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ich_prep.dataset.classes import SUBTYPES, UNKNOWN, is_rsna
+from ich_prep.dataset.tables import with_columns
 from ich_prep.errors import SourceError
 
 if TYPE_CHECKING:
@@ -122,11 +123,11 @@ def with_labels(
     slices: pa.Table, relabelled: Relabelled, line: NDArray[np.int64] | None, classes: Sequence[str]
 ) -> pa.Table:
     """Return the slice table with other labels, and the ``line`` of each in its file; see ``Update``."""
-    slices = _with_columns(slices, relabelled.values, relabelled.levels, classes)
+    slices = _with_labels(slices, relabelled.values, relabelled.levels, classes)
     if line is None:
         return slices
     lines = pc.if_else(pa.array(line >= 0), pa.array(line), slices["label_line"])
-    return slices.set_column(slices.schema.get_field_index("label_line"), slices.schema.field("label_line"), lines)
+    return with_columns(slices, {"label_line": lines})
 
 
 def with_series_labels(
@@ -141,7 +142,7 @@ def with_series_labels(
         np.maximum.at(values[:, column], owner, taken[name].fill_null(UNKNOWN).to_numpy())
     levels = np.zeros(len(series), np.int64)
     np.maximum.at(levels, owner, level_codes(taken["label_level"]))
-    return _with_columns(series, values, levels, classes)
+    return _with_labels(series, values, levels, classes)
 
 
 def level_codes(levels: pa.ChunkedArray) -> NDArray[np.int64]:
@@ -151,12 +152,9 @@ def level_codes(levels: pa.ChunkedArray) -> NDArray[np.int64]:
     return codes
 
 
-def _with_columns(
+def _with_labels(
     table: pa.Table, values: NDArray[np.int8], levels: NDArray[np.int64], classes: Sequence[str]
 ) -> pa.Table:
     columns = {name: pa.array(values[:, i], mask=values[:, i] == UNKNOWN) for i, name in enumerate(classes)}
     columns["label_level"] = pa.array(LEVELS).take(pa.array(levels))
-    for name, column in columns.items():
-        place = table.schema.get_field_index(name)
-        table = table.set_column(place, table.schema.field(place), column)
-    return table
+    return with_columns(table, columns)

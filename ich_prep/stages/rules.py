@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ich_prep.dataset.tables import with_columns
 from ich_prep.dicom.accept import BURNED_IN, is_original
 from ich_prep.errors import Reason
 
@@ -33,10 +34,8 @@ def apply_rules(scanned: pa.Table, spec: Spec) -> pa.Table:
 def refuse(scanned: pa.Table, chosen: NDArray[np.bool_], reason: Reason, detail: str | pa.Array) -> pa.Table:
     """Return ``scanned`` with ``reason`` and ``detail`` for those of the ``chosen`` lines, (n,), that have no reason yet."""
     mask = pc.and_(pc.is_null(scanned["reason"]), pa.array(chosen, pa.bool_()))
-    for name, value in (("detail", detail), ("reason", str(reason))):
-        values = pc.if_else(mask, value, scanned[name])
-        scanned = scanned.set_column(scanned.column_names.index(name), scanned.schema.field(name), values)
-    return scanned
+    given = {"detail": detail, "reason": str(reason)}
+    return with_columns(scanned, {name: pc.if_else(mask, value, scanned[name]) for name, value in given.items()})
 
 
 def _has_flag(flags: pa.ChunkedArray, word: str) -> NDArray[np.bool_]:

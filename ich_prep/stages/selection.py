@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ich_prep.dataset.tables import with_columns
 from ich_prep.dicom.accept import is_original
 from ich_prep.errors import Reason, UsageError
 from ich_prep.recipe import refuse_unknown
@@ -129,9 +130,7 @@ def select(placed: pa.Table, spec: Spec) -> pa.Table:
     removed = pa.array(np.array([text is not None for text in detail], bool))
     reason = pc.if_else(removed, str(Reason.FILTERED), placed["reason"])
     details = pc.coalesce(pa.array(detail.tolist(), pa.string()), placed["detail"])
-    for name, values in (("reason", reason), ("detail", details)):
-        placed = placed.set_column(placed.column_names.index(name), placed.schema.field(name), values)
-    return placed
+    return with_columns(placed, {"reason": reason, "detail": details})
 
 
 def _exclude(wanted: NDArray[np.bool_], detail: NDArray[Any], which: NDArray[np.bool_], why: str) -> None:
