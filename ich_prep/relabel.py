@@ -23,7 +23,7 @@ from ich_prep.layouts.labels import Key, LabelOptions, LabelRules, LabelTable, j
 from ich_prep.layouts.rsna import HEADER as RSNA_HEADER
 from ich_prep.sources import LISTING_SCHEMA, Listing, check_table_path, local_table
 from ich_prep.stages.generation import Change, changing, joined_digest, publish_generation
-from ich_prep.stages.identifier_key import key_of_dataset, recorded_key
+from ich_prep.stages.identifier_key import key_of_dataset
 from ich_prep.stages.identity import ISSUER
 from ich_prep.stages.pseudonyms import PSEUDONYMS, Level, pseudonym, with_originals
 from ich_prep.stages.relabelling import (
@@ -99,7 +99,7 @@ def relabel(
             )
         if replace_all and not is_marks:
             update = replace(update, stated=np.ones_like(update.stated))
-        if not replace_all or recorded_key(dataset.root) is not None:  # a line of the table would tell who it is
+        if not replace_all or dataset.root.pseudonym_key is not None:  # a line of the table would tell who it is
             update = replace(update, line=None)
         update = replace(update, stated=update.stated & counted[:, np.newaxis])
         after = updated(dataset.labels, level_codes(slices["label_level"]), update, classes)
@@ -177,7 +177,7 @@ def _from_table(
     joined = join_labels(table, keys[_column_of(table.key)])
     if len(joined.without_image) == len(table.keys):
         hint = ""
-        if recorded_key(dataset.root) is not None and secret is None:
+        if dataset.root.pseudonym_key is not None and secret is None:
             hint = " They may be the originals of pseudonyms: give the key with --key."
         raise SourceError(
             f"No label of {file.path} is of a slice of {dataset.path}: none of its {table.key} is there. Expected those of "

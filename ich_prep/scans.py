@@ -17,10 +17,11 @@ import pyarrow.compute as pc
 
 from ich_prep.dataset.affine import upright_turns
 from ich_prep.dataset.classes import RSNA_CLASSES
+from ich_prep.dataset.components import codes_of
 from ich_prep.dataset.dataset import Dataset, row_numbers
 from ich_prep.dataset.native import require
 from ich_prep.dataset.schema import AS_STORED, FORMAT, OK, QUARANTINE_SCHEMA, Counts, Root
-from ich_prep.dataset.shard_reader import require_out
+from ich_prep.dataset.shard_reader import output_array
 from ich_prep.dataset.storage import local_path
 from ich_prep.dataset.tables import with_columns
 from ich_prep.dicom.decode import Decoder
@@ -181,9 +182,9 @@ def _damage(plan: Plan, scanned: pa.Table) -> tuple[NDArray[np.int64], pa.Table]
     is_damaged = is_damaged[is_damaged | is_slice]
     patient = identity.with_issuer(identity.usable(headers["patient_id"]), headers["issuer_of_patient_id"])
     owner, _ = identity.divide_series(
-        identity.codes_of(headers["series_instance_uid"]),
-        identity.codes_of(identity.usable(headers["study_instance_uid"])),
-        identity.codes_of(patient),
+        codes_of(headers["series_instance_uid"]),
+        codes_of(identity.usable(headers["study_instance_uid"])),
+        codes_of(patient),
     )
     numbers = np.bincount(owner, weights=is_damaged).astype(np.int64)
     first = pc.index_in(plan.slices["path"].take(plan.series["first_row"]), value_set=headers["path"])
@@ -241,10 +242,7 @@ class RenderedScans(Dataset):
         missing = wanted[~self.is_ok[wanted]]
         if len(missing):
             self._refuse_row(int(missing[0]))
-        shape = (len(wanted), *self.shape[1:])
-        if out is None:
-            out = np.empty(shape, self.dtype)
-        require_out(out, shape, self.dtype)
+        out = output_array(out, (len(wanted), *self.shape[1:]), self.dtype)
         return np.take(self._pixels, wanted, axis=0, out=out, mode="clip")  # checked; "raise" would buffer a copy
 
     def _check_stored_form(self, slices: pa.Table) -> None:

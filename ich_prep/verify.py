@@ -209,7 +209,7 @@ def _check_folds(dataset: Dataset) -> Iterator[Problem]:
     if dataset.attributes["spec"].get("split_groups"):
         return
     culprit, folds = str(dataset.table_path("slices")), dataset.attributes["spec"].get("folds")
-    hidden = dataset.attributes["spec"].get("identifiers") == "pseudonymise"  # folds are hashes of the originals
+    hidden = dataset.has_pseudonyms  # folds are hashes of the originals
     drawn = isinstance(folds, int) and not dataset.root.given_folds and not hidden
     lines = dataset.slices.select(["fold", "series_row"]).append_column("group", dataset.fold_groups)
     patient_of = _founders(dataset) if drawn else {}

@@ -18,7 +18,7 @@ from ich_prep.dataset.checks import lines_expected, table_problem
 from ich_prep.dataset.classes import UNKNOWN
 from ich_prep.dataset.codecs import CODECS
 from ich_prep.dataset.schema import OK, ROOT, WITHDRAWN, Root, parse_root, shard_path
-from ich_prep.dataset.shard_reader import ShardReader, require_out, stored_form
+from ich_prep.dataset.shard_reader import ShardReader, output_array, stored_form
 from ich_prep.dataset.storage import local_path
 from ich_prep.dataset.tables import read_published
 from ich_prep.dataset.volumes import affine_of_slices, find_series
@@ -140,6 +140,11 @@ class Dataset:
         """The datasets that this one consists of: itself, unless it is a union."""
         return (self,)
 
+    @property
+    def has_pseudonyms(self) -> bool:
+        """Whether UIDs, patients and paths are pseudonyms (``--identifiers pseudonymise``)."""
+        return bool(self.attributes["spec"].get("identifiers") == "pseudonymise")
+
     @cached_property
     def slices(self) -> pa.Table:
         """The slice table: line i is row i; the columns of ``schema.slice_schema``, and any that a later version added."""
@@ -216,9 +221,7 @@ class Dataset:
         wanted = row_numbers(rows)
         shape = (len(wanted), *self.shape[1:])
         reader = self._reader or self._open_reader()
-        if out is None:
-            out = np.empty(shape, self.dtype)
-        require_out(out, shape, self.dtype)
+        out = output_array(out, shape, self.dtype)
         lines = out.reshape(len(wanted), int(np.prod(shape[1:]))).view(np.uint8)
         try:
             missing = reader.read(wanted, lines, threads=threads)

@@ -262,6 +262,11 @@ class Root(BaseModel):
     versions: dict[str, str | None] = {}
     digest: Sha256
 
+    @property
+    def pseudonym_key(self) -> str | None:
+        """The id of the key of the dataset's pseudonyms; None in one without pseudonyms."""
+        return self.history[-1].digests.get("key") if self.history else None
+
     @field_validator("spec", mode="before")
     @classmethod
     def _complete(cls, value: Any) -> Any:

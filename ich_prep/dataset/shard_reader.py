@@ -280,6 +280,14 @@ def require_out(out: NDArray[Any], shape: tuple[int, ...], dtype: np.dtype[Any])
         )
 
 
+def output_array(out: NDArray[Any] | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return ``out``, or a new array if it is None; raises as ``require_out``."""
+    if out is None:
+        return np.empty(shape, dtype)
+    require_out(out, shape, dtype)
+    return out
+
+
 def max_open_files() -> int:
     """Return how many shards a reader may keep open: half of the process's limit."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]

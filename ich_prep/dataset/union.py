@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ich_prep.dataset.components import codes_of, connect, one_array
 from ich_prep.dataset.dataset import Dataset, open_dataset, row_numbers
-from ich_prep.dataset.shard_reader import require_out
+from ich_prep.dataset.shard_reader import output_array
 from ich_prep.dataset.tables import stacked, with_columns
 from ich_prep.errors import DatasetError, UsageError, count
 
@@ -56,7 +57,7 @@ class UnionDataset(Dataset):
         for dataset in datasets:
             counts.update(dataset.counts.model_dump())
         digests = " ".join([shared_patients, *(dataset.digest for dataset in datasets)])
-        hidden = any(one.attributes["spec"].get("identifiers") == "pseudonymise" for one in datasets)
+        hidden = any(dataset.has_pseudonyms for dataset in datasets)
         root = first.root.model_copy(
             update={
                 "counts": first.counts.model_copy(update=dict(counts)),
@@ -112,10 +113,7 @@ class UnionDataset(Dataset):
         wanted = row_numbers(rows)
         if wanted.size and (int(wanted.min()) < 0 or int(wanted.max()) >= len(self)):
             raise IndexError(f"Expected rows within 0..{len(self) - 1}; got {int(wanted.min())}..{int(wanted.max())}.")
-        shape = (len(wanted), *self.shape[1:])
-        if out is None:
-            out = np.empty(shape, self.dtype)
-        require_out(out, shape, self.dtype)
+        out = output_array(out, (len(wanted), *self.shape[1:]), self.dtype)
         part = np.searchsorted(self._starts, wanted, side="right") - 1
         for number in np.unique(part).tolist():
             at, dataset = np.flatnonzero(part == number), self._parts[number]
@@ -160,12 +158,20 @@ class UnionDataset(Dataset):
         """The name of each dataset's fold group, with the dataset's before it -> the group that it is part of here."""
         own = [_prefixed(name, _groups_of(dataset)) for name, dataset in zip(self._names, self._parts, strict=True)]
         encoded = pa.chunked_array(own).combine_chunks().dictionary_encode()
-        groups, names = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64), encoded.dictionary.to_pylist()
+        groups = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+        names, known = encoded.dictionary.to_pylist(), np.flatnonzero(groups >= 0)
         label = np.arange(len(names))
         if self.shared_patients == "join":
-            links = [_codes([dataset.series[name] for dataset in self._parts]) for name in _LINKS]
-            label = _connected(groups, links, len(names))
+            links = [self._linking(name)[known] for name in _LINKS]
+            label[groups[known]] = connect(groups[known], links)
         return {name: names[number] for name, number in zip(names, label.tolist(), strict=True)}
+
+    def _linking(self, name: str) -> NDArray[np.int64]:
+        """Return the codes of a column of the series tables, one table after the other; -1 for null or empty."""
+        whole = one_array(
+            pa.chunked_array([chunk for part in self._parts for chunk in part.series[name].chunks], pa.string())
+        )
+        return codes_of(pc.if_else(pc.equal(whole, ""), pa.scalar(None, pa.string()), whole))
 
     def _group_names(self, groups: list[pa.ChunkedArray]) -> pa.Array:
         named = [_prefixed(name, values) for name, values in zip(self._names, groups, strict=True)]
@@ -191,7 +197,7 @@ def _require_same(first: Dataset, other: Dataset) -> None:
 
 def _require_one_key(datasets: Sequence[Dataset]) -> None:
     """Raise ``UsageError`` if the identifiers cannot be compared: pseudonyms of several keys, or of some datasets only."""
-    keys = [dataset.root.history[-1].digests.get("key") if dataset.root.history else None for dataset in datasets]
+    keys = [dataset.root.pseudonym_key for dataset in datasets]
     other = next((one for one, key in zip(datasets, keys, strict=True) if key != keys[0]), None)
     if other is None:
         return
@@ -237,25 +243,3 @@ def _groups_of(dataset: Dataset) -> pa.ChunkedArray:
 def _prefixed(name: str, values: pa.ChunkedArray) -> pa.Array:
     joined = pc.binary_join_element_wise(f"{name}:", values, "")
     return joined.combine_chunks() if isinstance(joined, pa.ChunkedArray) else joined
-
-
-def _codes(columns: list[pa.ChunkedArray]) -> NDArray[np.int64]:
-    """Return a number for each distinct value, -1 for null or empty."""
-    whole = pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string()).combine_chunks()
-    values = pc.if_else(pc.equal(whole, ""), pa.scalar(None, pa.string()), whole)
-    codes: NDArray[np.int64] = values.dictionary_encode().indices.fill_null(-1).to_numpy(zero_copy_only=False)
-    return codes.astype(np.int64)
-
-
-def _connected(group: NDArray[np.int64], links: list[NDArray[np.int64]], number: int) -> NDArray[np.int64]:
-    """Return for each of that ``number`` of groups the smallest one that it is linked to, by lines with equal values."""
-    label = np.arange(number)
-    while True:
-        before = label.copy()
-        for codes in links:
-            known = np.flatnonzero((codes >= 0) & (group >= 0))
-            least = np.full(int(codes.max(initial=-1)) + 1, number)
-            np.minimum.at(least, codes[known], label[group[known]])
-            np.minimum.at(label, group[known], least[codes[known]])
-        if np.array_equal(label, before):
-            return label

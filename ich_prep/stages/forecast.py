@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from ich_prep.errors import BuildError, count
 from ich_prep.messages import duration_text, size_text
 from ich_prep.stages import ledger
-from ich_prep.stages.sample import Sample, measure
+from ich_prep.stages.sample import SAMPLED, Sample, measure, sampled_rows
 from ich_prep.stages.shard import COLUMNS
 from ich_prep.stages.state import BuildFolder
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ich_prep.execute import Pool
 
 SLICES_PER_SAMPLE = 512  # one sampled slice of so many, so that a sample costs next to nothing
-FEWEST, MOST = 4, 32  # slices of a sample
+FEWEST = 4  # slices of a sample
 TABLE_BYTES = 600  # of a slice in the published tables and in the ledger; measured: 240 to 480
 
 
@@ -76,7 +76,7 @@ def forecast(pool: Pool, out: Path, folder: BuildFolder, sources: Sequence[Path]
     if not slices:
         return None
     task = partial(sample_plan, str(folder.path), tuple(map(str, sources)), spec)
-    ((_, sample),) = pool.map(task, [min(MOST, max(FEWEST, slices // SLICES_PER_SAMPLE))])
+    ((_, sample),) = pool.map(task, [min(SAMPLED, max(FEWEST, slices // SLICES_PER_SAMPLE))])
     processes = max(1, pool.wait_until_started())
     return Forecast(
         slices=slices,
@@ -92,7 +92,7 @@ def sample_plan(folder: str, sources: tuple[str, ...], spec: Spec, number: int) 
     """Return what ``number`` slices of the plan, evenly spaced, take in this process: a task of a pool."""
     build = BuildFolder(Path(folder))
     with pq.ParquetFile(build.plan) as plan, pq.ParquetFile(build.keys) as keys:
-        rows = np.unique(np.linspace(0, plan.metadata.num_rows - 1, number).round().astype(int)).tolist()
+        rows = sampled_rows(plan.metadata.num_rows, number)
         starts = np.cumsum([0, *(plan.metadata.row_group(k).num_rows for k in range(plan.metadata.num_row_groups))])
         slices, found = [], []
         for row in rows:

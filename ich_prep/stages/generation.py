@@ -20,7 +20,6 @@ from ich_prep.dataset.schema import IMAGES, LABELS, ROOT, TABLES, digest_of, tab
 from ich_prep.dataset.storage import clear_leftovers, files_below, local_path, sync_folder, whole_name, write_whole
 from ich_prep.dataset.tables import write_table
 from ich_prep.errors import BuildError, describe_os_error
-from ich_prep.stages.identifier_key import recorded_key
 from ich_prep.stages.output import build_lock, output_lock
 from ich_prep.stages.publish import images_document, root_document, sha256
 from ich_prep.stages.state import BuildFolder, build_folder, readable_state, write_state
@@ -95,7 +94,7 @@ def publish_generation(dataset: Dataset, folder: BuildFolder, change: Change) ->
     if counts["rows"] != len(dataset):
         digests[f"{IMAGES}/{ROOT}"] = _grow_images(out, counts["rows"])
     clear_leftovers(out / ROOT)
-    key = recorded_key(dataset.root)
+    key = dataset.root.pseudonym_key
     event = {
         "command": change.command,
         "generation": number,

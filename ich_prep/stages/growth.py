@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ich_prep.dataset.components import codes_of, connect
 from ich_prep.dataset.schema import OK, QUARANTINE_SCHEMA, SHARD_SCHEMA, UNUSED
 from ich_prep.dataset.tables import stacked, with_columns
 from ich_prep.errors import Reason
@@ -123,7 +124,7 @@ def grow(
     holes = _holes(first_row - len(dataset), start=len(dataset), schema=new_slices.schema)
     slices = stacked(old_slices, holes, new_slices)
     conflict = np.concatenate([joined.old_conflict, np.zeros(len(holes), bool), joined.new_conflict])
-    uids = identity.codes_of(slices["sop_instance_uid"])
+    uids = codes_of(slices["sop_instance_uid"])
     shared = (uids >= 0) & np.isin(uids, uids[: len(dataset)]) & np.isin(uids, uids[first_row:])
     for flag, where in ((FOLD_CONFLICT, conflict), (SOP_UID_SHARED, shared), (SAME_IMAGE, equal_images(slices) >= 0)):
         slices = _flagged(slices, where, flag)
@@ -226,14 +227,14 @@ def _join_groups(
     spec: Spec,
 ) -> _Joined:
     names = pa.concat_arrays([_names(old_slices), _names(new_slices)])
-    group = identity.codes_of(names)  # of each slice, -1 in a row of no slice
+    group = codes_of(names)  # of each slice, -1 in a row of no slice
     ranked = names.dictionary_encode().dictionary
     ranked = ranked.take(pc.sort_indices(ranked))
     own = len(old_slices)
     links = _links(old_slices, old_series, new_slices, new_series, spec)
     inside = np.flatnonzero(group >= 0)
     component = np.full(len(group), -1)
-    component[inside] = identity.connect(group[inside], [codes[inside] for codes in links.values()])
+    component[inside] = connect(group[inside], [codes[inside] for codes in links.values()])
     mine = component[own:]  # of the new slices
 
     pairs = np.unique(np.stack([component[:own], group[:own]], axis=1)[group[:own] >= 0], axis=0)
@@ -315,7 +316,7 @@ def _links(
         "study": identity.usable(volumes["study_instance_uid"]),
         "series": volumes["series_instance_uid"],
     }
-    links = {name: np.r_[identity.codes_of(column), -1][owner] for name, column in values.items() if name in spec.link}
+    links = {name: np.r_[codes_of(column), -1][owner] for name, column in values.items() if name in spec.link}
     if "image" in spec.link:
         both = stacked(
             *(table.select(["content_hash", "hu_max", "hu_min", "status"]) for table in (old_slices, new_slices))

@@ -38,7 +38,7 @@ def key_of_build(
     before = readable_state(folder)
     recorded = None if before is None else before.key
     if (out / ROOT).exists() and not overwrite:
-        recorded = recorded_key(open_dataset(out).root)
+        recorded = open_dataset(out).root.pseudonym_key
     key = find_key(folder, given, recorded=None if overwrite else recorded)
     if recorded is not None and (key is None or key_id(key) != recorded):
         say("The pseudonyms will not be those of the dataset that is replaced: its key is another one.")
@@ -80,7 +80,7 @@ def key_of_dataset(root: Root, folder: BuildFolder, given: Path | None, *, neede
     It is in the file ``given``, or in the working ``folder``. None too if it is in neither and not ``needed``. Raises what
     ``find_key`` does, and ``UsageError`` for a key without use.
     """
-    recorded = recorded_key(root)
+    recorded = root.pseudonym_key
     if recorded is None:
         if given is not None:
             raise UsageError("--key is for pseudonyms, which this dataset does not have: leave it out.")
@@ -104,14 +104,9 @@ def make_key(folder: BuildFolder) -> bytes:
     return key
 
 
-def recorded_key(root: Root) -> str | None:
-    """Return the ``key_id`` of the key of a dataset's pseudonyms; None in a dataset without pseudonyms."""
-    return root.history[-1].digests.get("key") if root.history else None
-
-
 def is_key_of(path: Path, root: Root) -> bool:
     """Return whether the key at ``path`` made the pseudonyms of the dataset with this ``root``."""
-    return key_id(_read(path)) == recorded_key(root)
+    return key_id(_read(path)) == root.pseudonym_key
 
 
 def _read(path: Path) -> bytes:

@@ -6,13 +6,14 @@ Arrays in, arrays out. Codes are integers that stand for equal values, -1 for a 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ich_prep.dataset.components import codes_of, one_array, pairs_of
 from ich_prep.errors import BuildError, count
 from ich_prep.stages.folds import assign_folds
 
@@ -68,7 +69,7 @@ def is_placeholder(value: str | None) -> bool:
 
 def usable(values: pa.Array | pa.ChunkedArray) -> pa.Array:
     """Return ``values`` (string, (n,)) with null for each placeholder."""
-    encoded = _one(values).dictionary_encode()
+    encoded = one_array(values).dictionary_encode()
     words = encoded.dictionary.to_pylist()
     kept = pa.array([None if is_placeholder(word) else word for word in words], pa.string())
     return kept.take(encoded.indices)
@@ -76,17 +77,8 @@ def usable(values: pa.Array | pa.ChunkedArray) -> pa.Array:
 
 def with_issuer(patient_id: pa.Array, issuer: pa.Array | pa.ChunkedArray) -> pa.Array:
     """Return each patient's identity: the PatientID, and behind it its issuer where the header names one (HL7's CX)."""
-    qualified = pc.binary_join_element_wise(patient_id, _one(issuer), ISSUER)
+    qualified = pc.binary_join_element_wise(patient_id, one_array(issuer), ISSUER)
     return pc.coalesce(qualified, patient_id)
-
-
-def codes_of(values: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
-    """Return the rank of each value among the sorted distinct values of its column (n,), -1 for null."""
-    encoded = _one(values).dictionary_encode()
-    rank_of = np.full(len(encoded.dictionary) + 1, -1, np.int64)
-    rank_of[pc.sort_indices(encoded.dictionary).to_numpy()] = np.arange(len(encoded.dictionary))
-    codes: NDArray[np.int64] = rank_of[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
-    return codes
 
 
 def too_common(patient: NDArray[np.int64], study: NDArray[np.int64]) -> tuple[int, ...]:
@@ -94,7 +86,7 @@ def too_common(patient: NDArray[np.int64], study: NDArray[np.int64]) -> tuple[in
 
     ``study`` (n,) are codes of studies. At least three studies must have the value.
     """
-    _, patients = _pairs(study, patient)
+    _, patients = pairs_of(study, patient)
     studies = len(np.unique(study))
     numbers = np.bincount(patients) if len(patients) else np.empty(0, np.int64)
     common = np.flatnonzero((numbers >= FEWEST_PLACEHOLDER_STUDIES) & (2 * numbers > studies))
@@ -113,7 +105,7 @@ def divide_series(
     part, undecided = np.full(len(series), -1), np.ones(len(series), bool)
     slices = np.bincount(series, minlength=1)
     for whose in (join(study, patient), study, patient):
-        owners, _ = _pairs(series, whose)
+        owners, _ = pairs_of(series, whose)
         parts = np.bincount(owners, minlength=len(slices))
         divides = (parts > 1) & (parts * SLICES_PER_IDENTITY <= slices)
         chosen = undecided & divides[series]
@@ -122,32 +114,9 @@ def divide_series(
     return join(series, part), ~undecided
 
 
-def connect(volume: NDArray[np.int64], links: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
-    """Return the number of each slice's group (n,): slices of one volume, or of volumes that share a value, are one group.
-
-    ``volume`` (n,) from 0; each of ``links`` (n,) are codes of values, -1 for no link.
-    """
-    parent = list(range(int(volume.max(initial=-1)) + 1))
-
-    def root(number: int) -> int:
-        while parent[number] != number:
-            parent[number] = parent[parent[number]]
-            number = parent[number]
-        return number
-
-    for codes in links:
-        values, volumes = _pairs(codes, volume)
-        for index in np.flatnonzero(np.diff(values) == 0).tolist():
-            one, other = root(int(volumes[index])), root(int(volumes[index + 1]))
-            parent[max(one, other)] = min(one, other)
-    roots = np.array([root(number) for number in range(len(parent))], np.int64)
-    group: NDArray[np.int64] = roots[volume]
-    return group
-
-
 def contradictions(owner: NDArray[np.int64], value: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Return for each slice (n,) whether its ``owner`` has more than one ``value``; -1 is no owner, and no value."""
-    owners, _ = _pairs(owner, value)
+    owners, _ = pairs_of(owner, value)
     several = np.bincount(owners, minlength=int(owner.max(initial=-1)) + 2) > 1
     result: NDArray[np.bool_] = several[owner] & (owner >= 0)
     return result
@@ -171,7 +140,7 @@ def group_names(group: NDArray[np.int64], identity: pa.Array | pa.ChunkedArray) 
     codes = codes_of(identity)
     least = np.full(int(group.max(initial=-1)) + 1, np.iinfo(np.int64).max, np.int64)
     np.minimum.at(least, group, codes)
-    ranked = _one(identity).dictionary_encode().dictionary
+    ranked = one_array(identity).dictionary_encode().dictionary
     return ranked.take(pc.sort_indices(ranked)).take(pa.array(least[group], pa.int64()))
 
 
@@ -199,7 +168,7 @@ def check_group_sizes(
 
     ``links`` are, by the name of a value, its codes (n,) and the values themselves; ``others`` counts studies beside these.
     """
-    groups, _ = _pairs(group, study)
+    groups, _ = pairs_of(group, study)
     studies = len(groups) + others
     sizes = np.bincount(groups, minlength=1)
     largest = int(sizes.argmax())
@@ -208,7 +177,7 @@ def check_group_sizes(
     inside = group == largest
     name, value, shared = "", "", 0
     for kind, (codes, values) in links.items():
-        owners, _ = _pairs(codes[inside], study[inside])
+        owners, _ = pairs_of(codes[inside], study[inside])
         numbers = np.bincount(owners, minlength=1)
         if numbers.max() > max(shared, 1):
             name, shared = kind, int(numbers.max())
@@ -223,18 +192,6 @@ def check_group_sizes(
 
 
 # --- arrays ----------------------------------------------------------------------------------------------------------
-
-
-def _one(values: pa.Array | pa.ChunkedArray) -> Any:
-    return values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
-
-
-def _pairs(first: NDArray[np.int64], second: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the distinct pairs of two codes, (m,) each, sorted, without those that have a -1."""
-    known = (first >= 0) & (second >= 0)
-    radix = int(second.max(initial=0)) + 1
-    distinct = np.unique(first[known] * radix + second[known])
-    return distinct // radix, distinct % radix
 
 
 def join(first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.int64]:

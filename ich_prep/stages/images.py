@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
+from ich_prep.dataset.components import codes_of, connect
 from ich_prep.dataset.tables import with_columns
 from ich_prep.stages import identity
 from ich_prep.stages.patients import agreed
@@ -23,7 +24,7 @@ BLANK_HU = -500.0
 
 def equal_images(slices: pa.Table) -> NDArray[np.int64]:
     """Return a code for each image that several rows of ``slices`` have, (n,), -1 for an image of one row only."""
-    codes = identity.codes_of(slices["content_hash"])
+    codes = codes_of(slices["content_hash"])
     numbers = np.bincount(codes + 1, minlength=1)
     return np.where((codes >= 0) & (numbers[codes + 1] > 1), codes, -1)
 
@@ -37,12 +38,12 @@ def link_images(slices: pa.Table, given_fold: pa.ChunkedArray, image: NDArray[np
     image = np.where(_is_blank(slices), -1, image)
     if "image" not in spec.link or not (image >= 0).any():
         return slices
-    before = identity.codes_of(slices["fold_group"])
-    group = identity.connect(before, [image])
+    before = codes_of(slices["fold_group"])
+    group = connect(before, [image])
     if np.array_equal(group, before):
         return slices
-    study = identity.codes_of(slices["study_instance_uid"])
-    unit = identity.study_units(slices["series_row"].to_numpy(), study, identity.codes_of(slices["patient_id"]))
+    study = codes_of(slices["study_instance_uid"])
+    unit = identity.study_units(slices["series_row"].to_numpy(), study, codes_of(slices["patient_id"]))
     links = {"patient": (before, slices["fold_group"]), "image": (image, slices["content_hash"])}
     identity.check_group_sizes(group, unit, links, folds=spec.folds)
     names = identity.group_names(group, slices["fold_group"])

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ich_prep.dataset.components import codes_of, connect
 from ich_prep.dataset.tables import with_columns
 from ich_prep.errors import BuildError, UsageError
 from ich_prep.stages import identity
@@ -66,7 +67,7 @@ def with_identities(
     texts = _with_known(
         {"patient": person_of_slice, "study": study_uid, "series": slices["series_instance_uid"]}, known
     )
-    codes = {name: identity.codes_of(values) for name, values in texts.items()}
+    codes = {name: codes_of(values) for name, values in texts.items()}
     units = identity.study_units(_volumes(codes, own)[0], codes["study"], codes["patient"])
     known_persons = set(codes["patient"][own:].tolist())
     common = tuple(code for code in identity.too_common(codes["patient"], units) if code not in known_persons)
@@ -81,7 +82,7 @@ def with_identities(
     values = {"patient": patient_id, "study": study_uid, "series": slices["series_instance_uid"]}
     linking = [name for name in values if name in spec.link]
     volumes, shared = _volumes(codes, own)
-    group = identity.connect(volumes, [codes[name] for name in linking])[:own]
+    group = connect(volumes, [codes[name] for name in linking])[:own]
     if "image" in spec.link and len(copied.line):
         linked = {name: texts[name] for name in linking}
         group = _groups_with_copies(volumes, linked, placeholders, copied, spec)[:own]
@@ -97,7 +98,7 @@ def with_identities(
 
     subset, fold = _given_to_groups(slices["subset"], name, group, given, spec)
     # Slices of two subsets are two volumes.
-    volume, _ = identity.divide_series(identity.join(identity.codes_of(subset), series), study, person)
+    volume, _ = identity.divide_series(identity.join(codes_of(subset), series), study, person)
     columns = {
         "patient": pc.coalesce(patient_id, stand_in),
         "unnamed_patient": pc.is_null(patient_id),
@@ -189,10 +190,9 @@ def _groups_with_copies(
         "series": headers["series_instance_uid"].combine_chunks(),
     }
     links = [
-        identity.codes_of(pa.chunked_array([*_chunks(values), of_copies[name]], pa.string()))
-        for name, values in texts.items()
+        codes_of(pa.chunked_array([*_chunks(values), of_copies[name]], pa.string())) for name, values in texts.items()
     ]
-    return identity.connect(np.r_[volume, volume[copied.line]], links)[: len(volume)]
+    return connect(np.r_[volume, volume[copied.line]], links)[: len(volume)]
 
 
 def _too_common_note(patient_id: pa.Array, person: NDArray[np.int64], unit: NDArray[np.int64], code: int) -> str:
@@ -216,7 +216,7 @@ def _conflicts(slices: pa.Table, study: NDArray[np.int64], person: NDArray[np.in
     conflict = identity.contradictions(study, person)[:own]
     person = person[:own]
     for value in (sex, year):
-        conflict |= identity.contradictions(person, identity.codes_of(value.cast(pa.string())))
+        conflict |= identity.contradictions(person, codes_of(value.cast(pa.string())))
     return conflict
 
 

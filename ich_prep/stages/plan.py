@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ich_prep.dataset.components import codes_of
 from ich_prep.dataset.schema import QUARANTINE_SCHEMA
 from ich_prep.dataset.tables import with_columns
 from ich_prep.errors import Reason, count
@@ -204,7 +205,7 @@ def _with_acquisitions(slices: pa.Table) -> pa.Table:
 def _codes(values: pa.ChunkedArray) -> NDArray[np.int64]:
     """Return the rank of each value among the distinct ones, (n,), -1 for null; of numbers by size, of text as it sorts."""
     if pa.types.is_string(values.type):
-        return identity.codes_of(values)
+        return codes_of(values)
     known = values.is_valid().to_numpy()
     codes = np.full(len(values), -1, np.int64)
     codes[known] = np.unique(values.drop_null().to_numpy(), return_inverse=True)[1]
@@ -223,7 +224,7 @@ def _order(slices: pa.Table, *, foot_to_head: bool, by_number: bool = True) -> S
         matrix(slices["orientation"], 6),
         instance_number,
         series=slices["volume"].to_numpy(),
-        uid=identity.codes_of(slices["sop_instance_uid"]),
+        uid=codes_of(slices["sop_instance_uid"]),
         acquisition_number=acquisition_number,
         slice_location=slices["slice_location"].fill_null(np.nan).to_numpy(),
         foot_to_head=foot_to_head,

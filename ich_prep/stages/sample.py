@@ -38,9 +38,9 @@ class Sample:
     failures: tuple[str, ...]
 
 
-def sampled_rows(count: int) -> list[int]:
-    """Return up to ``SAMPLED`` rows of ``count``, evenly spaced."""
-    return np.unique(np.linspace(0, count - 1, min(count, SAMPLED)).round().astype(int)).tolist() if count else []
+def sampled_rows(count: int, most: int = SAMPLED) -> list[int]:
+    """Return up to ``most`` rows of ``count``, evenly spaced."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist() if count else []
 
 
 def measure(slices: pa.Table, keys: Sequence[bytes], sources: Sequence[Path], spec: Spec) -> Sample:

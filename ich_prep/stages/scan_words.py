@@ -8,8 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ich_prep.dataset.components import codes_of
 from ich_prep.layouts.scan_types import is_not_head, scan_type_of
-from ich_prep.stages.identity import codes_of, join
+from ich_prep.stages.identity import join
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ich_prep.dataset.components import codes_of
 from ich_prep.dataset.tables import with_columns
 from ich_prep.dicom.accept import is_original
 from ich_prep.errors import Reason, UsageError
@@ -169,15 +170,15 @@ class _Series:
         """Return the series of the ``wanted`` lines (n,): as volumes are told apart, by patient and study too."""
         lines = np.flatnonzero(wanted)
         slices = placed.take(pa.array(lines))
-        series = identity.codes_of(pc.fill_null(slices["series_instance_uid"], ""))
-        study = identity.codes_of(identity.usable(slices["study_instance_uid"]))
-        patient = identity.codes_of(identity.usable(slices["assigned_patient"]))
+        series = codes_of(pc.fill_null(slices["series_instance_uid"], ""))
+        study = codes_of(identity.usable(slices["study_instance_uid"]))
+        patient = codes_of(identity.usable(slices["assigned_patient"]))
         code, _ = identity.divide_series(series, study, patient)
         code = np.unique(code, return_inverse=True)[1].reshape(-1)
-        uid = identity.codes_of(slices["sop_instance_uid"])
+        uid = codes_of(slices["sop_instance_uid"])
         # A slice without a SOP Instance UID is an image of its own.
         uid = np.where(uid < 0, len(lines) + np.arange(len(lines)), uid)
-        image = identity.join(uid, identity.codes_of(slices["image"]))
+        image = identity.join(uid, codes_of(slices["image"]))
         first = np.unique(identity.join(code, image), return_index=True)[1]
         images = np.bincount(code[first], minlength=1)
         return cls(len(placed), lines, code, identity.study_units(series, study, patient), images)

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ich_prep.dataset.components import codes_of
 from ich_prep.dataset.storage import write_whole
 from ich_prep.dataset.tables import parquet_bytes
 from ich_prep.dicom.accept import is_hounsfield
@@ -79,7 +80,7 @@ def refuse_other_units(
 
 def _silent_beside(scanned: pa.Table, refused: list[int]) -> NDArray[np.bool_]:
     """Return which lines, (n,), have no RescaleType in a series of which others are ``refused``, and none says HU."""
-    patient, study, series = (identity.codes_of(scanned[name]) for name in _IDENTITY[:-1])
+    patient, study, series = (codes_of(scanned[name]) for name in _IDENTITY[:-1])
     number = identity.join(identity.join(patient, study), series)
     silent = pc.is_null(scanned["rescale_type"]).to_numpy(zero_copy_only=False)
     other = np.zeros(len(scanned), bool)

@@ -18,7 +18,6 @@ from ich_prep.lookup import find
 from ich_prep.phantom import synthesize
 from ich_prep.progress import NoProgress
 from ich_prep.relabel import relabel
-from ich_prep.stages.identifier_key import recorded_key
 from ich_prep.stages.pseudonyms import Level, key_id, pseudonym
 from ich_prep.verify import verify
 from tests.support.cli import prep, working
@@ -64,7 +63,7 @@ def test_appended_it_is_one_build_but_for_the_numbers(grown: Path) -> None:
     whole, found = (open_dataset(grown / f"{name}.zarr") for name in ("all", "data"))
     for name in ("ok", "patients", "fold_groups", "series"):
         assert getattr(found.counts, name) == getattr(whole.counts, name), name
-    assert is_sound(grown / "data.zarr") and recorded_key(found.root) == key_id(KEY)
+    assert is_sound(grown / "data.zarr") and found.root.pseudonym_key == key_id(KEY)
     assert is_sound(grown / "data.zarr", src=grown / "rsna")
 
 
@@ -119,7 +118,7 @@ def test_labels_by_originals_need_the_key_and_by_pseudonyms_do_not(grown: Path, 
     assert done.returncode == 0, done.stderr
     after = open_dataset(dataset)
     assert after.labels[row].tolist()[4] == 1 and after.slices["label_line"].null_count == len(after)
-    assert recorded_key(after.root) == key_id(KEY) and is_sound(dataset)
+    assert after.root.pseudonym_key == key_id(KEY) and is_sound(dataset)
     table.write_text(f"sop_instance_uid,subdural\n{shown},0\n")
     assert relabel(dataset, table).generation == 4
     patient = originals(grown).set_index("row").loc[row, "patient_id"]
@@ -139,4 +138,4 @@ def test_a_key_is_refused_where_there_are_no_pseudonyms(dataset_path: Path, grow
 def test_a_patient_can_be_dropped_by_the_pseudonym(grown: Path, dataset: Path) -> None:
     patient = open_dataset(dataset).slices["patient_id"][0].as_py()
     assert drop(dataset, f"patient_id == '{patient}'").slices and is_sound(dataset)
-    assert recorded_key(open_dataset(dataset).root) == key_id(KEY)
+    assert open_dataset(dataset).root.pseudonym_key == key_id(KEY)

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from ich_prep.dataset.components import connect
 from ich_prep.errors import BuildError
 from ich_prep.stages import identity
 from ich_prep.stages.folds import fold_of
@@ -119,7 +120,7 @@ def test_volumes_divide_series_and_are_numbered_in_their_order(slices: list[tupl
 def test_groups_are_the_connected_components(keys: list[tuple[int, int, int]], volumes: Sequence[int]) -> None:
     volume = np.unique(volumes[: len(keys)], return_inverse=True)[1].reshape(-1)
     links = [np.array(column, np.int64) for column in zip(*keys, strict=True)]
-    group = identity.connect(volume, links)
+    group = connect(volume, links)
     graph = networkx.Graph()
     for row, values in enumerate(keys):
         graph.add_edge(("row", row), ("volume", int(volume[row])))
@@ -145,7 +146,7 @@ def test_a_group_of_most_studies_ends_the_build_and_names_its_value() -> None:
     patient = codes(*[0] * 6, *range(1, 15))
     values = texts(*(f"P{code}" for code in patient))
     links = {"patient": (patient, values), "study": (study, texts(*map(str, study)))}
-    group = identity.connect(study, [patient])
+    group = connect(study, [patient])
     with pytest.raises(
         BuildError, match=r"6 of 20 studies .* the patient 'P0' of 6 of them.*--patients study.*--link study"
     ):

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from ich_prep.build_dataset import build
+from ich_prep.dataset.components import connect
 from ich_prep.dataset.dataset import open_dataset
 from ich_prep.dataset.spec import Spec
-from ich_prep.dataset.union import UnionDataset, _connected, open_union
+from ich_prep.dataset.union import UnionDataset, open_union
 from ich_prep.drop import drop
 from ich_prep.errors import DatasetError, TrainError, UsageError
 from ich_prep.phantom import synthesize
@@ -137,7 +138,8 @@ def test_one_patient_in_two_datasets_is_in_one_part_unless_kept_apart(twelve: Pa
 @given(st.lists(st.tuples(st.integers(0, 8), st.integers(-1, 6), st.integers(-1, 6)), min_size=1, max_size=30))
 def test_groups_are_connected_by_equal_values(lines: list[tuple[int, int, int]]) -> None:
     group, one, two = (np.array(column, np.int64) for column in zip(*lines, strict=True))
-    label = _connected(group, [one, two], 9)
+    label = np.arange(9)
+    label[group] = connect(group, [one, two])
     same = [{number} for number in range(9)]
     for link in (one, two):
         for value in set(link[link >= 0].tolist()):
