@@ -15,8 +15,8 @@ from ich_prep.dataset.dataset import Dataset
 from ich_prep.dataset.tables import with_columns
 from ich_prep.errors import Reason, UsageError, count
 from ich_train.infer_source import Block, blocks, first_quarantine, has_subsets, metas_of
-from ich_train.predict import Mirrored, Predictor, load_predictor, predict_rows
-from ich_train.scan_predict import predict_scans, series_rows
+from ich_train.predict import Mirrored, Predictor, load_predictor
+from ich_train.scan_predict import predict_scans, predict_slices, series_rows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -204,17 +204,7 @@ def _probabilities(
     if predictor.meta.head is not None and len(rows):
         found = predict_scans(predictor, dataset, series_rows(dataset, rows), threads=threads)
         return Answer(found.of_rows(rows), found.scans)
-    slices = predict_rows(
-        predictor.model,
-        predictor.preprocess,
-        dataset,
-        rows,
-        context=predictor.meta.context,
-        batch_size=batch_size,
-        threads=threads,
-        device=predictor.device,
-    )
-    return Answer(slices, None)
+    return Answer(predict_slices(predictor, dataset, rows, batch_size=batch_size, threads=threads), None)
 
 
 def _mean(answers: Sequence[Probabilities]) -> Probabilities:

@@ -53,7 +53,7 @@ def check_submission(out: Path, classes: tuple[str, ...]) -> None:
 
 def require_names(dataset: Dataset) -> None:
     """Raise `UsageError` if ``dataset`` has pseudonyms: a submission names slices by their SOP Instance UID."""
-    if dataset.attributes["spec"].get("identifiers") == "pseudonymise":
+    if dataset.has_pseudonyms:
         raise UsageError(
             f"A submission names slices by their SOP Instance UID; {dataset.path} has pseudonyms. Build the dataset with "
             "--identifiers keep."

@@ -82,6 +82,7 @@ def train(
     finish the current step, write ``last/`` and return. Raises `UsageError` for invalid settings, `TrainError` if the
     loss is no longer finite, a checkpoint is damaged, or a step cannot be recorded as a CUDA graph.
     """
+    resume_with = resume_with or f"ich-train run --resume --out {out}"
     with ExitStack() as stack:
         ranks = stack.enter_context(join_ranks(settings.device))
         stack.enter_context(own_stream(ranks.device))
@@ -89,7 +90,7 @@ def train(
         if resume and ranks.first:
             require_run(out)
             stack.enter_context(run_lock(out))
-        with os_errors_explained(out, resume_with or f"ich-train run --resume --out {out}"):
+        with os_errors_explained(out, resume_with):
             result, evaluated = _train(
                 dataset, out, settings, evaluation, ranks, stop, held=stack, console=console, resume=resume
             )
@@ -97,7 +98,7 @@ def train(
         return result
     from ich_train.evaluation.evaluate import evaluate_run
 
-    with os_errors_explained(out, resume_with or f"ich-train run --resume --out {out}"):
+    with os_errors_explained(out, resume_with):
         metrics = evaluate_run(out, dataset, evaluation, device=str(ranks.device), threads=settings.threads)
     return replace(result, metrics=metrics)
 
