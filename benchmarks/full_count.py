@@ -23,7 +23,6 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,6 +38,7 @@ TEMPLATE_SERIES = 40
 PIXEL_BYTES, DIGITS = 2, 8  # the number of a copy is written into so many pixels, four bits in each
 ADDED_SHARE, CHANGED_SHARE = 0.02, 0.01  # of the files: those that are appended, and whose labels change
 SAMPLE_SECONDS = 0.1
+SPREAD = 0x9E3779B97F4A7C15  # odd, so that multiples of it are distinct modulo any power of 16
 _ID = re.compile(rb"ID_[0-9a-f]{8,10}")
 
 
@@ -47,11 +47,15 @@ _ID = re.compile(rb"ID_[0-9a-f]{8,10}")
 
 @dataclass(frozen=True)
 class Template:
-    """A slice of the phantom: its folder, its bytes, where in them its pixels end, and its labels; None in the test set."""
+    """A slice of the phantom: its folder, bytes, identifiers and labels; these are None in the test set.
+
+    ``identifiers`` have their numbers among the ``total`` of all templates.
+    """
 
     folder: str
     content: bytes
-    identifiers: tuple[bytes, ...]
+    identifiers: dict[bytes, int]
+    total: int
     sop: bytes
     labels: tuple[str, ...] | None
 
@@ -61,34 +65,41 @@ def templates(folder: Path, size: int) -> list[Template]:
     synthesize(folder, series=TEMPLATE_SERIES, size=size, layout="rsna", workers=0)
     with (folder / "stage_2_train.csv").open(newline="") as file:
         values = {line["ID"]: line["Label"] for line in csv.DictReader(file)}
+    files = [(path, path.read_bytes()) for path in sorted(folder.glob("stage_2_*/*.dcm"))]
+    own = [dict.fromkeys(_ID.findall(content, 0, len(content) - size * size * PIXEL_BYTES)) for _, content in files]
+    number = {identifier: index for index, identifier in enumerate(sorted(set().union(*own)))}
     found = []
-    for path in sorted(folder.glob("stage_2_*/*.dcm")):
-        content = path.read_bytes()
-        sop = path.stem.encode()
+    for (path, content), names in zip(files, own, strict=True):
         labels = tuple(values.get(f"{path.stem}_{name}", "") for name in RSNA_CLASSES)
-        identifiers = tuple(dict.fromkeys(_ID.findall(content, 0, len(content) - size * size * PIXEL_BYTES)))
-        found.append(Template(path.parent.name, content, identifiers, sop, labels if labels[0] else None))
-    series = {one.content: one.identifiers[-1] for one in found}
-    return sorted(found, key=lambda one: (series[one.content], one.sop))
+        identifiers = {name: number[name] for name in names}
+        sop = path.stem.encode()
+        found.append(Template(path.parent.name, content, identifiers, len(number), sop, labels if labels[0] else None))
+    return sorted(found, key=lambda one: (list(one.identifiers)[-1], one.sop))
 
 
-def renamed(identifier: bytes, copy: int) -> bytes:
-    """Return the identifier of the ``copy`` of what has this ``identifier``: another one of its length."""
-    digest = blake2b(b"%d %s" % (copy, identifier), digest_size=8).hexdigest().encode()
-    return b"ID_" + digest[: len(identifier) - 3]
+def renamed(template: Template, copy: int) -> dict[bytes, bytes]:
+    """Return the identifiers of the ``copy`` of a template, by those of the template: of equal length, and distinct."""
+    names = {}
+    for identifier, number in template.identifiers.items():
+        digits = len(identifier) - len(b"ID_")
+        names[identifier] = b"ID_%0*x" % (digits, (copy * template.total + number) * SPREAD % 16**digits)
+    return names
+
+
+def _with_names(header: bytes, names: dict[bytes, bytes]) -> bytes:
+    return _ID.sub(lambda match: names[match[0]], header)
 
 
 def copies(of: list[Template], start: int, files: int, size: int) -> Iterator[tuple[str, bytes, Template, bytes]]:
     """Yield the path, bytes, template and SOP Instance UID of ``files`` files, from number ``start`` on."""
     for number in range(start, start + files):
         copy, template = number // len(of), of[number % len(of)]
-        content = bytearray(template.content)
-        for identifier in template.identifiers:
-            content[:] = content.replace(identifier, renamed(identifier, copy))
-        first = len(content) - size * size * PIXEL_BYTES
+        names = renamed(template, copy)
+        first = len(template.content) - size * size * PIXEL_BYTES
+        content = bytearray(_with_names(template.content[:first], names) + template.content[first:])
         for digit in range(DIGITS):  # so that no two files have one image
             content[first + digit * PIXEL_BYTES] ^= copy >> 4 * digit & 15
-        sop = renamed(template.sop, copy)
+        sop = names[template.sop]
         yield f"{template.folder}/{sop.decode()}.dcm", bytes(content), template, sop
 
 

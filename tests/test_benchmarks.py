@@ -309,6 +309,14 @@ def test_the_files_of_the_full_count_are_slices_of_their_own(tmp_path: Path, mon
     assert (dataset.labels[train] >= 0).all() and (dataset.labels[train][:, -1] == 1).any()
 
 
+def test_no_two_files_of_the_full_count_have_one_identifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(full_count, "TEMPLATE_SERIES", 4)
+    of = full_count.templates(tmp_path / "phantom", 32)
+    copies = full_count.FULL_COUNT // len(of) + 1
+    names = {full_count.renamed(template, copy)[template.sop] for template in of for copy in range(copies)}
+    assert len(names) == len(of) * copies
+
+
 def test_enlarged_tables_are_those_of_a_dataset(tmp_path: Path) -> None:
     synthesize(tmp_path / "rsna", series=2, size=32, layout="rsna", workers=0)
     build(tmp_path / "rsna", tmp_path / "data.zarr", Spec(size=32, slices_per_shard=16), workers=0)
