@@ -146,8 +146,8 @@ def _planned_state(out: Path, folder: BuildFolder) -> State:
     """
     if not folder.state.exists():
         raise BuildError(
-            f"There is no build in the working folder {folder.path}. Run `ich-prep plan` first, or name the folder with "
-            "--build-dir."
+            f"Found no build in the working folder {folder.path}. Run `ich-prep plan` first, or give the folder of the "
+            "build with --build-dir."
         )
     state = read_state(folder)
     if state.plan is None:

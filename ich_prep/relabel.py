@@ -140,7 +140,7 @@ def _corrected(dataset: Dataset, file: Path) -> tuple[Update, tuple[str, ...]]:
                 f"is about another dataset ({mark.dataset_digest[:12]}), none of the generations of {dataset.path}"
             )
         elif not 0 <= mark.row < len(dataset) or status[mark.row].as_py() == UNUSED:
-            problem = f"is about row {mark.row}, which is no slice of {dataset.path}"
+            problem = f"cannot be applied: there is no slice in row {mark.row} of {dataset.path}"
         elif uids[mark.row].as_py() != mark.sop_instance_uid:
             problem = f"has the row {mark.row} and the SOP Instance UID of two different slices"
         elif mark.class_name not in column_of:

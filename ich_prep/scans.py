@@ -173,7 +173,8 @@ def _with_series(plan: Plan, scanned: pa.Table) -> pa.Table:
 def _damage(plan: Plan, scanned: pa.Table) -> tuple[NDArray[np.int64], pa.Table]:
     """Return for each volume of the ``plan`` its number of damaged files, and the volumes that are lost with all files.
 
-    Damaged files are told apart by patient and study as slices are: another patient's damage is not the volume's.
+    Damaged files are assigned to volumes by patient and study, as slices are, so that damage to the files of one patient
+    does not count for another.
     """
     reasons = [reason is not None and Reason(reason).is_damage for reason in scanned["reason"].to_pylist()]
     is_damaged = np.array(reasons, bool) & pc.is_valid(scanned["series_instance_uid"]).to_numpy()

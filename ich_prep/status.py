@@ -216,7 +216,7 @@ def _start(folder: BuildFolder, running: Iterable[Part], stage: str) -> float:
 def _running(folder: BuildFolder) -> Iterator[Part]:
     try:
         yield from running_parts(folder)
-    except PermissionError:  # a lease, whose age can be told only by whoever may write there
+    except PermissionError:  # a lease: only a process that can write there can determine its age
         return
 
 

@@ -1,6 +1,6 @@
 """Make a further generation of a finished dataset visible: new tables under new names, then the root, in one write.
 
-Nothing that the generation before consists of is touched, so that whoever has opened that one goes on reading it.
+The files of the previous generation are not touched, so readers that have it open are not affected.
 """
 
 from __future__ import annotations

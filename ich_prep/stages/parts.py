@@ -1,7 +1,7 @@
 """Parts of a build's shards, written by processes that know nothing of each other, on one or many hosts.
 
-Each holds a lock of its own, and none of them the lock of the build. Whoever takes a lock looks for the other kind only
-then: of two that start at the same moment, at least one sees the other, and ends.
+Each part holds a lock of its own, not that of the build. A process looks for locks of the other kind only after it has
+taken its own: of two that start at the same moment, at least one sees the other, and exits.
 """
 
 from __future__ import annotations
