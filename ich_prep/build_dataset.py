@@ -66,7 +66,7 @@ from ich_prep.stages.survey import (
 )
 from ich_prep.versions import all_versions
 
-__all__ = ["Allowances", "Outcome", "Request", "build"]
+__all__ = ["Allowances", "Outcome", "Request", "build", "run"]
 
 SYNC_THREADS = 4
 SOURCES = "ich.sources"  # the metadata of the keys that lists the paths of the sources
@@ -152,10 +152,15 @@ def build(
         allow=allow or Allowances(),
         progress=progress or NoProgress(),
     )
+    return run(request)
+
+
+def run(request: Request) -> Outcome:
+    """Do what ``build`` does with these arguments."""
     seconds: dict[str, float] = {}
     with planned(request, seconds) as work:
         if work is None:
-            return Outcome(open_dataset(Path(out)).counts.model_dump(), already_finished=True, seconds=seconds)
+            return Outcome(open_dataset(Path(request.out)).counts.model_dump(), already_finished=True, seconds=seconds)
         job, state = work.job, work.state
         assert state.plan is not None
         with timed(seconds, "shards"):

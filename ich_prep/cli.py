@@ -15,7 +15,7 @@ import typer
 
 from ich_prep import cli_build, cli_change, look_commands
 from ich_prep.cli_report import report
-from ich_prep.command_options import EXIT_CODES, run_program, say
+from ich_prep.command_options import EXIT_CODES, BuildDir, Json, run_program, say
 from ich_prep.errors import UsageError, count
 
 if TYPE_CHECKING:
@@ -47,9 +47,6 @@ Version = Annotated[
 @app.callback(epilog=EXIT_CODES)
 def _options(version: Version = False) -> None:
     pass
-
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command()
@@ -150,7 +147,7 @@ def verify(
     src: Annotated[
         list[Path] | None, typer.Option(help="The sources, as build was given them, to compare a sample of the pixels.")
     ] = None,
-    build_dir: Annotated[Path | None, typer.Option(help="Working folder. [DATASET.build]")] = None,
+    build_dir: BuildDir = None,
     sample: Annotated[float, typer.Option(help="Share of the slices to compare.")] = 0.01,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sample.")] = 0,
     where: Annotated[
@@ -202,7 +199,7 @@ def clean(
     generations: Annotated[
         bool, typer.Option("--generations", help="Remove the tables of earlier generations instead.")
     ] = False,
-    build_dir: Annotated[Path | None, typer.Option(help="Working folder. [DATASET.build]")] = None,
+    build_dir: BuildDir = None,
     forget_key: Annotated[bool, typer.Option("--forget-key", help="Remove the key of pseudonyms too.")] = False,
 ) -> None:
     """Remove the working folder of a finished dataset: paths, identifiers, plan and log of its build, not its key."""
@@ -269,7 +266,7 @@ def view(
     src: Annotated[
         list[Path] | None, typer.Option(help="The sources, as build was given them, to show quarantined files.")
     ] = None,
-    build_dir: Annotated[Path | None, typer.Option(help="Working folder. [DATASET.build]")] = None,
+    build_dir: BuildDir = None,
     key: Annotated[Path | None, typer.Option(help="Key of the pseudonyms, for --src. [identifiers.key there]")] = None,
     corrections: Annotated[
         Path | None, typer.Option(help="CSV file to which marks are appended. [DATASET.corrections.csv]")

@@ -13,13 +13,13 @@ import typer
 
 from ich_prep import signals
 from ich_prep.cli_report import report
-from ich_prep.command_options import exit_code_of, options_from, say
+from ich_prep.command_options import BuildDir, Json, exit_code_of, options_from, say
 from ich_prep.errors import IchError, InterruptError, count
 from ich_prep.messages import duration_text
 from ich_prep.options import BuildOptions, resolve
 
 if TYPE_CHECKING:
-    from ich_prep.build_dataset import Outcome
+    from ich_prep.build_dataset import Outcome, Request
     from ich_prep.progress import Progress
     from ich_prep.status import Status
 
@@ -46,15 +46,7 @@ def build(
     from ich_prep import build_dataset
 
     with _explaining_interrupts(out, overwrite=overwrite), _reporting(as_json=options.log_json) as progress:
-        outcome = build_dataset.build(
-            src,
-            out,
-            options.spec(),
-            overwrite=overwrite,
-            key=options.key,
-            **options.arguments(),
-            progress=progress,
-        )
+        outcome = build_dataset.run(_request(src, out, options, progress, overwrite=overwrite))
     _print_outcome(out, outcome)
     if options.report:
         report(out, build_dir=options.build_dir)
@@ -72,20 +64,10 @@ def plan(
     """Build a dataset as far as its plan; shards and publish do the rest, on one host or many, without Dask."""
     options = resolve(recipe, given)
 
-    from ich_prep.build_dataset import Request
     from ich_prep.build_parts import plan_build
 
     with _explaining_interrupts(out, overwrite=overwrite), _reporting(as_json=options.log_json) as progress:
-        request = Request(
-            src,
-            out,
-            options.spec(),
-            overwrite=overwrite,
-            key=options.key,
-            **options.arguments(),
-            progress=progress,
-        )
-        counts = plan_build(request)
+        counts = plan_build(_request(src, out, options, progress, overwrite=overwrite))
     say(
         f"{out}: {count(counts.slices, 'slice')} planned in {count(counts.shards, 'shard')}, {counts.written:,} of them "
         f"written. Next: `ich-prep shards {out} --part I/N` for each I from 1 to N, then `ich-prep publish {out}`."
@@ -136,8 +118,8 @@ def publish(dataset: Planned, *, recipe: Recipe = None, given: dict[str, Any]) -
 
 def status(
     dataset: Annotated[Path, typer.Argument(help="A dataset, or what a build that runs or stopped will make.")],
-    build_dir: Annotated[Path | None, typer.Option(help="Working folder. [DATASET.build]")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    build_dir: BuildDir = None,
+    as_json: Json = False,
 ) -> None:
     """Show how far a build is, while it runs on any host or after it stopped: stage, rate, time left, quarantine."""
     from ich_prep.status import status_of
@@ -158,6 +140,14 @@ STAGES = {
     "shards": "writing slices",
     "publish": "publishing",
 }
+
+
+def _request(src: list[Path], out: Path, options: BuildOptions, progress: Progress, *, overwrite: bool) -> Request:
+    from ich_prep.build_dataset import Request
+
+    return Request(
+        src, out, options.spec(), overwrite=overwrite, key=options.key, **options.arguments(), progress=progress
+    )
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ich_prep.command_options import options_from
+from ich_prep.command_options import BuildDir, Json, options_from
 from ich_prep.errors import InterruptError, count
 from ich_prep.options import BuildOptions
 
@@ -18,9 +18,7 @@ if TYPE_CHECKING:
     from ich_prep.relabel import Relabelling
 
 Finished = Annotated[Path, typer.Argument(help="A finished dataset.")]
-Folder = Annotated[Path | None, typer.Option(help="Working folder. [DATASET.build]")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would change, and change nothing.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @options_from(
@@ -73,7 +71,7 @@ def relabel(
         bool, typer.Option("--replace", help="Labels that the table does not state become unknown.")
     ] = False,
     dry_run: DryRun = False,
-    build_dir: Folder = None,
+    build_dir: BuildDir = None,
     as_json: Json = False,
     *,
     given: dict[str, Any],
@@ -124,7 +122,7 @@ def drop(
     where: Annotated[str, typer.Option(help="Which slices: a filter, such as \"patient_id == 'A12'\".")],
     purge: Annotated[bool, typer.Option("--purge", help="Remove their pixels from the shards, too.")] = False,
     dry_run: DryRun = False,
-    build_dir: Folder = None,
+    build_dir: BuildDir = None,
     as_json: Json = False,
 ) -> None:
     """Withdraw slices from a dataset, as its next generation: they are never read again."""
@@ -172,8 +170,8 @@ def clean_generations(dataset: Path, build_dir: Path | None) -> None:
 
     files, freed = generation.clean_generations(dataset, build_dir)
     typer.echo(
-        f"Removed {count(files, 'file')} of earlier generations of {dataset} ({freed / 1e6:,.1f} MB). Whoever opened one of "
-        "them must open the dataset again."
+        f"Removed {count(files, 'file')} of earlier generations of {dataset} ({freed / 1e6:,.1f} MB). Programs that "
+        "have one of them open must reopen the dataset."
         if files
         else f"{dataset} has no files of earlier generations."
     )

@@ -25,6 +25,10 @@ EXIT_CODES = (
     "Exit codes: 0 done; 1 failed, or verify found problems; 2 an invalid command, option or recipe; 128 + n ended by "
     "signal n (130: Ctrl-C)."
 )
+# Options that several commands have.
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+BuildDir = Annotated[Path | None, typer.Option(help="Working folder. [DATASET.build]")]
+
 _COMMAND_LINE_ERROR: Any = typer.BadParameter.__mro__[2]  # ClickException, which Typer does not export
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ich_prep.command_options import options_from
+from ich_prep.command_options import BuildDir, Json, options_from
 from ich_prep.errors import Reason, UsageError, count
 from ich_prep.messages import duration_text, size_text
 from ich_prep.options import BuildOptions, resolve
@@ -28,9 +28,7 @@ MOST_LINES = 40  # of a table in the terminal
 MOST_EXAMPLES = 5
 MOST_DETAIL = 300  # characters
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 CsvFile = Annotated[Path | None, typer.Option("--csv", help="New CSV file to write the whole table to.")]
-BuildDir = Annotated[Path | None, typer.Option(help="Working folder. [DATASET.build]")]
 
 
 @options_from(BuildOptions)
