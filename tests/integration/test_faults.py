@@ -11,7 +11,6 @@ import random
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,17 +28,6 @@ KINDS = {
     "write error": (errno.EIO, False, False),
     "read error": (errno.EIO, True, False),
 }
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Programs]:
-    with programs() as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def inputs(server: Programs, tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    return Inputs.make(tmp_path_factory.mktemp("inputs"), server)
 
 
 def fault_of(kind: str, inputs: Inputs, out: Path, at: int) -> Fault:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.cli import PREP, published, wait_for, working
+from tests.support.preload import compiled
 
 SHIM = r"""
 #define _GNU_SOURCE
@@ -46,13 +46,7 @@ WORDS = ("--size", "64", "--slices-per-shard", "16")
 
 @pytest.fixture(scope="module")
 def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("no C compiler: file systems without locks and syncs are NOT tested")
-    folder = tmp_path_factory.mktemp("shim")
-    (folder / "shim.c").write_text(SHIM)
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", folder / "shim.so", folder / "shim.c", "-ldl"], check=True)
-    return folder / "shim.so"
+    return compiled(SHIM, tmp_path_factory.mktemp("shim") / "shim.so", "file systems without locks and syncs are")
 
 
 def lacking(shim: Path, **errors: int) -> dict[str, str]:

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -20,21 +19,10 @@ from ich_prep.dataset.dataset import open_dataset
 from ich_prep.errors import DatasetError
 from tests.support.cli import PREP, published
 from tests.support.commands import Inputs, commands
-from tests.support.faults import Programs, programs
+from tests.support.faults import Programs
 
 ROOT = Path(__file__).parents[2]
 DRIVER_KILLS, WORKER_KILLS, CLUSTER_KILLS = 70, 15, 15
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Programs]:
-    with programs() as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def inputs(server: Programs, tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    return Inputs.make(tmp_path_factory.mktemp("inputs"), server)
 
 
 def seeded() -> random.Random:

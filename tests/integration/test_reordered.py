@@ -24,6 +24,7 @@ from ich_prep.dataset.spec import Spec
 from ich_prep.errors import DatasetError, TrainError
 from ich_prep.phantom import synthesize
 from tests.support.cli import published
+from tests.support.preload import compiled
 
 SPEC = Spec(size=32, slices_per_shard=16)
 ROOT = Path(__file__).parents[2]
@@ -282,14 +283,8 @@ class Disk:
 
 @pytest.fixture(scope="module")
 def recorder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("no C compiler: power cuts between two syncs are NOT tested")
-    folder = tmp_path_factory.mktemp("recorder")
-    (folder / "record.c").write_text(RECORDER)
-    words = [compiler, "-shared", "-fPIC", "-w", "-o", folder / "record.so", folder / "record.c", "-ldl"]
-    subprocess.run(words, check=True)
-    return folder / "record.so"
+    library = tmp_path_factory.mktemp("recorder") / "record.so"
+    return compiled(RECORDER, library, "power cuts between two syncs are")
 
 
 def recorded(recorder: Path, program: str, below: Path, record: Path, *words: object) -> list[Call]:

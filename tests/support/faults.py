@@ -29,6 +29,8 @@ from typing import IO, NoReturn
 
 import pytest
 
+from tests.support.preload import compiled
+
 LIBRARY = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -236,14 +238,9 @@ def programs(tmpfs: Path | None = None) -> Iterator[Programs]:
     With ``tmpfs``, that folder is a file system in memory, of 64 MB, for the server and its commands only; skip the test,
     loudly, where none can be mounted.
     """
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("no C compiler: failing system calls are NOT tested")
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        (folder / "faults.c").write_text(LIBRARY)
-        library = folder / "faults.so"
-        subprocess.run([compiler, "-shared", "-fPIC", "-o", library, folder / "faults.c", "-ldl"], check=True)
+        library = compiled(LIBRARY, folder / "faults.so", "failing system calls are")
         (folder / "control").write_bytes(bytes(_CONTROL))
         environment = {
             **os.environ,
