@@ -94,9 +94,8 @@ def in_syntax(folder: Path, name: str, *, slices: int) -> Path:
     return once(folder, f"syntax-{SYNTAXES[name]}-{slices}", write)
 
 
+@pydicom.config.disable_value_validation()
 def _encode(syntax: str, tree: Path, source: Path) -> None:
-    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
-    pydicom.config.settings.writing_validation_mode = pydicom.config.IGNORE
     dataset = pydicom.dcmread(source)
     stored = dataset.pixel_array
     if syntax in (SYNTAXES["RLE"], SYNTAXES["JPEG 2000 lossless"]):
