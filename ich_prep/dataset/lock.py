@@ -31,6 +31,8 @@ REFRESH_SECONDS = 30.0
 STALE_SECONDS = 600.0
 # EBADF is NFS's answer where a lock needs a file open for writing.
 _NO_FLOCK = frozenset((errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF))
+# As on FAT and some FUSE file systems.
+_NO_LINKS = frozenset((errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK))
 _BUSY = frozenset((errno.EWOULDBLOCK, errno.EACCES))
 _ATTEMPTS = 100
 
@@ -158,6 +160,7 @@ def _take(path: Path, owner: Owner) -> None:
     for _ in range(_ATTEMPTS):
         try:
             _create(path, owner)
+            _clear_abandoned(path)
             return
         except FileExistsError:
             pass
@@ -170,15 +173,41 @@ def _take(path: Path, owner: Owner) -> None:
 
 
 def _create(path: Path, owner: Owner) -> None:
+    """Create the lease at ``path``, whole; raises ``FileExistsError`` if there is one.
+
+    A file gets the name once it is written, so a process that is killed or stopped here leaves no lease without an owner,
+    which could only age.
+    """
+    whole = path.with_name(f".{path.name}.{owner.id}")  # named like other temporary files
+    try:
+        _write_new(whole, owner)
+        try:
+            os.link(whole, path)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            _write_new(path, owner)
+    finally:
+        whole.unlink(missing_ok=True)
+
+
+def _write_new(path: Path, owner: Owner) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         os.write(descriptor, _text(owner))
         os.fsync(descriptor)
     except BaseException:
-        path.unlink(missing_ok=True)  # such as a full disk: a lease without an owner would only age
+        path.unlink(missing_ok=True)  # such as a full disk
         raise
     finally:
         os.close(descriptor)
+
+
+def _clear_abandoned(path: Path) -> None:
+    """Remove what processes left that were killed while they created the lease at ``path``."""
+    for leftover in path.parent.glob(f".{path.name}.*"):
+        if _may_be_broken(leftover):
+            leftover.unlink(missing_ok=True)
 
 
 def _break(path: Path, owner: Owner) -> None:
@@ -202,7 +231,7 @@ def _break(path: Path, owner: Owner) -> None:
 
 
 def _may_be_broken(path: Path) -> bool:
-    """Return whether the owner of the lease at ``path`` is certainly gone."""
+    """Return whether the owner of the lease at ``path``, or of a file that was to become it, is certainly gone."""
     owner = _owner_of(path)
     if owner is not None and owner.is_gone():
         return True

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -21,7 +20,8 @@ from ich_prep.dataset.spec import Spec
 from ich_prep.errors import BuildError, DatasetError, SourceError, UsageError
 from ich_prep.phantom import synthesize
 from ich_prep.stages.state import BuildFolder, read_state, write_state
-from tests.support.cli import SMALL, copy_with_working_folder, prep, published, start, train_file, wait_for, working
+from tests.support.cli import SMALL, copy_with_working_folder, prep, published, start, train_file, working
+from tests.support.pausing import pausing, wait_until_paused
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,13 +57,9 @@ def test_source_paths_and_listing_order_change_no_byte(phantom_tree: Path, datas
 def test_a_build_killed_twice_resumes_to_the_same_bytes(phantom_tree: Path, tmp_path: Path) -> None:
     words = ["build", "--src", phantom_tree, "--size", 64, "--slices-per-shard", 2, "--workers", 2, "--out"]
     out, done = tmp_path / "killed.zarr", tmp_path / "killed.zarr.build" / "shards"
-    moments: list[Callable[[], bool]] = [
-        (working(out) / "state.json").exists,
-        lambda: len(list(done.glob("*.json"))) > 10,
-    ]
-    for moment in moments:
-        process = start(*words, out)
-        wait_for(moment, process)
+    for pattern, times in (("*/state.json", 1), ("*/shards/*.json", 5)):
+        process = start(*words, out, environment=pausing(pattern, times))
+        wait_until_paused(process)  # it, or for shards one of its workers
         os.killpg(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
         with pytest.raises(DatasetError, match="not finished"):
@@ -93,8 +89,8 @@ def test_a_build_killed_at_any_fsync_resumes(step: int, tmp_path: Path) -> None:
 def test_a_build_survives_a_killed_worker(phantom_tree: Path, dataset_path: Path, tmp_path: Path) -> None:
     out = tmp_path / "data.zarr"
     words = ["build", "--src", phantom_tree, "--size", 64, "--slices-per-shard", 16, "--workers", 1, "--out", out]
-    process = start(*words)
-    wait_for((working(out) / "plan.parquet").exists, process)
+    process = start(*words, environment=pausing("*/plan.parquet"))
+    wait_until_paused(process)
     workers = [
         child
         for child in psutil.Process(process.pid).children(recursive=True)
@@ -103,6 +99,7 @@ def test_a_build_survives_a_killed_worker(phantom_tree: Path, dataset_path: Path
     assert workers
     for worker in workers:
         worker.kill()
+    os.kill(process.pid, signal.SIGCONT)
     assert process.wait(60) == 0
     assert published(out) == published(dataset_path)
 
@@ -316,9 +313,8 @@ def test_two_builds_of_one_dataset_at_a_time_are_refused(
 ) -> None:
     out = tmp_path / "data.zarr"
     words = ["build", "--src", phantom_tree, "--size", 64, "--slices-per-shard", 16, "--workers", 0, "--out", out]
-    first = start(*words)
-    wait_for((working(out) / "state.json").exists, first)
-    os.killpg(first.pid, signal.SIGSTOP)
+    first = start(*words, environment=pausing("*/state.json"))
+    wait_until_paused(first)
     try:
         for more in ([], ["--overwrite"]):
             second = prep(*words, *more)

@@ -26,7 +26,8 @@ from ich_prep.progress import NoProgress
 from ich_prep.stages.publish import Tables
 from ich_prep.stages.state import BuildFolder, State
 from ich_prep.verify import verify
-from tests.support.cli import PREP, SMALL, prep, published, start, train_file, wait_for, working
+from tests.support.cli import PREP, SMALL, prep, published, start, train_file, working
+from tests.support.pausing import pausing, wait_until_paused
 
 ANYTHING = Allowances(max_quarantined=1.0)
 
@@ -69,11 +70,10 @@ def test_known_defects_are_flagged_or_repaired(damaged_tree: Path, tmp_path: Pat
 def test_a_file_that_changes_or_vanishes_after_the_scan_keeps_its_row(tree: Path, tmp_path: Path) -> None:
     out = tmp_path / "data.zarr"
     more = ["--slices-per-shard", 2, "--workers", 0, "--max-quarantined", 0.1]
-    building = start("build", "--src", tree, "--out", out, "--size", 64, *more)
-    plan = working(out) / "plan.parquet"
-    wait_for(plan.exists, building)
-    os.killpg(building.pid, signal.SIGSTOP)  # the plan is written, the last shards are not
-    lines = pq.read_table(plan, columns=["row", "path"]).to_pylist()[-20:-5:5]
+    words = ["build", "--src", tree, "--out", out, "--size", 64, *more]
+    building = start(*words, environment=pausing("*/plan.parquet"))
+    wait_until_paused(building)
+    lines = pq.read_table(working(out) / "plan.parquet", columns=["row", "path"]).to_pylist()[-20:-5:5]
     changed, gone, shorter = (tree / line["path"] for line in lines)
     other = bytearray(changed.read_bytes())
     other[300] ^= 1  # in the header: the size stays the same

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.cli import PREP, published, wait_for, working
+from tests.support.cli import PREP, published, working
+from tests.support.pausing import pausing, wait_until_paused
 from tests.support.preload import compiled
 
 SHIM = r"""
@@ -30,6 +31,12 @@ int flock(int fd, int operation) {
     int (*real)(int, int) = dlsym(RTLD_NEXT, "flock");
     if (asked("NO_FLOCK")) { errno = asked("NO_FLOCK"); return -1; }
     return real(fd, operation);
+}
+
+int link(const char *from, const char *to) {
+    int (*real)(const char *, const char *) = dlsym(RTLD_NEXT, "link");
+    if (asked("NO_LINK")) { errno = asked("NO_LINK"); return -1; }
+    return real(from, to);
 }
 
 int fsync(int fd) {
@@ -67,6 +74,7 @@ def start(src: Path, out: Path, environment: dict[str, str], *more: str) -> subp
         ({"NO_FLOCK": 37}, "has no locks"),
         ({"NO_FLOCK": 95}, "has no locks"),
         ({"NO_FLOCK": 22}, "has no locks"),
+        ({"NO_FLOCK": 38, "NO_LINK": 1}, "has no locks"),
         ({"NO_FOLDER_SYNC": 22}, "cannot sync folders"),
         ({"NO_FOLDER_SYNC": 9}, "cannot sync folders"),
     ],
@@ -84,15 +92,16 @@ def test_a_lacking_file_system_costs_a_note_and_no_byte(
         assert not [path for path in working(out).iterdir() if path.name.startswith("lease")]
 
 
+@pytest.mark.parametrize("moment", ["*/lease", "*/.lease", "*/plan.parquet"])
 def test_a_build_killed_without_locks_leaves_a_lease_that_the_next_one_breaks(
-    shim: Path, phantom_tree: Path, dataset_path: Path, tmp_path: Path
+    moment: str, shim: Path, phantom_tree: Path, dataset_path: Path, tmp_path: Path
 ) -> None:
     out, environment = tmp_path / "data.zarr", lacking(shim, NO_FLOCK=37, NO_FOLDER_SYNC=22)
-    process = start(phantom_tree, out, environment)
-    wait_for((working(out) / "plan.parquet").exists, process)
+    process = start(phantom_tree, out, pausing(moment, environment=environment))
+    wait_until_paused(process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    assert (working(out) / "lease").exists() and (out / ".lease").exists()
+    assert (working(out) / "lease").exists() or (out / ".lease").exists()
     process = start(phantom_tree, out, environment)
     _, printed = process.communicate(timeout=120)
     assert process.returncode == 0, printed
@@ -103,9 +112,8 @@ def test_of_two_builders_without_locks_one_builds_and_the_other_names_it(
     shim: Path, phantom_tree: Path, dataset_path: Path, tmp_path: Path
 ) -> None:
     out, environment = tmp_path / "data.zarr", lacking(shim, NO_FLOCK=38)
-    first = start(phantom_tree, out, environment)
-    wait_for((working(out) / "lease").exists, first)
-    os.kill(first.pid, signal.SIGSTOP)
+    first = start(phantom_tree, out, pausing("*/lease", environment=environment))
+    wait_until_paused(first)
     second = start(phantom_tree, out, environment)
     other_folder = start(phantom_tree, out, environment, "--build-dir", str(tmp_path / "elsewhere"))
     _, printed = second.communicate(timeout=120)
@@ -123,8 +131,8 @@ def test_of_many_builders_without_locks_exactly_one_writes(
 ) -> None:
     """They start together, over the lease of a process that is gone."""
     out, environment = tmp_path / "data.zarr", lacking(shim, NO_FLOCK=95)
-    crashed = start(phantom_tree, out, environment)
-    wait_for((working(out) / "plan.parquet").exists, crashed)
+    crashed = start(phantom_tree, out, pausing("*/plan.parquet", environment=environment))
+    wait_until_paused(crashed)
     os.killpg(crashed.pid, signal.SIGKILL)
     crashed.communicate()
     builders = [start(phantom_tree, out, environment) for _ in range(4)]
@@ -172,7 +180,7 @@ def test_parts_without_locks_run_together_and_keep_builds_away(
 ) -> None:
     out, environment = tmp_path / "data.zarr", lacking(shim, NO_FLOCK=37)
 
-    def command(*words: object) -> subprocess.Popen[bytes]:
+    def command(*words: object, environment: dict[str, str] = environment) -> subprocess.Popen[bytes]:
         return subprocess.Popen([PREP, *map(str, words)], env=environment, stderr=subprocess.PIPE)
 
     def ended(process: subprocess.Popen[bytes]) -> tuple[int, str]:
@@ -181,9 +189,9 @@ def test_parts_without_locks_run_together_and_keep_builds_away(
 
     planned = command("plan", "--src", phantom_tree, "--out", out, *WORDS, "--workers", 0)
     assert ended(planned)[0] == 0
-    first = command("shards", out, "--part", "1/3", "--workers", 0)
-    wait_for((working(out) / "parts" / "1-of-3.lease").exists, first)
-    os.kill(first.pid, signal.SIGSTOP)
+    stopping = pausing("*/parts/1-of-3.lease", environment=environment)
+    first = command("shards", out, "--part", "1/3", "--workers", 0, environment=stopping)
+    wait_until_paused(first)
     refused = {
         "is writing part 1/3": command("shards", out, "--part", "1/3", "--workers", 0),
         "Part 1/3 is being written": command("shards", out, "--part", "2/4", "--workers", 0),

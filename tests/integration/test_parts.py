@@ -18,7 +18,8 @@ from ich_prep.dataset.spec import Spec
 from ich_prep.errors import BuildError, UsageError
 from ich_prep.stages.parts import Part, part_lock
 from ich_prep.stages.state import BuildFolder, read_state, write_state
-from tests.support.cli import SMALL, prep, published, start, wait_for, working
+from tests.support.cli import SMALL, prep, published, start, working
+from tests.support.pausing import pausing, wait_until_paused
 
 MANY = Spec(size=64, slices_per_shard=1)
 
@@ -33,12 +34,11 @@ def test_eight_parts_in_any_order_two_of_them_killed_equal_a_build(phantom_tree:
     planned = prep("plan", "--src", phantom_tree, "--out", out, "--size", 64, "--slices-per-shard", 1, "--workers", 0)
     assert planned.returncode == 0, planned.stderr
     shards = int(re.search(r"in (\d+) shards, 0 of them written", planned.stdout)[1])  # type: ignore[index]
-    done = working(out) / "shards"
 
     def killed_after_two_shards(number: int) -> None:
-        mine = {f"{shard:05d}.json" for shard in Part(number, 8).numbers(shards)}
-        process = start("shards", out, "--part", f"{number}/8", "--workers", 0)
-        wait_for(lambda: len(mine & {path.name for path in done.glob("*.json")}) >= 2, process)
+        words = ["shards", out, "--part", f"{number}/8", "--workers", 0]
+        process = start(*words, environment=pausing("*/shards/*.json", 2))
+        wait_until_paused(process)
         os.killpg(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
 
@@ -132,9 +132,9 @@ def test_what_would_meddle_with_a_running_part_is_refused(phantom_tree: Path, tm
 def test_no_part_starts_while_a_process_builds(phantom_tree: Path, tmp_path: Path) -> None:
     out = tmp_path / "data.zarr"
     words = ["build", "--src", phantom_tree, "--out", out, "--size", 64, "--slices-per-shard", 1, "--workers", 0]
-    process = start(*words)
+    process = start(*words, environment=pausing("*/shards/*.json", 3))
     try:
-        wait_for(lambda: len(list((working(out) / "shards").glob("*.json"))) > 3, process)
+        wait_until_paused(process)
         with pytest.raises(BuildError, match="building, planning or publishing"):
             write_part(out, workers=0)
     finally:

@@ -6,24 +6,28 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.support.cli import PREP, prep, published, working
+from tests.support.cli import PREP, prep, published
+from tests.support.pausing import pausing, wait_until_paused
 
 WORDS = ("--size", "64", "--slices-per-shard", "16", "--workers", "2")
 
 
-def start_build(src: Path, out: Path, *before: str) -> subprocess.Popen[str]:
+def start_build(
+    src: Path, out: Path, *before: str, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [*before, PREP, "build", "--src", str(src), "--out", str(out), *WORDS],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        env=environment,
     )
 
 
@@ -55,13 +59,15 @@ def test_a_signal_to_all_processes_of_a_build_is_one_message(
     number: signal.Signals, moment: str, phantom_tree: Path, dataset_path: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "data.zarr"
-    process = start_build(phantom_tree, out)
     if moment == "starting":
+        process = start_build(phantom_tree, out)
         wait_until(lambda: workers_of(process), process)
     else:
-        wait_until((working(out) / "plan.parquet").exists, process)
+        process = start_build(phantom_tree, out, environment=pausing("*/plan.parquet"))
+        wait_until_paused(process)
     children = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, number)
+    os.killpg(process.pid, signal.SIGCONT)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number, errors
     assert "Traceback" not in errors

@@ -18,7 +18,8 @@ from ich_prep.events import EVENTS
 from ich_prep.stages.parts import Part, part_lock
 from ich_prep.stages.state import BuildFolder, read_state, write_state
 from ich_prep.status import PartStatus, status_of
-from tests.support.cli import PREP, SMALL, prep, start, wait_for, working
+from tests.support.cli import PREP, SMALL, prep, start, working
+from tests.support.pausing import pausing, wait_until_paused
 
 
 def json_lines(text: str) -> list[dict[str, Any]]:
@@ -39,12 +40,11 @@ def status_json(dataset: Path) -> dict[str, Any]:
 def test_a_build_that_runs_is_killed_and_ends(phantom_tree: Path, tmp_path: Path) -> None:
     out = tmp_path / "data.zarr"
     words = ["build", "--src", phantom_tree, "--out", out, "--size", 64, "--slices-per-shard", 1, "--workers", 0]
-    process = start(*words)
-    wait_for(lambda: len(list((working(out) / "shards").glob("*.json"))) > 5, process)
-    os.kill(process.pid, signal.SIGSTOP)
+    process = start(*words, environment=pausing("*/shards/*.json", 6))
+    wait_until_paused(process)
     running = status_of(out)
     assert (running.state, running.stage, running.unit) == ("running", "shards", "slices")
-    assert 5 < running.done < running.total
+    assert running.done == 6 < running.total
     assert running.per_second and running.seconds_left
     assert running.seconds_left == pytest.approx((running.total - running.done) / running.per_second, rel=0.2, abs=0.2)
     os.kill(process.pid, signal.SIGKILL)
@@ -148,10 +148,14 @@ def test_an_interruption_is_a_line_of_json_with_the_exit_code(
     out = tmp_path / "data.zarr"
     words = ["build", "--src", phantom_tree, "--out", out, "--size", 64, "--slices-per-shard", 1, "--workers", 0]
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = subprocess.Popen([PREP, *map(str, words), "--log-json"], stderr=subprocess.PIPE, text=True)
+    environment = pausing("*/shards/*.json", 3)
+    process = subprocess.Popen(
+        [PREP, *map(str, words), "--log-json"], stderr=subprocess.PIPE, text=True, env=environment
+    )
     signal.signal(signal.SIGINT, before)
-    wait_for(lambda: len(list((working(out) / "shards").glob("*.json"))) > 3, process)
+    wait_until_paused(process)
     process.send_signal(number)
+    process.send_signal(signal.SIGCONT)
     _, printed = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     last = json_lines(printed)[-1]

@@ -9,7 +9,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from ich_prep.cli import app
 from ich_prep.dataset.classes import RSNA_CLASSES
 from ich_prep.dataset.dataset import open_dataset
 from ich_prep.dataset.windows import PRESETS
-from tests.support.cli import working
+from tests.support.pausing import pausing, wait_until_paused
 
 PREP = str(Path(sys.executable).with_name("ich-prep"))
 
@@ -132,12 +131,12 @@ def test_ctrl_c_ends_with_one_message_and_the_build_resumes(workers: int, phanto
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        env=pausing("*/shards/*.json", 3),  # the process that writes shards: this one, or its worker
     )
     signal.signal(signal.SIGINT, before)
-    while len(list((working(out) / "shards").glob("*.json"))) < 3:
-        assert building.poll() is None
-        time.sleep(0.002)
+    wait_until_paused(building)
     os.killpg(building.pid, signal.SIGINT)  # as a terminal does: to the whole group
+    os.killpg(building.pid, signal.SIGCONT)
     stdout, stderr = building.communicate(timeout=60)
     assert building.returncode == 130, stderr
     assert stderr.endswith("Interrupted. Run the same command again to resume.\n")

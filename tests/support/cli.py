@@ -21,10 +21,14 @@ def prep(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([PREP, *map(str, words)], capture_output=True, text=True, timeout=240, check=False)
 
 
-def start(*words: object) -> subprocess.Popen[bytes]:
+def start(*words: object, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
     """Start ``ich-prep`` as the leader of its own process group, as a terminal does."""
     return subprocess.Popen(
-        [PREP, *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        [PREP, *map(str, words)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env=environment,
     )
 
 
