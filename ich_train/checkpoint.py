@@ -32,7 +32,7 @@ from safetensors.torch import load
 from ich_prep.dataset.schema import digest_of
 from ich_prep.dataset.storage import sync_folder, write_whole
 from ich_prep.dataset.windows import Window
-from ich_prep.errors import TrainError, describe_os_error
+from ich_prep.errors import TrainError, count, describe_os_error
 from ich_prep.files import read_regular
 from ich_train.config import Fold
 from ich_train.model import build_model
@@ -191,6 +191,12 @@ def build_network(meta: Meta) -> torch.nn.Module:
 def read_meta(folder: Path) -> Meta:
     """Return the ``meta.json`` of the checkpoint at ``folder``; raises `TrainError` if it cannot be read."""
     if not has_checkpoint(folder):
+        runs = sorted(path.parent for path in folder.parent.glob(f"fold-*/{folder.name}") if has_checkpoint(path))
+        if runs:
+            raise TrainError(
+                f"{folder.parent} is a cross-validation: it has no network of its own, but those of its "
+                f"{count(len(runs), 'run')}. Name one or several of them: {' '.join(map(str, runs))}"
+            )
         raise TrainError(f"No checkpoint in {folder}. Name a run that has trained.")
     file = folder / META
     try:

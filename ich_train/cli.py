@@ -18,6 +18,7 @@ import typer
 from ich_prep.command_options import options_from, run_program
 from ich_prep.errors import DatasetError, InterruptError, UsageError, count
 from ich_prep.recipe import read_recipe, validate
+from ich_train.cli_compare import compare_command
 from ich_train.config import EvalConfig, PredictConfig, TrainConfig
 from ich_train.metrics_table import print_metrics
 
@@ -150,8 +151,10 @@ def eval_command(run: RunFolder, *, given: dict[str, Any], place: dict[str, Any]
     dataset = _dataset_of(run, settings, place)
 
     from ich_train.evaluation.evaluate import evaluate_run
+    from ich_train.evaluation.evaluated import replaced_words
     from ich_train.ranks import choose_device
 
+    replaced = replaced_words(out or run, dataset.digest, evaluation.subset)
     metrics = evaluate_run(
         run,
         dataset,
@@ -160,7 +163,10 @@ def eval_command(run: RunFolder, *, given: dict[str, Any], place: dict[str, Any]
         threads=place.get("threads", settings.threads),
         out=out,
     )
-    print_metrics(_console(), metrics, out or run)
+    console = _console()
+    print_metrics(console, metrics, out or run)
+    if replaced:
+        console.print(replaced, soft_wrap=True, markup=False)
 
 
 @app.command("predict")
@@ -286,6 +292,9 @@ def explain_command(run: RunFolder, *, given: dict[str, Any], place: dict[str, A
         soft_wrap=True,
         markup=False,
     )
+
+
+app.command("compare")(compare_command)
 
 
 def main() -> NoReturn:

@@ -33,6 +33,7 @@ from ich_prep.recipe import load_section
 from ich_train.config import FREE_ON_RESUME, EvalConfig, TrainConfig, recipe_text
 
 RECIPE, HISTORY, BEST, LAST, METRICS = "recipe.toml", "history.csv", "best", "last", "metrics.json"
+METRICS_VERSION = 1
 
 _NO_LOCKS = frozenset((errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL))
 
@@ -235,6 +236,15 @@ def read_history(out: Path) -> list[Epoch]:
         raise TrainError(
             f"The history of a run in {file} is damaged: line {reader.line_num} is not numbers."
         ) from error
+
+
+def mean_history(histories: Sequence[Sequence[Epoch]]) -> list[Epoch]:
+    """Return the means of ``histories``, epoch by epoch, as far as all of them go."""
+    names = [field.name for field in dataclasses.fields(Epoch) if field.name != "epoch"]
+    return [
+        Epoch(lines[0].epoch, **{name: fmean(getattr(line, name) for line in lines) for name in names})
+        for lines in zip(*histories, strict=False)
+    ]
 
 
 def overfitting_text(history: Sequence[Epoch]) -> str:

@@ -23,17 +23,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv
 
+from ich_prep.dataset.predictions import PREDICTIONS
 from ich_prep.dataset.storage import write_whole
-from ich_prep.dataset.tables import parquet_bytes
+from ich_prep.dataset.tables import parquet_bytes, with_columns
 from ich_train.evaluation.calibration import calibration, operating_point
 from ich_train.evaluation.cases import Cases, cases_of, select, values_of
 from ich_train.evaluation.figures import curves_of, draw_history, draw_network, draw_results
-from ich_train.evaluation.metrics import best_f1_thresholds, by_series, measure, position_scores, roc_aucs
+from ich_train.evaluation.metrics import best_f1_thresholds, by_series, measure, roc_aucs
 from ich_train.evaluation.plots import png
+from ich_train.evaluation.position import position_scores
 from ich_train.evaluation.report import report_html
 from ich_train.predict import Mirrored, Predictor, load_predictor
 from ich_train.rows import draw_rows, labelled_rows
-from ich_train.runs import METRICS, read_history, require_writable
+from ich_train.runs import METRICS, METRICS_VERSION, read_history, require_writable
 from ich_train.scan_predict import ScanProbabilities, predict_scans, predict_slices, series_rows
 from ich_train.split import Split, split_rows
 
@@ -49,11 +51,10 @@ if TYPE_CHECKING:
     from ich_train.evaluation.metrics import Curve
     from ich_train.runs import Epoch
 
-VERSION = 1  # of metrics.json
-PREDICTIONS, PICTURES, CURVES, REPORT = "predictions.parquet", "pictures", "curves", "report.html"
+PICTURES, CURVES, REPORT = "pictures", "curves", "report.html"
 VIEWS: tuple[Literal["max", "mean"], ...] = ("max", "mean")  # of the slices of a series
 AXES = {"roc": ("false_positive_rate", "true_positive_rate"), "precision_recall": ("recall", "precision")}
-IDENTITY = ("row", "sop_instance_uid", "series_instance_uid", "patient_id", "subset", "fold")
+IDENTITY = ("row", "sop_instance_uid", "series_instance_uid", "series_row", "patient_id", "subset", "fold")
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def evaluate_run(
     meta, cases = predictor.meta, predicted.cases
     learned_from = np.union1d(rows.evaluated, rows.split.train)
     metrics = {
-        "version": VERSION,
+        "version": METRICS_VERSION,
         "model": meta.model_dump(mode="json"),
         "dataset": describe(dataset, vars(rows.split), learned_from, trained_on=meta.dataset_digest),
     } | measure_all(dataset, predicted, evaluation, values, complete=rows.complete)
@@ -306,11 +307,15 @@ def write_evaluation(
 
 
 def _predictions(dataset: Dataset, cases: Cases) -> pa.Table:
+    rows = pa.array(cases.rows)
     of = ["dataset"] if len(dataset.parts) > 1 else []
-    taken = dataset.slices.select([*IDENTITY, *of, *cases.classes]).take(pa.array(cases.rows))
+    taken = dataset.slices.select([*IDENTITY, *of]).take(rows)
+    labels = dataset.slices.select([*cases.classes]).take(rows)
+    added = {"fold_group": dataset.fold_groups.take(rows), "series_slices": pa.array(cases.series_sizes)}
+    added |= {name: labels[name] for name in cases.classes}
     for j, name in enumerate(cases.classes):
-        taken = taken.append_column(f"p_{name}", pa.array(cases.probabilities[:, j], pa.float32()))
-    return taken
+        added[f"p_{name}"] = pa.array(cases.probabilities[:, j], pa.float32())
+    return with_columns(taken, added)
 
 
 def _write_curves(path: Path, curves: Mapping[str, Curve], *, x: str, y: str) -> None:

@@ -33,7 +33,6 @@ POLICY_WORDS = {"at_half": "threshold 0.5", "at_best_f1": "threshold of best F1 
 MEASURES = RANKING + tuple(f"{policy}.{name}" for policy in POLICIES for name in DECISION)
 
 PROBABILITY_FLOOR = 1e-15  # the competition's clip; in float64 1 - 1e-15 is still below 1
-POSITION_BINS = 20
 INTERVAL_PERCENT = (2.5, 97.5)
 
 
@@ -82,7 +81,7 @@ def roc_aucs(labels: LabelArray, scores: Probabilities, classes: Sequence[str]) 
     areas: dict[str, float | None] = {}
     for j, name in enumerate(classes):
         truth, score = _known(labels[:, j], scores[:, j])
-        areas[name] = None if np.isnan(score).any() else _plain(_roc_auc(truth, score))
+        areas[name] = None if np.isnan(score).any() else plain(_roc_auc(truth, score))
     return areas
 
 
@@ -111,24 +110,6 @@ def by_series(
     return reduced, total / np.bincount(code, minlength=len(names))[:, None], first
 
 
-def position_scores(known: Floats, known_labels: LabelArray, positions: Floats) -> Floats:
-    """Return the probabilities (n, classes) of a model that sees nothing but where in its series a slice lies.
-
-    ``known`` (m,) and ``positions`` (n,) are relative positions in [0, 1]. The probability of a label is its share
-    among the training slices ``known_labels`` (m, classes) in the same twentieth of the series, among all of them if that
-    twentieth has none, and NaN if the label is never known.
-    """
-    scores = np.zeros((len(positions), known_labels.shape[1]))
-    for j in range(known_labels.shape[1]):
-        truth, where = _known(known_labels[:, j], known)
-        cases = np.bincount(_position_bins(where), minlength=POSITION_BINS)
-        positives = np.bincount(_position_bins(where), weights=truth, minlength=POSITION_BINS)
-        overall = truth.mean() if len(truth) else np.nan
-        share = np.divide(positives, cases, out=np.full(POSITION_BINS, overall), where=cases > 0)
-        scores[:, j] = share[_position_bins(positions)]
-    return scores
-
-
 def measure(
     labels: LabelArray,
     probabilities: Probabilities,
@@ -147,24 +128,8 @@ def measure(
     resamples of the patients, each with all its cases. A resample in which the measure is undefined is skipped; an
     interval is None if more than half of them are, or if there are fewer than two patients.
     """
-    names, owner = np.unique(patients, return_inverse=True)
-    columns = [(*_known(labels[:, j], probabilities[:, j]), owner[labels[:, j] >= 0]) for j in range(len(classes))]
-    truths, scores, owners = (np.concatenate(part) for part in zip(*columns, strict=True))
-    columns.append((truths, scores, owners))  # micro
-    sums = _PatientSums.of(labels, probabilities, owner, thresholds, class_weights(classes))
-    everyone = np.ones(len(names))
-    counts = sums.counts(everyone)
-    values = np.column_stack([[_ranking(truth, score) for truth, score, _ in columns], _decisions(counts)])
-
-    drawn = np.empty((resamples if len(names) > 1 else 0, *values.shape))  # (resample, label or micro, measure)
-    losses = np.empty(len(drawn))
-    ranked = [_Ranked.of(*column) for column in columns]
-    rng = np.random.default_rng(seed)
-    for b in range(len(drawn)):
-        weights = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names)).astype(np.float64)
-        drawn[b] = np.column_stack([[column.ranking(weights) for column in ranked], _decisions(sums.counts(weights))])
-        losses[b] = sums.log_loss(weights)
-
+    found = resample(labels, probabilities, patients, thresholds, classes=classes, resamples=resamples, seed=seed)
+    values, drawn, counts = found.values, found.drawn, found.counts
     by_label = {name: _entry(values[j], drawn[:, j]) for j, name in enumerate(classes)}
     for entry, cases, threshold in zip(by_label.values(), counts[:-1], thresholds, strict=True):
         entry["positives"], entry["negatives"] = int(cases[0, 2:].sum()), int(cases[0, :2].sum())
@@ -172,20 +137,66 @@ def measure(
         entry["at_best_f1"] |= {"threshold": threshold}
         entry["at_best_f1"] |= dict.fromkeys(COUNTS) if threshold is None else _count_words(cases[1])
     micro = _entry(values[-1], drawn[:, -1])
-    known = sum(len(truth) > 0 for truth, _, _ in columns[:-1])
+    known = int((labels >= 0).any(axis=0).sum())
     with_threshold = sum(threshold is not None for threshold in thresholds)
     micro["labels"] = {name: with_threshold if name.startswith("at_best_f1") else known for name in MEASURES}
     for k, policy in enumerate(POLICIES):
         micro[policy] |= _count_words(counts[-1, k])
     return {
         "cases": len(labels),
-        "patients": len(names),
+        "patients": len(np.unique(patients)),
         "log_loss": log_loss(labels, probabilities, classes),
-        "log_loss_interval": _interval(losses),
+        "log_loss_interval": interval(found.drawn_losses),
         "labels": by_label,
         "macro": _macro(values[:-1], drawn[:, :-1]),
         "micro": micro,
     }
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """The measures of cases and of bootstrap resamples of their patients, NaN where undefined.
+
+    Equal patients, in equal order, and an equal seed give the same resamples: those of two networks are pairs.
+    """
+
+    values: Floats  # (label or micro, measure), in the order of ``MEASURES``
+    drawn: Floats  # (resample, label or micro, measure)
+    drawn_losses: Floats  # (resample,), the log loss
+    counts: Floats  # (label or micro, policy, count)
+
+
+def resample(
+    labels: LabelArray,
+    probabilities: Probabilities,
+    patients: Integers,
+    thresholds: Thresholds,
+    *,
+    classes: Sequence[str],
+    resamples: int,
+    seed: int,
+) -> Resampled:
+    """Return the measures of n cases and of ``resamples`` resamples of their patients; none of fewer than two patients.
+
+    The arguments are those of ``measure``.
+    """
+    names, owner = np.unique(patients, return_inverse=True)
+    columns = [(*_known(labels[:, j], probabilities[:, j]), owner[labels[:, j] >= 0]) for j in range(len(classes))]
+    truths, scores, owners = (np.concatenate(part) for part in zip(*columns, strict=True))
+    columns.append((truths, scores, owners))  # micro
+    sums = _PatientSums.of(labels, probabilities, owner, thresholds, class_weights(classes))
+    counts = sums.counts(np.ones(len(names)))
+    values = np.column_stack([[_ranking(truth, score) for truth, score, _ in columns], _decisions(counts)])
+
+    drawn = np.empty((resamples if len(names) > 1 else 0, *values.shape))
+    losses = np.empty(len(drawn))
+    ranked = [_Ranked.of(*column) for column in columns]
+    rng = np.random.default_rng(seed)
+    for b in range(len(drawn)):
+        weights = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names)).astype(np.float64)
+        drawn[b] = np.column_stack([[column.ranking(weights) for column in ranked], _decisions(sums.counts(weights))])
+        losses[b] = sums.log_loss(weights)
+    return Resampled(values, drawn, losses, counts)
 
 
 @dataclass(frozen=True)
@@ -322,29 +333,35 @@ def _log_loss_terms(
     return (weights * losses).sum(axis=1), weights.sum(axis=1)
 
 
+def means_over(values: Floats, drawn: Floats, defined: npt.NDArray[np.bool_]) -> tuple[Floats, Floats]:
+    """Return the means (measure,) of ``values`` (label, measure) where they are ``defined``, and those of ``drawn``.
+
+    The same labels in every resample: a mean over those that happen to be defined would estimate something else.
+    """
+    means = [values[kept, i].mean() if kept.any() else np.nan for i, kept in enumerate(defined.T)]
+    resampled = [drawn[:, kept, i].mean(axis=1) if kept.any() else drawn[:, 0, i] for i, kept in enumerate(defined.T)]
+    return np.array(means), np.column_stack(resampled)
+
+
 def _macro(values: Floats, drawn: Floats) -> dict[str, Any]:
     """Return the mean over labels: values (label, measure), drawn (resample, label, measure)."""
     defined = ~np.isnan(values)
-    count = defined.sum(axis=0)
-    means = [values[kept, i].mean() if kept.any() else np.nan for i, kept in enumerate(defined.T)]
-    # The same labels in every resample: a mean over those that happen to be defined would estimate something else.
-    resampled = [drawn[:, kept, i].mean(axis=1) if kept.any() else drawn[:, 0, i] for i, kept in enumerate(defined.T)]
-    return _entry(np.array(means), np.column_stack(resampled)) | {
-        "labels": dict(zip(MEASURES, count.tolist(), strict=True))
-    }
+    counted = dict(zip(MEASURES, defined.sum(axis=0).tolist(), strict=True))
+    return _entry(*means_over(values, drawn, defined)) | {"labels": counted}
 
 
 def _entry(values: Floats, drawn: Floats) -> dict[str, Any]:
     """Return measures (10,) and their resamples (b, 10) as nested plain values, in the order of ``MEASURES``."""
-    plain = dict(zip(MEASURES, map(_plain, values), strict=True))
-    entry: dict[str, Any] = {name: plain[name] for name in RANKING}
+    named = dict(zip(MEASURES, map(plain, values), strict=True))
+    entry: dict[str, Any] = {name: named[name] for name in RANKING}
     for policy in POLICIES:
-        entry[policy] = {name: plain[f"{policy}.{name}"] for name in DECISION}
-    entry["intervals"] = {name: _interval(drawn[:, i]) for i, name in enumerate(MEASURES)}
+        entry[policy] = {name: named[f"{policy}.{name}"] for name in DECISION}
+    entry["intervals"] = {name: interval(drawn[:, i]) for i, name in enumerate(MEASURES)}
     return entry
 
 
-def _interval(resampled: Floats) -> list[float] | None:
+def interval(resampled: Floats) -> list[float] | None:
+    """Return the bounds of 95% of ``resampled`` (b,), those that are defined; None if more than half are not."""
     defined = resampled[~np.isnan(resampled)]
     if not len(defined) or 2 * len(defined) < len(resampled):
         return None
@@ -361,9 +378,6 @@ def _known(labels: LabelArray, scores: Floats | Probabilities) -> tuple[LabelArr
     return labels[known], scores[known].astype(np.float64)
 
 
-def _position_bins(positions: Floats) -> Integers:
-    return np.minimum((positions * POSITION_BINS).astype(np.int64), POSITION_BINS - 1)
-
-
-def _plain(value: float) -> float | None:
+def plain(value: float) -> float | None:
+    """Return ``value``, None for NaN."""
     return None if np.isnan(value) else float(value)

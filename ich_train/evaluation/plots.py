@@ -23,7 +23,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from ich_prep.html import BLUE, FAINT, GREY, INK, MUTED, ORANGE
+from ich_prep.messages import escaped_line
 from ich_train.evaluation.metrics import POLICY_WORDS, Curve
+from ich_train.runs import Epoch
 
 SHADES = LinearSegmentedColormap.from_list("shades", ["#ffffff", BLUE])
 DPI = 140
@@ -83,6 +85,82 @@ def reliability_diagram(curves: Mapping[str, tuple[npt.NDArray[np.float64], npt.
         axes.plot(predicted, observed, color=colour, linewidth=1.8, marker="o", markersize=4, label=name, clip_on=False)
     axes.legend(frameon=False, fontsize=9, labelcolor=INK)
     return figure
+
+
+def history_curves(names: Sequence[str], histories: Mapping[str, Sequence[Epoch]], quantity: str) -> Figure:
+    """Return the ``quantity``, loss or accuracy, of several runs over their epochs: validation, and dotted training.
+
+    ``names`` are those of all runs, some of which may have no history: a run has one colour in all figures.
+    """
+    figure = _figure(5.6, 3.6)
+    axes = figure.add_subplot()
+    _style(axes, x="epoch", y=quantity)
+    for name, line in zip(names, _run_lines(), strict=False):
+        history = histories.get(name, ())
+        epochs = [of.epoch for of in history]
+        axes.plot(epochs, [getattr(of, f"val_{quantity}") for of in history], **line, marker="o", markersize=3.5)
+        dotted = line | {"linestyle": (0, (1, 2)), "linewidth": 1.2}
+        axes.plot(epochs, [getattr(of, f"train_{quantity}") for of in history], **dotted)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    _run_legend(figure, names)
+    return figure
+
+
+def run_curves(labels: Sequence[str], curves: Mapping[str, Mapping[str, Curve]], x: str, y: str) -> Figure:
+    """Return a panel for each of ``labels`` with the curve of each run; ``curves`` are by run, then by label."""
+    figure = _figure(*_grid_size(labels, panel=(3.2, 3.3), beside=0.4))
+    for label, axes in _label_panels(figure, labels):
+        _style(axes, x=x, y=y, unit_square=True)
+        axes.set_title(label, loc="left", color=INK, size=10, weight="bold")
+        for of_run, line in zip(curves.values(), _run_lines(), strict=False):
+            if label in of_run:
+                axes.plot(of_run[label].x, of_run[label].y, **line)
+        if not any(label in of_run for of_run in curves.values()):
+            axes.text(0.5, 0.5, "undefined", ha="center", va="center", color=MUTED, size=10)
+    _run_legend(figure, [*curves])
+    return figure
+
+
+def difference_bars(differences: Mapping[str, Mapping[str, tuple[float | None, Sequence[float] | None]]]) -> Figure:
+    """Return a panel for each pair of runs: a dot for each class at its difference, and a line over its interval.
+
+    ``differences`` are by pair, then by class: the difference and its interval, None if undefined.
+    """
+    lines = max(*map(len, differences.values()), 1)
+    figure = _figure(max(3.4 * len(differences), 8.6), 0.9 + 0.3 * lines)
+    for pair, axes in zip(
+        differences, figure.subplots(1, len(differences), squeeze=False, sharey=True).flat, strict=True
+    ):
+        _style(axes, x=pair, y="")
+        axes.axvline(0, color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)))
+        entries = differences[pair]
+        for place, (value, bounds) in enumerate(entries.values()):
+            if value is None:
+                continue
+            colour = GREY if bounds is None or bounds[0] <= 0 <= bounds[1] else BLUE
+            if bounds is not None:
+                axes.plot(bounds, [place, place], color=colour, linewidth=2, solid_capstyle="round")
+            axes.plot([value], [place], color=colour, marker="o", markersize=6, linestyle="")
+        axes.set_yticks(range(len(entries)), [*entries])
+        axes.set_ylim(len(entries) - 0.5, -0.5)
+    return figure
+
+
+def _run_lines() -> Iterator[dict[str, Any]]:
+    """Yield how the line of each run is drawn: as many as are asked for, all different."""
+    for style in ((0, ()), (0, (6, 2)), (0, (6, 2, 1, 2)), (0, (3, 1)), (0, (9, 2))):
+        for colour in (BLUE, ORANGE, "#2f7d4f", "#7a4b9e", "#b7860b", GREY):
+            yield {"color": colour, "linestyle": style, "linewidth": 1.8}
+
+
+def _run_legend(figure: Figure, names: Sequence[str]) -> None:
+    handles = [Line2D([], [], **line) for _, line in zip(names, _run_lines(), strict=False)]
+    shown = [escaped_line(name[:40]) for name in names]
+    legend = figure.legend(
+        handles, shown, loc="outside lower center", ncols=2, frameon=False, fontsize=8, labelcolor=MUTED
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def roc_panels(curves: Mapping[str, Curve], measures: Mapping[str, Any]) -> Figure:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from statistics import fmean
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ich_train.evaluation.cases import MOST_VALUES, Cases, cases_of, values_of
 from ich_train.evaluation.evaluate import (
-    VERSION,
     Predicted,
     Rows,
     choose_rows,
@@ -21,7 +19,7 @@ from ich_train.evaluation.evaluate import (
 )
 from ich_train.evaluation.figures import curves_of, draw_history, draw_results
 from ich_train.predict import Predictor, load_predictor
-from ich_train.runs import Epoch, read_history, require_writable
+from ich_train.runs import METRICS_VERSION, mean_history, read_history, require_writable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -79,7 +77,7 @@ def evaluate_folds(
         np.concatenate([part for of in folds.values() for part in (of.rows.evaluated, of.rows.split.train)])
     )
     metrics = {
-        "version": VERSION,
+        "version": METRICS_VERSION,
         "model": first.meta.model_dump(mode="json", exclude=_OF_ONE_FOLD),
         "folds": [
             {"fold": fold, "run": of.run.name, "val_fold": of.predictor.meta.val_fold, "epoch": of.predictor.meta.epoch}
@@ -91,15 +89,6 @@ def evaluate_folds(
     figures = draw_history(history, kept=None) | draw_results(dataset, first, predicted.cases, curves, metrics)
     write_evaluation(out, dataset, predicted.cases, curves, figures, metrics, history)
     return metrics
-
-
-def mean_history(histories: Sequence[Sequence[Epoch]]) -> list[Epoch]:
-    """Return the means of ``histories``, epoch by epoch, as far as all of them go."""
-    names = [field.name for field in fields(Epoch) if field.name != "epoch"]
-    return [
-        Epoch(lines[0].epoch, **{name: fmean(getattr(line, name) for line in lines) for name in names})
-        for lines in zip(*histories, strict=False)
-    ]
 
 
 def _predict_fold(run: Path, dataset: Dataset, evaluation: EvalConfig, *, device: str, threads: int) -> _Fold:

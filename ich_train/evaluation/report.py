@@ -70,7 +70,7 @@ CAPTIONS = {
 class Table:
     """A table under a title."""
 
-    head: Sequence[str]
+    head: Sequence[Cell | str]
     rows: Sequence[Row]
     title: str = ""
 
@@ -124,8 +124,8 @@ def _tiles(metrics: Mapping[str, Any]) -> list[Tile]:
     counted = f"mean ROC AUC of {count(macro['labels']['roc_auc'], 'label')}"
     noun = "slice" if evaluated["slices"] == 1 else "slices"
     tiles = [
-        Tile(_number(macro["roc_auc"]), counted, _range(macro["intervals"]["roc_auc"])),
-        Tile(_number(view["log_loss"]), log_loss_name([*labels]), _range(view["log_loss_interval"])),
+        Tile(number_cell(macro["roc_auc"]), counted, range_words(macro["intervals"]["roc_auc"])),
+        Tile(number_cell(view["log_loss"]), log_loss_name([*labels]), range_words(view["log_loss_interval"])),
         Tile(
             Cell(f"{evaluated['slices']:,}"),
             f"{noun} of {count(view['patients'], 'patient')} evaluated",
@@ -135,9 +135,12 @@ def _tiles(metrics: Mapping[str, Any]) -> list[Tile]:
     if ANY in labels:
         of_any = labels[ANY]
         tiles.insert(
-            0, Tile(_number(of_any["roc_auc"]), "ROC AUC of any, by slice", _range(of_any["intervals"]["roc_auc"]))
+            0,
+            Tile(
+                number_cell(of_any["roc_auc"]), "ROC AUC of any, by slice", range_words(of_any["intervals"]["roc_auc"])
+            ),
         )
-        tiles.insert(3, Tile(_number(view["position_only"][ANY]), "ROC AUC of any from position only"))
+        tiles.insert(3, Tile(number_cell(view["position_only"][ANY]), "ROC AUC of any from position only"))
     return tiles
 
 
@@ -251,12 +254,12 @@ def _parts(data: Mapping[str, Any], classes: Sequence[str]) -> Table:
 def _view(name: str, view: Mapping[str, Any]) -> View:
     title, words = VIEW_WORDS[name]
     cases = count(view["cases"], *("slice",) if name == "by_slice" else ("series", "series"))
-    interval = _range(view["log_loss_interval"])
-    loss = _number(view["log_loss"]).text + (f" ({interval})" if interval else "")
+    interval = range_words(view["log_loss_interval"])
+    loss = number_cell(view["log_loss"]).text + (f" ({interval})" if interval else "")
     text = f"{words} {cases} of {count(view['patients'], 'patient')}.".strip()
     return View(
         title=title,
-        text=f"{text} {_capital(log_loss_name([*view['labels']]))} {loss}.",
+        text=f"{text} {capital(log_loss_name([*view['labels']]))} {loss}.",
         ranking=_ranking(view),
         decisions=[_decisions(view, policy) for policy in POLICIES],
         open=name == "by_slice",
@@ -271,7 +274,7 @@ def _ranking(view: Mapping[str, Any]) -> Table:
                 f"{entry['positives']:,}",
                 f"{entry['negatives']:,}",
                 _measured(entry, "roc_auc"),
-                _number(view["position_only"][name]),
+                number_cell(view["position_only"][name]),
                 _measured(entry, "average_precision"),
             ]
         )
@@ -307,7 +310,7 @@ def _decisions(view: Mapping[str, Any], policy: str) -> Table:
         at = entry[policy]
         numbers = ["" if at[count] is None else f"{at[count]:,}" for count in counts]
         values = [_measured(entry, f"{policy}.{measure}") for measure in DECISION]
-        rows.append(Row([name, _number(at["threshold"]), *numbers, *values]))
+        rows.append(Row([name, number_cell(at["threshold"]), *numbers, *values]))
     total = len(rows)
     for name, words in AVERAGES.items():
         entry = view[name]
@@ -315,7 +318,7 @@ def _decisions(view: Mapping[str, Any], policy: str) -> Table:
         values = [_averaged(entry, f"{policy}.{measure}", total) for measure in DECISION]
         rows.append(Row([Cell(name, (words,)), "", *numbers, *values], mean=True))
     head = ["label", "threshold", *map(str.upper, counts), *(DECISION_WORDS[name] for name in DECISION)]
-    return Table(head, rows, title=_capital(POLICY_WORDS[policy]))
+    return Table(head, rows, title=capital(POLICY_WORDS[policy]))
 
 
 def _calibration(found: Mapping[str, Any]) -> Table:
@@ -323,7 +326,9 @@ def _calibration(found: Mapping[str, Any]) -> Table:
     lines = {"as predicted": found["as_predicted"]}
     if temperature is not None:
         lines[f"scaled, T = {temperature:.3f}"] = found["scaled"]
-    rows = [Row([name, *(_number(line[key]) for key in ("ece", "brier", "log_loss"))]) for name, line in lines.items()]
+    rows = [
+        Row([name, *(number_cell(line[key]) for key in ("ece", "brier", "log_loss"))]) for name, line in lines.items()
+    ]
     return Table(["probabilities", "ECE", "Brier score", "log loss"], rows)
 
 
@@ -331,7 +336,7 @@ def _operating_point(found: Mapping[str, Any] | None) -> Table | None:
     if found is None:
         return None
     rows = [
-        Row([name, *(_number(point[key]) for key in ("threshold", "sensitivity", "specificity"))])
+        Row([name, *(number_cell(point[key]) for key in ("threshold", "sensitivity", "specificity"))])
         for name, point in found["labels"].items()
     ]
     title = f"At the thresholds of a sensitivity of {found['sensitivity']:g} on validation"
@@ -357,7 +362,7 @@ def _measured(entry: Mapping[str, Any], measure: str) -> Cell:
     value: Any = entry
     for key in measure.split("."):
         value = value[key]
-    return _number(value, _range(entry["intervals"][measure]))
+    return number_cell(value, range_words(entry["intervals"][measure]))
 
 
 def _averaged(entry: Mapping[str, Any], measure: str, total: int) -> Cell:
@@ -366,14 +371,17 @@ def _averaged(entry: Mapping[str, Any], measure: str, total: int) -> Cell:
     return Cell(cell.text, (*cell.small, f"{entry['labels'][measure]} of {count(total, 'label')}"), cell.undefined)
 
 
-def _capital(text: str) -> str:
+def capital(text: str) -> str:
+    """Return ``text`` with a capital first letter."""
     return text[:1].upper() + text[1:]
 
 
-def _number(value: float | None, *small: str) -> Cell:
+def number_cell(value: float | None, *small: str) -> Cell:
+    """Return a measure as a cell, with the texts ``small`` that are not empty below it."""
     small = tuple(filter(None, small))
     return Cell("undefined", small, undefined=True) if value is None else Cell(f"{value:.3f}", small)
 
 
-def _range(interval: Sequence[float] | None) -> str:
+def range_words(interval: Sequence[float] | None) -> str:
+    """Return the bounds of an interval, "" if there is none."""
     return "" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"

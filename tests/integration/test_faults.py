@@ -19,7 +19,8 @@ from tests.support.commands import Command, Inputs, commands, files_of, readers
 from tests.support.faults import Fault, Programs, programs
 
 FORKED: list[str] = ["synth", "build", "overwrite", "scan", "report", "quarantine", "export nifti", "export png"]
-FORKED += ["export npy", "view", "clean", "run", "resume", "cv", "eval", "eval again", "predict", "embed", "explain"]
+FORKED += ["export npy", "view", "clean", "run", "resume", "cv", "eval", "eval again", "compare", "predict", "embed"]
+FORKED += ["explain"]
 QUICK = ("synth", "build", "overwrite", "scan", "export npy", "view", "run", "predict", "embed", "explain")
 DESCRIPTORS = 24
 KINDS = {

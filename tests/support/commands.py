@@ -106,6 +106,9 @@ def commands(inputs: Inputs, out: Path) -> dict[str, Command]:
         "cv": Command(("ich-train", "cv", *trained, out / "cv"), again=resume("cv")),
         "eval": Command(("ich-train", "eval", run, "--data", data, "--out", out / "e")),
         "eval again": Command(("ich-train", "eval", out / "run", "--data", data), {"run": run}),
+        "compare": Command(
+            ("ich-train", "compare", run, out / "run", "--out", out / "c" / "c.html", "--bootstrap", 5), {"run": run}
+        ),
         "predict": Command(("ich-train", "predict", run, "--data", data, "--out", out / "p" / "p.csv")),
         "embed": Command(("ich-train", "embed", run, "--data", data, "--out", out / "f")),
         "explain": Command(("ich-train", "explain", out / "run", "--data", data, "--limit", 8), {"run": run}),

@@ -21,10 +21,9 @@ from ich_prep.errors import UsageError
 from ich_train.checkpoint import read_meta
 from ich_train.config import EvalConfig, TrainConfig
 from ich_train.cross_validation import cross_validate
-from ich_train.evaluation.pooled import mean_history
 from ich_train.predict import load_predictor
 from ich_train.rows import labelled_rows
-from ich_train.runs import Epoch, read_history
+from ich_train.runs import Epoch, mean_history, read_history
 from ich_train.scan_predict import predict_scans, predict_slices
 from ich_train.split import split_rows
 from tests.support.slow_reads import interrupt_at_read

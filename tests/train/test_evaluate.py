@@ -85,7 +85,8 @@ def test_predictions_have_the_promised_columns_and_rows(evaluated, dataset):
     run, _ = evaluated
     table = pq.read_table(run / "predictions.parquet")
     assert table.column_names == [
-        *("row", "sop_instance_uid", "series_instance_uid", "patient_id", "subset", "fold"),
+        *("row", "sop_instance_uid", "series_instance_uid", "series_row", "patient_id", "subset", "fold"),
+        *("fold_group", "series_slices"),
         *RSNA_CLASSES,
         *(f"p_{name}" for name in RSNA_CLASSES),
     ]

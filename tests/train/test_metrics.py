@@ -24,11 +24,11 @@ from ich_train.evaluation.metrics import (
     by_series,
     log_loss,
     measure,
-    position_scores,
     precision_recall_curves,
     roc_aucs,
     roc_curves,
 )
+from ich_train.evaluation.position import position_scores
 from ich_train.rsna import class_weights
 
 NO_THRESHOLDS = (None,) * len(RSNA_CLASSES)
