@@ -14,7 +14,7 @@ BENCH_BIN := $(BENCH_VENV)/bin
 BENCH_PINNED := $(BENCH_VENV)-pinned
 PEERS_PINNED := mosaicml-streaming litdata
 
-.PHONY: help venv demo test test-one test-properties test-slow test-web test-tools test-light lint format docs wheel audit lock sbom bench-setup bench bench-full profile clean
+.PHONY: help venv demo test test-one test-properties test-slow test-web test-tools screenshots test-light lint format docs wheel audit lock sbom bench-setup bench bench-full profile clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -48,8 +48,11 @@ test-properties: venv ## the property tests, with new random examples each time
 test-slow: venv ## the tests that take minutes
 	$(BIN)/pytest -m slow --timeout 1200
 
-test-web: $(VENV)/.web ## the viewer in a real browser: needs Chromium
+test-web: $(VENV)/.web ## the viewer and the reports in a real browser: needs Chromium
 	$(BIN)/pytest tests/web
+
+screenshots: $(VENV)/.web ## the pictures of the README, of a phantom cohort in a real browser: needs Chromium
+	$(BIN)/python docs/screenshots.py --work build/screenshots
 
 # In a venv of its own: napari would come as plugins of every run of pytest.
 test-tools: $(TOOLS_VENV)/.installed ## the snippets of docs/other-tools.md, with DuckDB, MONAI and napari
