@@ -332,8 +332,10 @@ def test_a_reader_finds_a_bleed_marks_it_and_relabels(
         page.wait_for_function(f"() => ICH.state.volume?.line === {line}")
         settle(page)
         box = page.locator(".pane").bounding_box()
+        page.mouse.click(
+            box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        )  # from here on, keys are the images'
         page.keyboard.press("Home")
-        page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
         page.mouse.wheel(0, 120)
         page.wait_for_function("() => ICH.state.slice === 3")
         page.keyboard.press("ArrowDown")
