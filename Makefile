@@ -6,6 +6,7 @@ DEMO ?= demo
 DEMO_SERIES ?= 60
 DEMO_SIZE ?= 128
 LIGHT_VENV ?= .venv-light
+TOOLS_VENV ?= .venv-tools
 BENCH ?= bench-data
 BENCH_VENV ?= .venv-bench
 BENCH_BIN := $(BENCH_VENV)/bin
@@ -13,7 +14,7 @@ BENCH_BIN := $(BENCH_VENV)/bin
 BENCH_PINNED := $(BENCH_VENV)-pinned
 PEERS_PINNED := mosaicml-streaming litdata
 
-.PHONY: help venv demo test test-one test-properties test-slow test-web test-light lint format docs wheel audit lock sbom bench-setup bench bench-full profile clean
+.PHONY: help venv demo test test-one test-properties test-slow test-web test-tools screenshots test-light lint format docs wheel audit lock sbom bench-setup bench bench-full profile clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -47,8 +48,20 @@ test-properties: venv ## the property tests, with new random examples each time
 test-slow: venv ## the tests that take minutes
 	$(BIN)/pytest -m slow --timeout 1200
 
-test-web: $(VENV)/.web ## the viewer in a real browser: needs Chromium
+test-web: $(VENV)/.web ## the viewer and the reports in a real browser: needs Chromium
 	$(BIN)/pytest tests/web
+
+screenshots: $(VENV)/.web ## the pictures of the README, of a phantom cohort in a real browser: needs Chromium
+	$(BIN)/python docs/screenshots.py --work build/screenshots
+
+# In a venv of its own: napari would come as plugins of every run of pytest.
+test-tools: $(TOOLS_VENV)/.installed ## the snippets of docs/other-tools.md, with DuckDB, MONAI and napari
+	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(TOOLS_VENV)/bin/pytest -p pytest_timeout -rs tests/test_docs.py -k other-tools
+
+$(TOOLS_VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(TOOLS_VENV)
+	$(TOOLS_VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,dev,other-tools]'
+	touch $@
 
 test-light: ## read a dataset where only the light libraries are installed
 	rm -rf $(LIGHT_VENV)
@@ -139,5 +152,5 @@ profile: bench-setup ## flame graphs of a build and of the loader in benchmarks/
 	$(BENCH_BIN)/python -m benchmarks.profile --data $(BENCH)
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) $(LIGHT_VENV) $(BENCH_VENV) $(BENCH_PINNED) $(DEMO) .ruff_cache .mypy_cache .hypothesis build dist site
+	rm -rf $(VENV) $(LIGHT_VENV) $(TOOLS_VENV) $(BENCH_VENV) $(BENCH_PINNED) $(DEMO) .ruff_cache .mypy_cache .hypothesis build dist site
 	find ich_prep -name '_native*.so' -delete

@@ -208,6 +208,7 @@ footer {{ margin-top: 3rem; border-top: 1px solid var(--faint); padding-top: .75
   h2 {{ margin-top: 2rem; }} th, td {{ white-space: normal; overflow-wrap: break-word; padding-right: .4rem; }}
   td.words, th.words {{ min-width: 0; }} tr, figure, .tile {{ break-inside: avoid; }}
   .thumbs {{ --thumb: 5rem; }} .large {{ --thumb: 9rem; }}
+  details::details-content {{ content-visibility: visible; }}
   .tile, .act, .check, .heat td, tr.mean > * {{ -webkit-print-color-adjust: exact; print-color-adjust: exact; }} }}
 """
 
@@ -219,7 +220,9 @@ _PAGE = f"""\
 <title>{{% block title %}}{{% endblock %}}</title><style>{_STYLE}</style></head>
 <body>
 <header><h1>{{{{ self.title() }}}}</h1><p class="muted">{{{{ notice }}}}</p></header>
+<main>
 {{% block body %}}{{% endblock %}}
+</main>
 <footer class="muted">{{{{ notice }}}}</footer>
 </body></html>
 """
@@ -233,6 +236,10 @@ _KIT = """\
 {% endmacro %}
 
 {% macro words(value) %}{% if value is cell and value.words %} class="words"{% endif %}{% endmacro %}
+
+{% macro heading(name) %}
+{% if name %}<th{{ words(name) }}>{{ cell(name) }}</th>{% else %}<td></td>{% endif %}
+{% endmacro %}
 
 {% macro place(head, index) %} data-head="{{ head[index].text if head[index] is cell else head[index] }}"{% endmacro %}
 
@@ -266,7 +273,7 @@ _KIT = """\
 
 {% macro table(head, rows, kind="") %}
 <div class="wide" tabindex="0"><table class="{{ kind }}">
-{% if head %}<thead><tr>{% for name in head %}<th{{ words(name) }}>{{ cell(name) }}</th>{% endfor %}</tr></thead>{% endif %}
+{% if head %}<thead><tr>{% for name in head %}{{ heading(name) }}{% endfor %}</tr></thead>{% endif %}
 <tbody>
 {% for row in rows %}
 <tr{% if row.mean %} class="mean"{% endif %}><th>{{ cell(row.cells[0]) }}</th>
@@ -288,7 +295,7 @@ _KIT = """\
 
 {% macro heat(head, rows) %}
 <div class="wide" tabindex="0"><table class="heat">
-<thead><tr>{% for name in head %}<th>{{ name }}</th>{% endfor %}</tr></thead><tbody>
+<thead><tr>{% for name in head %}{{ heading(name) }}{% endfor %}</tr></thead><tbody>
 {% for row in rows %}
 <tr><th>{{ row.name }}</th>
 {% for share, text in row.cells %}<td style="--heat: {{ "%.0f" | format(50 * share) }}%">{{ text }}</td>{% endfor %}</tr>
@@ -312,7 +319,7 @@ _KIT = """\
 {% endmacro %}
 
 {% macro image(name, png, kind="") %}
-<div class="wide"><img class="{{ kind }}" alt="{{ name }}" src="{{ png | png_uri }}"></div>
+<div class="wide" tabindex="0"><img class="{{ kind }}" alt="{{ name }}" src="{{ png | png_uri }}"></div>
 {% endmacro %}
 
 {% macro figure(title, caption, name, png, kind="") %}

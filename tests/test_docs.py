@@ -10,6 +10,8 @@ markers:
 * ``<!-- file: FILE -->`` before a fence of ``toml`` or ``python``: written to FILE; such Python is not run.
 * ``<!-- output -->`` before a fence: what the block above it prints; ``...`` stands for any text.
 * ``<!-- no-run: REASON -->`` before a fence: not run, and why.
+* ``<!-- needs: PACKAGE -->`` before a fence of ``python``: run where PACKAGE is installed, else the test is reported as
+  skipped, once the rest of the page ran.
 """
 
 from __future__ import annotations
@@ -23,8 +25,10 @@ import shlex
 import shutil
 import sys
 import tomllib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +52,7 @@ RUN = ("sh", "python", "toml")
 FENCE = re.compile(
     r"(?:^<!-- (?P<marker>[^\n]*) -->\n+)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
 )
-MARKER = re.compile(r"output|no-run: \S.*|file: [\w.]+")
+MARKER = re.compile(r"output|no-run: \S.*|file: [\w.]+|needs: \w+")
 SMALL_BUILD = {"size": 32, "slices_per_shard": 32}
 SMALL_TRAIN = {"model": "baseline", "epochs": 1, "device": "cpu", "compile": False}
 PNG = (ROOT / "docs" / "phantom.png").read_bytes()
@@ -156,11 +160,16 @@ def place(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 def test_a_page_runs_from_top_to_bottom(page: str, place: Path) -> None:
     namespace: dict[str, Any] = {}
     printed = ""
+    absent = []
     for block in TO_RUN[page]:
         if block.marker == "output":
             assert_prints(block, printed)
+        elif block.marker.startswith("needs: ") and find_spec(needed := block.marker.removeprefix("needs: ")) is None:
+            absent.append(f"{block} needs {needed}")
         elif not block.marker.startswith("no-run"):
             printed = run_block(block, namespace, place)
+    if absent:
+        pytest.skip(f"the rest of the page ran; not run: {'; '.join(absent)} (make test-tools)")
 
 
 def run_block(block: Block, namespace: dict[str, Any], place: Path) -> str:
@@ -169,12 +178,16 @@ def run_block(block: Block, namespace: dict[str, Any], place: Path) -> str:
         check_recipe(block)
     if block.marker.startswith("file: "):
         (place / block.marker.removeprefix("file: ")).write_text(block.text, encoding="utf-8")
-    if block.marker or block.language == "toml":
+    if block.marker.startswith("file: ") or block.language == "toml":
         return ""
     with captured() as stream:
         if block.language == "sh":
             for command in commands_of(block):
                 run_command(block, command, stream)
+        elif block.marker.startswith("needs: "):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what other packages warn of is theirs
+                exec(compile(block.text, str(block), "exec"), namespace)
         elif block.language == "python":
             exec(compile(block.text, str(block), "exec"), namespace)
     return stream.getvalue()

@@ -1,8 +1,10 @@
-"""The viewer's page in a real browser, as a reader uses it; skipped where Playwright and Chromium are not installed."""
+"""The viewer's page in a real browser, as a reader uses it."""
 
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,21 +14,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ich_prep.build_dataset import Allowances, build
 from ich_prep.dataset.corrections import read_corrections
 from ich_prep.dataset.dataset import Dataset, open_dataset
 from ich_prep.dataset.explanations import Explanations
-from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.windows import PRESETS, Window, window_codes
-from ich_prep.phantom import synthesize
 from ich_prep.view.data import ViewData
 from ich_prep.view.pages import write_pages
+from tests.support.axe import faults
 from tests.support.sealing import reseal
 from tests.support.viewer import Viewer, viewing
-
-playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 
 CANVAS = """(number) => {
     const canvas = document.querySelectorAll('.pane .pixels')[number];
@@ -46,41 +42,10 @@ OVERLAY = """() => {
 }"""
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as started:
-        running = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield running
-        running.close()
-
-
-@pytest.fixture(scope="module")
-def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("web")
-    synthesize(folder / "rsna", series=8, size=96, seed=10, defects=True, workers=0)
-    for store in ("hu", "windows"):
-        spec = Spec(size=96, store=store, slices_per_shard=32)
-        build(folder / "rsna", folder / store, spec, allow=Allowances(max_quarantined=1.0), workers=0)
-    return {store: folder / store for store in ("hu", "windows")}
-
-
 @pytest.fixture
 def hu(datasets: dict[str, Path]) -> Iterator[Dataset]:
     with open_dataset(datasets["hu"]) as dataset:
         yield dataset
-
-
-@pytest.fixture
-def page(browser: Any) -> Iterator[Any]:
-    """A page that fails the test if a script does, or if it asks anything but this machine."""
-    opened = browser.new_page(viewport={"width": 1280, "height": 800})
-    failures: list[str] = []
-    opened.on("pageerror", lambda error: failures.append(str(error)))
-    local = ("http://127.0.0.1:", "file:", "data:", "blob:")
-    opened.on("request", lambda asked: None if asked.url.startswith(local) else failures.append(asked.url))
-    yield opened
-    opened.close()
-    assert not failures
 
 
 @pytest.fixture
@@ -111,6 +76,11 @@ def canvas(page: Any, number: int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:
 def shown_row(page: Any) -> int:
     state = page.evaluate(STATE)
     return int(state["rows"][state["slice"]])
+
+
+def shown_label(page: Any, number: int) -> str:
+    """What the page says of a class of the slice."""
+    return str(page.locator("#label-rows .state").all_text_contents()[number])
 
 
 def codes_of(dataset: Dataset, row: int, window: Window) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -329,9 +299,7 @@ def test_a_run_is_shown_errors_first_with_its_maps(page: Any, hu: Dataset, tmp_p
 
 @pytest.mark.parametrize("width", [1280, 400])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_no_fault(browser: Any, viewer: Viewer, width: int, scheme: str) -> None:
-    package = pytest.importorskip("axe_playwright_python", reason="no axe: pip install axe-playwright-python")
-    axe = (Path(package.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
+def test_axe_finds_no_fault(browser: Any, axe: str, viewer: Viewer, width: int, scheme: str) -> None:
     context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme, bypass_csp=True)
     page = opened(context.new_page(), viewer.url)
     page.evaluate(axe)
@@ -341,11 +309,67 @@ def test_axe_finds_no_fault(browser: Any, viewer: Viewer, width: int, scheme: st
     ):
         page.evaluate(show)
         page.wait_for_timeout(200)
-        faults = page.evaluate(
-            "async () => (await axe.run()).violations.map((fault) => `${fault.impact}: ${fault.help}`)"
-        )
-        assert faults == []
+        assert faults(page) == []
     context.close()
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_a_reader_finds_a_bleed_marks_it_and_relabels(
+    browser: Any, page: Any, datasets: dict[str, Path], tmp_path: Path, width: int
+) -> None:
+    """Everything by the hands of a reader: from a filter to the label that the reopened viewer shows."""
+    copy = Path(shutil.copytree(datasets["hu"], tmp_path / "data.zarr"))
+    marks = tmp_path / "marks.csv"
+    page.set_viewport_size({"width": width, "height": 800})
+    with open_dataset(copy) as dataset, viewing(ViewData(dataset), marks) as viewer:
+        opened(page, viewer.url)
+        if width == 400:
+            page.click("#tab-volumes")
+        page.select_option("#filter-label", "subdural=1")
+        positive = np.flatnonzero(dataset.series["subdural"].to_numpy(zero_copy_only=False) == 1)
+        line = int(max(positive, key=lambda number: dataset.series["n_slices"][int(number)].as_py()))
+        page.locator(f"#volume-{line}").click()
+        page.wait_for_function(f"() => ICH.state.volume?.line === {line}")
+        settle(page)
+        box = page.locator(".pane").bounding_box()
+        page.mouse.click(
+            box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        )  # from here on, keys are the images'
+        page.keyboard.press("Home")
+        page.mouse.wheel(0, 120)
+        page.wait_for_function("() => ICH.state.slice === 3")
+        page.keyboard.press("ArrowDown")
+        page.wait_for_function("() => ICH.state.slice === 4")
+        page.get_by_role("button", name="bone", exact=True).click()
+        settle(page)
+        np.testing.assert_array_equal(canvas(page), codes_of(dataset, shown_row(page), PRESETS["bone"]))
+        rows = page.evaluate(STATE)["rows"]
+        bleeding = [k for k, row in enumerate(rows) if dataset.slices["subdural"][row].as_py() == 1][-1]
+        strip = page.locator("#strip-box").bounding_box()
+        page.mouse.click(strip["x"] + (bleeding + 0.5) * strip["width"] / len(rows), strip["y"] + 20)
+        page.wait_for_function(f"() => ICH.state.slice === {bleeding}")
+        row, at = rows[bleeding], dataset.classes.index("subdural")
+        assert dataset.slices["subdural"][row].as_py() == 1 and shown_label(page, at) == "positive"
+        page.click("#tab-quarantine")
+        page.wait_for_selector("#quarantine tbody tr")
+        page.click("#tab-viewer")
+        page.locator("#stage").focus()
+        page.keyboard.press(str(at + 1))
+        page.wait_for_function("() => ICH.marks.count === 1")
+        assert [(mark.row, mark.class_name, mark.value) for mark in read_corrections(marks)] == [(row, "subdural", 0)]
+
+    program = Path(sys.executable).with_name("ich-prep")
+    words = [program, "relabel", copy, "--labels", marks, "--allow-contradictions"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    with open_dataset(copy) as dataset, viewing(ViewData(dataset), tmp_path / "more.csv") as viewer:
+        assert dataset.slices["subdural"][row].as_py() == 0
+        opened(page, viewer.url)
+        page.evaluate(f"() => ICH.open({line})")
+        page.wait_for_function(f"() => ICH.state.volume?.line === {line}")
+        page.evaluate(f"() => ICH.go({bleeding})")
+        settle(page)
+        assert shown_row(page) == row and shown_label(page, at) == "negative"
 
 
 def test_pages_from_disk_show_the_same(page: Any, hu: Dataset, tmp_path: Path) -> None:

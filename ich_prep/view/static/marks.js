@@ -105,7 +105,7 @@ const labelRow = (name, index) => {
   const title = mark?.note ? `${mark.note} (${mark.reader || "no name"})` : null;
   return ICH.element(
     "tr", { class: index === ICH.state.classIndex ? "chosen" : null },
-    ICH.element("th", { scope: "row" }, ICH.element("kbd", {}, index < 9 ? index + 1 : ""), " ", ICH.words(name)),
+    ICH.element("th", { scope: "row" }, ICH.element("kbd", {}, index < 9 ? index + 1 : ""), "\u00a0", ICH.words(name)),
     ICH.element(
       "td", { title: title && ICH.plain(title) },
       ICH.element("span", { class: `state ${LABEL_WORDS.get(shown)}` }, LABEL_WORDS.get(shown)),
