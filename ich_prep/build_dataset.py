@@ -25,7 +25,7 @@ from ich_prep.dataset import native, open_dataset
 from ich_prep.dataset.schema import OK, shard_path
 from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.storage import clear_leftovers, local_path, size_of, sync_file, write_whole
-from ich_prep.dataset.tables import sealed_parquet_bytes, write_sealed
+from ich_prep.dataset.tables import give_back_memory, sealed_parquet_bytes, write_sealed
 from ich_prep.errors import CorruptionError, Reason
 from ich_prep.execute import Pool, Tls, default_workers
 from ich_prep.layouts import check_layout, choose_layout
@@ -230,6 +230,7 @@ def planned(request: Request, seconds: dict[str, float]) -> Iterator[PlannedBuil
                     scanned = read_headers(job)
                 with timed(seconds, "plan"):
                     found = settle_files(job, scanned, spec)
+                    del scanned
                     table = join_key(job, found, table, spec)
                     plan = plan_files(job, found, layout=layout, labels=table, spec=spec)
                     hint = "`ich-prep quarantine` lists them. Fix what can be fixed and run the same command again"
@@ -239,7 +240,7 @@ def planned(request: Request, seconds: dict[str, float]) -> Iterator[PlannedBuil
                     check_any_slice(plan)
                     state = write_plan(folder, state, plan)
                 logged.event("planned", slices=len(plan.slices), quarantined=len(plan.quarantine))
-                del scanned, found, plan  # one line per file: memory that writing shards does not need
+                del found, plan  # one line per file: memory that writing shards does not need
             with timed(seconds, "keys"):
                 write_keys(folder, listing, sources)
             with timed(seconds, "estimate"):
@@ -269,8 +270,10 @@ def _say_forecast(job: Job, out: Path, spec: Spec, allow: Allowances) -> None:
 
 @contextmanager
 def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Add to ``seconds`` what the block takes, as a ``stage``; memory that it freed is no longer this process's."""
     start = time.perf_counter()
     yield
+    give_back_memory()
     seconds[stage] = time.perf_counter() - start
 
 

@@ -6,6 +6,7 @@ Published tables need none: the root records their digests.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -125,8 +126,9 @@ def sealed_parquet_bytes(table: pa.Table, **options: Any) -> bytes:
     with pq.ParquetWriter(sink, table.schema, **options) as writer:
         writer.write_table(table, row_group_size=row_group_size)
         writer.add_key_value_metadata({_SEAL: _OPEN})
-    data: bytes = sink.getvalue().to_pybytes()
-    return _with_seal(data, hashlib.sha256(data).hexdigest().encode(), data.rindex(_OPEN.encode()))
+    written = memoryview(sink.getvalue())
+    at = len(written) - len(_footer(written)) + _footer(written).rindex(_OPEN.encode())
+    return b"".join((written[:at], hashlib.sha256(written).hexdigest().encode(), written[at + len(_OPEN) :]))
 
 
 def write_sealed(path: Path, table: pa.Table, **options: Any) -> None:
@@ -134,22 +136,35 @@ def write_sealed(path: Path, table: pa.Table, **options: Any) -> None:
     write_whole(path, sealed_parquet_bytes(table, **options))
 
 
-def read_sealed(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+def read_sealed(path: Path, columns: Sequence[str] | None = None, *, without: Sequence[str] = ()) -> pa.Table:
     """Return the table of a sealed file, or some of its columns; raises ``CorruptionError`` and ``OSError``."""
     data = read_regular(path)
     try:
         with pq.ParquetFile(in_arrow_memory(data)) as file:
             seal = (file.metadata.metadata or {}).get(_SEAL.encode(), b"")
             at = data.rfind(seal) if len(seal) == len(_OPEN) else -1
-            if at < 0 or hashlib.sha256(_with_seal(data, _OPEN.encode(), at)).hexdigest().encode() != seal:
+            if at < 0 or _digest_but_seal(data, at) != seal:
                 raise CorruptionError(f"{path} is damaged: it is not the file that was written. {_REMEDY}")
-            return file.read(columns)
+            del data  # Arrow has a copy
+            wanted = file.schema_arrow.names if columns is None else columns
+            return file.read([name for name in wanted if name not in without])
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise CorruptionError(f"{path} is damaged: it cannot be read as Parquet ({error}). {_REMEDY}") from None
 
 
-def _with_seal(data: bytes, seal: bytes, at: int) -> bytes:
-    return data[:at] + seal + data[at + len(seal) :]
+def _footer(file: memoryview) -> bytes:
+    """Return the end of a Parquet ``file``: its metadata, their length in four bytes, and the magic bytes."""
+    length = int.from_bytes(file[-8:-4], "little")
+    return bytes(file[-8 - length :])
+
+
+def _digest_but_seal(data: bytes, at: int) -> bytes:
+    """Return the SHA-256 of a sealed file as it was before the seal at ``at``."""
+    view = memoryview(data)
+    digest = hashlib.sha256(view[:at])
+    digest.update(_OPEN.encode())
+    digest.update(view[at + len(_OPEN) :])
+    return digest.hexdigest().encode()
 
 
 def stacked(*tables: pa.Table) -> pa.Table:
@@ -176,3 +191,11 @@ def _common_type(one: pa.DataType, other: pa.DataType) -> pa.DataType:
     if all(any(is_kind(kind) for is_kind in numbers) for kind in (one, other)):
         return pa.float64()
     return pa.string()
+
+
+def give_back_memory() -> None:
+    """Return memory that was freed to the operating system: allocators keep it, and the peak of a process counts it."""
+    pa.default_memory_pool().release_unused()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    if trim is not None:
+        trim(0)

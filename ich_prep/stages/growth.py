@@ -19,6 +19,7 @@ from ich_prep.dataset.tables import stacked, with_columns
 from ich_prep.errors import Reason
 from ich_prep.stages import identity
 from ich_prep.stages.copies import content_hash_in
+from ich_prep.stages.flags import flag_lists, flags_in, with_flags
 from ich_prep.stages.images import BLANK_HU, equal_images
 from ich_prep.stages.patients import persons_of
 from ich_prep.stages.publish import Tables
@@ -163,22 +164,20 @@ def _continued(old: pa.Table, new: pa.Table) -> tuple[pa.Table, NDArray[np.int64
 
 def _flagged(slices: pa.Table, where: NDArray[np.bool_], flag: str) -> pa.Table:
     """Return the slices with one more flag where they do not have it yet."""
-    if not where.any():
-        return slices
-    flags = slices["flags"].to_pylist()
-    for row in np.flatnonzero(where).tolist():
-        flags[row] = sorted({*(flags[row] or ()), flag})
-    return with_columns(slices, {"flags": flags})
+    return with_columns(slices, {"flags": with_flags(slices["flags"], {flag: where})})
 
 
 def _with_flags_of(series: pa.Table, slices: pa.Table) -> pa.Table:
     """Return the series table with the flags of its slices."""
-    owners = slices["series_row"].to_pylist()
-    united: list[set[str]] = [set(flags or ()) for flags in series["flags"].to_pylist()]
-    for owner, flags in zip(owners, slices["flags"].to_pylist(), strict=True):
-        if owner is not None and flags:
-            united[owner].update(flags)
-    return with_columns(series, {"flags": list(map(sorted, united))})
+    volumes, words = flags_in(series["flags"])
+    lines, words_of_slices = flags_in(slices["flags"])
+    owners = slices["series_row"].fill_null(-1).to_numpy()[lines]
+    united = flag_lists(
+        np.concatenate([volumes, owners[owners >= 0]]),
+        pa.concat_arrays([words, words_of_slices.filter(pa.array(owners >= 0))]),
+        count=len(series),
+    )
+    return with_columns(series, {"flags": united})
 
 
 def _holes(number: int, *, start: int, schema: pa.Schema) -> pa.Table:

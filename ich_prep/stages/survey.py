@@ -143,12 +143,17 @@ def _any_damage(reasons: pa.ChunkedArray) -> bool:
     return any(Reason(reason).is_damage for reason in reasons.unique().to_pylist() if reason is not None)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Candidates:
     """The files with the reasons that need no labels: ``scanned`` (``scan.SCHEMA``), and ``image``, hashes of copies."""
 
     scanned: pa.Table
     image: pa.Array
+
+    def taken(self) -> pa.Table:
+        """Return ``scanned``, and keep no line of it: who takes it decides how long so much memory is used."""
+        scanned, self.scanned = self.scanned, self.scanned.slice(0, 0)
+        return scanned
 
 
 def settle_files(job: Job, scanned: pa.Table, spec: Spec, known: pa.Array | None = None) -> Candidates:
@@ -166,10 +171,14 @@ def settle_files(job: Job, scanned: pa.Table, spec: Spec, known: pa.Array | None
 def plan_files(
     job: Job, found: Candidates, *, layout: Layout, labels: LabelTable, spec: Spec, known: pa.Table | None = None
 ) -> Plan:
-    """Return the plan, with ``labels`` from ``join_key``; write the quarantine so far; raises as ``make_plan``."""
+    """Return the plan, with ``labels`` from ``join_key``; write the quarantine so far; raises as ``make_plan``.
+
+    The files are ``taken`` from ``found``.
+    """
+    assignment = layout.assign(found.scanned, job.listing.name)
     plan = make_plan(
-        found.scanned,
-        assignment=layout.assign(found.scanned, job.listing.name),
+        found.taken(),
+        assignment=assignment,
         labels=labels,
         spec=spec,
         image=found.image,
