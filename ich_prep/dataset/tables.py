@@ -25,6 +25,7 @@ from ich_prep.files import open_regular, read_regular
 _REMEDY = "Run the same build command again, without --overwrite: what is damaged is made again."
 _SEAL, _OPEN = "ich.sha256", "0" * 64  # the key of a seal, and its value while the other bytes are digested
 HASHED_ALONE = 1 << 17  # bytes: hashing fewer takes less time than starting a thread
+READ_ALONE = 1 << 20  # bytes: likewise for the columns of a file
 MAX_LINES_PER_BYTE = 64  # of a Parquet file; a line of ours takes 20 bytes and more
 
 
@@ -137,7 +138,10 @@ def write_sealed(path: Path, table: pa.Table, **options: Any) -> None:
 
 
 def read_sealed(path: Path, columns: Sequence[str] | None = None, *, without: Sequence[str] = ()) -> pa.Table:
-    """Return the table of a sealed file, or some of its columns; raises ``CorruptionError`` and ``OSError``."""
+    """Return the table of a sealed file, or some of its columns, or all but those of ``without``.
+
+    Raises ``CorruptionError`` and ``OSError``.
+    """
     data = read_regular(path)
     try:
         with pq.ParquetFile(in_arrow_memory(data)) as file:
@@ -145,9 +149,11 @@ def read_sealed(path: Path, columns: Sequence[str] | None = None, *, without: Se
             at = data.rfind(seal) if len(seal) == len(_OPEN) else -1
             if at < 0 or _digest_but_seal(data, at) != seal:
                 raise CorruptionError(f"{path} is damaged: it is not the file that was written. {_REMEDY}")
+            threads = len(data) > READ_ALONE
             del data  # Arrow has a copy
-            wanted = file.schema_arrow.names if columns is None else columns
-            return file.read([name for name in wanted if name not in without])
+            if without:
+                columns = [name for name in file.schema_arrow.names if name not in without]
+            return file.read(columns, use_threads=threads)
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise CorruptionError(f"{path} is damaged: it cannot be read as Parquet ({error}). {_REMEDY}") from None
 

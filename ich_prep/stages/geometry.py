@@ -197,9 +197,9 @@ def measure_spacing(position_mm: NDArray[np.float64], starts: NDArray[np.int64])
     before = np.diff(position_mm, prepend=np.nan)
     before[starts] = np.nan
     after = np.r_[before[1:], np.nan] if len(before) else before
-    parts = np.split(before, starts[1:]) if len(starts) else []
-    typical = np.array([_median_spacing(part[1:]) for part in parts])
-    usual = np.repeat(typical, np.diff(np.r_[starts, len(before)]))
+    lengths = np.diff(np.r_[starts, len(before)])
+    typical = _median_spacings(before, np.repeat(np.arange(len(starts)), lengths), series=len(starts))
+    usual = np.repeat(typical, lengths)
     with np.errstate(invalid="ignore"):
         return Spacing(
             slice_spacing_mm=np.where(np.isnan(after), before, after),
@@ -322,7 +322,14 @@ def _any_in_group(values: NDArray[np.bool_], group: NDArray[np.int64]) -> NDArra
     return any_in_group[group]
 
 
-def _median_spacing(steps: NDArray[np.float64]) -> float:
-    """Return the median distance between neighbours at different positions, in mm; NaN if there are none."""
-    distinct = steps[steps >= SAME_POSITION_MM]
-    return float(np.median(distinct)) if len(distinct) else np.nan
+def _median_spacings(steps: NDArray[np.float64], group: NDArray[np.int64], *, series: int) -> NDArray[np.float64]:
+    """Return for each of the ``series`` the median of its ``steps``, (n,), between different positions; NaN without one."""
+    distinct = np.flatnonzero(steps >= SAME_POSITION_MM)
+    distinct = distinct[np.lexsort((steps[distinct], group[distinct]))]
+    counts = np.bincount(group[distinct], minlength=series)
+    known = np.flatnonzero(counts)
+    first = (np.cumsum(counts) - counts)[known]
+    lower, upper = (steps[distinct[first + middle]] for middle in ((counts[known] - 1) // 2, counts[known] // 2))
+    medians = np.full(series, np.nan)
+    medians[known] = (lower + upper) / 2
+    return medians
