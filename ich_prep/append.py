@@ -24,7 +24,7 @@ from ich_prep.dataset import native
 from ich_prep.dataset.schema import AS_STORED, IMAGES, TABLES
 from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.storage import files_below, local_path
-from ich_prep.dataset.tables import read_sealed, with_columns
+from ich_prep.dataset.tables import give_back_memory, read_sealed, with_columns
 from ich_prep.errors import DatasetError, Reason, UsageError
 from ich_prep.execute import Pool, Tls, default_workers
 from ich_prep.layouts import LAYOUTS
@@ -195,6 +195,7 @@ class _Append:
         if self.key is not None:
             new = pseudonymised(new, self.key, self.spec)
         grown = grow(self.dataset, new, given_fold, patients, self.spec)
+        give_back_memory()
         merge_append(self.base, self.dataset, state)
         change = self._change(state, new, grown, bool((given_fold >= 0).any()))
         generation = publish_generation(self.dataset, self.base, change)

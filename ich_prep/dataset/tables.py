@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -122,19 +122,31 @@ def parquet_bytes(table: pa.Table, **options: Any) -> bytes:
 
 def sealed_parquet_bytes(table: pa.Table, **options: Any) -> bytes:
     """Return ``table`` as ``parquet_bytes`` does, sealed; ``row_group_size`` is that of ``pq.write_table``."""
-    sink = pa.BufferOutputStream()
-    row_group_size = options.pop("row_group_size", None)
-    with pq.ParquetWriter(sink, table.schema, **options) as writer:
-        writer.write_table(table, row_group_size=row_group_size)
-        writer.add_key_value_metadata({_SEAL: _OPEN})
-    written = memoryview(sink.getvalue())
-    at = len(written) - len(_footer(written)) + _footer(written).rindex(_OPEN.encode())
-    return b"".join((written[:at], hashlib.sha256(written).hexdigest().encode(), written[at + len(_OPEN) :]))
+    return _sealed(table.schema, [table], **options)
 
 
 def write_sealed(path: Path, table: pa.Table, **options: Any) -> None:
     """Write a table of a working folder, sealed."""
     write_whole(path, sealed_parquet_bytes(table, **options))
+
+
+def write_sealed_parts(path: Path, schema: pa.Schema, parts: Iterable[pa.Table], **options: Any) -> None:
+    """Write a table of a working folder, sealed, of which the ``parts``, each of whole row groups, come one by one."""
+    write_whole(path, _sealed(schema, parts, **options))
+
+
+def _sealed(
+    schema: pa.Schema, parts: Iterable[pa.Table], *, row_group_size: int | None = None, **options: Any
+) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, schema, **options) as writer:
+        for part in parts:
+            writer.write_table(part, row_group_size=row_group_size)
+        writer.add_key_value_metadata({_SEAL: _OPEN})
+    written = memoryview(sink.getvalue())
+    footer = _footer(written)
+    at = len(written) - len(footer) + footer.rindex(_OPEN.encode())
+    return b"".join((written[:at], hashlib.sha256(written).hexdigest().encode(), written[at + len(_OPEN) :]))
 
 
 def read_sealed(path: Path, columns: Sequence[str] | None = None, *, without: Sequence[str] = ()) -> pa.Table:
