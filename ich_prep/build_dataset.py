@@ -34,7 +34,7 @@ from ich_prep.progress import LoggedProgress, NoProgress, Progress
 from ich_prep.sources import Listing, check_table_path, open_source, shown
 from ich_prep.stages import ledger
 from ich_prep.stages.checks import Allowances, check_any_slice, check_damage, check_labels, check_lost
-from ich_prep.stages.forecast import check_space, forecast
+from ich_prep.stages.forecast import BUILD_SMALLER, check_space, forecast
 from ich_prep.stages.identifier_key import key_of_build, make_key, refuse_kept_columns
 from ich_prep.stages.output import (
     build_lock,
@@ -244,7 +244,7 @@ def planned(request: Request, seconds: dict[str, float]) -> Iterator[PlannedBuil
             with timed(seconds, "keys"):
                 write_keys(folder, listing, sources)
             with timed(seconds, "estimate"):
-                _say_forecast(job, out, spec, allow)
+                say_forecast(job, out, spec, allow)
             yield PlannedBuild(job, out, state, secret)
 
 
@@ -259,13 +259,18 @@ def say_broken_archives(listing: Listing, progress: Progress) -> None:
             progress.say(f"Cannot read the archive {shown(path)}: {detail}. None of its files are in the dataset.")
 
 
-def _say_forecast(job: Job, out: Path, spec: Spec, allow: Allowances) -> None:
-    """Say what the missing shards will take; raises ``BuildError`` if the disk is not expected to hold them."""
-    found = forecast(job.pool, out, job.folder, job.sources, spec)
+def say_forecast(
+    job: Job, out: Path, spec: Spec, allow: Allowances, *, first: int = 0, instead: str = BUILD_SMALLER
+) -> None:
+    """Say what the missing shards will take; raises ``BuildError`` if the disk is not expected to hold them.
+
+    The plan's are numbered from ``first``; ``instead`` is what a message says of other ways.
+    """
+    found = forecast(job.pool, out, job.folder, job.sources, spec, first=first)
     if found is not None:
         job.progress.say(str(found))
         job.progress.event("estimate", **found.values())
-        check_space(found, out, allowed=allow.full_disk, say=job.progress.say)
+        check_space(found, out, allowed=allow.full_disk, say=job.progress.say, instead=instead)
 
 
 @contextmanager

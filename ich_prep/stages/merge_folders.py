@@ -67,7 +67,7 @@ def merge_append(base: BuildFolder, dataset: Dataset, state: State) -> None:
 def _merged_plan(
     plan: pq.ParquetFile, new: pa.Table, schema: pa.Schema, rows: int, first_row: int
 ) -> Iterator[pa.Table]:
-    """Yield the first ``rows`` of a ``plan``, then those of the ``new`` one from ``first_row`` on, whole shards at a time."""
+    """Yield the first ``rows`` of a ``plan``, then from ``first_row`` on the ``new`` one: whole shards at a time."""
     taken, rest = 0, schema.empty_table()
     for start in range(0, plan.num_row_groups, SHARDS_TOGETHER):
         if taken:
