@@ -19,26 +19,42 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ich_prep.build_dataset import say_broken_archives, write_keys, write_plan, write_shards
+from ich_prep.build_dataset import (
+    say_broken_archives,
+    say_forecast,
+    timed,
+    write_keys,
+    write_plan,
+    write_shards,
+)
 from ich_prep.dataset import native
 from ich_prep.dataset.schema import AS_STORED, IMAGES, TABLES
 from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.storage import files_below, local_path
-from ich_prep.dataset.tables import read_sealed, with_columns
+from ich_prep.dataset.tables import give_back_memory, read_sealed, with_columns
 from ich_prep.errors import DatasetError, Reason, UsageError
 from ich_prep.execute import Pool, Tls, default_workers
 from ich_prep.layouts import LAYOUTS
 from ich_prep.layouts.labels import LabelOptions, LabelRules, LabelTable
-from ich_prep.progress import NoProgress, Progress
+from ich_prep.progress import LoggedProgress, NoProgress, Progress
 from ich_prep.sources import check_table_path, open_source
 from ich_prep.stages.checks import Allowances, check_any_slice, check_damage, check_labels, check_lost
 from ich_prep.stages.generation import Change, changing, is_new_shard, joined_digest, publish_generation
-from ich_prep.stages.growth import Grown, content_hashes, grow, known_slices, number_there, without_known
+from ich_prep.stages.growth import (
+    Grown,
+    content_hashes,
+    grow,
+    known_slices,
+    number_there,
+    without_known,
+    without_lost,
+    without_quarantined,
+)
 from ich_prep.stages.identifier_key import key_of_dataset, refuse_kept_columns
 from ich_prep.stages.identity import with_issuer
 from ich_prep.stages.losses import Loss, losses_by_reason
 from ich_prep.stages.merge_folders import merge_append
-from ich_prep.stages.output import check_output_folder, reset_folder
+from ich_prep.stages.output import build_lock, check_output_folder, reset_folder
 from ich_prep.stages.plan import Plan
 from ich_prep.stages.pseudonyms import PSEUDONYMS, WRITTEN_OPTIONS, key_id, published_state, with_originals
 from ich_prep.stages.publish import Tables, collect_tables, pseudonymised
@@ -171,35 +187,62 @@ class _Append:
     key: bytes | None
 
     def run(self) -> Appended:
-        """Do what is left of the append."""
+        """Do what is left of the append, as one process at a time, and keep its log with that of the build."""
+        folder = self.job.folder
+        with build_lock(folder):
+            state = self._start_or_resume()
+            with LoggedProgress(self.job.progress, folder.log) as logged:
+                appended = replace(self, job=replace(self.job, progress=logged))._add(state)
+        if self.base.state.exists():
+            with self.base.log.open("a", encoding="utf-8") as log:
+                log.write(folder.log.read_text(encoding="utf-8"))
+        self._remove_folder()
+        return appended
+
+    def _add(self, state: State) -> Appended:
         job, out, allow = self.job, self.dataset.path, self.allow
-        state = self._start_or_resume()
+        seconds: dict[str, float] = {}
+        job.progress.event("start", layout=self.spec.layout, files=len(job.listing.files), notes=self.labels.notes)
         say_broken_archives(job.listing, job.progress)
         for note in self.labels.notes:
             job.progress.say(f"Labels: {note}.")
-        importlib.import_module("zarr")  # loaded while the workers start
-        job.pool.check_workers(*job.sources, out, job.folder.path, say=job.progress.say)
+        with timed(seconds, "start workers"):
+            importlib.import_module("zarr")  # loaded while the workers start
+            job.pool.check_workers(*job.sources, out, job.folder.path, say=job.progress.say)
         if state.plan is None:
-            plan = self._plan()
+            with timed(seconds, "plan"):
+                plan = self._plan()
+            job.progress.event("planned", slices=len(plan.slices), quarantined=len(plan.quarantine))
             if not len(plan.slices):
                 return self._nothing_new(plan)
             state = write_plan(job.folder, state, plan)
         assert state.plan is not None
         write_keys(job.folder, job.listing, job.sources)
-        write_shards(job.pool, out, job.folder, job.sources, state.plan, job.progress, first=state.first_shard)
-        new = collect_tables(out, job.folder, state)
+        say_forecast(job, out, self.spec, allow, first=state.first_shard, instead="")
+        with timed(seconds, "shards"):
+            write_shards(job.pool, out, job.folder, job.sources, state.plan, job.progress, first=state.first_shard)
+        with timed(seconds, "publish"):
+            appended, counts = self._publish(state)
+        job.progress.event("published", counts=counts, seconds=seconds)
+        return appended
+
+    def _publish(self, state: State) -> tuple[Appended, Mapping[str, int]]:
+        """Publish the next generation, with the slices whose shards are written; return the counts that it changes."""
+        job = self.job
+        new = collect_tables(self.dataset.path, job.folder, state)
         there = number_there(new.quarantine)
-        check_damage(new.quarantine, new.ok + there, allow, "Run the same command again if the machine was at fault")
+        hint = "Run the same command again if the machine was at fault"
+        check_damage(new.quarantine, new.ok + there, self.allow, hint)
         given_fold = read_sealed(job.folder.plan, ["given_fold"])["given_fold"].to_numpy().astype(np.int64)
         patients = new.slices["patient_id"]
         if self.key is not None:
             new = pseudonymised(new, self.key, self.spec)
         grown = grow(self.dataset, new, given_fold, patients, self.spec)
+        give_back_memory()
         merge_append(self.base, self.dataset, state)
         change = self._change(state, new, grown, bool((given_fold >= 0).any()))
         generation = publish_generation(self.dataset, self.base, change)
-        self._remove_folder()
-        return self._appended(new.quarantine, new.lost, new.ok, grown.fold_conflicts, generation)
+        return self._appended(new.quarantine, new.lost, new.ok, grown.fold_conflicts, generation), change.counts
 
     def _appended(
         self, quarantine: pa.Table, lost: pa.Table, ok: int, fold_conflicts: int = 0, generation: int | None = None
@@ -246,7 +289,8 @@ class _Append:
     def _plan(self) -> Plan:
         """Return the plan of the new slices, their rows counted from 0, after the checks of a build."""
         job, spec, allow = self.job, self.spec, self.allow
-        scanned = read_headers(job)
+        before = self.dataset.read_table("quarantine")
+        scanned = without_quarantined(read_headers(job), before, self.key)
         known = known_slices(self.dataset)
         known = self._resolved(known, {"sop_instance_uid": scanned["sop_instance_uid"]})
         uids = known["sop_instance_uid"].combine_chunks()
@@ -259,6 +303,7 @@ class _Append:
             job, found, layout=self.layout, labels=labels, spec=spec, known=self._known_volumes(found.scanned)
         )
         plan = self._without_labels_of_known(plan, labels)
+        plan = replace(plan, lost=without_lost(plan.lost, plan.quarantine, before, self.key))
         hint = "Fix what can be fixed and run the same command again"
         # Of all slices of the source, as in a build: a folder that grows has mostly those that are there.
         check_damage(plan.quarantine, len(plan.slices) + number_there(plan.quarantine), allow, hint)
@@ -302,7 +347,6 @@ class _Append:
         appended = self._appended(plan.quarantine, plan.lost, 0)
         if not appended.duplicates:
             check_any_slice(plan)
-        self._remove_folder()
         return appended
 
     def _change(self, state: State, new: Tables, grown: Grown, given_folds: bool) -> Change:

@@ -25,7 +25,7 @@ from ich_prep.dataset import native, open_dataset
 from ich_prep.dataset.schema import OK, shard_path
 from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.storage import clear_leftovers, local_path, size_of, sync_file, write_whole
-from ich_prep.dataset.tables import sealed_parquet_bytes, write_sealed
+from ich_prep.dataset.tables import give_back_memory, sealed_parquet_bytes, write_sealed
 from ich_prep.errors import CorruptionError, Reason
 from ich_prep.execute import Pool, Tls, default_workers
 from ich_prep.layouts import check_layout, choose_layout
@@ -34,7 +34,7 @@ from ich_prep.progress import LoggedProgress, NoProgress, Progress
 from ich_prep.sources import Listing, check_table_path, open_source, shown
 from ich_prep.stages import ledger
 from ich_prep.stages.checks import Allowances, check_any_slice, check_damage, check_labels, check_lost
-from ich_prep.stages.forecast import check_space, forecast
+from ich_prep.stages.forecast import BUILD_SMALLER, check_space, forecast
 from ich_prep.stages.identifier_key import key_of_build, make_key, refuse_kept_columns
 from ich_prep.stages.output import (
     build_lock,
@@ -230,6 +230,7 @@ def planned(request: Request, seconds: dict[str, float]) -> Iterator[PlannedBuil
                     scanned = read_headers(job)
                 with timed(seconds, "plan"):
                     found = settle_files(job, scanned, spec)
+                    del scanned
                     table = join_key(job, found, table, spec)
                     plan = plan_files(job, found, layout=layout, labels=table, spec=spec)
                     hint = "`ich-prep quarantine` lists them. Fix what can be fixed and run the same command again"
@@ -239,11 +240,11 @@ def planned(request: Request, seconds: dict[str, float]) -> Iterator[PlannedBuil
                     check_any_slice(plan)
                     state = write_plan(folder, state, plan)
                 logged.event("planned", slices=len(plan.slices), quarantined=len(plan.quarantine))
-                del scanned, found, plan  # one line per file: memory that writing shards does not need
+                del found, plan  # one line per file: memory that writing shards does not need
             with timed(seconds, "keys"):
                 write_keys(folder, listing, sources)
             with timed(seconds, "estimate"):
-                _say_forecast(job, out, spec, allow)
+                say_forecast(job, out, spec, allow)
             yield PlannedBuild(job, out, state, secret)
 
 
@@ -258,19 +259,26 @@ def say_broken_archives(listing: Listing, progress: Progress) -> None:
             progress.say(f"Cannot read the archive {shown(path)}: {detail}. None of its files are in the dataset.")
 
 
-def _say_forecast(job: Job, out: Path, spec: Spec, allow: Allowances) -> None:
-    """Say what the missing shards will take; raises ``BuildError`` if the disk is not expected to hold them."""
-    found = forecast(job.pool, out, job.folder, job.sources, spec)
+def say_forecast(
+    job: Job, out: Path, spec: Spec, allow: Allowances, *, first: int = 0, instead: str = BUILD_SMALLER
+) -> None:
+    """Say what the missing shards will take; raises ``BuildError`` if the disk is not expected to hold them.
+
+    The plan's are numbered from ``first``; ``instead`` is what a message says of other ways.
+    """
+    found = forecast(job.pool, out, job.folder, job.sources, spec, first=first)
     if found is not None:
         job.progress.say(str(found))
         job.progress.event("estimate", **found.values())
-        check_space(found, out, allowed=allow.full_disk, say=job.progress.say)
+        check_space(found, out, allowed=allow.full_disk, say=job.progress.say, instead=instead)
 
 
 @contextmanager
 def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Add to ``seconds`` what the block takes, as a ``stage``; memory that it freed is no longer this process's."""
     start = time.perf_counter()
     yield
+    give_back_memory()
     seconds[stage] = time.perf_counter() - start
 
 

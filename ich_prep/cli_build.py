@@ -45,7 +45,7 @@ def build(
 
     from ich_prep import build_dataset
 
-    with _explaining_interrupts(out, overwrite=overwrite), _reporting(as_json=options.log_json) as progress:
+    with _explaining_interrupts(out, overwrite=overwrite), reporting(as_json=options.log_json) as progress:
         outcome = build_dataset.run(_request(src, out, options, progress, overwrite=overwrite))
     _print_outcome(out, outcome)
     if options.report:
@@ -66,7 +66,7 @@ def plan(
 
     from ich_prep.build_parts import plan_build
 
-    with _explaining_interrupts(out, overwrite=overwrite), _reporting(as_json=options.log_json) as progress:
+    with _explaining_interrupts(out, overwrite=overwrite), reporting(as_json=options.log_json) as progress:
         counts = plan_build(_request(src, out, options, progress, overwrite=overwrite))
     say(
         f"{out}: {count(counts.slices, 'slice')} planned in {count(counts.shards, 'shard')}, {counts.written:,} of them "
@@ -91,7 +91,7 @@ def shards(
     from ich_prep.stages.parts import parse_part
 
     wanted = parse_part(part)
-    with _explaining_interrupts(dataset), _reporting(as_json=options.log_json) as progress:
+    with _explaining_interrupts(dataset), reporting(as_json=options.log_json) as progress:
         counts = write_part(dataset, wanted, build_dir=options.build_dir, workers=options.workers, progress=progress)
     say(f"{dataset}: part {wanted} is written: {count(counts.slices, 'slice')} in {count(counts.shards, 'shard')}.")
 
@@ -103,7 +103,7 @@ def publish(dataset: Planned, *, recipe: Recipe = None, given: dict[str, Any]) -
 
     from ich_prep.build_parts import publish_build
 
-    with _explaining_interrupts(dataset), _reporting(as_json=options.log_json) as progress:
+    with _explaining_interrupts(dataset), reporting(as_json=options.log_json) as progress:
         outcome = publish_build(
             dataset,
             build_dir=options.build_dir,
@@ -151,7 +151,7 @@ def _request(src: list[Path], out: Path, options: BuildOptions, progress: Progre
 
 
 @contextmanager
-def _reporting(*, as_json: bool) -> Iterator[Progress]:
+def reporting(*, as_json: bool) -> Iterator[Progress]:
     """Yield what reports the progress: to a terminal, or as lines of JSON, of which an error is then one."""
     from ich_prep.progress import JsonProgress, TerminalProgress
 
@@ -198,7 +198,8 @@ def _status_lines(dataset: Path, found: Status) -> Iterator[str]:
             numbers.append(f"{found.per_second:,.0f} {found.unit}/s")
         if found.seconds_left is not None:
             numbers.append(f"about {duration_text(found.seconds_left)} left")
-        yield f"{dataset}: {': '.join([f'{where} {STAGES[found.stage]}', *filter(None, [', '.join(numbers)])])}."
+        what = "append " if found.command == "append" else ""
+        yield f"{dataset}: {what}{': '.join([f'{where} {STAGES[found.stage]}', *filter(None, [', '.join(numbers)])])}."
     if found.ended is not None:
         words = {
             "done": "The last run planned, and left the shards to `ich-prep shards`.",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ich_prep.cli_build import reporting
 from ich_prep.command_options import BuildDir, Json, options_from
 from ich_prep.errors import InterruptError, count
 from ich_prep.options import BuildOptions
@@ -25,7 +26,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would change, 
     BuildOptions,
     *("labels", "label_key", "label_column", "ignore_columns", "keep_columns", "build_dir", "key", "workers"),
     *("scheduler", "tls_ca", "tls_cert", "tls_key", "max_quarantined", "allow_unlabelled", "allow_missing_images"),
-    *("allow_lost_labels", "allow_kept_columns", "allow_contradictions"),
+    *("allow_lost_labels", "allow_kept_columns", "allow_contradictions", "allow_full_disk", "log_json"),
 )
 def append(
     src: Annotated[list[Path], typer.Option(help="Folder of DICOM files, or zip archive; may be repeated.")],
@@ -35,12 +36,11 @@ def append(
 ) -> None:
     """Add slices to a dataset, as its next generation: the rows that are there stay as they are."""
     from ich_prep import append as command
-    from ich_prep.progress import TerminalProgress
     from ich_prep.recipe import validate
 
     options = validate(BuildOptions, given, where="ich-prep append")
     try:
-        with TerminalProgress() as progress:
+        with reporting(as_json=options.log_json) as progress:
             found = command.append(src, out, key=options.key, progress=progress, **options.arguments())
     except KeyboardInterrupt:
         raise InterruptError("The dataset is as it was. Run the same command again to resume.") from None

@@ -250,7 +250,7 @@ def _plan(
         stops.append(str(error))
         labels = no_labels(spec.classes)
     try:
-        return labels, plan_files(job, found, layout=layout, labels=labels, spec=spec), stops
+        return labels, plan_files(job, replace(found), layout=layout, labels=labels, spec=spec), stops
     except BuildError as error:
         stops.append(str(error))
     unlinked = spec.model_copy(update={"link": (), "split_groups": True, "folds": 2})

@@ -36,6 +36,7 @@ from ich_prep.stages.checks import check_any_slice
 from ich_prep.stages.plan import Plan
 from ich_prep.stages.plan_tables import PLAN_COLUMNS
 from ich_prep.stages.publish import with_results, with_rows
+from ich_prep.stages.results import reports_table
 from ich_prep.stages.scan import FILES_PER_BATCH, SCHEMA, scan_file, scan_files
 from ich_prep.stages.shard import COLUMNS, FILES_AHEAD, RowReport, SliceRenderer, pixel_source, row_reports
 from ich_prep.stages.state import BuildFolder
@@ -297,14 +298,14 @@ def _rendered(
 
 def _tables_of(lines: pa.Table, series: pa.Table, reports: Sequence[RowReport]) -> dict[str, pa.Table]:
     """Return the tables of rendered volumes: what is published of their ``lines`` of the plan, and of their ``series``."""
-    status = pa.array([report.status for report in reports], pa.string())
-    ok = pc.equal(status, OK).to_numpy(zero_copy_only=False)
+    results = reports_table(reports)
+    ok = pc.equal(results["status"], OK).to_numpy()
     slices = lines.drop_columns(list(PLAN_COLUMNS))
     origins = {"row": lines["row"][0], "series_row": series["series_row"][0]}
     slices = with_columns(slices, {name: pc.subtract(slices[name], origin) for name, origin in origins.items()})
     starts = {"series_row": origins["series_row"], "first_row": origins["row"]}
     series = with_columns(series, {name: pc.subtract(series[name], origin) for name, origin in starts.items()})
-    slices = with_results(slices, list(reports), status)
+    slices = with_results(slices, results)
     failed = slices.filter(pa.array(~ok))
     quarantine = pa.table(
         [
@@ -312,7 +313,7 @@ def _tables_of(lines: pa.Table, series: pa.Table, reports: Sequence[RowReport]) 
             pa.array(["shard"] * len(failed), pa.string()),
             failed["row"],
             failed["status"],
-            pa.array([report.detail for report in reports if report.status != OK], pa.string()),
+            results["detail"].filter(pa.array(~ok)),
         ],
         schema=QUARANTINE_SCHEMA,
     ).append_column("series_instance_uid", failed["series_instance_uid"])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -25,7 +25,7 @@ from ich_prep.stages import ledger
 from ich_prep.stages.parts import Part, lock_of, log_of, parts_of, running_parts
 from ich_prep.stages.scan import FILES_PER_BATCH
 from ich_prep.stages.shard import ShardReport
-from ich_prep.stages.state import BuildFolder, State, build_folder, read_state
+from ich_prep.stages.state import BuildFolder, State, build_folder, read_state, readable_state
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -46,8 +46,9 @@ class PartStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """How far the build of ``dataset`` is.
+    """How far the build of ``dataset`` is, or the append to it.
 
+    ``command`` is "append" while slices are added to a finished dataset, or were when it stopped.
     ``state``: "running" while a process holds a lock of the build; "stopped" if none does, with ``ended``, how the last
     run that planned or built ended, and the message ``error``; or "finished". ``stage`` is what is done now, or what is
     next: ``done`` of ``total`` units are. ``per_second`` and ``seconds_left`` are None unless it is running and something
@@ -57,6 +58,7 @@ class Status:
 
     dataset: str
     folder: str
+    command: Literal["build", "append"]
     state: Literal["running", "stopped", "finished"]
     stage: Literal["list", "scan", "plan", "shards", "publish", "finished"]
     unit: Literal["files", "slices"]
@@ -81,7 +83,7 @@ def status_of(dataset: Path, build_dir: str | Path | None = None) -> Status:
     out = dataset.absolute()
     folder = build_folder(out, build_dir)
     if (out / ROOT).exists():
-        return _of_finished(out, folder)
+        return _of_append(out, folder.append) or _of_finished(out, folder)
     if not folder.lock.exists() and not folder.state.exists():
         open_dataset(dataset)  # raises the error that says what is there instead
     try:
@@ -92,6 +94,19 @@ def status_of(dataset: Path, build_dir: str | Path | None = None) -> Status:
         ) from None
 
 
+def _of_append(out: Path, folder: BuildFolder) -> Status | None:
+    """Return how far the append with the working ``folder`` is; None if none runs, nor was one stopped before its end."""
+    state = readable_state(folder)
+    with open_dataset(out) as opened:
+        stopped = state is not None and state.base == opened.digest
+    if not stopped and not (folder.lock.exists() and _is_held(folder)):
+        return None
+    try:
+        return replace(_of_build(out, folder), command="append")
+    except (OSError, pa.ArrowException):  # it has just begun, or ended
+        return None
+
+
 def _of_finished(out: Path, folder: BuildFolder) -> Status:
     with open_dataset(out) as opened:
         reasons = pc.value_counts(opened.read_table("quarantine")["reason"]).to_pylist()
@@ -99,6 +114,7 @@ def _of_finished(out: Path, folder: BuildFolder) -> Status:
     return Status(
         dataset=str(out),
         folder=str(folder.path),
+        command="build",
         state="finished",
         stage="finished",
         unit="slices",
@@ -146,6 +162,7 @@ def _of_build(out: Path, folder: BuildFolder) -> Status:
     return Status(
         dataset=str(out),
         folder=str(folder.path),
+        command="build",
         state="running" if is_running else "stopped",
         stage=results.stage,
         unit=results.unit,

@@ -6,9 +6,10 @@ Published tables need none: the root records their digests.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from ich_prep.files import open_regular, read_regular
 _REMEDY = "Run the same build command again, without --overwrite: what is damaged is made again."
 _SEAL, _OPEN = "ich.sha256", "0" * 64  # the key of a seal, and its value while the other bytes are digested
 HASHED_ALONE = 1 << 17  # bytes: hashing fewer takes less time than starting a thread
+READ_ALONE = 1 << 20  # bytes: likewise for the columns of a file
 MAX_LINES_PER_BYTE = 64  # of a Parquet file; a line of ours takes 20 bytes and more
 
 
@@ -120,13 +122,7 @@ def parquet_bytes(table: pa.Table, **options: Any) -> bytes:
 
 def sealed_parquet_bytes(table: pa.Table, **options: Any) -> bytes:
     """Return ``table`` as ``parquet_bytes`` does, sealed; ``row_group_size`` is that of ``pq.write_table``."""
-    sink = pa.BufferOutputStream()
-    row_group_size = options.pop("row_group_size", None)
-    with pq.ParquetWriter(sink, table.schema, **options) as writer:
-        writer.write_table(table, row_group_size=row_group_size)
-        writer.add_key_value_metadata({_SEAL: _OPEN})
-    data: bytes = sink.getvalue().to_pybytes()
-    return _with_seal(data, hashlib.sha256(data).hexdigest().encode(), data.rindex(_OPEN.encode()))
+    return _sealed(table.schema, [table], **options)
 
 
 def write_sealed(path: Path, table: pa.Table, **options: Any) -> None:
@@ -134,22 +130,59 @@ def write_sealed(path: Path, table: pa.Table, **options: Any) -> None:
     write_whole(path, sealed_parquet_bytes(table, **options))
 
 
-def read_sealed(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Return the table of a sealed file, or some of its columns; raises ``CorruptionError`` and ``OSError``."""
+def write_sealed_parts(path: Path, schema: pa.Schema, parts: Iterable[pa.Table], **options: Any) -> None:
+    """Write a table of a working folder, sealed, of which the ``parts``, each of whole row groups, come one by one."""
+    write_whole(path, _sealed(schema, parts, **options))
+
+
+def _sealed(
+    schema: pa.Schema, parts: Iterable[pa.Table], *, row_group_size: int | None = None, **options: Any
+) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, schema, **options) as writer:
+        for part in parts:
+            writer.write_table(part, row_group_size=row_group_size)
+        writer.add_key_value_metadata({_SEAL: _OPEN})
+    written = memoryview(sink.getvalue())
+    footer = _footer(written)
+    at = len(written) - len(footer) + footer.rindex(_OPEN.encode())
+    return b"".join((written[:at], hashlib.sha256(written).hexdigest().encode(), written[at + len(_OPEN) :]))
+
+
+def read_sealed(path: Path, columns: Sequence[str] | None = None, *, without: Sequence[str] = ()) -> pa.Table:
+    """Return the table of a sealed file, or some of its columns, or all but those of ``without``.
+
+    Raises ``CorruptionError`` and ``OSError``.
+    """
     data = read_regular(path)
     try:
         with pq.ParquetFile(in_arrow_memory(data)) as file:
             seal = (file.metadata.metadata or {}).get(_SEAL.encode(), b"")
             at = data.rfind(seal) if len(seal) == len(_OPEN) else -1
-            if at < 0 or hashlib.sha256(_with_seal(data, _OPEN.encode(), at)).hexdigest().encode() != seal:
+            if at < 0 or _digest_but_seal(data, at) != seal:
                 raise CorruptionError(f"{path} is damaged: it is not the file that was written. {_REMEDY}")
-            return file.read(columns)
+            threads = len(data) > READ_ALONE
+            del data  # Arrow has a copy
+            if without:
+                columns = [name for name in file.schema_arrow.names if name not in without]
+            return file.read(columns, use_threads=threads)
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise CorruptionError(f"{path} is damaged: it cannot be read as Parquet ({error}). {_REMEDY}") from None
 
 
-def _with_seal(data: bytes, seal: bytes, at: int) -> bytes:
-    return data[:at] + seal + data[at + len(seal) :]
+def _footer(file: memoryview) -> bytes:
+    """Return the end of a Parquet ``file``: its metadata, their length in four bytes, and the magic bytes."""
+    length = int.from_bytes(file[-8:-4], "little")
+    return bytes(file[-8 - length :])
+
+
+def _digest_but_seal(data: bytes, at: int) -> bytes:
+    """Return the SHA-256 of a sealed file as it was before the seal at ``at``."""
+    view = memoryview(data)
+    digest = hashlib.sha256(view[:at])
+    digest.update(_OPEN.encode())
+    digest.update(view[at + len(_OPEN) :])
+    return digest.hexdigest().encode()
 
 
 def stacked(*tables: pa.Table) -> pa.Table:
@@ -176,3 +209,11 @@ def _common_type(one: pa.DataType, other: pa.DataType) -> pa.DataType:
     if all(any(is_kind(kind) for is_kind in numbers) for kind in (one, other)):
         return pa.float64()
     return pa.string()
+
+
+def give_back_memory() -> None:
+    """Return memory that was freed to the operating system: allocators keep it, and the peak of a process counts it."""
+    pa.default_memory_pool().release_unused()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    if trim is not None:
+        trim(0)

@@ -59,12 +59,12 @@ def _undo_sign_12bit(stored: NDArray[np.uint16], rescale: Rescale) -> tuple[NDAr
 REPAIRS: dict[str, Repair] = {SIGN_12BIT: Repair(_has_sign_12bit, _undo_sign_12bit)}
 
 
-def detect(names: Sequence[str], headers: HeaderColumns) -> list[list[str]]:
+def detect(names: Sequence[str], headers: HeaderColumns) -> list[tuple[str, ...]]:
     """Return which of the repairs in ``names`` each slice needs, in the order of ``names``."""
-    needed: list[list[str]] = [[] for _ in range(len(headers.signed))]
+    needed: list[tuple[str, ...]] = [()] * len(headers.signed)
     for name in names:
         for index in np.flatnonzero(REPAIRS[name].detect(headers)).tolist():
-            needed[index].append(name)
+            needed[index] += (name,)
     return needed
 
 

@@ -112,7 +112,7 @@ def settle(slices: pa.Table, image: pa.Array, *, keyed_by_uid: bool) -> Copies:
     original = np.full(count, -1, np.int64)
     lines = sharing_uid(slices)
     subset = (
-        slices.take(pa.array(lines)).select(["sop_instance_uid", "series_instance_uid", "subset", "path"]).to_pylist()
+        slices.select(["sop_instance_uid", "series_instance_uid", "subset", "path"]).take(pa.array(lines)).to_pylist()
     )
     hashes = image.take(pa.array(lines)).to_pylist()
     groups: dict[str, list[int]] = {}

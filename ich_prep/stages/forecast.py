@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 SLICES_PER_SAMPLE = 512  # one sampled slice of so many, so that a sample costs next to nothing
 FEWEST = 4  # slices of a sample
+BUILD_SMALLER = ", or choose another --out, or a smaller --size, fewer --windows or --codec zstd with --overwrite"
 TABLE_BYTES = 600  # of a slice in the published tables and in the ledger; measured: 240 to 480
 
 
@@ -65,13 +66,16 @@ class Forecast:
         )
 
 
-def forecast(pool: Pool, out: Path, folder: BuildFolder, sources: Sequence[Path], spec: Spec) -> Forecast | None:
+def forecast(
+    pool: Pool, out: Path, folder: BuildFolder, sources: Sequence[Path], spec: Spec, *, first: int = 0
+) -> Forecast | None:
     """Return what the shards without an entry in the ledger will take; None if there is none.
 
-    The sample is rendered by one of the workers, as a shard's task renders its slices.
+    The plan's are numbered from ``first``. The sample is rendered by a worker, as a shard's task does.
     """
     plan = pq.ParquetFile(folder.plan).metadata
-    missing = set(range(plan.num_row_groups)) - ledger.done(folder.done)
+    done = ledger.done(folder.done)
+    missing = [number for number in range(plan.num_row_groups) if first + number not in done]
     slices = sum(plan.row_group(number).num_rows for number in missing)
     if not slices:
         return None
@@ -103,8 +107,13 @@ def sample_plan(folder: str, sources: tuple[str, ...], spec: Spec, number: int) 
     return measure(chosen, found, [Path(source) for source in sources], spec)
 
 
-def check_space(found: Forecast, out: Path, *, allowed: bool, say: Callable[[str], None]) -> None:
-    """Raise ``BuildError`` if the disk of ``out`` is not expected to hold what is missing, unless that is ``allowed``."""
+def check_space(
+    found: Forecast, out: Path, *, allowed: bool, say: Callable[[str], None], instead: str = BUILD_SMALLER
+) -> None:
+    """Raise ``BuildError`` if the disk of ``out`` is not expected to hold what is missing, unless that is ``allowed``.
+
+    ``instead`` is what else the user may do.
+    """
     if found.bytes is None or found.bytes <= found.free_bytes:
         return
     text = (
@@ -113,7 +122,7 @@ def check_space(found: Forecast, out: Path, *, allowed: bool, say: Callable[[str
     )
     if not allowed:
         raise BuildError(
-            f"{text}. Free space and run the same command again (the plan is kept), or choose another --out, or a smaller "
-            "--size, fewer --windows or --codec zstd with --overwrite; --allow-full-disk tries nevertheless."
+            f"{text}. Free space and run the same command again (the plan is kept){instead}; --allow-full-disk tries "
+            "nevertheless."
         )
     say(f"{text}; allowed.")

@@ -7,6 +7,7 @@ in the patient coordinate system (PS3.3 C.7.6.2.1.1).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 SAME_POSITION_MM = 0.01
 GAP_SPACINGS = 1.5
+BLOCK_SLICES = 1 << 16  # that are ordered at once, and those of one series more
 SAME_DIRECTION_COSINE = 0.9998  # about one degree
 _ROUNDING = 1e-12  # of the product of two norms: what float64 leaves of a covariance that is zero
 _DIRECTION_STEPS = 1000  # directions that agree to three decimals, a twentieth of a degree, count as equal
@@ -74,6 +76,9 @@ def order_slices(
 ) -> SliceOrder:
     """Return the order of n slices: by series, then by position along the normal that most slices of the series share.
 
+    Memory beyond the result does not grow with n, but for the codes of the series: blocks of whole series are ordered one
+    by one.
+
     ``position`` (n, 3) and ``orientation`` (n, 6) are NaN where unknown, ``instance_number``, ``acquisition_number`` and
     ``slice_location`` in mm, (n,), likewise. ``series`` and ``uid``, (n,), are UIDs or their ranks. With ``foot_to_head``
     the normal of axial slices is the one that points to the head, whatever the direction of their rows and columns.
@@ -85,8 +90,51 @@ def order_slices(
     ``SAME_POSITION_MM`` apart count as being at one position, and are ordered among themselves by acquisition number,
     instance number, then ``uid``, unknown numbers last; so the result does not depend on the order of the input.
     """
-    normal = normals(orientation)
     group = _group_ids(series)
+    ordered = np.argsort(group, kind="stable")
+    starts = group_starts(group[ordered])
+    firsts = starts[np.diff(starts // BLOCK_SLICES, prepend=-1) > 0]
+    result = SliceOrder(
+        order=np.empty(len(group), np.int64),
+        position_mm=np.empty(len(group)),
+        reference=np.empty(len(group), np.int64),
+        other_orientation=np.empty(len(group), bool),
+        no_position=np.empty(len(group), bool),
+        order_mm=np.empty(len(group)),
+        direction_unknown=np.empty(len(group), bool),
+    )
+    for first, end in pairwise(np.r_[firsts, len(group)].tolist()):
+        lines = np.sort(ordered[first:end])
+        block = _order_block(
+            position[lines],
+            orientation[lines],
+            instance_number[lines],
+            group=_group_ids(group[lines]),
+            uid=uid[lines],
+            acquisition_number=None if acquisition_number is None else acquisition_number[lines],
+            slice_location=None if slice_location is None else slice_location[lines],
+            foot_to_head=foot_to_head,
+        )
+        result.order[first:end] = lines[block.order]
+        result.reference[lines] = np.where(block.reference < 0, -1, lines[block.reference])
+        for name in ("position_mm", "other_orientation", "no_position", "order_mm", "direction_unknown"):
+            getattr(result, name)[lines] = getattr(block, name)
+    return result
+
+
+def _order_block(
+    position: NDArray[np.float64],
+    orientation: NDArray[np.float64],
+    instance_number: NDArray[np.float64],
+    *,
+    group: NDArray[np.int64],
+    uid: NDArray[Any],
+    acquisition_number: NDArray[np.float64] | None,
+    slice_location: NDArray[np.float64] | None,
+    foot_to_head: bool,
+) -> SliceOrder:
+    """Return the order of the slices of some series, as ``order_slices`` does; ``group`` (n,) are ranks of series."""
+    normal = normals(orientation)
     reference = _reference_slices(orientation, normal, group, uid)[group]
     shared = np.where((reference < 0)[:, np.newaxis], np.nan, normal[reference])
     if foot_to_head:
@@ -149,9 +197,9 @@ def measure_spacing(position_mm: NDArray[np.float64], starts: NDArray[np.int64])
     before = np.diff(position_mm, prepend=np.nan)
     before[starts] = np.nan
     after = np.r_[before[1:], np.nan] if len(before) else before
-    parts = np.split(before, starts[1:]) if len(starts) else []
-    typical = np.array([_median_spacing(part[1:]) for part in parts])
-    usual = np.repeat(typical, np.diff(np.r_[starts, len(before)]))
+    lengths = np.diff(np.r_[starts, len(before)])
+    typical = _median_spacings(before, np.repeat(np.arange(len(starts)), lengths), series=len(starts))
+    usual = np.repeat(typical, lengths)
     with np.errstate(invalid="ignore"):
         return Spacing(
             slice_spacing_mm=np.where(np.isnan(after), before, after),
@@ -274,7 +322,14 @@ def _any_in_group(values: NDArray[np.bool_], group: NDArray[np.int64]) -> NDArra
     return any_in_group[group]
 
 
-def _median_spacing(steps: NDArray[np.float64]) -> float:
-    """Return the median distance between neighbours at different positions, in mm; NaN if there are none."""
-    distinct = steps[steps >= SAME_POSITION_MM]
-    return float(np.median(distinct)) if len(distinct) else np.nan
+def _median_spacings(steps: NDArray[np.float64], group: NDArray[np.int64], *, series: int) -> NDArray[np.float64]:
+    """Return for each of the ``series`` the median of its ``steps``, (n,), between different positions; NaN without one."""
+    distinct = np.flatnonzero(steps >= SAME_POSITION_MM)
+    distinct = distinct[np.lexsort((steps[distinct], group[distinct]))]
+    counts = np.bincount(group[distinct], minlength=series)
+    known = np.flatnonzero(counts)
+    first = (np.cumsum(counts) - counts)[known]
+    lower, upper = (steps[distinct[first + middle]] for middle in ((counts[known] - 1) // 2, counts[known] // 2))
+    medians = np.full(series, np.nan)
+    medians[known] = (lower + upper) / 2
+    return medians

@@ -19,8 +19,10 @@ from ich_prep.dataset.tables import stacked, with_columns
 from ich_prep.errors import Reason
 from ich_prep.stages import identity
 from ich_prep.stages.copies import content_hash_in
+from ich_prep.stages.flags import flag_lists, flags_in, with_flags
 from ich_prep.stages.images import BLANK_HU, equal_images
 from ich_prep.stages.patients import persons_of
+from ich_prep.stages.pseudonyms import hidden
 from ich_prep.stages.publish import Tables
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 FOLD_CONFLICT, VOLUME_CONTINUED, SOP_UID_SHARED, SAME_IMAGE = (
     "fold_conflict", "volume_continued", "sop_uid_shared", "same_image",
 )  # fmt: skip
+_IS_QUARANTINED = "quarantined in the dataset already: "
 _IS_THERE = "of the dataset has the same SOP Instance UID"
 
 
@@ -41,18 +44,18 @@ _IS_THERE = "of the dataset has the same SOP Instance UID"
 def known_slices(dataset: Dataset) -> pa.Table:
     """Return the slices of a dataset that files may be copies of: row, UID and image hash.
 
-    Also those that were withdrawn, which must not return; not those whose pixels did not decode.
+    Also those that were withdrawn, which must not return, and, without a hash, those whose pixels did not decode.
     """
-    status = dataset.slices["status"]
-    failed = pc.is_in(status, value_set=pa.array([UNUSED, *map(str, Reason)]))
-    return dataset.slices.select(["row", "sop_instance_uid", "content_hash"]).filter(pc.invert(failed))
+    columns = dataset.slices.select(["row", "sop_instance_uid", "content_hash"])
+    return columns.filter(pc.not_equal(dataset.slices["status"], UNUSED))
 
 
 def without_known(scanned: pa.Table, image: pa.Array, known: pa.Table, *, keyed_by_uid: bool) -> pa.Table:
     """Return ``scanned`` with a reason for each file whose SOP Instance UID one of the ``known`` slices has.
 
     ``image`` are the hashes of their images (``copies.hash_images``), null where a file does not decode. The same image is
-    a duplicate. Another one stays, unless labels are ``keyed_by_uid``: then no label can be assigned to it.
+    a duplicate. Another one stays, unless labels are ``keyed_by_uid``: then no label can be assigned to it. The file of a
+    slice that did not decode is a duplicate until it does.
     """
     row_of: dict[str, tuple[int, set[str | None]]] = {}
     shared = known.filter(pc.is_in(known["sop_instance_uid"], value_set=scanned["sop_instance_uid"]))
@@ -69,10 +72,52 @@ def without_known(scanned: pa.Table, image: pa.Array, known: pa.Table, *, keyed_
         if value is None or content_hash_in(value) in images:
             reasons[index] = str(Reason.DUPLICATE)
             details[index] = f"row {row} {_IS_THERE}"
-        elif keyed_by_uid:
+        elif keyed_by_uid and images != {None}:
             reasons[index] = str(Reason.SOP_CONFLICT)
             details[index] = f"another image has its SOP Instance UID: row {row} of the dataset"
     return with_columns(scanned, {"reason": reasons, "detail": details})
+
+
+def without_quarantined(scanned: pa.Table, before: pa.Table, key: bytes | None) -> pa.Table:
+    """Return ``scanned`` where a damaged file that the dataset has quarantined already is a duplicate.
+
+    ``before`` is the quarantine table, with pseudonyms by the ``key``. A file is there already if one of its path was
+    quarantined for its reason with the same detail.
+    """
+    damage = pa.array([str(reason) for reason in Reason if reason.is_damage])
+    lines = np.flatnonzero(pc.is_in(scanned["reason"], value_set=damage).to_numpy())
+    repeated = _are_in(before, scanned.select(["path", "reason", "detail"]).take(pa.array(lines)), key)
+    if not repeated.any():
+        return scanned
+    found = np.zeros(len(scanned), bool)
+    found[lines] = repeated
+    texts = pc.binary_join_element_wise(_IS_QUARANTINED, scanned["reason"], "")
+    changed = {"reason": str(Reason.DUPLICATE), "detail": texts}
+    return with_columns(
+        scanned, {name: pc.if_else(pa.array(found), new, scanned[name]) for name, new in changed.items()}
+    )
+
+
+def without_lost(lost: pa.Table, quarantine: pa.Table, before: pa.Table, key: bytes | None) -> pa.Table:
+    """Return the ``lost`` labels but for those of files that the dataset has quarantined already.
+
+    ``quarantine`` is that of the new plan, ``before`` that of the dataset, with pseudonyms by the ``key``.
+    """
+    known = _are_in(before, quarantine, key)
+    known |= pc.starts_with(quarantine["detail"], _IS_QUARANTINED).fill_null(False).to_numpy()
+    paths = quarantine["path"].filter(pa.array(known)).combine_chunks()
+    return lost.filter(pc.invert(pc.is_in(lost["path"], value_set=paths)))
+
+
+def _are_in(before: pa.Table, files: pa.Table, key: bytes | None) -> NDArray[np.bool_]:
+    """Return which of the quarantined ``files`` the published quarantine ``before`` has: path, reason and detail."""
+    shown = files if key is None else with_columns(files, hidden(files, key))
+    texts = [
+        pc.binary_join_element_wise(*(pc.fill_null(table[name], "") for name in ("path", "reason", "detail")), "\0")
+        for table in (shown, before)
+    ]
+    found: NDArray[np.bool_] = pc.is_in(texts[0], value_set=texts[1].combine_chunks()).to_numpy()
+    return found
 
 
 def number_there(quarantine: pa.Table) -> int:
@@ -163,22 +208,20 @@ def _continued(old: pa.Table, new: pa.Table) -> tuple[pa.Table, NDArray[np.int64
 
 def _flagged(slices: pa.Table, where: NDArray[np.bool_], flag: str) -> pa.Table:
     """Return the slices with one more flag where they do not have it yet."""
-    if not where.any():
-        return slices
-    flags = slices["flags"].to_pylist()
-    for row in np.flatnonzero(where).tolist():
-        flags[row] = sorted({*(flags[row] or ()), flag})
-    return with_columns(slices, {"flags": flags})
+    return with_columns(slices, {"flags": with_flags(slices["flags"], {flag: where})})
 
 
 def _with_flags_of(series: pa.Table, slices: pa.Table) -> pa.Table:
     """Return the series table with the flags of its slices."""
-    owners = slices["series_row"].to_pylist()
-    united: list[set[str]] = [set(flags or ()) for flags in series["flags"].to_pylist()]
-    for owner, flags in zip(owners, slices["flags"].to_pylist(), strict=True):
-        if owner is not None and flags:
-            united[owner].update(flags)
-    return with_columns(series, {"flags": list(map(sorted, united))})
+    volumes, words = flags_in(series["flags"])
+    lines, words_of_slices = flags_in(slices["flags"])
+    owners = slices["series_row"].fill_null(-1).to_numpy()[lines]
+    united = flag_lists(
+        np.concatenate([volumes, owners[owners >= 0]]),
+        pa.concat_arrays([words, words_of_slices.filter(pa.array(owners >= 0))]),
+        count=len(series),
+    )
+    return with_columns(series, {"flags": united})
 
 
 def _holes(number: int, *, start: int, schema: pa.Schema) -> pa.Table:

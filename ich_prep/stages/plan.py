@@ -15,16 +15,16 @@ import pyarrow.compute as pc
 
 from ich_prep.dataset.components import codes_of
 from ich_prep.dataset.schema import QUARANTINE_SCHEMA
-from ich_prep.dataset.tables import with_columns
+from ich_prep.dataset.tables import give_back_memory, with_columns
 from ich_prep.errors import Reason, count
 from ich_prep.layouts.label_keys import patients_of_table
 from ich_prep.layouts.labels import LabelTable, join_labels
 from ich_prep.stages import identity
 from ich_prep.stages.copies import settle
-from ich_prep.stages.geometry import SliceOrder, order_slices, slice_turns
+from ich_prep.stages.geometry import SliceOrder, group_starts, order_slices, slice_turns
 from ich_prep.stages.losses import lost_labels
 from ich_prep.stages.patients import IDENTIFIERS, Copied, Given, with_identities
-from ich_prep.stages.plan_tables import build_tables, matrix, nullable
+from ich_prep.stages.plan_tables import CARRIED, build_tables, matrix, nullable
 from ich_prep.stages.scan_words import with_scan_words
 from ich_prep.stages.selection import select
 from ich_prep.stages.volumes import overlapping_groups
@@ -72,25 +72,37 @@ def make_plan(
     if image is None:
         image = pa.nulls(len(scanned), pa.string())
     placed = select(with_scan_words(_with_assignment(scanned, assignment).append_column("image", image)), spec)
-    is_slice = pc.is_null(placed["reason"])
-    left, slices = placed.filter(pc.invert(is_slice)), placed.filter(is_slice)
+    del scanned
+    is_slice = pc.is_null(placed["reason"]).to_numpy()
+    left, accepted = placed.filter(pa.array(~is_slice)), np.flatnonzero(is_slice)
+    slices = _chosen(
+        placed.select([name for name in placed.column_names if name in (*_DECIDING, labels.key)]), is_slice
+    )
 
     keyed_by_uid = labels.key == "sop_instance_uid" and len(labels.keys) > 0
     copies = settle(slices, slices["image"].combine_chunks(), keyed_by_uid=keyed_by_uid)
     leaves = pc.is_valid(copies.reason)
     settled = {"reason": copies.reason.filter(leaves), "detail": copies.detail.filter(leaves)}
-    copied = with_columns(slices.filter(leaves), settled)
+    stays = pc.invert(leaves).to_numpy(zero_copy_only=False)
+    copied = with_columns(placed.take(pa.array(accepted[~stays])), settled)
     left = pa.concat_tables([left, copied])
     lines = np.flatnonzero(copies.copy_of >= 0)
-    remaining = np.cumsum(pc.invert(leaves).to_numpy(zero_copy_only=False)) - 1
+    remaining = np.cumsum(stays) - 1
     twins = Copied(slices.select(IDENTIFIERS).take(pa.array(lines)), remaining[copies.copy_of[lines]])
-    slices = slices.append_column("sop_uid_shared", pa.array(copies.shared)).filter(pc.invert(leaves))
+    slices = slices.append_column("line", pa.array(accepted)).append_column("sop_uid_shared", pa.array(copies.shared))
+    slices = _chosen(slices.drop_columns(["path", "image"]), stays)
 
     slices = slices.append_column("label_key", _label_keys(labels, slices))
+    give_back_memory()
     slices, notes = with_identities(slices, _given(labels, slices["label_key"], spec), spec, twins, known)
-    slices = _sort_slices(_with_acquisitions(slices), upright=spec.orientation == "patient")
+    slices, orientation = _sort_slices(_with_acquisitions(slices), upright=spec.orientation == "patient")
+    give_back_memory()
+    for name in sorted(CARRIED & {*placed.column_names}):
+        slices = slices.append_column(name, placed[name].take(slices["line"]))
+    del placed
+    give_back_memory()
     joined = join_labels(labels, slices["label_key"])
-    tables = build_tables(slices, labels, joined, spec)
+    tables = build_tables(slices, orientation, labels, joined, spec)
     lost = lost_labels(labels, joined.without_image, _images_of(left, labels))
     train = pc.equal(slices["subset"], "train")
     return Plan(
@@ -104,6 +116,11 @@ def make_plan(
     )
 
 
+def _chosen(slices: pa.Table, which: NDArray[np.bool_]) -> pa.Table:
+    """Return the lines of ``slices`` where ``which`` (n,) is true; no copy if that is everywhere."""
+    return slices if which.all() else slices.filter(pa.array(which))
+
+
 _PLAN_REASONS = frozenset(
     map(str, (Reason.SCAN_TYPE, Reason.FILTERED, Reason.DUPLICATE, Reason.SOP_CONFLICT))
 )  # what the scan of a header alone cannot tell
@@ -113,6 +130,19 @@ ACQUISITIONS = {
     "temporal_position_identifier": "TemporalPositionIdentifier",
     "acquisition_time": "AcquisitionTime",
 }
+
+
+# Columns that decide which slices there are, whose they are and in what order; the others are taken in that order.
+_DECIDING = frozenset(
+    (*IDENTIFIERS, *ACQUISITIONS, "sop_instance_uid", "instance_number", "position", "orientation", "slice_location")
+    + ("patient_sex", "patient_birth_date", "subset", "path", "image")
+)
+
+
+_ONLY_ORDER = frozenset(
+    (*ACQUISITIONS, "instance_number", "position", "orientation", "slice_location", "issuer_of_patient_id")
+    + ("assigned_patient", "patient_sex", "patient_birth_date")
+)
 
 
 def _with_assignment(scanned: pa.Table, assignment: Assignment) -> pa.Table:
@@ -231,11 +261,12 @@ def _order(slices: pa.Table, *, foot_to_head: bool, by_number: bool = True) -> S
     )
 
 
-def _sort_slices(slices: pa.Table, *, upright: bool) -> pa.Table:
+def _sort_slices(slices: pa.Table, *, upright: bool) -> tuple[pa.Table, pa.ChunkedArray]:
     """Return the slices in the order of their rows: by subset, volume and position, as ``order_slices`` says.
 
-    Adds ``position_mm``, ``order_mm``, ``turn``, ``other_orientation``, ``no_position`` and ``direction_unknown``, and the
-    orientation of the volume's reference slice. ``upright``: slices from foot to head, each turned upright.
+    Adds ``position_mm``, ``order_mm``, ``turn``, ``other_orientation``, ``no_position`` and ``direction_unknown``; what only
+    the order needs is left out. And the orientation of each volume's reference slice. ``upright``: slices from foot to
+    head, each turned upright.
     """
     result = _order(slices, foot_to_head=upright)
     turns = np.full(len(slices), "")
@@ -244,12 +275,15 @@ def _sort_slices(slices: pa.Table, *, upright: bool) -> pa.Table:
     columns = {
         "position_mm": nullable(result.position_mm),
         "order_mm": nullable(result.order_mm),
-        "series_orientation": slices["orientation"].take(pa.array(result.reference, mask=result.reference < 0)),
         "turn": pa.array(turns, pa.string(), mask=turns == ""),
         "other_orientation": pa.array(result.other_orientation),
         "no_position": pa.array(result.no_position),
         "direction_unknown": pa.array(result.direction_unknown),
     }
+    starts = group_starts(slices["volume"].to_numpy()[result.order])
+    references = result.reference[result.order[starts]]
+    orientation = slices["orientation"].take(pa.array(references, mask=references < 0))
+    slices = slices.drop_columns([name for name in slices.column_names if name in _ONLY_ORDER])
     for name, values in columns.items():
         slices = slices.append_column(name, values)
-    return slices.take(pa.array(result.order))
+    return slices.take(pa.array(result.order)), orientation

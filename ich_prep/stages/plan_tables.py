@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from ich_prep.dataset.classes import UNKNOWN
 from ich_prep.dataset.schema import series_schema, slice_schema
 from ich_prep.dicom.decode import PIXEL_FIELDS
+from ich_prep.stages.flags import with_flags
 from ich_prep.stages.geometry import Spacing, group_starts, measure_spacing, tilt_degrees
 from ich_prep.stages.identity import folds_of_groups
 
@@ -59,6 +60,12 @@ _HEADER_COLUMNS = {
     "contrast_agent": "contrast_agent",
     "accession_number": "accession_number",
 }
+# Columns of the scan, and of its words, that the tables need and no decision: taken once the order of the rows is known.
+CARRIED = frozenset(
+    (*_HEADER_COLUMNS, *PIXEL_COLUMNS, "rescale_slope", "rescale_intercept", "repairs", "position", "pixel_spacing")
+    + ("rows", "columns", "flags", "study_date", "patient_age", "scan_type", "header_not_head", "contrast_stated")
+    + ("monochrome1",)
+)
 
 
 @dataclass(frozen=True)
@@ -69,8 +76,10 @@ class PlanTables:
     series: pa.Table
 
 
-def build_tables(slices: pa.Table, labels: LabelTable, joined: Joined, spec: Spec) -> PlanTables:
-    """Return the tables of the sorted ``slices``, of which ``joined`` are the ``labels``."""
+def build_tables(
+    slices: pa.Table, orientation: pa.ChunkedArray, labels: LabelTable, joined: Joined, spec: Spec
+) -> PlanTables:
+    """Return the tables of the sorted ``slices``, of which ``joined`` are the ``labels``; ``orientation`` is by volume."""
     count = len(slices)
     level = labels.level
     starts = group_starts(slices["volume"].to_numpy())
@@ -104,7 +113,7 @@ def build_tables(slices: pa.Table, labels: LabelTable, joined: Joined, spec: Spe
         "label_level": _label_levels(unlabelled, level),
         "first_row": starts,
         "n_slices": lengths,
-        "orientation": slices["series_orientation"].take(pa.array(starts, pa.int64())),
+        "orientation": orientation,
         "slice_spacing_mm": nullable(spacing.series_spacing_mm),
         "volume_in_series": _number_in_series(slices["series_instance_uid"].take(pa.array(starts, pa.int64()))),
         "scan_type": slices["scan_type"].take(pa.array(starts, pa.int64())),
@@ -193,14 +202,7 @@ def _flag_column(slices: pa.Table, spacing: Spacing) -> pa.Array:
         "gap_before": spacing.gap_before,
         **{flag: slices[name].to_numpy() for name, flag in _COLUMN_FLAGS.items()},
     }
-    lists: list[list[str]] = [[] for _ in range(len(slices))]
-    for name in sorted(flags):
-        for index in np.flatnonzero(flags[name]).tolist():
-            lists[index].append(name)
-    stated = slices["flags"].combine_chunks()
-    for index in np.flatnonzero(pc.fill_null(pc.list_value_length(stated), 0).to_numpy(zero_copy_only=False)).tolist():
-        lists[index] = sorted({*lists[index], *stated[index].as_py()})
-    return pa.array(lists, pa.list_(pa.string()))
+    return with_flags(pc.fill_null(slices["flags"], []), flags)
 
 
 def _series_table(

@@ -134,12 +134,17 @@ def published_quarantine(table: pa.Table, key: bytes) -> pa.Table:
 
     Of ``detail`` only the attributes that it names are left.
     """
-    known = _attributes()
-    details = _mapped(table["detail"], lambda text: safe_detail(text, known))
-    columns = {"path": pseudonyms(key, Level.PATH, table["path"]), "detail": details}
+    columns = hidden(table, key)
     return pa.table(
         [columns.get(name, table[name]) for name in QUARANTINE_SCHEMA.names], schema=QUARANTINE_SCHEMA
     ).sort_by("path")
+
+
+def hidden(files: pa.Table, key: bytes) -> dict[str, pa.Array]:
+    """Return the columns path and detail of quarantined ``files`` as they are published."""
+    known = _attributes()
+    details = _mapped(files["detail"], lambda text: safe_detail(text, known))
+    return {"path": pseudonyms(key, Level.PATH, files["path"]), "detail": details}
 
 
 def published_state(state: State, key: bytes | None) -> State:

@@ -33,11 +33,13 @@ from ich_prep.dataset.tables import read_sealed, with_columns, write_table
 from ich_prep.dataset.windows import MIN_HU
 from ich_prep.errors import BuildError
 from ich_prep.stages import ledger
+from ich_prep.stages.flags import flag_lists, flags_in, with_flags
 from ich_prep.stages.images import equal_images, link_images
 from ich_prep.stages.losses import losses_by_reason, lost_in_shards
-from ich_prep.stages.plan_tables import PLAN_COLUMNS
+from ich_prep.stages.plan_tables import PIXEL_COLUMNS
 from ich_prep.stages.pseudonyms import key_id, published_quarantine, published_rows, published_state
-from ich_prep.stages.shard import RowReport, ShardReport
+from ich_prep.stages.results import REPORT_SCHEMA, REPORTED, reports_table
+from ich_prep.stages.shard import ShardReport
 from ich_prep.stages.state import write_state
 from ich_prep.versions import PACKAGE, all_versions, library_versions
 
@@ -48,9 +50,6 @@ if TYPE_CHECKING:
     from ich_prep.stages.state import BuildFolder, State
 
 
-_REPORTED = (
-    "hu_min", "hu_max", "hu_mean", "share_air", "share_soft", "share_bone", "content_hash", "chunk_crc32c",
-)  # fmt: skip
 # The share of the body in the range of lung from which on a volume is flagged as not a head.
 LUNG_SHARE = 0.05
 
@@ -77,39 +76,47 @@ def collect_tables(out: Path, folder: BuildFolder, state: State) -> Tables:
 
     Raises ``BuildError`` if a shard does not have the length that its entry records.
     """
-    plan = read_sealed(folder.plan)
-    per_shard = state.spec.slices_per_shard
-    starts = np.arange(0, len(plan), per_shard)
-    entries = [_entry(out, folder, state.first_shard + number) for number in range(len(starts))]
-    lines = [line for entry in entries for line in entry.rows]
-    status = pa.array([line.status for line in lines], pa.string())
-    ok = pc.equal(status, OK).to_numpy(zero_copy_only=False)
+    plan = read_sealed(folder.plan, without=[name for name in PIXEL_COLUMNS if name != "path"])
+    starts = np.arange(0, len(plan), state.spec.slices_per_shard)
+    shards, parts = [], []
+    for number in range(len(starts)):
+        entry = _entry(out, folder, state.first_shard + number)
+        shards.append((entry.bytes, entry.fingerprint, entry.hu_histogram))
+        parts.append(reports_table(entry.rows))
+    reports = pa.concat_tables([REPORT_SCHEMA.empty_table(), *parts]).combine_chunks()
+    del parts
+    ok = pc.equal(reports["status"], OK).to_numpy()
 
-    failed = plan.filter(pa.array(~ok))
+    lost = lost_in_shards(plan, reports["status"], _is_positive(plan, state.spec))
+    failed = plan.select(["path", "row"]).filter(pa.array(~ok))
+    problems = reports.select(["status", "detail"]).filter(pa.array(~ok))
     quarantined = [
         failed["path"],
         pa.array(["shard"] * len(failed), pa.string()),
         failed["row"],
-        status.filter(pa.array(~ok)),
-        pa.array([line.detail for line in lines if line.status != OK], pa.string()),
+        problems["status"],
+        problems["detail"],
     ]
-    slices = with_results(plan.drop_columns(list(PLAN_COLUMNS)), lines, status)
-    slices = link_images(slices, plan["given_fold"], equal_images(slices), state.spec)
-    shards = [
+    given_fold = plan["given_fold"]
+    slices = with_results(plan.drop_columns(["path", "label_key", "given_fold"]), reports)
+    del plan, reports
+    slices = link_images(slices, given_fold, equal_images(slices), state.spec)
+    sizes, fingerprints, histograms = zip(*shards, strict=True)
+    table = [
         pa.array(np.arange(len(starts))),
         pa.array(starts),
-        pa.array(np.diff(np.r_[starts, len(plan)]), pa.int32()),
+        pa.array(np.diff(np.r_[starts, len(slices)]), pa.int32()),
         pa.array(np.add.reduceat(ok.astype(np.int64), starts), pa.int32()),
-        pa.array([entry.bytes for entry in entries], pa.int64()),
-        pa.array([entry.fingerprint for entry in entries], pa.string()),
-        pa.array([entry.hu_histogram for entry in entries], pa.list_(pa.int64())),
+        pa.array(sizes, pa.int64()),
+        pa.array(fingerprints, pa.string()),
+        pa.array(histograms, pa.list_(pa.int64())),
     ]
     return Tables(
         slices=slices,
         series=with_rows(read_sealed(folder.series), slices, ok),
-        shards=pa.table(shards, schema=SHARD_SCHEMA),
+        shards=pa.table(table, schema=SHARD_SCHEMA),
         quarantine=pa.concat_tables([read_sealed(folder.quarantine), pa.table(quarantined, schema=QUARANTINE_SCHEMA)]),
-        lost=pa.concat_tables([read_sealed(folder.lost), lost_in_shards(plan, status, _is_positive(plan, state.spec))]),
+        lost=pa.concat_tables([read_sealed(folder.lost), lost]),
     )
 
 
@@ -132,13 +139,11 @@ def with_rows(series: pa.Table, slices: pa.Table, ok: NDArray[np.bool_]) -> pa.T
     return with_columns(series, columns)
 
 
-def series_flags(series: pa.Table, slices: pa.Table) -> list[list[str]]:
+def series_flags(series: pa.Table, slices: pa.Table) -> pa.ListArray:
     """Return for each volume of ``series`` the sorted flags of its ``slices``."""
-    flags, starts = slices["flags"].to_pylist(), series["first_row"].to_pylist()
-    ends = [*starts, len(slices)][1:]
-    return [
-        sorted({flag for line in flags[begin:end] for flag in line}) for begin, end in zip(starts, ends, strict=True)
-    ]
+    lines, words = flags_in(slices["flags"])
+    owners = np.searchsorted(series["first_row"].to_numpy(), lines, side="right") - 1
+    return flag_lists(owners, words, count=len(series))
 
 
 def _entry(out: Path, folder: BuildFolder, number: int) -> ShardReport:
@@ -155,27 +160,22 @@ def _entry(out: Path, folder: BuildFolder, number: int) -> ShardReport:
     return entry
 
 
-def with_results(slices: pa.Table, lines: list[RowReport], status: pa.Array) -> pa.Table:
-    """Return the slice table with what the shards reported: status, flags, HU range and mean, hash, checksum."""
-    results = {"status": status}
-    for name in _REPORTED:
-        results[name] = pa.array([getattr(line, name) for line in lines], slices.schema.field(name).type)
-    columns = [results.get(field.name, slices[field.name]) for field in slices.schema]
-    slices = pa.table(columns, schema=slices.schema)
-    found = {"same_image": equal_images(slices) >= 0, "not_head": _shows_lung(slices["series_row"].to_numpy(), lines)}
-    flags: list[list[str]] = slices["flags"].to_pylist()
-    for row, line in enumerate(lines):
-        if line.flags:
-            flags[row] = sorted({*flags[row], *line.flags})
-    for name, where in found.items():
-        for row in np.flatnonzero(where).tolist():
-            flags[row] = sorted({*flags[row], name})
-    return with_columns(slices, {"flags": flags})
+def with_results(slices: pa.Table, reports: pa.Table) -> pa.Table:
+    """Return the slice table with what the shards reported (``REPORT_SCHEMA``): status, flags, HU, hash, checksum."""
+    slices = with_columns(slices, {name: reports[name] for name in ("status", *REPORTED)})
+    lines, words = flags_in(reports["flags"])
+    added = {
+        word: np.isin(np.arange(len(slices)), lines[pc.equal(words, word).to_numpy(False)])
+        for word in words.unique().to_pylist()
+    }
+    added["same_image"] = equal_images(slices) >= 0
+    added["not_head"] = _shows_lung(slices["series_row"].to_numpy(), reports)
+    return with_columns(slices, {"flags": with_flags(slices["flags"], added)})
 
 
-def _shows_lung(series_row: NDArray[np.int64], lines: list[RowReport]) -> NDArray[np.bool_]:
+def _shows_lung(series_row: NDArray[np.int64], reports: pa.Table) -> NDArray[np.bool_]:
     """Return for each row whether much of what its volume shows inside the body is in the range of lung."""
-    lung, body = (np.bincount(series_row, [getattr(line, name) for line in lines]) for name in ("lung", "body"))
+    lung, body = (np.bincount(series_row, reports[name].to_numpy()) for name in ("lung", "body"))
     shows: NDArray[np.bool_] = (lung > LUNG_SHARE * body)[series_row]
     return shows
 

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 # What tasks import, loaded while files are listed; pyarrow imports pandas when it first sees a Python list.
 TASK_MODULES = ("ich_prep.stages.scan", "ich_prep.stages.shard", "ich_prep.stages.units", "pandas")
+BATCHES_TOGETHER = 64
 
 
 @dataclass(frozen=True)
@@ -136,19 +137,30 @@ def read_headers(job: Job) -> pa.Table:
     for batch, (slices, quarantined) in job.pool.map(task, [batch for batch in batches if batch not in done]):
         progress.advance(slices + quarantined, quarantined, batch)
     progress.end()
-    return pa.concat_tables([read_sealed(folder.batch(batch)) for batch in batches])
+    together = (batches[start : start + BATCHES_TOGETHER] for start in range(0, len(batches), BATCHES_TOGETHER))
+    return pa.concat_tables([_joined(folder, some) for some in together])
+
+
+def _joined(folder: BuildFolder, batches: range) -> pa.Table:
+    """Return the headers in these ``batches`` in one piece: a buffer for each column of each batch takes more memory."""
+    return pa.concat_tables([read_sealed(folder.batch(batch)) for batch in batches]).combine_chunks()
 
 
 def _any_damage(reasons: pa.ChunkedArray) -> bool:
     return any(Reason(reason).is_damage for reason in reasons.unique().to_pylist() if reason is not None)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Candidates:
     """The files with the reasons that need no labels: ``scanned`` (``scan.SCHEMA``), and ``image``, hashes of copies."""
 
     scanned: pa.Table
     image: pa.Array
+
+    def taken(self) -> pa.Table:
+        """Return ``scanned``, and keep no line of it: who takes it decides how long so much memory is used."""
+        scanned, self.scanned = self.scanned, self.scanned.schema.empty_table()
+        return scanned
 
 
 def settle_files(job: Job, scanned: pa.Table, spec: Spec, known: pa.Array | None = None) -> Candidates:
@@ -166,10 +178,14 @@ def settle_files(job: Job, scanned: pa.Table, spec: Spec, known: pa.Array | None
 def plan_files(
     job: Job, found: Candidates, *, layout: Layout, labels: LabelTable, spec: Spec, known: pa.Table | None = None
 ) -> Plan:
-    """Return the plan, with ``labels`` from ``join_key``; write the quarantine so far; raises as ``make_plan``."""
+    """Return the plan, with ``labels`` from ``join_key``; write the quarantine so far; raises as ``make_plan``.
+
+    The files are ``taken`` from ``found``.
+    """
+    assignment = layout.assign(found.scanned, job.listing.name)
     plan = make_plan(
-        found.scanned,
-        assignment=layout.assign(found.scanned, job.listing.name),
+        found.taken(),
+        assignment=assignment,
         labels=labels,
         spec=spec,
         image=found.image,

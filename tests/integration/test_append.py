@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import signal
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +19,14 @@ from ich_prep.build_dataset import Allowances, build
 from ich_prep.dataset.spec import Spec
 from ich_prep.drop import drop
 from ich_prep.errors import SourceError, UsageError
+from ich_prep.events import read_events
 from ich_prep.phantom import synthesize
 from ich_prep.progress import NoProgress
+from ich_prep.status import status_of
 from ich_prep.verify import verify
 from ich_train.loader import SliceLoader
 from ich_train.rows import labelled_rows, neighbours
-from tests.support.cli import prep, published, working
+from tests.support.cli import prep, published, start, wait_for, working
 from tests.support.parts import by_uid, split
 
 SPEC = Spec(size=32, slices_per_shard=16)
@@ -260,3 +266,62 @@ def test_sources_and_folders_that_cannot_be_used(cohort: Path, tmp_path: Path) -
     with pytest.raises(UsageError, match="is not that of"):
         append(parts[1], out, workers=0, allow=ALLOW)
     assert published(out) == files
+
+
+def test_what_is_damaged_is_counted_once(cohort: Path, tmp_path: Path) -> None:
+    tree, out = tmp_path / "rsna", tmp_path / "data.zarr"
+    shutil.copytree(cohort, tree)
+    files = sorted((tree / "stage_2_train").glob("*.dcm"))
+    later = files.pop()
+    later.rename(tmp_path / later.name)
+    header, pixels = files[0], files[1]
+    header.write_bytes(b"\0" * 200)
+    pixels.write_bytes(pixels.read_bytes()[:-500])
+    allow = Allowances(missing_images=True, max_quarantined=1)
+    build(tree, out, SPEC, workers=0, allow=allow)
+    first = open_dataset(out)
+    reasons = Counter(first.read_table("quarantine")["reason"].to_pylist())
+    assert reasons.total() == 2
+    (tmp_path / later.name).rename(later)
+    for expected in (1, 0):
+        again = append(tree, out, workers=0, allow=allow)
+        assert (again.slices, again.quarantined, again.lost) == (expected, 0, {})
+    grown = open_dataset(out)
+    assert grown.root.lost_labels == first.root.lost_labels
+    counted = Counter(grown.read_table("quarantine")["reason"].to_pylist())
+    assert counted.pop("duplicate") == len(list(tree.rglob("*.dcm"))) - 1 and counted == reasons
+    assert grown.counts.ok == first.counts.ok + 1 and problems(out) == []
+
+    pixels.write_bytes((cohort / pixels.relative_to(tree)).read_bytes())  # repaired: no longer a duplicate
+    assert append(tree, out, workers=0, allow=allow).slices == 1
+    assert problems(out) == []
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
+def test_the_status_and_the_log_of_an_append(cohort: Path, tmp_path: Path, signal_number: signal.Signals) -> None:
+    parts, out = split(cohort, tmp_path, 2), tmp_path / "data.zarr"
+    build(parts[0], out, SPEC.model_copy(update={"slices_per_shard": 1}), workers=0, allow=ALLOW)
+    words = ("append", "--src", parts[1], "--out", out, "--workers", 0, "--allow-missing-images", "--log-json")
+    process = start(*words)
+    wait_for(lambda: len(list((working(out) / "append" / "shards").glob("*.json"))) > 3, process)
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        running = status_of(out)
+    finally:
+        os.kill(process.pid, signal_number)
+        os.kill(process.pid, signal.SIGCONT)
+        process.wait()
+    assert (running.command, running.state, running.stage) == ("append", "running", "shards")
+    assert 3 < running.done < running.total == build_count(parts[1])
+    stopped = prep("status", out)
+    assert f"append stopped while writing slices: {status_of(out).done} of {running.total} slices" in stopped.stdout
+    assert f"was {'killed' if signal_number is signal.SIGKILL else 'interrupted'}" in stopped.stdout
+
+    done = prep(*words)
+    assert done.returncode == 0, done.stderr
+    events = [json.loads(line) for line in done.stderr.splitlines()]
+    assert {"start", "estimate", "stage", "stage_end", "published"} <= {event["event"] for event in events}
+    assert status_of(out).state == "finished" and problems(out) == []
+    logged = list(read_events(working(out) / "log.jsonl"))
+    assert [event["event"] for event in logged].count("published") == 2
+    assert not (working(out) / "append").exists()

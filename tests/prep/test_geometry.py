@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from ich_prep.stages import geometry
 from ich_prep.stages.geometry import (
     SliceOrder,
     group_starts,
@@ -60,6 +61,20 @@ def test_the_order_does_not_depend_on_how_slices_are_given(
     assert uids[shuffled][after.order].tolist() == uids[before.order].tolist()
     for name in ("position_mm", "other_orientation", "no_position", "order_mm", "direction_unknown"):
         np.testing.assert_array_equal(getattr(after, name), getattr(before, name)[shuffled])
+
+
+@given(slices, st.integers(1, 5))
+@settings(max_examples=100, deadline=None)
+def test_the_order_does_not_depend_on_how_many_slices_are_ordered_at_once(
+    lines: list[tuple[str, float, Any, float]], block: int
+) -> None:
+    uids = np.array([f"uid{number % 3:02d}" for number in range(len(lines))], str)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(geometry, "BLOCK_SLICES", block)
+        in_blocks = ordered(lines, uids)
+    at_once = ordered(lines, uids)
+    for name in vars(at_once):
+        np.testing.assert_array_equal(getattr(in_blocks, name), getattr(at_once, name))
 
 
 def test_positions_that_tell_nothing_give_no_direction() -> None:

@@ -26,8 +26,8 @@ def test_the_sign_defect_is_12_bits_unsigned_with_an_intercept_above_minus_100()
     ]
     bits, signed, intercept, needed = map(np.array, zip(*cases, strict=True))
     names = detect((SIGN_12BIT,), HeaderColumns(bits, signed, intercept))
-    assert names == [[SIGN_12BIT] if need else [] for need in needed]
-    assert detect((), HeaderColumns(bits, signed, intercept)) == [[] for _ in cases]
+    assert names == [(SIGN_12BIT,) if need else () for need in needed]
+    assert detect((), HeaderColumns(bits, signed, intercept)) == [() for _ in cases]
 
 
 @given(hu=arrays(np.int16, (4, 5), elements=st.integers(-1000, 3095)), intercept=st.sampled_from([0.0, 1.0]))
