@@ -220,6 +220,10 @@ class PredictConfig(BaseModel):
         default="max",
         description="A scan's probability: of its slices the highest, the mean of the 3 highest, or of all.",
     )
+    # Who reads a probability means its value: eval has fitted it already, and rankings do not change.
+    calibrate: bool = Field(
+        default=True, description="Divide the logits of slices by the temperature of the run's own evaluation, if any."
+    )
     format: Literal["table", "kaggle"] | None = Field(
         default=None, description="table, or kaggle (RSNA's submission). [default: table with --src, else kaggle]"
     )
