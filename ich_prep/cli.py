@@ -57,6 +57,9 @@ def synth(
     size: Annotated[int, typer.Option(help="Rows and columns of a slice.")] = 512,
     layout: Annotated[str, typer.Option(help="rsna, cq500 or folder.")] = "rsna",
     defects: Annotated[bool, typer.Option("--defects", help="Add each known defect of real data.")] = False,
+    hard: Annotated[
+        bool, typer.Option("--hard", help="Thick, noisy slices, faint bleeds across several, and mimics of them.")
+    ] = False,
     workers: Annotated[int | None, typer.Option(min=0, help="Processes; 0: this one. [default: one per core]")] = None,
 ) -> None:
     """Write a synthetic cohort of head CT: real DICOM files and their labels."""
@@ -66,7 +69,9 @@ def synth(
 
     out = local_path(out, "--out")
     count = default_workers() if workers is None else workers
-    done = synthesize(out, series=series, seed=seed, size=size, layout=layout, defects=defects, workers=count)
+    done = synthesize(
+        out, series=series, seed=seed, size=size, layout=layout, defects=defects, hard=hard, workers=count
+    )
     say(f"{done.series} series, {done.slices} slices, {done.files} files in {out}.")
     for name in done.defects:
         say(f"  {name}: {DEFECTS[name]}")

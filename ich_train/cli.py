@@ -199,7 +199,14 @@ def predict_command(
     settings, evaluation = [settings_of(run) for run in runs][0]  # noqa: RUF015  # all are checked
 
     from ich_train.infer import predict
-    from ich_train.infer_files import Outputs, check_outputs, check_source, summary_lines, write_outputs
+    from ich_train.infer_files import (
+        Outputs,
+        calibration_lines,
+        check_outputs,
+        check_source,
+        summary_lines,
+        write_outputs,
+    )
     from ich_train.infer_source import metas_of, open_source
     from ich_train.ranks import choose_device
 
@@ -225,9 +232,8 @@ def predict_command(
     )
     submission = write_outputs(outputs, found, source)
     console = _console()
-    if submission is None or wanted.src:
-        for line in summary_lines(found):
-            console.print(line, soft_wrap=True, markup=False)
+    for line in calibration_lines(found) + (summary_lines(found) if submission is None or wanted.src else []):
+        console.print(line, soft_wrap=True, markup=False)
     if submission is None:
         return
     console.print(f"{count(submission.lines, 'line')} in {out}", soft_wrap=True)

@@ -148,6 +148,7 @@ class TrainConfig(BaseModel):
         default=True, description="On one GPU, except in float16: record the step as a CUDA graph."
     )
     threads: int = Field(default=2, ge=1, description="Threads that read data.")
+    logger: str = Field(default="", description="package.module:NAME of a function that is told of every epoch.")
 
     @field_validator("data", mode="before")
     @classmethod
@@ -160,7 +161,7 @@ class TrainConfig(BaseModel):
 
 
 # These may differ between a run and its resumption: they say where it runs, not what it learns.
-FREE_ON_RESUME = frozenset({"data", "device", "threads", "cuda_graph"})
+FREE_ON_RESUME = frozenset({"data", "device", "threads", "cuda_graph", "logger"})
 
 
 class EvalConfig(BaseModel):
@@ -219,6 +220,10 @@ class PredictConfig(BaseModel):
     aggregate: Literal["max", "top3", "mean"] = Field(
         default="max",
         description="A scan's probability: of its slices the highest, the mean of the 3 highest, or of all.",
+    )
+    # Who reads a probability means its value: eval has fitted it already, and rankings do not change.
+    calibrate: bool = Field(
+        default=True, description="Divide the logits of slices by the temperature of the run's own evaluation, if any."
     )
     format: Literal["table", "kaggle"] | None = Field(
         default=None, description="table, or kaggle (RSNA's submission). [default: table with --src, else kaggle]"

@@ -17,6 +17,7 @@ from ich_prep.errors import Reason, UsageError, count
 from ich_train.infer_source import Block, blocks, first_quarantine, has_subsets, metas_of
 from ich_train.predict import Mirrored, Predictor, load_predictor
 from ich_train.scan_predict import predict_scans, predict_slices, series_rows
+from ich_train.temperature import Temperature, scaled, temperature_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -53,7 +54,8 @@ class Predictions:
 
     ``slices``: a line a slice, with ``SLICE_COLUMNS``. ``scans``: a line a volume, with ``SCAN_COLUMNS``, ``n_damaged``
     (files of its series that were slices and could not be used), ``n_predicted`` and ``no_call``, why it has no
-    probabilities. ``quarantine``: the files that were left out, with ``QUARANTINE_COLUMNS``.
+    probabilities. ``quarantine``: the files that were left out, with ``QUARANTINE_COLUMNS``. ``temperatures`` are those that
+    the slices' logits of each network were divided by.
     """
 
     classes: tuple[str, ...]
@@ -61,6 +63,7 @@ class Predictions:
     scans: pa.Table
     quarantine: pa.Table
     predictors: tuple[Predictor, ...]
+    temperatures: tuple[Temperature, ...]
 
     def matrix(self) -> Probabilities:
         """Return the probabilities by slice, float32 (slices, classes), NaN where there are none."""
@@ -82,10 +85,15 @@ def predict(
 
     Only slices that ``settings.where`` selects are predicted, or without it for ``kaggle`` those of the subset test. A
     scan of which fewer than half of the slices were predicted has no probabilities, nor has a flagged one with
-    ``settings.skip_flagged``. With ``mirror``, logits are averaged with those of the mirrored slices. Raises
+    ``settings.skip_flagged``. With ``mirror``, logits are averaged with those of the mirrored slices. With
+    ``settings.calibrate``, each network's logits of slices are divided by the temperature of its run's evaluation; what a
+    head says of whole scans is not, because the temperature was not fitted to it. Raises
     ``UsageError`` if no slice is selected, or as ``load_predictor``.
     """
     metas = metas_of(runs)
+    temperatures = tuple(
+        temperature_of(run, meta, wanted=settings.calibrate) for run, meta in zip(runs, metas, strict=True)
+    )
     subset = "test" if kaggle and settings.where is None and has_subsets(source) else None
     predictors: tuple[Predictor, ...] = ()
     slices, scans, quarantine = list[pa.Table](), list[pa.Table](), [first_quarantine(source)]
@@ -98,7 +106,7 @@ def predict(
         selected = block.selected(settings.where, subset)
         if len(selected):
             found = _predict_block(
-                predictors, block, selected, settings, damaged, batch_size=batch_size, threads=threads
+                predictors, temperatures, block, selected, settings, damaged, batch_size=batch_size, threads=threads
             )
             slices.append(found[0])
             scans.append(found[1])
@@ -114,7 +122,7 @@ def predict(
     if settings.where is None and subset is None and not isinstance(source, Dataset):
         of_scans = _with_lost_scans(of_scans, source.lost)
     left_out = pa.concat_tables(quarantine).sort_by("path")
-    return Predictions(metas[0].classes, pa.concat_tables(slices), of_scans, left_out, predictors)
+    return Predictions(metas[0].classes, pa.concat_tables(slices), of_scans, left_out, predictors, temperatures)
 
 
 def _load(run: Path, dataset: Dataset, device: Any, *, mirror: bool) -> Predictor:
@@ -136,6 +144,7 @@ def _with_lost_scans(scans: pa.Table, lost: pa.Table) -> pa.Table:
 
 def _predict_block(
     predictors: Sequence[Predictor],
+    temperatures: Sequence[Temperature],
     block: Block,
     selected: NDArray[np.int64],
     settings: PredictConfig,
@@ -152,8 +161,11 @@ def _predict_block(
     flagged = _flagged(lines) if settings.skip_flagged else [""] * len(scans)
     wanted = dataset.is_ok[selected] & np.array([not flags for flags in flagged])[scan_of]
     by_run = [
-        _probabilities(one, block.of(one.meta), selected[wanted], batch_size=batch_size, threads=threads)
-        for one in predictors
+        _calibrated(
+            _probabilities(one, block.of(one.meta), selected[wanted], batch_size=batch_size, threads=threads),
+            temperature,
+        )
+        for one, temperature in zip(predictors, temperatures, strict=True)
     ]
     of_slices = np.full((len(selected), len(classes)), np.nan, np.float32)
     of_slices[wanted] = _mean([answer.slices for answer in by_run])
@@ -205,6 +217,12 @@ def _probabilities(
         found = predict_scans(predictor, dataset, series_rows(dataset, rows), threads=threads)
         return Answer(found.of_rows(rows), found.scans)
     return Answer(predict_slices(predictor, dataset, rows, batch_size=batch_size, threads=threads), None)
+
+
+def _calibrated(answer: Answer, temperature: Temperature) -> Answer:
+    if temperature.value is None:
+        return answer
+    return replace(answer, slices=scaled(answer.slices, temperature.value).astype(np.float32))
 
 
 def _mean(answers: Sequence[Probabilities]) -> Probabilities:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from ich_train.infer_source import Source
 
 TEMPLATE = "infer.html.jinja"
+NETWORKS = "ich_networks"  # the key of a Parquet file's metadata
 ENDINGS = (".csv", ".parquet")
 MOST_LISTED = 5  # damaged files in the summary
 MOST_LETTERS = 500  # of a path in the summary
@@ -84,6 +86,7 @@ def check_source(outputs: Outputs, source: Source) -> None:
 
 def write_outputs(outputs: Outputs, found: Predictions, source: Source) -> Submission | None:
     """Write all files; return what the submission holds, if there is one."""
+    found = replace(found, **{name: _with_networks(getattr(found, name), found) for name in ("slices", "scans")})
     submission = None
     if outputs.kaggle:
         submission = write_submission(
@@ -97,6 +100,12 @@ def write_outputs(outputs: Outputs, found: Predictions, source: Source) -> Submi
     if outputs.report is not None:
         write_output(outputs.report, report_html(found, source).encode())
     return submission
+
+
+def _with_networks(table: pa.Table, found: Predictions) -> pa.Table:
+    """Return ``table`` with the networks and their temperatures in its schema's metadata, which a Parquet file keeps."""
+    networks = [{"run": one.run, "temperature": one.value} for one in found.temperatures]
+    return table.replace_schema_metadata({NETWORKS: json.dumps(networks)})
 
 
 def _shares(found: Predictions, source: Source) -> NDArray[np.float32]:
@@ -119,6 +128,11 @@ def _table_bytes(path: Path, table: pa.Table) -> bytes:
     csv.write_csv(table, sink)
     data: bytes = sink.getvalue().to_pybytes()
     return data
+
+
+def calibration_lines(found: Predictions) -> list[str]:
+    """Return for each network whether its probabilities are calibrated."""
+    return [f"{one.run}: {one.describe()}." for one in found.temperatures]
 
 
 def summary_lines(found: Predictions) -> list[str]:
@@ -185,10 +199,11 @@ def _tiles(found: Predictions) -> list[Tile]:
 
 def _facts(found: Predictions, source: Source) -> list[Row]:
     rows = [Row(["source", str(source.path)])]
-    for number, predictor in enumerate(found.predictors, start=1):
+    networks = zip(found.predictors, found.temperatures, strict=True)
+    for number, (predictor, temperature) in enumerate(networks, start=1):
         meta = predictor.meta
         words = f"{meta.network}, epoch {meta.epoch}, {meta.images.describe()}, orientation {meta.images.orientation}"
-        rows.append(Row([f"network {number}", words]))
+        rows.append(Row([f"network {number}", f"{words}; {temperature.describe()}"]))
     return rows
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 from rich.console import Console
@@ -19,9 +16,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ich_train.ranks import Ranks
 from ich_train.runs import Epoch, best_of, overfitting_text
 from ich_train.wording import text_table
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 REFRESH_S = 0.25  # asking a GPU for its loss more often would slow it down
 BEST_WORDS = {"loss": "lowest validation loss", "auc": "highest mean ROC AUC in validation", "last": "last epoch"}
@@ -136,13 +130,3 @@ class Reporter:
         self.say(f"* {BEST_WORDS[self._chosen_by]}: kept as best/")
         if overfitting := overfitting_text(history):
             self.say(overfitting)
-
-
-def tensorboard(out: Path, first_epoch: int) -> AbstractContextManager[SummaryWriter | None]:
-    """Return a context with a writer of events below ``out`` from ``first_epoch`` on; None without TensorBoard."""
-    if importlib.util.find_spec("tensorboard") is None:
-        return nullcontext()
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer: AbstractContextManager[SummaryWriter] = SummaryWriter(str(out / "tensorboard"), purge_step=first_epoch)
-    return writer

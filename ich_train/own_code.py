@@ -1,4 +1,4 @@
-"""Functions and classes of the user's own, by name: networks, losses and augmentations."""
+"""Functions and classes of the user's own, by name: networks, losses, augmentations and loggers."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ _USES = {
     "a network": "a class or function that makes a network",
     "a loss": "a function of logits and targets",
     "an augmentation": "a function of images and a generator",
+    "a logger": "a function of an epoch's record",
 }
 
 

@@ -10,7 +10,7 @@ import json
 import math
 import time
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,9 @@ from ich_prep.files import read_regular
 from ich_train.checkpoint import WEIGHTS, has_checkpoint, load_parameters, load_state, read_meta, save_checkpoint
 from ich_train.config import TrainConfig
 from ich_train.imagenet import IMAGENET, imagenet_weights
-from ich_train.meters import Meter, Reporter, tensorboard
+from ich_train.listeners import listening
+from ich_train.meters import Meter, Reporter
+from ich_train.own_code import imported
 from ich_train.ranks import Ranks, Stop, join_ranks, own_stream
 from ich_train.resume import meta_of, restore, state_of
 from ich_train.runs import (
@@ -119,6 +121,8 @@ def _train(
 
     A function of its own: what it makes is gone when it returns, the memory of a recorded step too.
     """
+    if settings.logger:
+        imported(settings.logger, "a logger")  # a wrong name ends the run before it starts
     session = _start_or_resume(dataset, out, settings, evaluation, ranks, resume=resume)
     if ranks.first and not resume:
         held.enter_context(run_lock(out))
@@ -144,8 +148,10 @@ def _train(
 def _train_epochs(session: Session, out: Path, stop: Stop, reporter: Reporter, *, evaluation_follows: bool) -> bool:
     """Take the remaining epochs, with a checkpoint after each; return False if the run was stopped before its end."""
     settings, ranks = session.settings, session.ranks
-    events = tensorboard(out, len(session.history) + 1) if ranks.first else nullcontext()
-    with reporter, events as board:
+    told = (
+        listening(out, logger=settings.logger, first_epoch=len(session.history) + 1) if ranks.first else nullcontext(())
+    )
+    with reporter, told as listeners:
         while not is_finished(session.history, settings):
             complete = _train_epoch(session, stop, reporter)
             if not complete:
@@ -162,9 +168,8 @@ def _train_epochs(session: Session, out: Path, stop: Stop, reporter: Reporter, *
                 write_history(out, session.history)
             _save(session, out / LAST, with_state=True)
             reporter.epoch(line, best=line is session.best)
-            if board is not None:
-                for name, value in asdict(line).items():
-                    board.add_scalar(name, value, line.epoch)
+            for tell in listeners:
+                tell(line)
             work_left = not is_finished(session.history, settings) or evaluation_follows
             if work_left and stop.agreed():
                 return False

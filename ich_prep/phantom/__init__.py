@@ -10,7 +10,7 @@ from pathlib import Path
 from ich_prep.dataset.storage import filling, naming
 from ich_prep.errors import UsageError
 from ich_prep.phantom.defects import KNOWN_DEFECTS, damaged_files
-from ich_prep.phantom.series import place
+from ich_prep.phantom.series import Place, place
 from ich_prep.phantom.trees import SECOND_SERIES, Listed, series_files, write_labels
 
 LAYOUTS = ("rsna", "cq500", "folder")
@@ -35,6 +35,10 @@ class _Cohort:
     seed: int
     size: int
     layout: str
+    hard: bool
+
+    def place(self, index: int) -> Place:
+        return place(self.seed, index, second_series=SECOND_SERIES[self.layout], hard=self.hard)
 
 
 def synthesize(
@@ -45,30 +49,32 @@ def synthesize(
     size: int = 512,
     layout: str = "rsna",
     defects: bool = False,
+    hard: bool = False,
     workers: int = 0,
 ) -> PhantomSummary:
     """Write a tree of DICOM head CT slices with their label files into ``out`` and return what was written.
 
     ``series`` volumes of 16-60 slices, each (size, size) with stored values of 12 or 16 bits. A slice is labelled with
     a kind of bleed when at least ``bleeds.MIN_AREA_MM2`` mm2 of it was painted. ``layout`` is one of LAYOUTS.
-    ``defects`` adds those DEFECTS that the layout supports. Equal arguments write equal bytes, with any number of
-    ``workers`` (processes; 0: this one). Raises ``UsageError`` for invalid values and an ``out`` that is not empty.
+    ``defects`` adds those DEFECTS that the layout supports. ``hard`` draws the cohort of `ich_prep.phantom.hard`: thick,
+    noisy slices with faint bleeds across several of them, and with mimics. Equal arguments write equal bytes, with any
+    number of ``workers`` (processes; 0: this one). Raises ``UsageError`` for invalid values and an ``out`` that is not
+    empty.
     """
     _refuse(out, series=series, seed=seed, size=size, layout=layout)
     with filling(out):
-        return _synthesize(out, series=series, seed=seed, size=size, layout=layout, defects=defects, workers=workers)
+        cohort = _Cohort(out=str(out), seed=seed, size=size, layout=layout, hard=hard)
+        return _synthesize(out, cohort, series=series, defects=defects, workers=workers)
 
 
-def _synthesize(
-    out: Path, *, series: int, seed: int, size: int, layout: str, defects: bool, workers: int
-) -> PhantomSummary:
-    cohort = _Cohort(out=str(out), seed=seed, size=size, layout=layout)
+def _synthesize(out: Path, cohort: _Cohort, *, series: int, defects: bool, workers: int) -> PhantomSummary:
+    layout, seed = cohort.layout, cohort.seed
     listed = [line for lines in _written(cohort, series, workers) for line in lines]
     slices = files = len(listed)
-    places = [place(seed, index, second_series=SECOND_SERIES[layout]) for index in range(series)]
+    places = [cohort.place(index) for index in range(series)]
     names: list[str] = []
     if defects:
-        for damage in damaged_files(layout, seed, size=size):
+        for damage in damaged_files(layout, seed, size=cohort.size):
             names.append(damage.defect)
             listed += damage.listed
             if damage.listed:  # CQ500's readers vote only on series with readable files
@@ -103,7 +109,7 @@ def _written(cohort: _Cohort, series: int, workers: int) -> Iterator[tuple[Liste
 
 
 def _write_series(cohort: _Cohort, index: int) -> tuple[Listed, ...]:
-    where = place(cohort.seed, index, second_series=SECOND_SERIES[cohort.layout])
+    where = cohort.place(index)
     listed = []
     for file in series_files(cohort.layout, cohort.seed, where, size=cohort.size):
         _write(Path(cohort.out), file.path, file.content())

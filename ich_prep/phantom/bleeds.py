@@ -14,7 +14,7 @@ from ich_prep.phantom.anatomy import Field, Plane, Tissue, blend, ellipsoid, ram
 MIN_AREA_MM2 = 50.0
 
 # Blood under the bone that is thinner than this would vanish in the bone's soft edge: it is not painted.
-_MIN_LAYER_MM = 3.0
+MIN_LAYER_MM = 3.0
 
 # Blood under the bone hides the other kinds below it, so it is painted first.
 _ORDER = ("epidural", "subdural", "intraparenchymal", "intraventricular", "subarachnoid")
@@ -37,7 +37,8 @@ class Bleed:
 
     ``half_mm`` is (along the bone, thickness, z) for epidural and subdural, (x, y, z) for intraparenchymal, and the
     radius of the region whose CSF is bloody, three times, for subarachnoid and intraventricular. ``trait`` is the width
-    of the dark rim in mm for intraparenchymal, the fluid level's y for intraventricular, else 0.
+    of the dark rim in mm for intraparenchymal, the fluid level's y for intraventricular, else 0. ``blood`` is the share
+    of blood in what is painted; the rest is the tissue that was there.
     """
 
     kind: str
@@ -46,6 +47,7 @@ class Bleed:
     half_mm: tuple[float, float, float]
     turn_deg: float
     trait: float
+    blood: float = 1.0
 
 
 def draw_bleeds(rng: np.random.Generator, kinds: Sequence[str]) -> tuple[Bleed, ...]:
@@ -77,8 +79,8 @@ def paint_bleeds(plane: Plane, tissue: Tissue, bleeds: Sequence[Bleed]) -> dict[
         if bleed.kind == "intraparenchymal" and bleed.trait:
             rim = _blob(bleed, plane, tissue, grown_mm=bleed.trait)
             if rim is not None:
-                blend(tissue.hu, rim * free, 20.0)
-        blend(tissue.hu, share, bleed.hu + 2.5 * tissue.relief)
+                blend(tissue.hu, rim * free * bleed.blood, 20.0)
+        blend(tissue.hu, share * bleed.blood, bleed.hu + 2.5 * tissue.relief)
         free *= 1.0 - share
     return painted
 
@@ -143,7 +145,7 @@ def _under_bone(bleed: Bleed, plane: Plane, tissue: Tissue, power: int) -> Field
     """
     half_along, thickness, half_z = bleed.half_mm
     fade = 1.0 - ((plane.z_mm - bleed.centre_mm[2]) / half_z) ** 2
-    if thickness * fade < _MIN_LAYER_MM:
+    if thickness * fade < MIN_LAYER_MM:
         return None
     radius = np.sqrt(plane.x * plane.x + plane.y * plane.y)
     cosine = (plane.x * bleed.centre_mm[0] + plane.y * bleed.centre_mm[1]) / (radius + 1e-3)

@@ -6,7 +6,7 @@ depths, gantry tilt) is distributed evenly over blocks of twenty series instead 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import cos, radians, sin, tan
 
@@ -26,7 +26,8 @@ from ich_prep.phantom.anatomy import (
     draw_tissue,
     ramp,
 )
-from ich_prep.phantom.bleeds import Bleed, draw_bleeds, paint_bleeds
+from ich_prep.phantom.bleeds import MIN_AREA_MM2, Bleed, draw_bleeds, paint_bleeds
+from ich_prep.phantom.hard import CUTS, NOISE_HU, THICKNESS_MM, draw_faint_bleeds, draw_mimics
 
 BLOCK = 20
 
@@ -38,8 +39,11 @@ _PLANTED: tuple[tuple[int, ...], ...] = (
     *((one, other) for one in range(5) for other in range(one + 1, 5)),
 )
 
+# In the hard phantom: ten series without any, and each pair once. So each kind is in a fifth of the series.
+_PLANTED_HARD = (*((),) * 10, *(pair for pair in _PLANTED if len(pair) == 2))
+
 # Streams of random numbers, one for each purpose, so that a change to one leaves the others as they are.
-_COHORT, _HEAD, _BLEEDS, _SCAN, _NOISE = range(5)
+_COHORT, _HEAD, _BLEEDS, _SCAN, _NOISE, _MIMICS = range(6)
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class Place:
     test: bool
     kinds: tuple[str, ...]
     phase: int  # of the block: the offset of the cycles of `every`
+    hard: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,7 @@ class Scan:
     noise_hu: float
     sharp: bool  # a bone kernel: strong, fine-grained noise
     contrast: bool
+    cuts: int = 1  # of the head, spread over the thickness, whose mean is a slice
 
     @property
     def pixel_mm(self) -> float:
@@ -92,7 +98,7 @@ class Slice:
         return (*five, int(any(five)))
 
 
-def place(seed: int, index: int, *, second_series: int) -> Place:
+def place(seed: int, index: int, *, second_series: int, hard: bool = False) -> Place:
     """Return the place of series ``index``; in each block ``second_series`` patients are scanned twice (at most 9)."""
     block, position = divmod(index, BLOCK)
     rng = np.random.default_rng((seed, _COHORT, block))
@@ -107,8 +113,9 @@ def place(seed: int, index: int, *, second_series: int) -> Place:
         first_index=index - 1 if follows else index,
         follows=follows,
         test=in_block in test,
-        kinds=tuple(SUBTYPES[kind] for kind in _PLANTED[planted[position]]),
+        kinds=tuple(SUBTYPES[kind] for kind in (_PLANTED_HARD if hard else _PLANTED)[planted[position]]),
         phase=int(rng.integers(BLOCK)),
+        hard=hard,
     )
 
 
@@ -120,6 +127,8 @@ def every(where: Place, period: int, salt: int) -> bool:
 def draw_scan(seed: int, where: Place, *, size: int, thickness_mm: float | None = None) -> Scan:
     """Return the acquisition of a series: a spacing of about 5 mm, finer at the base in some; ``thickness_mm`` fixes it."""
     rng = np.random.default_rng((seed, _SCAN, where.index))
+    if where.hard and thickness_mm is None:
+        thickness_mm = float(rng.choice(THICKNESS_MM))
     low = LOWEST_MM + float(rng.uniform(0.0, 10.0))
     high = HIGHEST_MM + float(rng.uniform(-4.0, 6.0))
     fine, coarse = ((2.72, 5.43), (5.24, 3.93))[int(rng.integers(2))]
@@ -144,16 +153,18 @@ def draw_scan(seed: int, where: Place, *, size: int, thickness_mm: float | None 
         tilt_deg=round(tilt, 1) if every(where, 3, 3) else 0.0,
         turn_deg=float(rng.normal(0.0, 4.0)),
         shift_mm=(float(rng.uniform(-6.0, 6.0)), float(rng.uniform(-7.0, 4.0))),
-        noise_hu=float(rng.uniform(3.2, 4.8)),
+        noise_hu=float(rng.uniform(*(NOISE_HU if where.hard else (3.2, 4.8)))),
         sharp=False,
         contrast=False,
+        cuts=CUTS if where.hard else 1,
     )
 
 
 def draw_patient(seed: int, where: Place) -> tuple[Head, tuple[Bleed, ...]]:
     """Return the patient's head and the bleeds that the series shows."""
     head = draw_head(np.random.default_rng((seed, _HEAD, where.patient)))
-    return head, draw_bleeds(np.random.default_rng((seed, _BLEEDS, where.index)), where.kinds)
+    draw = draw_faint_bleeds if where.hard else draw_bleeds
+    return head, draw(np.random.default_rng((seed, _BLEEDS, where.index)), where.kinds)
 
 
 def draw_slices(seed: int, where: Place, scan: Scan, head: Head, bleeds: tuple[Bleed, ...]) -> Iterator[Slice]:
@@ -164,14 +175,15 @@ def draw_slices(seed: int, where: Place, scan: Scan, head: Head, bleeds: tuple[B
     corner = -0.5 * (scan.size - 1) * scan.pixel_mm
     couch_mm = float(rng.uniform(-900.0, 300.0))  # z of the table's origin
     holder = _head_holder(scan, head)
+    mimics = _mimics(seed, where, scan)
     previous = None
-    for height in scan.heights_mm:
+    for height, alike in zip(scan.heights_mm, mimics, strict=True):
         # The table moves along z, the head's axis is along the slice normal: so the head drifts in tilted images.
         drift = -height * tan(radians(scan.tilt_deg))
         moved = rng.uniform(-1.5, 1.5, size=2) if height == previous else (0.0, 0.0)
         previous = height
         shift = (scan.shift_mm[0] + float(moved[0]), scan.shift_mm[1] + drift + float(moved[1]))
-        hu, painted = _cut(rng, scan, head, bleeds, holder=holder, height_mm=height, shift_mm=shift)
+        hu, painted = _image(rng, scan, head, bleeds, alike, holder=holder, height_mm=height, shift_mm=shift)
         centre_z = couch_mm + height / c
         position = (round(corner, 6), round(corner * c, 6), round(centre_z + corner * s, 6))
         yield Slice(hu=hu, position_mm=position, orientation=orientation, painted_mm2=painted)
@@ -184,24 +196,52 @@ def in_field(size: int) -> NDArray[np.bool_]:
     return within
 
 
-def _cut(
+def _mimics(seed: int, where: Place, scan: Scan) -> Sequence[tuple[Bleed, ...]]:
+    """Return what looks like a bleed in each slice, and is none."""
+    if not where.hard:
+        return [()] * len(scan.heights_mm)
+    return draw_mimics(np.random.default_rng((seed, _MIMICS, where.index)), scan.heights_mm)
+
+
+def _image(
     rng: np.random.Generator,
     scan: Scan,
     head: Head,
-    bleeds: tuple[Bleed, ...],
+    bleeds: Sequence[Bleed],
+    mimics: Sequence[Bleed],
     *,
     holder: Field,
     height_mm: float,
     shift_mm: tuple[float, float],
 ) -> tuple[NDArray[np.int16], dict[str, float]]:
+    """Return the HU of a slice, and the area in mm2 of each kind of bleed in it."""
+    offsets = (np.arange(scan.cuts) - (scan.cuts - 1) / 2) * (scan.thickness_mm / scan.cuts)
+    cuts = [
+        _cut(scan, head, bleeds, mimics, height_mm=height_mm + float(offset), shift_mm=shift_mm) for offset in offsets
+    ]
+    plane = _plane(scan, head, height_mm, shift_mm)
+    hu = holder.copy()
+    box = hu[plane.rows, plane.columns]
+    np.maximum(box, sum(tissue for tissue, _ in cuts) / np.float32(scan.cuts), out=box)
+    hu += _noise(rng, scan)
+    areas = {kind: sum(painted.get(kind, 0.0) for _, painted in cuts) / scan.cuts for kind in SUBTYPES}
+    return np.rint(hu).astype(np.int16), {kind: area for kind, area in areas.items() if area >= MIN_AREA_MM2}
+
+
+def _cut(
+    scan: Scan,
+    head: Head,
+    bleeds: Sequence[Bleed],
+    mimics: Sequence[Bleed],
+    *,
+    height_mm: float,
+    shift_mm: tuple[float, float],
+) -> tuple[Field, dict[str, float]]:
     plane = _plane(scan, head, height_mm, shift_mm)
     tissue = draw_tissue(head, plane, contrast=scan.contrast)
     painted = paint_bleeds(plane, tissue, bleeds)
-    hu = holder.copy()
-    box = hu[plane.rows, plane.columns]
-    np.maximum(box, tissue.hu, out=box)
-    hu += _noise(rng, scan)
-    return np.rint(hu).astype(np.int16), painted
+    paint_bleeds(plane, tissue, mimics)
+    return tissue.hu, painted
 
 
 def _plane(scan: Scan, head: Head, height_mm: float, shift_mm: tuple[float, float]) -> Plane:

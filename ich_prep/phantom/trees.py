@@ -230,7 +230,7 @@ def _bits(where: Place) -> int:
 
 
 def _first(seed: int, where: Place) -> Place:
-    return place(seed, where.first_index, second_series=SECOND_SERIES["cq500"])
+    return place(seed, where.first_index, second_series=SECOND_SERIES["cq500"], hard=where.hard)
 
 
 def _cq500_type(where: Place) -> tuple[str, float, str]:

@@ -1,7 +1,6 @@
 """Whether probabilities mean what they say: temperature scaling, reliability, and operating points.
 
-Labels are (n, classes) int8 with -1 = unknown, probabilities (n, classes) float. A temperature T divides the logits of all
-classes (Guo et al., arXiv:1706.04599): it is fitted on validation and changes no ranking.
+Labels are (n, classes) int8 with -1 = unknown, probabilities (n, classes) float.
 """
 
 from __future__ import annotations
@@ -13,10 +12,9 @@ from typing import Any
 import numpy as np
 
 from ich_train.evaluation.metrics import Floats, LabelArray, Probabilities, log_loss
+from ich_train.temperature import fit_temperature, scaled
 
 BINS = 15  # of equal width, as in the paper
-FLOOR = 1e-7  # a float32 probability may be 0 or 1
-LOWEST, HIGHEST = 1e-3, 1e3  # temperatures
 
 
 @dataclass(frozen=True)
@@ -26,28 +24,6 @@ class Reliability:
     predicted: Floats  # mean probability
     observed: Floats  # share of positives
     cases: Floats
-
-
-def fit_temperature(labels: LabelArray, probabilities: Probabilities) -> float | None:
-    """Return the temperature of the lowest log loss over all known labels, None if those are all alike.
-
-    The log loss is convex in 1 / T; its derivative is bisected between temperatures of 0.001 and 1000.
-    """
-    known = labels >= 0
-    truth, logits = labels[known].astype(np.float64), _logits(probabilities)[known]
-    if not len(truth) or truth.min() == truth.max():
-        return None
-    low, high = np.log(1 / HIGHEST), np.log(1 / LOWEST)
-    for _ in range(60):
-        middle = (low + high) / 2
-        slope = np.mean(logits * (_sigmoid(np.exp(middle) * logits) - truth))
-        low, high = (low, middle) if slope > 0 else (middle, high)
-    return float(np.exp(-(low + high) / 2))
-
-
-def scaled(probabilities: Probabilities, temperature: float) -> Floats:
-    """Return ``probabilities`` with their logits divided by ``temperature``."""
-    return _sigmoid(_logits(probabilities) / temperature)
 
 
 def reliability(labels: LabelArray, probabilities: Probabilities) -> Reliability:
@@ -128,14 +104,3 @@ def operating_point(
                 point[word] = float(right[chosen].mean()) if chosen.any() else None
         points[name] = point
     return {"sensitivity": sensitivity, "labels": points}
-
-
-def _logits(probabilities: Probabilities) -> Floats:
-    clipped = np.clip(probabilities.astype(np.float64), FLOOR, 1 - FLOOR)
-    logits: Floats = np.log(clipped) - np.log1p(-clipped)
-    return logits
-
-
-def _sigmoid(logits: Floats) -> Floats:
-    values: Floats = 0.5 * (1 + np.tanh(logits / 2))
-    return values

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ich_prep.dataset.classes import ANY
-from ich_train.evaluation.calibration import reliability, scaled
+from ich_train.evaluation.calibration import reliability
 from ich_train.evaluation.metrics import POLICIES, precision_recall_curves, roc_curves
 from ich_train.evaluation.plots import (
     Example,
@@ -23,6 +23,7 @@ from ich_train.evaluation.plots import (
 )
 from ich_train.loader import SliceLoader
 from ich_train.model import conv_layers
+from ich_train.temperature import scaled
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -13,14 +13,13 @@ from ich_train.evaluation.calibration import (
     brier_score,
     calibration,
     calibration_error,
-    fit_temperature,
     operating_point,
     reliability,
-    scaled,
 )
 from ich_train.evaluation.evaluate import evaluate_run
 from ich_train.evaluation.metrics import log_loss
 from ich_train.runs import Epoch, write_history
+from ich_train.temperature import fit_temperature, scaled
 from tests.support.training_runs import save_untrained
 
 CLASSES = ("a", "b")

@@ -1,14 +1,12 @@
 from __future__ import annotations
 
-import importlib.util
 import io
-from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
-from ich_train.meters import Meter, Reporter, tensorboard
+from ich_train.meters import Meter, Reporter
 from ich_train.runs import Epoch
 
 FIRST = Epoch(1, 12.0, 0.5, 0.80, 0.45, 0.82, 1e-3, 1234.0, 0.015)
@@ -72,10 +70,3 @@ def test_other_ranks_say_nothing() -> None:
         shown.epoch(FIRST, best=True)
         shown.summary(LINES)
     assert text.getvalue() == ""
-
-
-@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is not None, reason="TensorBoard is installed")
-def test_tensorboard_is_left_out_where_it_is_not_installed(tmp_path: Path) -> None:
-    with tensorboard(tmp_path, 1) as board:
-        assert board is None
-    assert not list(tmp_path.iterdir())
