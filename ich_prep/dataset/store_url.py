@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 SCHEMES = ("s3", "gs", "http", "https")
+# The variables that name an endpoint, by scheme; the first of them wins.
+_ENDPOINT_VARIABLES = {
+    "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
+    "gs": ("STORAGE_EMULATOR_HOST",),
+}
 # obstore waits in Rust, where Ctrl-C does not reach: it tries again at once only, ``Store`` does the waiting.
 _TRIES_AT_ONCE = 2
 _READ_TIMEOUT = 20.0  # seconds without a byte
@@ -59,8 +64,23 @@ def normal_url(url: str) -> str:
 
 def endpoint_of(url: str) -> str | None:
     """Return the endpoint that the environment names for a URL; None for the one of the scheme."""
-    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT") if url.startswith("s3:") else ()
+    names = _ENDPOINT_VARIABLES.get(url.partition(":")[0], ())
     return next((os.environ[name] for name in names if os.environ.get(name)), None)
+
+
+def use_endpoint(endpoint: str | None) -> None:
+    """Let URLs of this process, and of those that it starts, be served by ``endpoint``; None changes nothing."""
+    if endpoint is not None:
+        _check_endpoint(endpoint)
+        for names in _ENDPOINT_VARIABLES.values():
+            os.environ[names[0]] = endpoint
+
+
+def _check_endpoint(endpoint: str) -> None:
+    if not _ENDPOINT.fullmatch(endpoint):
+        raise UsageError(
+            f"The endpoint {endpoint.rpartition('@')[2]} is not one. Expected http://host:port or https://host."
+        )
 
 
 def client(url: str, endpoint: str | None) -> Any:
@@ -68,10 +88,8 @@ def client(url: str, endpoint: str | None) -> Any:
     obstore()
     from obstore import store as stores
 
-    if endpoint is not None and not _ENDPOINT.fullmatch(endpoint):
-        raise UsageError(
-            f"The endpoint {endpoint.rpartition('@')[2]} is not one. Expected http://host:port or https://host."
-        )
+    if endpoint is not None:
+        _check_endpoint(endpoint)
     plain = (endpoint or url).startswith("http://")
     options: Any = {
         "allow_http": plain,
