@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,11 +20,12 @@ import pyarrow.compute as pc
 from ich_prep.dataset import open_dataset, shard_format
 from ich_prep.dataset.classes import SUBTYPES, is_rsna
 from ich_prep.dataset.codecs import CODECS
+from ich_prep.dataset.places import Place, names_below, read_whole
 from ich_prep.dataset.schema import IMAGES, LABELS, OK, ROOT, UNUSED, WITHDRAWN, shard_path
 from ich_prep.dataset.storage import local_path
 from ich_prep.dataset.tables import read_sealed
 from ich_prep.errors import CorruptionError, UsageError
-from ich_prep.files import is_litter, read_regular
+from ich_prep.files import is_litter
 from ich_prep.stages import ledger
 from ich_prep.stages.compare import Problem, compare, files_of, open_sources, sample_rows
 from ich_prep.stages.folds import fold_of
@@ -74,16 +75,15 @@ def verify(
     if not 0 < sample <= 1:
         raise UsageError(f"Expected --sample within 0..1, the share of slices to compare; got {sample:g}.")
     dataset = open_dataset(path)
-    folder = build_folder(dataset.path.absolute(), build_dir)
-    belongs = _belongs(folder, dataset)
+    folder = _working_folder(dataset, build_dir)
+    belongs = folder is not None and _belongs(folder, dataset)
     paths = [] if src is None else [src] if isinstance(src, str | Path) else list(src)
     grown = any(event.command == "append" for event in dataset.root.history)
     sources = open_sources([local_path(path, "--src") for path in paths], grown=grown) if paths else ()
-    if sources and not (belongs and folder.plan.exists()):
-        problem = "belongs to another dataset" if not belongs and folder.state.exists() else "is missing or damaged"
+    if sources and not (folder is not None and belongs and folder.plan.exists()):
         raise UsageError(
             f"Comparing with the sources needs the working folder of the build, whose plan names the source file of each "
-            f"row; {folder.path} {problem}. Name it with --build-dir, or verify without --src."
+            f"row; {_why_unusable(folder, belongs=belongs)}. Name it with --build-dir, or verify without --src."
         )
     problems = [*_check_files(dataset)]
     intact = not problems
@@ -101,10 +101,10 @@ def verify(
         return Verification(0, 0, 0, (*problems, Problem(str(dataset.path), str(error))))
     strays, notes = _check_strays(dataset, folder)
     problems += strays
-    if intact and belongs:
+    if intact and belongs and folder is not None:
         problems += _check_ledger(dataset, folder)
     compared = 0
-    if sources:
+    if sources and folder is not None:
         try:
             plan = read_sealed(folder.plan)
         except (OSError, CorruptionError):
@@ -125,6 +125,20 @@ def verify(
     return Verification(len(checked), slices, compared, tuple(problems), notes)
 
 
+def _working_folder(dataset: Dataset, build_dir: str | Path | None) -> BuildFolder | None:
+    """Return the working folder of the build; None where it must be named: that of a dataset in an object store."""
+    if isinstance(dataset.path, Path):
+        return build_folder(dataset.path.absolute(), build_dir)
+    return None if build_dir is None else BuildFolder(local_path(build_dir, "--build-dir").absolute())
+
+
+def _why_unusable(folder: BuildFolder | None, *, belongs: bool) -> str:
+    if folder is None:
+        return "that of a dataset in an object store must be named"
+    missing = belongs or not folder.state.exists()
+    return f"{folder.path} {'is missing or damaged' if missing else 'belongs to another dataset'}"
+
+
 def _belongs(folder: BuildFolder, dataset: Dataset) -> bool:
     """Return whether ``folder`` is the working folder of the build that made ``dataset``."""
     state = readable_state(folder)
@@ -134,7 +148,7 @@ def _belongs(folder: BuildFolder, dataset: Dataset) -> bool:
 def _check_root(dataset: Dataset) -> Iterator[Problem]:
     """Yield a problem if the root's other bytes were changed: they follow from its attributes and its members."""
     path = dataset.path / ROOT
-    if root_document(dataset.path, dataset.attributes) != path.read_bytes():
+    if root_document(dataset.path, dataset.attributes) != read_whole(path):
         yield Problem(str(path), "not the bytes that were written")
 
 
@@ -147,7 +161,7 @@ def _check_files(dataset: Dataset) -> Iterator[Problem]:
     for name, digest in sorted(digests.items()):
         path = dataset.path / name
         try:
-            data = read_regular(path)
+            data = read_whole(path)
         except OSError as error:
             yield Problem(str(path), f"cannot be read: {error.strerror}")
             continue
@@ -260,7 +274,11 @@ def _check_zarr(dataset: Dataset) -> Iterator[Problem]:
     """Yield a problem if zarr-python, independent of this project, reads the array differently."""
     import zarr
 
-    array = zarr.open_array(dataset.path / IMAGES, mode="r")
+    if isinstance(dataset.path, Path):
+        array = zarr.open_array(dataset.path / IMAGES, mode="r")
+    else:
+        store = zarr.storage.ObjectStore(dataset.path.store.client, read_only=True)
+        array = zarr.open_array(store, path=IMAGES, mode="r")
     seen = (array.shape[1:], array.dtype, array.shards, array.chunks)
     chunk = (1, *dataset.shape[1:])
     expected = (dataset.shape[1:], dataset.dtype, (dataset.spec.slices_per_shard, *chunk[1:]), chunk)
@@ -298,25 +316,29 @@ def _check_shards(dataset: Dataset, numbers: Sequence[int], progress: Progress) 
     progress.end()
 
 
-def _check_strays(dataset: Dataset, folder: BuildFolder) -> tuple[list[Problem], tuple[Problem, ...]]:
+def _check_strays(dataset: Dataset, folder: BuildFolder | None) -> tuple[list[Problem], tuple[Problem, ...]]:
     """Return the files that are not part of the dataset, and those among them that are mere litter.
 
     The tables of earlier generations are part of it, and so are shards and tables that an unfinished append has written.
     """
-    generation, state = dataset.root.generation, readable_state(folder.append)
+    generation, state = dataset.root.generation, None if folder is None else readable_state(folder.append)
     appending = state is not None and state.base == dataset.digest
-    expected = {dataset.path / name for name in (ROOT, *dataset.root.digests)}
-    expected.update(shard_path(dataset.path, shard) for shard in range(dataset.counts.shards))
+    expected = {PurePath(name) for name in (ROOT, *dataset.root.digests)}
+    expected.update(shard_path(Path(), shard) for shard in range(dataset.counts.shards))
     problems, notes = list[Problem](), list[Problem]()
-    for path in sorted(dataset.path.rglob("*")):
-        if path in expected or path.is_dir():
+    names = names_below(dataset.path)
+    if names is None:
+        return [], (Problem(str(dataset.path), "cannot be listed: whether it has other files was not checked"),)
+    for name in map(PurePath, names):
+        if name in expected:
             continue
-        of = generation_of(path) if path.parent == dataset.path / LABELS and path.suffix == ".parquet" else None
+        path = dataset.path / name
+        of = generation_of(name) if name.parent == PurePath(LABELS) and name.suffix == ".parquet" else None
         if of is not None and (of <= generation or (appending and of == generation + 1)):
             continue
-        if appending and is_new_shard(dataset, path):
+        if appending and is_new_shard(dataset, name):
             continue
-        if is_litter(path.relative_to(dataset.path)):
+        if is_litter(name):
             notes.append(Problem(str(path), "is litter of an operating system, and ignored"))
         elif of == generation + 1:
             what = "is of a command that did not finish. Repeat it, or remove this with `ich-prep clean --generations`"
@@ -327,7 +349,7 @@ def _check_strays(dataset: Dataset, folder: BuildFolder) -> tuple[list[Problem],
 
 
 def _check_shard(
-    path: Path,
+    path: Place,
     line: dict[str, Any],
     ok: NDArray[np.bool_],
     withdrawn: NDArray[np.bool_],
@@ -335,7 +357,7 @@ def _check_shard(
     buffer: NDArray[np.uint8],
 ) -> None:
     """Raise ``CorruptionError`` if the shard is not, byte for byte, the one that was written."""
-    data = np.frombuffer(read_regular(path), np.uint8)
+    data = np.frombuffer(read_whole(path), np.uint8)
     if len(data) != line["bytes"]:
         raise CorruptionError(f"expected {line['bytes']} bytes, found {len(data)}")
     chunks = dataset.spec.slices_per_shard

@@ -23,14 +23,16 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypeVar
 
 import pyarrow as pa
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ich_prep.dataset.classes import RSNA_CLASSES, class_name_problem
 from ich_prep.dataset.native import MAX_SLICE_BYTES
+from ich_prep.dataset.places import Place
 from ich_prep.dataset.spec import Stored
+from ich_prep.dataset.stores import StorePath
 from ich_prep.errors import CorruptionError, DatasetError, UsageError
 
 FORMAT = "ich/1"
@@ -44,6 +46,8 @@ OK = "ok"
 UNUSED = "unused"  # a row between two generations that belongs to no slice
 AS_STORED = "as-stored"  # the orientation of a dataset whose spec names none
 WITHDRAWN = "withdrawn"  # a slice that was dropped from the dataset
+
+AnyPlace = TypeVar("AnyPlace", Path, StorePath, Place)
 
 _FORMAT = re.compile(r"ich/1(\.[0-9]+)?")  # a later 1.x may add keys and columns
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
@@ -315,7 +319,7 @@ def clipped(value: object) -> str:
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
-def parse_root(attributes: Any, path: Path) -> Root:
+def parse_root(attributes: Any, path: Place) -> Root:
     """Return the typed root of the dataset at ``path``, whose root group has these ``attributes``.
 
     Raises ``DatasetError`` for another Zarr group or format, ``CorruptionError`` if a required part is missing or
@@ -351,6 +355,6 @@ def _writer(ich: dict[str, Any]) -> str:
     return writer if isinstance(writer, str) and writer.isprintable() and len(writer) < 40 else clipped(writer)
 
 
-def shard_path(out: Path, shard: int) -> Path:
-    """Return the path of shard number ``shard``."""
+def shard_path(out: AnyPlace, shard: int) -> AnyPlace:
+    """Return the place of shard number ``shard``."""
     return out / IMAGES / "c" / str(shard) / "0" / "0" / "0"

@@ -25,13 +25,18 @@ _TRIES_AT_ONCE = 2
 _READ_TIMEOUT = 20.0  # seconds without a byte
 _WHOLE_TIMEOUT = 3600.0  # seconds: one PUT of a shard over a slow line
 
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://?(?=[^/])")  # pathlib turns s3://bucket into s3:/bucket
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}")  # pathlib turns s3://bucket into s3:/bucket
 _ENDPOINT = re.compile(r"https?://(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?(?:/[A-Za-z0-9._~/-]*)?")
 
 
 def is_url(text: object) -> bool:
     """Return whether ``text`` is a URL such as s3://bucket/data.zarr, and not the path of a file system."""
     return _URL.match(str(text)) is not None
+
+
+def whole_url(url: object) -> str:
+    """Return a URL that pathlib may have shortened as it was."""
+    return _URL.sub(lambda match: f"{match[1].lower()}://", str(url), count=1)
 
 
 @cache
@@ -46,7 +51,7 @@ def obstore() -> ModuleType:
 
 def normal_url(url: str) -> str:
     """Return ``url`` without a slash at its end; raises ``UsageError`` for one that names no place of a store."""
-    parts = urlsplit(_URL.sub(lambda match: f"{match[1].lower()}://", url, count=1))
+    parts = urlsplit(whole_url(url))
     if parts.scheme not in SCHEMES:
         raise UsageError(
             f"{parts.scheme}:// is not supported. Expected a URL that begins with {', '.join(f'{s}://' for s in SCHEMES)}."

@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ich_prep.dataset.places import Place, read_whole
 from ich_prep.dataset.storage import write_whole
 from ich_prep.errors import CorruptionError
 from ich_prep.files import open_regular, read_regular
@@ -56,13 +57,13 @@ def in_arrow_memory(data: bytes) -> pa.BufferReader:
     return pa.BufferReader(copy.getvalue())
 
 
-def read_published(path: Path, *, columns: Sequence[str] | None, lines: int, sha256: str) -> pa.Table:
+def read_published(path: Place, *, columns: Sequence[str] | None, lines: int, sha256: str) -> pa.Table:
     """Return the table in the Parquet file at ``path``, or those of ``columns`` that it has.
 
     Raises ``ValueError`` if its SHA-256 is another one, or if it does not have that many ``lines``; ``OSError`` or
     ``pa.ArrowException`` if it cannot be read.
     """
-    data = read_regular(path)
+    data = read_whole(path)
     if len(data) <= HASHED_ALONE:
         _require_digest(hashlib.sha256(data).hexdigest(), sha256, data)
         return _read_lines(data, columns, lines)

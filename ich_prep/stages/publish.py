@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from ich_prep.dataset import schema
 from ich_prep.dataset.codecs import CODECS
+from ich_prep.dataset.places import Place, read_whole
 from ich_prep.dataset.schema import (
     FORMAT,
     IMAGES,
@@ -274,13 +275,13 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def root_document(out: Path, ich: dict[str, Any]) -> bytes:
+def root_document(out: Place, ich: dict[str, Any]) -> bytes:
     """Return the bytes of the root's ``zarr.json``: a group with the attribute ``ich``.
 
     It repeats the metadata of the images and the labels, as zarr-python's consolidated metadata does: xarray looks for
     that first, and warns if it is missing. The array is as long as ``ich`` says, also while it grows.
     """
-    members = {name: json.loads((out / name / ROOT).read_bytes()) for name in (IMAGES, LABELS)}
+    members = {name: json.loads(read_whole(out / name / ROOT)) for name in (IMAGES, LABELS)}
     members[IMAGES]["shape"][0] = ich["counts"]["rows"]
     document = {
         "attributes": {"ich": ich},
