@@ -52,7 +52,9 @@ def build(
         report(out, build_dir=options.build_dir)
 
 
-@options_from(BuildOptions, *(name for name in BuildOptions.model_fields if name != "report"))
+@options_from(
+    BuildOptions, *(name for name in BuildOptions.model_fields if name not in ("report", "endpoint", "atomic"))
+)
 def plan(
     *,
     src: Sources,

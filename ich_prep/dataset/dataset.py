@@ -14,17 +14,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ich_prep.dataset.affine import AffineError, to_ras
+from ich_prep.dataset.bucket_path import BucketPath, Place
 from ich_prep.dataset.checks import lines_expected, table_problem
 from ich_prep.dataset.classes import UNKNOWN
 from ich_prep.dataset.codecs import CODECS
 from ich_prep.dataset.schema import OK, ROOT, WITHDRAWN, Root, parse_root, shard_path
 from ich_prep.dataset.shard_reader import ShardReader, output_array, stored_form
-from ich_prep.dataset.storage import local_path
+from ich_prep.dataset.storage import local_path, read_whole
 from ich_prep.dataset.tables import read_published
 from ich_prep.dataset.volumes import affine_of_slices, find_series
 from ich_prep.dataset.where import select_slices
 from ich_prep.errors import CorruptionError, DatasetError
-from ich_prep.files import read_regular
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,26 +37,26 @@ READER_COLUMNS = ("status", "chunk_crc32c")  # of the slices, that reading pixel
 MAX_ROOT_BYTES = 1 << 24  # a root has some kilobytes
 
 
-def open_dataset(path: str | Path) -> Dataset:
+def open_dataset(path: str | Place) -> Dataset:
     """Return the finished dataset at ``path``.
 
     Raises ``DatasetError`` for a path that does not exist, is not a dataset, is not finished, or is of another format.
     """
-    root = local_path(path, "The dataset")
+    root = path if isinstance(path, BucketPath) else local_path(path, "The dataset")
     attributes = read_attributes(root)
-    return Dataset(root, parse_root(attributes, root), attributes["ich"])
+    return Dataset(root, parse_root(attributes, root), attributes["ich"])  # type: ignore[arg-type]
 
 
-def working_folder(root: Path) -> Path:
+def working_folder(root: Place) -> Place:
     """Return where the working folder of the build of the dataset at ``root`` is, unless one was named."""
     path = root.absolute()
     return path.parent / (path.name + BUILD_SUFFIX)
 
 
-def read_attributes(root: Path) -> Any:
+def read_attributes(root: Place) -> Any:
     """Return the attributes of the root group; raises ``DatasetError`` where there is none."""
     try:
-        document = json.loads(read_regular(root / ROOT, limit=MAX_ROOT_BYTES))
+        document = json.loads(read_whole(root / ROOT, limit=MAX_ROOT_BYTES))
     except PermissionError as error:
         raise DatasetError(
             f"Cannot read {root / ROOT}: {(error.strerror or '').lower()}. Fix its permissions, or run as a user who "
@@ -79,10 +79,10 @@ def read_attributes(root: Path) -> Any:
     return document.get("attributes") if isinstance(document, dict) else None
 
 
-def _explain_by_working_folder(root: Path) -> None:
+def _explain_by_working_folder(root: Place) -> None:
     """Raise ``DatasetError`` where a working folder beside ``root`` says why there is no dataset."""
     try:
-        state = json.loads(read_regular(working_folder(root) / STATE))
+        state = json.loads(read_whole(working_folder(root) / STATE))
     except (OSError, ValueError):
         return
     if isinstance(state, dict) and state.get("published"):
