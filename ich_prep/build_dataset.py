@@ -92,6 +92,19 @@ class Request:
     allow: Allowances = field(default_factory=Allowances)
     progress: Progress = field(default_factory=NoProgress)
 
+    def sources(self) -> list[Place]:
+        """Return where the sources are; raises ``UsageError``."""
+        return [self.place(each, "--src") for each in ([self.src] if isinstance(self.src, str | Place) else self.src)]
+
+    def places(self) -> list[Place]:
+        """Return where the sources, the dataset and its working folder are; raises ``UsageError``."""
+        out = self.place(self.out, "--out")
+        return [*self.sources(), out, self.folder(out).path]
+
+    def folder(self, out: Place) -> BuildFolder:
+        """Return the working folder of the dataset ``out``; raises ``UsageError``."""
+        return build_folder(out, self.build_dir, endpoint=self.endpoint, atomic=self.atomic)
+
     def place(self, given: str | Place, what: str) -> Place:
         """Return where ``given`` is, which ``what`` names in errors; raises ``UsageError``."""
         return place_of(given, what, endpoint=self.endpoint, atomic=self.atomic)
@@ -191,10 +204,9 @@ def planned(request: Request, seconds: dict[str, float]) -> Iterator[PlannedBuil
 
     Yields None if its dataset is already finished. ``seconds`` gets what each stage took.
     """
-    paths = [request.src] if isinstance(request.src, str | Place) else request.src
-    sources = [request.place(path, "--src") for path in paths]
+    sources = request.sources()
     out = request.place(request.out, "--out")
-    folder = build_folder(out, request.build_dir, endpoint=request.endpoint, atomic=request.atomic)
+    folder = request.folder(out)
     labels = None if request.labels is None else request.place(request.labels, "--labels")
     spec, allow, progress = request.spec, request.allow, request.progress
     count = default_workers() if request.workers is None else request.workers

@@ -24,7 +24,7 @@ from ich_prep.build_dataset import (
     write_shards,
 )
 from ich_prep.dataset import native, open_dataset
-from ich_prep.dataset.bucket_path import Place
+from ich_prep.dataset.bucket_path import BucketPath, Place
 from ich_prep.dataset.schema import ROOT
 from ich_prep.dataset.storage import line_writer, local_path
 from ich_prep.dataset.tables import read_sealed
@@ -53,7 +53,16 @@ class ShardCounts:
 
 
 def plan_build(request: Request) -> ShardCounts:
-    """Do what ``build`` does, as far as the plan, and leave the shards to ``write_part``; raises the same errors."""
+    """Do what ``build`` does, as far as the plan, and leave the shards to ``write_part``; raises the same errors.
+
+    Places in buckets are refused: parts share a file system.
+    """
+    for place in request.places():
+        if isinstance(place, BucketPath):
+            raise UsageError(
+                f"{place} is in a bucket; the parts of a build share a file system. `ich-prep build` reads from buckets and "
+                "writes to them."
+            )
     with planned(request, {}) as work:
         if work is None:
             whole = open_dataset(request.place(request.out, "The dataset")).counts

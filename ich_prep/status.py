@@ -19,7 +19,7 @@ from ich_prep.dataset.bucket_path import Place
 from ich_prep.dataset.dataset import open_dataset
 from ich_prep.dataset.lock import HeldError, refuse_if_held
 from ich_prep.dataset.schema import OK, ROOT
-from ich_prep.dataset.storage import modified_at
+from ich_prep.dataset.storage import local_path, modified_at
 from ich_prep.dataset.tables import opened_parquet, read_parquet
 from ich_prep.errors import CorruptionError, DatasetError
 from ich_prep.events import read_events
@@ -80,7 +80,7 @@ class Status:
 
 def status_of(dataset: Path, build_dir: str | Path | None = None) -> Status:
     """Return how far the build of ``dataset`` is; raises ``DatasetError`` if there is neither a build nor a dataset."""
-    out = dataset.absolute()
+    out = local_path(dataset, "The dataset").absolute()
     folder = build_folder(out, build_dir)
     if (out / ROOT).exists():
         return _of_finished(out, folder)
