@@ -105,8 +105,9 @@ def append(
     allow, progress = allow or Allowances(), progress or NoProgress()
     native.require()
     source = open_source(sources)
-    if labels is not None:
-        check_table_path(local_path(labels, "--labels"))
+    file = None if labels is None else local_path(labels, "--labels").absolute()
+    if file is not None:
+        check_table_path(file)
     with changing(out, build_dir) as (dataset, base):
         check_output_folder(out, base, sources)
         state = readable_state(base)
@@ -128,7 +129,7 @@ def append(
         with pool:
             listing = source.list()
             rules = LabelRules(spec.classes, allow.contradictions, allow.unlabelled, label_options or LabelOptions())
-            table = read_labels(layout, listing, labels, rules)
+            table = read_labels(layout, listing, file, rules)
             job = Job(pool, base.append, sources, listing, progress)
             return _Append(dataset, base, job, spec, layout, table, allow, secret).run()
 

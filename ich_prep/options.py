@@ -41,6 +41,14 @@ class BuildOptions(Spec):
     key: Path | None = Field(
         default=None, description="Key of the pseudonyms. [default: identifiers.key in the working folder, made once]"
     )
+    endpoint: str | None = Field(
+        default=None,
+        description="Where the buckets are, as https://HOST:PORT. [default: what the environment names, or the cloud]",
+    )
+    atomic: bool = Field(
+        default=True,
+        description="Write only to buckets whose store honours conditions; without it, only one build may run.",
+    )
     workers: int | None = Field(
         default=None, ge=0, le=4096, description="Processes; 0: this one. [default: one per core]"
     )
@@ -100,6 +108,8 @@ class BuildOptions(Spec):
                 key=self.label_key, column=self.label_column, ignore=self.ignore_columns, keep=self.keep_columns
             ),
             "build_dir": self.build_dir,
+            "endpoint": self.endpoint,
+            "atomic": self.atomic,
             "workers": self.workers,
             "scheduler": self.scheduler,
             "tls": self._tls(),

@@ -18,11 +18,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ich_prep.dataset import open_dataset, shard_format
+from ich_prep.dataset.bucket_path import Place
 from ich_prep.dataset.classes import SUBTYPES, is_rsna
 from ich_prep.dataset.codecs import CODECS
-from ich_prep.dataset.places import Place, names_below, read_whole
+from ich_prep.dataset.places import names_below
 from ich_prep.dataset.schema import IMAGES, LABELS, OK, ROOT, UNUSED, WITHDRAWN, shard_path
-from ich_prep.dataset.storage import local_path
+from ich_prep.dataset.storage import local_path, read_whole
 from ich_prep.dataset.tables import read_sealed
 from ich_prep.errors import CorruptionError, UsageError
 from ich_prep.files import is_litter
@@ -75,15 +76,16 @@ def verify(
     if not 0 < sample <= 1:
         raise UsageError(f"Expected --sample within 0..1, the share of slices to compare; got {sample:g}.")
     dataset = open_dataset(path)
-    folder = _working_folder(dataset, build_dir)
-    belongs = folder is not None and _belongs(folder, dataset)
+    folder = build_folder(dataset.path.absolute(), build_dir)
+    belongs = _belongs(folder, dataset)
     paths = [] if src is None else [src] if isinstance(src, str | Path) else list(src)
     grown = any(event.command == "append" for event in dataset.root.history)
     sources = open_sources([local_path(path, "--src") for path in paths], grown=grown) if paths else ()
-    if sources and not (folder is not None and belongs and folder.plan.exists()):
+    if sources and not (belongs and folder.plan.exists()):
+        problem = "belongs to another dataset" if not belongs and folder.state.exists() else "is missing or damaged"
         raise UsageError(
             f"Comparing with the sources needs the working folder of the build, whose plan names the source file of each "
-            f"row; {_why_unusable(folder, belongs=belongs)}. Name it with --build-dir, or verify without --src."
+            f"row; {folder.path} {problem}. Name it with --build-dir, or verify without --src."
         )
     problems = [*_check_files(dataset)]
     intact = not problems
@@ -101,10 +103,10 @@ def verify(
         return Verification(0, 0, 0, (*problems, Problem(str(dataset.path), str(error))))
     strays, notes = _check_strays(dataset, folder)
     problems += strays
-    if intact and belongs and folder is not None:
+    if intact and belongs:
         problems += _check_ledger(dataset, folder)
     compared = 0
-    if sources and folder is not None:
+    if sources:
         try:
             plan = read_sealed(folder.plan)
         except (OSError, CorruptionError):
@@ -123,20 +125,6 @@ def verify(
     used = pc.not_equal(dataset.slices["status"], UNUSED).to_numpy()
     slices = int((used & selected).sum())
     return Verification(len(checked), slices, compared, tuple(problems), notes)
-
-
-def _working_folder(dataset: Dataset, build_dir: str | Path | None) -> BuildFolder | None:
-    """Return the working folder of the build; None where it must be named: that of a dataset in an object store."""
-    if isinstance(dataset.path, Path):
-        return build_folder(dataset.path.absolute(), build_dir)
-    return None if build_dir is None else BuildFolder(local_path(build_dir, "--build-dir").absolute())
-
-
-def _why_unusable(folder: BuildFolder | None, *, belongs: bool) -> str:
-    if folder is None:
-        return "that of a dataset in an object store must be named"
-    missing = belongs or not folder.state.exists()
-    return f"{folder.path} {'is missing or damaged' if missing else 'belongs to another dataset'}"
 
 
 def _belongs(folder: BuildFolder, dataset: Dataset) -> bool:
@@ -278,7 +266,7 @@ def _check_zarr(dataset: Dataset) -> Iterator[Problem]:
         array = zarr.open_array(dataset.path / IMAGES, mode="r")
     else:
         store = zarr.storage.ObjectStore(dataset.path.store.client, read_only=True)
-        array = zarr.open_array(store, path=IMAGES, mode="r")
+        array = zarr.open_array(store, path=(dataset.path / IMAGES).key, mode="r")
     seen = (array.shape[1:], array.dtype, array.shards, array.chunks)
     chunk = (1, *dataset.shape[1:])
     expected = (dataset.shape[1:], dataset.dtype, (dataset.spec.slices_per_shard, *chunk[1:]), chunk)
@@ -316,12 +304,12 @@ def _check_shards(dataset: Dataset, numbers: Sequence[int], progress: Progress) 
     progress.end()
 
 
-def _check_strays(dataset: Dataset, folder: BuildFolder | None) -> tuple[list[Problem], tuple[Problem, ...]]:
+def _check_strays(dataset: Dataset, folder: BuildFolder) -> tuple[list[Problem], tuple[Problem, ...]]:
     """Return the files that are not part of the dataset, and those among them that are mere litter.
 
     The tables of earlier generations are part of it, and so are shards and tables that an unfinished append has written.
     """
-    generation, state = dataset.root.generation, None if folder is None else readable_state(folder.append)
+    generation, state = dataset.root.generation, readable_state(folder.append)
     appending = state is not None and state.base == dataset.digest
     expected = {PurePath(name) for name in (ROOT, *dataset.root.digests)}
     expected.update(shard_path(Path(), shard) for shard in range(dataset.counts.shards))

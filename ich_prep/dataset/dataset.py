@@ -14,14 +14,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ich_prep.dataset.affine import AffineError, to_ras
+from ich_prep.dataset.bucket_path import BucketPath, Place
 from ich_prep.dataset.checks import lines_expected, table_problem
 from ich_prep.dataset.classes import UNKNOWN
 from ich_prep.dataset.codecs import CODECS
-from ich_prep.dataset.places import Place, local_folder, place_of, read_whole
-from ich_prep.dataset.schema import OK, ROOT, WITHDRAWN, AnyPlace, Root, parse_root, shard_path
+from ich_prep.dataset.places import local_folder, place_to_read
+from ich_prep.dataset.schema import OK, ROOT, WITHDRAWN, Root, parse_root, shard_path
 from ich_prep.dataset.shard_reader import ShardReader, output_array, stored_form
+from ich_prep.dataset.storage import read_whole
 from ich_prep.dataset.store_reader import StoreShardReader
-from ich_prep.dataset.stores import Store, StorePath
 from ich_prep.dataset.tables import read_published
 from ich_prep.dataset.volumes import affine_of_slices, find_series
 from ich_prep.dataset.where import select_slices
@@ -38,20 +39,18 @@ READER_COLUMNS = ("status", "chunk_crc32c")  # of the slices, that reading pixel
 MAX_ROOT_BYTES = 1 << 24  # a root has some kilobytes
 
 
-def open_dataset(path: str | Path | StorePath) -> Dataset:
+def open_dataset(path: str | Place) -> Dataset:
     """Return the finished dataset at ``path``: a folder, or a URL such as s3://bucket/data.zarr.
 
     Raises ``DatasetError`` for a path that does not exist, is not a dataset, is not finished, or is of another format.
     """
-    root = place_of(path, "The dataset")
+    root = place_to_read(path, "The dataset")
     attributes = read_attributes(root)
     return Dataset(root, parse_root(attributes, root), attributes["ich"])
 
 
-def working_folder(root: AnyPlace) -> AnyPlace:
+def working_folder(root: Place) -> Place:
     """Return where the working folder of the build of the dataset at ``root`` is, unless one was named."""
-    if isinstance(root, StorePath):
-        return StorePath(Store(f"{root}{BUILD_SUFFIX}", endpoint=root.store.endpoint))
     path = root.absolute()
     return path.parent / (path.name + BUILD_SUFFIX)
 
@@ -67,7 +66,7 @@ def read_attributes(root: Place) -> Any:
         ) from None
     except (FileNotFoundError, NotADirectoryError):
         _explain_by_working_folder(root)
-        found = "nothing" if isinstance(root, StorePath) else _kind_of(root)
+        found = "nothing" if isinstance(root, BucketPath) else _kind_of(root)
         raise DatasetError(
             f"Expected a dataset at {root}; found {found}. Make one with `ich-prep build --src DICOM --out {root}`."
         ) from None
@@ -321,7 +320,7 @@ class Dataset:
             return self._reader
 
     def _reader_of(self, **named: Any) -> ShardReader:
-        if isinstance(self.path, StorePath):
+        if isinstance(self.path, BucketPath):
             sizes = self.read_table("shards", ["bytes"])["bytes"].to_numpy()
             return StoreShardReader(self.path, sizes, **named)
         path = self.path

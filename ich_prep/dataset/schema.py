@@ -23,16 +23,15 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Self, overload
 
 import pyarrow as pa
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ich_prep.dataset.bucket_path import BucketPath, Place
 from ich_prep.dataset.classes import RSNA_CLASSES, class_name_problem
 from ich_prep.dataset.native import MAX_SLICE_BYTES
-from ich_prep.dataset.places import Place
 from ich_prep.dataset.spec import Stored
-from ich_prep.dataset.stores import StorePath
 from ich_prep.errors import CorruptionError, DatasetError, UsageError
 
 FORMAT = "ich/1"
@@ -46,8 +45,6 @@ OK = "ok"
 UNUSED = "unused"  # a row between two generations that belongs to no slice
 AS_STORED = "as-stored"  # the orientation of a dataset whose spec names none
 WITHDRAWN = "withdrawn"  # a slice that was dropped from the dataset
-
-AnyPlace = TypeVar("AnyPlace", Path, StorePath, Place)
 
 _FORMAT = re.compile(r"ich/1(\.[0-9]+)?")  # a later 1.x may add keys and columns
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
@@ -355,6 +352,12 @@ def _writer(ich: dict[str, Any]) -> str:
     return writer if isinstance(writer, str) and writer.isprintable() and len(writer) < 40 else clipped(writer)
 
 
-def shard_path(out: AnyPlace, shard: int) -> AnyPlace:
-    """Return the place of shard number ``shard``."""
+@overload
+def shard_path(out: Path, shard: int) -> Path: ...
+@overload
+def shard_path(out: BucketPath, shard: int) -> BucketPath: ...
+@overload
+def shard_path(out: Place, shard: int) -> Place: ...
+def shard_path(out: Place, shard: int) -> Place:
+    """Return the path of shard number ``shard``."""
     return out / IMAGES / "c" / str(shard) / "0" / "0" / "0"

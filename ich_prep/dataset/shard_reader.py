@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from ich_prep.dataset.bucket_path import Place
 from ich_prep.dataset.codecs import FRAME_HEADER_BYTES
 from ich_prep.dataset.native import REQUEST, ChunkCodec, read_chunks, scratch_bytes
-from ich_prep.dataset.places import Place, local_folder, read_range, size_at
+from ich_prep.dataset.places import local_folder, read_range, size_at
 from ich_prep.dataset.shard_format import CRC_BYTES, MISSING, index_bytes, parse_index
 from ich_prep.errors import CorruptionError
 from ich_prep.files import open_regular

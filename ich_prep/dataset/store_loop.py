@@ -6,6 +6,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Coroutine, Iterable
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 IN_FLIGHT = 64  # requests of one process at a time
@@ -27,12 +28,17 @@ _starting = threading.Lock()
 _running: list[_Loop] = []
 
 
-def run(work: Coroutine[Any, Any, _Result]) -> _Result:
-    """Return what ``work`` returns, run by the event loop; Ctrl-C ends the waiting and the work."""
+def start_work(work: Coroutine[Any, Any, _Result]) -> Future[_Result]:
+    """Return what will have the result of ``work``, which the event loop runs."""
     with _starting:
         if not _running or _running[0].process != os.getpid():
             _running[:] = [_Loop()]
-    future = asyncio.run_coroutine_threadsafe(work, _running[0].loop)
+    return asyncio.run_coroutine_threadsafe(work, _running[0].loop)
+
+
+def run(work: Coroutine[Any, Any, _Result]) -> _Result:
+    """Return what ``work`` returns, run by the event loop; Ctrl-C ends the waiting and the work."""
+    future = start_work(work)
     try:
         return future.result()
     except BaseException:

@@ -15,7 +15,7 @@ from ich_prep.dataset.shard_reader import ShardReader
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ich_prep.dataset.stores import StorePath
+    from ich_prep.dataset.bucket_path import BucketPath
 
 ROWS_AT_ONCE = 256  # their chunks are in memory until they are decoded
 
@@ -27,7 +27,7 @@ class StoreShardReader(ShardReader):
     as ``Store.get_many`` needs, at the same time, and decoded by one call of the compiled library.
     """
 
-    def __init__(self, place: StorePath, sizes: NDArray[np.int64], **named: Any) -> None:
+    def __init__(self, place: BucketPath, sizes: NDArray[np.int64], **named: Any) -> None:
         super().__init__(lambda shard: shard_path(place, shard), **named)
         self._place, self._sizes = place, sizes
 

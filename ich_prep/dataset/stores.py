@@ -13,11 +13,13 @@ import os
 import random
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, TypeVar
 
 from ich_prep.dataset.store_answers import ConditionError, is_missing_bucket, is_transient, refusal, status_of
-from ich_prep.dataset.store_loop import gathered, run, slots
+from ich_prep.dataset.store_loop import gathered, run, slots, start_work
 from ich_prep.dataset.store_url import client, endpoint_of, normal_url, obstore
 
 PATIENCE = 120.0  # seconds that a store which has answered before may be out of order
@@ -32,11 +34,15 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Meta:
-    """What a store says of an object: its size in bytes, and which one it is, for conditional writes."""
+    """What a store says of an object: its size in bytes, and which one it is, for conditional writes.
+
+    ``modified``: when it was written, in seconds by the store's clock; 0 after a write.
+    """
 
     size: int
     etag: str | None = None
     version: str | None = None
+    modified: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -150,6 +156,17 @@ class Store:
         """Return the objects whose key is below ``prefix``, a folder as it were, sorted by key."""
         return run(self._list(prefix))
 
+    def has_any(self, prefix: str) -> bool:
+        """Return whether there is an object whose key is below ``prefix``."""
+        return run(self._has_any(prefix))
+
+    def fetch(self, key: str, start: int, end: int, *, etag: str | None = None) -> Future[memoryview]:
+        """Start to fetch bytes ``start`` to ``end`` of an object, and return what will have them.
+
+        It raises ``ConditionError`` if the object's entity tag is not ``etag``, and what other requests raise.
+        """
+        return start_work(self._get_version(key, start, end, etag))
+
     def delete(self, key: str) -> None:
         """Delete an object, if it is there."""
         self.delete_many([key])
@@ -188,6 +205,26 @@ class Store:
             return memoryview(await obstore().get_range_async(self.client, key, start=start, end=end))
 
         return await self._tried(key, "read", request)
+
+    async def _get_version(self, key: str, start: int, end: int, etag: str | None) -> memoryview:
+        if end <= start:
+            return memoryview(b"")
+        options: Any = {"range": (start, end), **({"if_match": etag} if etag else {})}
+
+        async def request() -> memoryview:
+            answer = await obstore().get_async(self.client, key, options=options)
+            return memoryview(await answer.bytes_async())
+
+        return await self._tried(key, "read", request)
+
+    async def _has_any(self, prefix: str) -> bool:
+        async def request() -> bool:
+            async for found in obstore().list(self.client, prefix or None, chunk_size=1):
+                if found:
+                    return True
+            return False
+
+        return await self._tried(prefix, "list", request)
 
     async def _head(self, key: str) -> Meta:
         async def request() -> Meta:
@@ -265,9 +302,10 @@ def coalesced(ranges: Sequence[tuple[str, int, int]]) -> list[tuple[str, int, in
     return out
 
 
+@cache  # a process has one client of a store, with its connections, however many tasks bring a path
 def _reopened(url: str, endpoint: str | None, answered: bool) -> Store:
     return Store(url, endpoint=endpoint, answered=answered)
 
 
 def _meta(found: Any) -> Meta:
-    return Meta(int(found["size"]), found["e_tag"], found["version"])
+    return Meta(int(found["size"]), found["e_tag"], found["version"], found["last_modified"].timestamp())

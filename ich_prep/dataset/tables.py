@@ -11,16 +11,15 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ich_prep.dataset.places import Place, read_whole
-from ich_prep.dataset.storage import write_whole
+from ich_prep.dataset.bucket_path import BucketPath, Place
+from ich_prep.dataset.storage import read_whole, write_whole
 from ich_prep.errors import CorruptionError
-from ich_prep.files import open_regular, read_regular
+from ich_prep.files import open_regular
 
 _REMEDY = "Run the same build command again, without --overwrite: what is damaged is made again."
 _SEAL, _OPEN = "ich.sha256", "0" * 64  # the key of a seal, and its value while the other bytes are digested
@@ -28,22 +27,31 @@ HASHED_ALONE = 1 << 17  # bytes: hashing fewer takes less time than starting a t
 MAX_LINES_PER_BYTE = 64  # of a Parquet file; a line of ours takes 20 bytes and more
 
 
-def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+def read_parquet(path: Place, columns: Sequence[str] | None = None) -> pa.Table:
     """Return a Parquet file's table, with page checksums verified; unlike ``pq.read_table`` this does not import pandas."""
     with opened_parquet(path) as file:
         return file.read(columns)
 
 
 @contextmanager
-def opened_parquet(path: Path) -> Iterator[pq.ParquetFile]:
+def opened_parquet(path: Place) -> Iterator[pq.ParquetFile]:
     """Yield the open Parquet file at ``path``, which must be a regular one; page checksums are verified.
 
     Arrow opens it: its threads may drop buffers after the read, and those of a Python file would abort a process that
     ends at that moment.
     """
+    if isinstance(path, BucketPath):
+        with pq.ParquetFile(in_arrow_memory(path.read_bytes()), page_checksum_verification=True) as file:
+            yield file
+        return
     os.close(open_regular(path))
     with pa.OSFile(os.fsencode(path)) as opened, pq.ParquetFile(opened, page_checksum_verification=True) as file:
         yield file
+
+
+def rows_of(path: Place) -> pq.ParquetFile:
+    """Return the Parquet file of a working folder at ``path``, open until it is closed; of a bucket it reads ranges."""
+    return pq.ParquetFile(path.reader() if isinstance(path, BucketPath) else path)
 
 
 def in_arrow_memory(data: bytes) -> pa.BufferReader:
@@ -106,7 +114,7 @@ def with_columns(table: pa.Table, columns: Mapping[str, Any]) -> pa.Table:
     return table
 
 
-def write_table(path: Path, table: pa.Table) -> None:
+def write_table(path: Place, table: pa.Table) -> None:
     """Write a published table: equal tables give equal bytes."""
     write_whole(path, parquet_bytes(table, compression="zstd", row_group_size=1 << 16, write_page_checksum=True))
 
@@ -130,14 +138,14 @@ def sealed_parquet_bytes(table: pa.Table, **options: Any) -> bytes:
     return _with_seal(data, hashlib.sha256(data).hexdigest().encode(), data.rindex(_OPEN.encode()))
 
 
-def write_sealed(path: Path, table: pa.Table, **options: Any) -> None:
+def write_sealed(path: Place, table: pa.Table, **options: Any) -> None:
     """Write a table of a working folder, sealed."""
     write_whole(path, sealed_parquet_bytes(table, **options))
 
 
-def read_sealed(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+def read_sealed(path: Place, columns: Sequence[str] | None = None) -> pa.Table:
     """Return the table of a sealed file, or some of its columns; raises ``CorruptionError`` and ``OSError``."""
-    data = read_regular(path)
+    data = read_whole(path)
     try:
         with pq.ParquetFile(in_arrow_memory(data)) as file:
             seal = (file.metadata.metadata or {}).get(_SEAL.encode(), b"")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +17,6 @@ import pyarrow.compute as pc
 
 from ich_prep.dataset import schema
 from ich_prep.dataset.codecs import CODECS
-from ich_prep.dataset.places import Place, read_whole
 from ich_prep.dataset.schema import (
     FORMAT,
     IMAGES,
@@ -29,7 +28,15 @@ from ich_prep.dataset.schema import (
     TABLES,
     digest_of,
 )
-from ich_prep.dataset.storage import clear_leftovers, size_of, sync_folder, write_whole
+from ich_prep.dataset.storage import (
+    clear_leftovers,
+    for_each,
+    read_whole,
+    size_of,
+    sync_folder,
+    write_first,
+    write_whole,
+)
 from ich_prep.dataset.tables import read_sealed, with_columns, write_table
 from ich_prep.dataset.windows import MIN_HU
 from ich_prep.errors import BuildError
@@ -45,6 +52,7 @@ from ich_prep.versions import PACKAGE, all_versions, library_versions
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from ich_prep.dataset.bucket_path import Place
     from ich_prep.dataset.spec import Spec
     from ich_prep.stages.state import BuildFolder, State
 
@@ -73,7 +81,7 @@ class Tables:
         return number
 
 
-def collect_tables(out: Path, folder: BuildFolder, state: State) -> Tables:
+def collect_tables(out: Place, folder: BuildFolder, state: State) -> Tables:
     """Return the tables of the build of ``out``, once every shard has an entry in the ledger; rows and shards from 0.
 
     Raises ``BuildError`` if a shard does not have the length that its entry records.
@@ -81,7 +89,8 @@ def collect_tables(out: Path, folder: BuildFolder, state: State) -> Tables:
     plan = read_sealed(folder.plan)
     per_shard = state.spec.slices_per_shard
     starts = np.arange(0, len(plan), per_shard)
-    entries = [_entry(out, folder, state.first_shard + number) for number in range(len(starts))]
+    numbers = range(state.first_shard, state.first_shard + len(starts))
+    entries = [*for_each(partial(_entry, out, folder), numbers, at=out)]
     lines = [line for entry in entries for line in entry.rows]
     status = pa.array([line.status for line in lines], pa.string())
     ok = pc.equal(status, OK).to_numpy(zero_copy_only=False)
@@ -142,7 +151,7 @@ def series_flags(series: pa.Table, slices: pa.Table) -> list[list[str]]:
     ]
 
 
-def _entry(out: Path, folder: BuildFolder, number: int) -> ShardReport:
+def _entry(out: Place, folder: BuildFolder, number: int) -> ShardReport:
     """Return the ledger's entry of shard ``number``, after checking that the shard has the length that it records."""
     path = schema.shard_path(out, number)
     entry = ShardReport.from_json(ledger.read(folder.done, number))
@@ -193,7 +202,7 @@ def pseudonymised(tables: Tables, key: bytes, spec: Spec) -> Tables:
 
 
 def publish(
-    out: Path, folder: BuildFolder, *, state: State, tables: Tables, found: int, key: bytes | None = None
+    out: Place, folder: BuildFolder, *, state: State, tables: Tables, found: int, key: bytes | None = None
 ) -> dict[str, int]:
     """Write ``tables`` and the metadata of the dataset ``out``, the root's last; return its counts.
 
@@ -203,6 +212,8 @@ def publish(
     """
     shown = published_state(state, key)
     tables = tables if key is None else pseudonymised(tables, key, state.spec)
+    if (out / ROOT).exists():
+        raise _published_meanwhile(out)
     (out / LABELS).mkdir(exist_ok=True)
     names = {table: schema.table_name(table, generation=1) for table in TABLES}
     for name in (*names.values(), ROOT, f"{IMAGES}/{ROOT}", f"{LABELS}/{ROOT}"):
@@ -241,7 +252,7 @@ def publish(
         ),
         "tables": names,
         "digests": {
-            name: sha256((out / name).read_bytes())
+            name: sha256(read_whole(out / name))
             for name in sorted((*names.values(), f"{IMAGES}/{ROOT}", f"{LABELS}/{ROOT}"))
         },
         "generation": 1,
@@ -265,9 +276,19 @@ def publish(
     write_state(folder, state.model_copy(update={"published": ich["digest"]}))
     for path in (folder.path, out.parent):  # the name of the dataset, too
         sync_folder(path)
-    write_whole(out / ROOT, root_document(out, ich))
+    try:
+        write_first(out / ROOT, root_document(out, ich))
+    except FileExistsError:
+        raise _published_meanwhile(out) from None
     sync_folder(out)
     return counts
+
+
+def _published_meanwhile(out: Place) -> BuildError:
+    return BuildError(
+        f"Another process published {out} while this one was building it, and nothing of that was replaced. Use that "
+        "dataset, build into another place, or replace it with --overwrite."
+    )
 
 
 def sha256(data: bytes) -> str:
