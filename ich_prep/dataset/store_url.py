@@ -35,7 +35,7 @@ def is_url(text: object) -> bool:
 
 
 def whole_url(url: object) -> str:
-    """Return a URL that pathlib may have shortened as it was."""
+    """Return a URL that pathlib may have shortened as it was, and a path as it is."""
     return _URL.sub(lambda match: f"{match[1].lower()}://", str(url), count=1)
 
 

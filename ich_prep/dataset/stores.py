@@ -76,7 +76,8 @@ class Store:
     """
 
     def __init__(self, url: str, *, endpoint: str | None = None, answered: bool = False) -> None:
-        self.url, self.endpoint = normal_url(url), endpoint or endpoint_of(self.url)
+        self.url = normal_url(url)
+        self.endpoint = endpoint or endpoint_of(self.url)
         self._answered = answered
         self.client = client(self.url, self.endpoint)  # obstore's, for zarr-python
 
@@ -202,7 +203,12 @@ class Store:
             return memoryview(b"")
 
         async def request() -> memoryview:
-            return memoryview(await obstore().get_range_async(self.client, key, start=start, end=end))
+            try:
+                return memoryview(await obstore().get_range_async(self.client, key, start=start, end=end))
+            except Exception as error:
+                if status_of(error) == 416:  # the object ends before the range begins
+                    return memoryview(b"")
+                raise
 
         return await self._tried(key, "read", request)
 

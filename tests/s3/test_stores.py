@@ -187,3 +187,8 @@ def test_a_url_that_names_no_place_is_refused(given: str, endpoint: str | None, 
 def test_urls_are_told_from_paths() -> None:
     assert all(map(is_url, ("s3://bucket/x", "s3:/bucket/x", "GS://b", "https://host/x")))
     assert not any(map(is_url, ("data.zarr", "/a/b", "./s3:/x", "a:b", "C:x")))
+
+
+def test_a_range_behind_the_end_is_empty(store: Store) -> None:
+    store.put("x", b"0123456789")
+    assert store.get_ranges("x", [10, 5_000_000, 8], [12, 5_000_001, 30]) == [b"", b"", b"89"]
