@@ -160,7 +160,8 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check a dataset's integrity and report every problem."""
-    from ich_prep.dataset.store_url import use_endpoint, whole_url
+    from ich_prep.dataset.store_url import use_endpoint
+    from ich_prep.files import whole_url
     from ich_prep.progress import NoProgress, TerminalProgress
     from ich_prep.verify import verify as run
 

@@ -18,7 +18,7 @@ from ich_prep.dataset.bucket_path import BucketPath, Place
 from ich_prep.dataset.checks import lines_expected, table_problem
 from ich_prep.dataset.classes import UNKNOWN
 from ich_prep.dataset.codecs import CODECS
-from ich_prep.dataset.places import local_folder, place_to_read
+from ich_prep.dataset.places import local_folder, place_to_read, what_is_at
 from ich_prep.dataset.schema import OK, ROOT, WITHDRAWN, Root, parse_root, shard_path
 from ich_prep.dataset.shard_reader import ShardReader, output_array, stored_form
 from ich_prep.dataset.storage import read_whole
@@ -33,20 +33,22 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from ich_prep.dataset.shard_cache import ShardCache
+
 BUILD_SUFFIX = ".build"  # of the working folder next to a dataset
 STATE = "state.json"
 READER_COLUMNS = ("status", "chunk_crc32c")  # of the slices, that reading pixels needs
 MAX_ROOT_BYTES = 1 << 24  # a root has some kilobytes
 
 
-def open_dataset(path: str | Place) -> Dataset:
-    """Return the finished dataset at ``path``: a folder, or a URL such as s3://bucket/data.zarr.
+def open_dataset(path: str | Place, *, cache: ShardCache | None = None) -> Dataset:
+    """Return the finished dataset at ``path``: a folder, or a URL such as s3://bucket/data.zarr, with a ``cache`` or not.
 
     Raises ``DatasetError`` for a path that does not exist, is not a dataset, is not finished, or is of another format.
     """
     root = place_to_read(path, "The dataset")
     attributes = read_attributes(root)
-    return Dataset(root, parse_root(attributes, root), attributes["ich"])
+    return Dataset(root, parse_root(attributes, root), attributes["ich"], cache)
 
 
 def working_folder(root: Place) -> Place:
@@ -66,9 +68,8 @@ def read_attributes(root: Place) -> Any:
         ) from None
     except (FileNotFoundError, NotADirectoryError):
         _explain_by_working_folder(root)
-        found = "nothing" if isinstance(root, BucketPath) else _kind_of(root)
         raise DatasetError(
-            f"Expected a dataset at {root}; found {found}. Make one with `ich-prep build --src DICOM --out {root}`."
+            f"Expected a dataset at {root}; found {what_is_at(root)}. Make one: `ich-prep build --src DICOM --out {root}`."
         ) from None
     except OSError as error:
         raise CorruptionError(
@@ -79,10 +80,6 @@ def read_attributes(root: Place) -> Any:
             f"{root / ROOT} is damaged: it is not JSON. Restore it, or remove the folder and build again."
         ) from None
     return document.get("attributes") if isinstance(document, dict) else None
-
-
-def _kind_of(path: Path) -> str:
-    return "a file" if path.is_file() else "a folder without a zarr.json" if path.is_dir() else "nothing"
 
 
 def _explain_by_working_folder(root: Place) -> None:
@@ -109,11 +106,12 @@ class Dataset:
     x); ``dtype`` (uint8 window codes or int16 HU).
     """
 
-    def __init__(self, path: Place, root: Root, attributes: dict[str, Any]) -> None:
+    def __init__(self, path: Place, root: Root, attributes: dict[str, Any], cache: ShardCache | None = None) -> None:
         self.path, self.root, self.attributes = path, root, attributes
         self.spec, self.classes, self.counts, self.digest = root.spec, root.classes, root.counts, root.digest
         self.shape = (root.counts.rows, self.spec.channels, self.spec.size, self.spec.size)
         self.dtype = self.spec.dtype
+        self._cache = cache
         self._opening = threading.Lock()
         self._reader: ShardReader | None = None
         self._closed = False
@@ -133,7 +131,7 @@ class Dataset:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Send the generation that is open, not the pixels or tables: another process reads these for itself."""
-        return type(self), (self.path, self.root, self.attributes)
+        return type(self), (self.path, self.root, self.attributes, self._cache)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -145,6 +143,11 @@ class Dataset:
     def parts(self) -> tuple[Dataset, ...]:
         """The datasets that this one consists of: itself, unless it is a union."""
         return (self,)
+
+    @property
+    def is_far(self) -> bool:
+        """Whether pixels come from an object store, each time they are read."""
+        return isinstance(self.path, BucketPath) and self._cache is None
 
     @property
     def has_pseudonyms(self) -> bool:
@@ -321,8 +324,8 @@ class Dataset:
 
     def _reader_of(self, **named: Any) -> ShardReader:
         if isinstance(self.path, BucketPath):
-            sizes = self.read_table("shards", ["bytes"])["bytes"].to_numpy()
-            return StoreShardReader(self.path, sizes, **named)
+            shards = self.read_table("shards", ["bytes", "fingerprint"])
+            return StoreShardReader(self.path, shards, self._cache, **named)
         path = self.path
         return ShardReader(lambda shard: shard_path(path, shard), **named)
 

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from ich_prep.dataset.bucket_path import BucketPath, Place, bucket_path
 from ich_prep.dataset.storage import local_path
-from ich_prep.dataset.store_url import is_url, whole_url
 from ich_prep.dataset.stores import Store
 from ich_prep.errors import UsageError
-from ich_prep.files import opened
+from ich_prep.files import is_url, opened, whole_url
 
 
 def place_to_read(given: str | Place, what: str) -> Place:
@@ -24,6 +23,13 @@ def place_to_read(given: str | Place, what: str) -> Place:
         return bucket_path(url, what)
     server, _, path = url.partition("://")[2].partition("/")
     return BucketPath(Store(f"{url.partition(':')[0]}://{server}"), path.strip("/"))
+
+
+def what_is_at(place: Place) -> str:
+    """Return what is at ``place`` in place of a dataset, for a message."""
+    if isinstance(place, BucketPath):
+        return "nothing"
+    return "a file" if place.is_file() else "a folder without a zarr.json" if place.is_dir() else "nothing"
 
 
 def size_at(place: Place) -> int:

@@ -13,7 +13,6 @@ import resource
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -39,17 +38,16 @@ _NO_FILE = frozenset(
 )  # a FIFO, a device, a socket, a folder, a link to itself
 
 
-class _File:
+class OpenShard:
     """An open shard; closed when its last user drops it."""
 
     __slots__ = ("descriptor",)
 
-    def __init__(self, path: Path) -> None:
-        self.descriptor = open_regular(path)
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
 
     def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
+        os.close(self.descriptor)
 
 
 class ShardReader:
@@ -87,7 +85,7 @@ class ShardReader:
         self._begins = np.zeros(shards * slices_per_shard, np.int64)
         self._ends = np.zeros(shards * slices_per_shard, np.int64)
         self._indexed = np.zeros(shards, bool)
-        self._files: dict[int, _File] = {}
+        self._files: dict[int, OpenShard] = {}
         self._max_open = max_open_files()
         self._lock = threading.Lock()
         self._local = threading.local()
@@ -205,28 +203,28 @@ class ShardReader:
         if fault:
             raise self._corrupt_row(int(rows[fault.request]), fault.what)
 
-    def _open(self, number: int) -> _File:
+    def _open(self, number: int) -> OpenShard:
         file = self._files.get(number)
         if file is not None:
             return file
         try:
-            file = _File(self._file_of(number))
+            descriptor = open_regular(local_folder(self._path_of(number)))
         except (FileNotFoundError, NotADirectoryError):
             raise self._corrupt(number, "file not found") from None
         except OSError as error:
             if error.errno not in _NO_FILE:
                 raise
             raise self._corrupt(number, f"cannot be opened: {error.strerror}") from None
+        return self._keep_open(number, OpenShard(descriptor))
+
+    def _keep_open(self, number: int, file: OpenShard) -> OpenShard:
+        """Return the open file of shard ``number``: ``file``, or one that another thread opened meanwhile."""
         with self._lock:
             if self._closed:
                 return file
             if len(self._files) >= self._max_open:
                 del self._files[next(iter(self._files))]
             return self._files.setdefault(number, file)
-
-    def _file_of(self, number: int) -> Path:
-        """Return the file of shard ``number``."""
-        return local_folder(self._path_of(number))
 
     def _read_indexes(self, numbers: Sequence[int]) -> None:
         """Read the indexes of the shards ``numbers``."""

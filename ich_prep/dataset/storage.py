@@ -22,9 +22,8 @@ from pathlib import Path, PurePath
 from typing import TypeVar, overload
 
 from ich_prep.dataset.bucket_path import BucketPath, Place, bucket_path, delete_all
-from ich_prep.dataset.store_url import is_url, whole_url
 from ich_prep.errors import UsageError
-from ich_prep.files import read_regular
+from ich_prep.files import is_url, read_regular, whole_url
 
 # What file systems that cannot open or sync a folder answer. A folder that may not be listed cannot be opened either.
 _NO_FOLDER_OPEN = frozenset((errno.EACCES, errno.EPERM, errno.EISDIR, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP))

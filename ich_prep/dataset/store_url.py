@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from ich_prep.errors import UsageError
+from ich_prep.files import whole_url
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -25,18 +26,7 @@ _TRIES_AT_ONCE = 2
 _READ_TIMEOUT = 20.0  # seconds without a byte
 _WHOLE_TIMEOUT = 3600.0  # seconds: one PUT of a shard over a slow line
 
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}")  # pathlib turns s3://bucket into s3:/bucket
 _ENDPOINT = re.compile(r"https?://(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?(?:/[A-Za-z0-9._~/-]*)?")
-
-
-def is_url(text: object) -> bool:
-    """Return whether ``text`` is a URL such as s3://bucket/data.zarr, and not the path of a file system."""
-    return _URL.match(str(text)) is not None
-
-
-def whole_url(url: object) -> str:
-    """Return a URL that pathlib may have shortened as it was, and a path as it is."""
-    return _URL.sub(lambda match: f"{match[1].lower()}://", str(url), count=1)
 
 
 @cache

@@ -12,9 +12,9 @@ import pytest
 
 from ich_prep.dataset import stores
 from ich_prep.dataset.store_answers import ConditionError
-from ich_prep.dataset.store_url import is_url
 from ich_prep.dataset.stores import MAX_GAP, MAX_REQUEST, Meta, Store, coalesced
 from ich_prep.errors import StoreError, UsageError
+from ich_prep.files import is_url
 from tests.support.faulty_proxy import Proxy, faulty_proxy
 from tests.support.s3_servers import S3Server, seaweedfs
 
