@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from ich_prep.dataset.bucket_path import BucketPath, Place
 from ich_prep.dataset.storage import read_whole, write_whole
 from ich_prep.errors import CorruptionError
-from ich_prep.files import open_regular, read_regular
+from ich_prep.files import open_regular
 
 _REMEDY = "Run the same build command again, without --overwrite: what is damaged is made again."
 _SEAL, _OPEN = "ich.sha256", "0" * 64  # the key of a seal, and its value while the other bytes are digested
@@ -72,7 +72,7 @@ def read_published(path: Path, *, columns: Sequence[str] | None, lines: int, sha
     Raises ``ValueError`` if its SHA-256 is another one, or if it does not have that many ``lines``; ``OSError`` or
     ``pa.ArrowException`` if it cannot be read.
     """
-    data = read_regular(path)
+    data = read_whole(path)
     if len(data) <= HASHED_ALONE:
         _require_digest(hashlib.sha256(data).hexdigest(), sha256, data)
         return _read_lines(data, columns, lines)
