@@ -173,7 +173,7 @@ class _Append:
 
     def run(self) -> Appended:
         """Do what is left of the append."""
-        job, out, allow = self.job, self.dataset.path, self.allow
+        job, out, allow = self.job, self.dataset.folder, self.allow
         state = self._start_or_resume()
         say_broken_archives(job.listing, job.progress)
         for note in self.labels.notes:
@@ -239,7 +239,8 @@ class _Append:
         state = start_or_resume(job, state, partial(reset_folder, folder))
         if state.plan is None:
             old = [folder.done / path.name for path in files_below(folder.done)]
-            old += [path for path in files_below(dataset.path / IMAGES / "c") if is_new_shard(dataset, path)]
+            out = dataset.folder
+            old += [path for path in files_below(out / IMAGES / "c") if is_new_shard(dataset, path.relative_to(out))]
             for path in old:
                 path.unlink()
         return state

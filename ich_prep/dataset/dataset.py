@@ -18,9 +18,11 @@ from ich_prep.dataset.bucket_path import BucketPath, Place
 from ich_prep.dataset.checks import lines_expected, table_problem
 from ich_prep.dataset.classes import UNKNOWN
 from ich_prep.dataset.codecs import CODECS
+from ich_prep.dataset.places import local_folder, place_to_read
 from ich_prep.dataset.schema import OK, ROOT, WITHDRAWN, Root, parse_root, shard_path
 from ich_prep.dataset.shard_reader import ShardReader, output_array, stored_form
-from ich_prep.dataset.storage import local_path, read_whole
+from ich_prep.dataset.storage import read_whole
+from ich_prep.dataset.store_reader import StoreShardReader
 from ich_prep.dataset.tables import read_published
 from ich_prep.dataset.volumes import affine_of_slices, find_series
 from ich_prep.dataset.where import select_slices
@@ -38,13 +40,13 @@ MAX_ROOT_BYTES = 1 << 24  # a root has some kilobytes
 
 
 def open_dataset(path: str | Place) -> Dataset:
-    """Return the finished dataset at ``path``.
+    """Return the finished dataset at ``path``: a folder, or a URL such as s3://bucket/data.zarr.
 
     Raises ``DatasetError`` for a path that does not exist, is not a dataset, is not finished, or is of another format.
     """
-    root = path if isinstance(path, BucketPath) else local_path(path, "The dataset")
+    root = place_to_read(path, "The dataset")
     attributes = read_attributes(root)
-    return Dataset(root, parse_root(attributes, root), attributes["ich"])  # type: ignore[arg-type]
+    return Dataset(root, parse_root(attributes, root), attributes["ich"])
 
 
 def working_folder(root: Place) -> Place:
@@ -64,7 +66,7 @@ def read_attributes(root: Place) -> Any:
         ) from None
     except (FileNotFoundError, NotADirectoryError):
         _explain_by_working_folder(root)
-        found = "a file" if root.is_file() else "a folder without a zarr.json" if root.is_dir() else "nothing"
+        found = "nothing" if isinstance(root, BucketPath) else _kind_of(root)
         raise DatasetError(
             f"Expected a dataset at {root}; found {found}. Make one with `ich-prep build --src DICOM --out {root}`."
         ) from None
@@ -77,6 +79,10 @@ def read_attributes(root: Place) -> Any:
             f"{root / ROOT} is damaged: it is not JSON. Restore it, or remove the folder and build again."
         ) from None
     return document.get("attributes") if isinstance(document, dict) else None
+
+
+def _kind_of(path: Path) -> str:
+    return "a file" if path.is_file() else "a folder without a zarr.json" if path.is_dir() else "nothing"
 
 
 def _explain_by_working_folder(root: Place) -> None:
@@ -98,12 +104,12 @@ def _explain_by_working_folder(root: Place) -> None:
 class Dataset:
     """A finished dataset: its tables, and its pixels in any order. Safe to share between threads.
 
-    ``path``; ``root`` (typed) and ``attributes`` (the same as parsed JSON, with all its keys); ``spec`` of the stored
-    pixels; ``classes``; ``digest`` of all its bytes; ``shape`` (slice, channel, y, x); ``dtype`` (uint8 window codes or
-    int16 HU).
+    ``path``, its folder or place in an object store; ``root`` (typed) and ``attributes`` (the same as parsed JSON, with
+    all its keys); ``spec`` of the stored pixels; ``classes``; ``digest`` of all its bytes; ``shape`` (slice, channel, y,
+    x); ``dtype`` (uint8 window codes or int16 HU).
     """
 
-    def __init__(self, path: Path, root: Root, attributes: dict[str, Any]) -> None:
+    def __init__(self, path: Place, root: Root, attributes: dict[str, Any]) -> None:
         self.path, self.root, self.attributes = path, root, attributes
         self.spec, self.classes, self.counts, self.digest = root.spec, root.classes, root.counts, root.digest
         self.shape = (root.counts.rows, self.spec.channels, self.spec.size, self.spec.size)
@@ -181,7 +187,12 @@ class Dataset:
         """Whether each row has pixels, bool (slices,); read only."""
         return _is_ok(self.slices)
 
-    def table_path(self, table: str) -> Path:
+    @property
+    def folder(self) -> Path:
+        """``path``, for what needs a file system; raises ``UsageError`` for a dataset in an object store."""
+        return local_folder(self.path)
+
+    def table_path(self, table: str) -> Place:
         """Return the path of the ``table`` of this generation: slices, series, shards or quarantine."""
         return self.path / str(getattr(self.root.tables, table))
 
@@ -298,8 +309,7 @@ class Dataset:
                 if table is None:
                     table = self.read_table("slices", READER_COLUMNS)
                     self._check_stored_form(table)
-                self._reader = ShardReader(
-                    lambda shard: shard_path(self.path, shard),
+                self._reader = self._reader_of(
                     slices=len(self),
                     slice_bytes=self._slice_bytes,
                     slices_per_shard=self.spec.slices_per_shard,
@@ -308,6 +318,13 @@ class Dataset:
                     has_pixels=_is_ok(table),
                 )
             return self._reader
+
+    def _reader_of(self, **named: Any) -> ShardReader:
+        if isinstance(self.path, BucketPath):
+            sizes = self.read_table("shards", ["bytes"])["bytes"].to_numpy()
+            return StoreShardReader(self.path, sizes, **named)
+        path = self.path
+        return ShardReader(lambda shard: shard_path(path, shard), **named)
 
     @property
     def _slice_bytes(self) -> int:

@@ -22,11 +22,9 @@ from pathlib import Path, PurePath
 from typing import TypeVar, overload
 
 from ich_prep.dataset.bucket_path import BucketPath, Place, bucket_path, delete_all
-from ich_prep.dataset.store_url import is_url
+from ich_prep.dataset.store_url import is_url, whole_url
 from ich_prep.errors import UsageError
 from ich_prep.files import read_regular
-
-_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):/{1,2}")  # pathlib turns s3://bucket into s3:/bucket
 
 # What file systems that cannot open or sync a folder answer. A folder that may not be listed cannot be opened either.
 _NO_FOLDER_OPEN = frozenset((errno.EACCES, errno.EPERM, errno.EISDIR, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP))
@@ -55,13 +53,12 @@ def place_of(given: str | Place, what: str, *, endpoint: str | None = None, atom
 def local_path(given: str | Path, what: str) -> Path:
     """Return ``given`` as a local path; ``what`` names it in the error, such as ``--out``.
 
-    Raises ``UsageError`` for a URL, since object stores are not supported, and for a link that leads to itself.
+    Raises ``UsageError`` for a URL, where object stores are not supported, and for a link that leads to itself.
     """
-    scheme = _SCHEME.match(str(given))
-    if scheme:
+    if is_url(given):
         raise UsageError(
-            f"{what} is a URL ({scheme[1]}://{str(given)[scheme.end() :]}); only paths of a file system are supported. "
-            "Mount the bucket, or copy the data to a local disk."
+            f"{what} is a URL ({whole_url(given)}); here only paths of a file system are supported. Mount the bucket, or "
+            "copy the data to a local disk."
         )
     try:
         Path(given).stat()
@@ -73,15 +70,16 @@ def local_path(given: str | Path, what: str) -> Path:
     return Path(given)
 
 
-def new_folder(given: str | Path, what: str, *, outside: Path) -> Path:
+def new_folder(given: str | Path, what: str, *, outside: object) -> Path:
     """Return ``given`` as the path of a folder to write to; ``what`` names it in the error, such as ``--out``.
 
-    Raises ``UsageError`` for a URL, for anything but a new or empty folder, and for a folder in the dataset ``outside``.
+    Raises ``UsageError`` for a URL, for anything but a new or empty folder, and for a folder in the dataset ``outside``,
+    if that is a path.
     """
     path = local_path(given, what)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UsageError(f"{path} is not a new or empty folder. Name another with {what}.")
-    if outside.resolve() in (path.resolve(), *path.resolve().parents):
+    if isinstance(outside, Path) and outside.resolve() in (path.resolve(), *path.resolve().parents):
         raise UsageError(f"{path} is inside the dataset, which must not be changed. Name another folder with {what}.")
     return path
 

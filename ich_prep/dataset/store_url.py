@@ -15,18 +15,28 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 SCHEMES = ("s3", "gs", "http", "https")
+# The variables that name an endpoint, by scheme; the first of them wins.
+_ENDPOINT_VARIABLES = {
+    "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
+    "gs": ("STORAGE_EMULATOR_HOST",),
+}
 # obstore waits in Rust, where Ctrl-C does not reach: it tries again at once only, ``Store`` does the waiting.
 _TRIES_AT_ONCE = 2
 _READ_TIMEOUT = 20.0  # seconds without a byte
 _WHOLE_TIMEOUT = 3600.0  # seconds: one PUT of a shard over a slow line
 
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://?(?=[^/])")  # pathlib turns s3://bucket into s3:/bucket
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}")  # pathlib turns s3://bucket into s3:/bucket
 _ENDPOINT = re.compile(r"https?://(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?(?:/[A-Za-z0-9._~/-]*)?")
 
 
 def is_url(text: object) -> bool:
     """Return whether ``text`` is a URL such as s3://bucket/data.zarr, and not the path of a file system."""
     return _URL.match(str(text)) is not None
+
+
+def whole_url(url: object) -> str:
+    """Return a URL that pathlib may have shortened as it was."""
+    return _URL.sub(lambda match: f"{match[1].lower()}://", str(url), count=1)
 
 
 @cache
@@ -41,7 +51,7 @@ def obstore() -> ModuleType:
 
 def normal_url(url: str) -> str:
     """Return ``url`` without a slash at its end; raises ``UsageError`` for one that names no place of a store."""
-    parts = urlsplit(_URL.sub(lambda match: f"{match[1].lower()}://", url, count=1))
+    parts = urlsplit(whole_url(url))
     if parts.scheme not in SCHEMES:
         raise UsageError(
             f"{parts.scheme}:// is not supported. Expected a URL that begins with {', '.join(f'{s}://' for s in SCHEMES)}."
@@ -59,8 +69,23 @@ def normal_url(url: str) -> str:
 
 def endpoint_of(url: str) -> str | None:
     """Return the endpoint that the environment names for a URL; None for the one of the scheme."""
-    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT") if url.startswith("s3:") else ()
+    names = _ENDPOINT_VARIABLES.get(url.partition(":")[0], ())
     return next((os.environ[name] for name in names if os.environ.get(name)), None)
+
+
+def use_endpoint(endpoint: str | None) -> None:
+    """Let URLs of this process, and of those that it starts, be served by ``endpoint``; None changes nothing."""
+    if endpoint is not None:
+        _check_endpoint(endpoint)
+        for names in _ENDPOINT_VARIABLES.values():
+            os.environ[names[0]] = endpoint
+
+
+def _check_endpoint(endpoint: str) -> None:
+    if not _ENDPOINT.fullmatch(endpoint):
+        raise UsageError(
+            f"The endpoint {endpoint.rpartition('@')[2]} is not one. Expected http://host:port or https://host."
+        )
 
 
 def client(url: str, endpoint: str | None) -> Any:
@@ -68,10 +93,8 @@ def client(url: str, endpoint: str | None) -> Any:
     obstore()
     from obstore import store as stores
 
-    if endpoint is not None and not _ENDPOINT.fullmatch(endpoint):
-        raise UsageError(
-            f"The endpoint {endpoint.rpartition('@')[2]} is not one. Expected http://host:port or https://host."
-        )
+    if endpoint is not None:
+        _check_endpoint(endpoint)
     plain = (endpoint or url).startswith("http://")
     options: Any = {
         "allow_http": plain,

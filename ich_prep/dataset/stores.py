@@ -76,9 +76,9 @@ class Store:
     """
 
     def __init__(self, url: str, *, endpoint: str | None = None, answered: bool = False) -> None:
-        self.url, self.endpoint = normal_url(url), endpoint or endpoint_of(url)
+        self.url, self.endpoint = normal_url(url), endpoint or endpoint_of(self.url)
         self._answered = answered
-        self._client = client(self.url, self.endpoint)
+        self.client = client(self.url, self.endpoint)  # obstore's, for zarr-python
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopened, (self.url, self.endpoint, self._answered)
@@ -192,7 +192,7 @@ class Store:
 
     async def _get(self, key: str) -> bytes:
         async def request() -> bytes:
-            answer = await obstore().get_async(self._client, key)
+            answer = await obstore().get_async(self.client, key)
             return bytes(await answer.bytes_async())
 
         return await self._tried(key, "read", request)
@@ -202,7 +202,7 @@ class Store:
             return memoryview(b"")
 
         async def request() -> memoryview:
-            return memoryview(await obstore().get_range_async(self._client, key, start=start, end=end))
+            return memoryview(await obstore().get_range_async(self.client, key, start=start, end=end))
 
         return await self._tried(key, "read", request)
 
@@ -212,14 +212,14 @@ class Store:
         options: Any = {"range": (start, end), **({"if_match": etag} if etag else {})}
 
         async def request() -> memoryview:
-            answer = await obstore().get_async(self._client, key, options=options)
+            answer = await obstore().get_async(self.client, key, options=options)
             return memoryview(await answer.bytes_async())
 
         return await self._tried(key, "read", request)
 
     async def _has_any(self, prefix: str) -> bool:
         async def request() -> bool:
-            async for found in obstore().list(self._client, prefix or None, chunk_size=1):
+            async for found in obstore().list(self.client, prefix or None, chunk_size=1):
                 if found:
                     return True
             return False
@@ -228,27 +228,27 @@ class Store:
 
     async def _head(self, key: str) -> Meta:
         async def request() -> Meta:
-            return _meta(await obstore().head_async(self._client, key))
+            return _meta(await obstore().head_async(self.client, key))
 
         return await self._tried(key, "read", request)
 
     async def _put(self, key: str, data: bytes | memoryview, mode: Any) -> Meta:
         async def request() -> Meta:
-            done = await obstore().put_async(self._client, key, data, mode=mode, use_multipart=False)
+            done = await obstore().put_async(self.client, key, data, mode=mode, use_multipart=False)
             return Meta(len(data), done["e_tag"], done["version"])
 
         return await self._tried(key, "write", request)
 
     async def _list(self, prefix: str) -> list[tuple[str, Meta]]:
         async def request() -> list[tuple[str, Meta]]:
-            found = await obstore().list(self._client, prefix or None, chunk_size=1000).collect_async()
+            found = await obstore().list(self.client, prefix or None, chunk_size=1000).collect_async()
             return sorted((each["path"], _meta(each)) for each in found)
 
         return await self._tried(prefix, "list", request)
 
     async def _delete(self, keys: Sequence[str]) -> None:
         async def request() -> None:
-            await obstore().delete_async(self._client, keys)
+            await obstore().delete_async(self.client, keys)
 
         try:
             await self._tried(keys[0], "delete", request)

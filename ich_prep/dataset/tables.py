@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -66,7 +65,7 @@ def in_arrow_memory(data: bytes) -> pa.BufferReader:
     return pa.BufferReader(copy.getvalue())
 
 
-def read_published(path: Path, *, columns: Sequence[str] | None, lines: int, sha256: str) -> pa.Table:
+def read_published(path: Place, *, columns: Sequence[str] | None, lines: int, sha256: str) -> pa.Table:
     """Return the table in the Parquet file at ``path``, or those of ``columns`` that it has.
 
     Raises ``ValueError`` if its SHA-256 is another one, or if it does not have that many ``lines``; ``OSError`` or
