@@ -76,7 +76,8 @@ class Store:
     """
 
     def __init__(self, url: str, *, endpoint: str | None = None, answered: bool = False) -> None:
-        self.url, self.endpoint = normal_url(url), endpoint or endpoint_of(self.url)
+        self.url = normal_url(url)
+        self.endpoint = endpoint or endpoint_of(self.url)
         self._answered = answered
         self.client = client(self.url, self.endpoint)  # obstore's, for zarr-python
 

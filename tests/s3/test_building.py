@@ -125,7 +125,9 @@ def test_an_object_that_changes_meanwhile_is_not_taken_for_the_one_that_was_list
     _, errors = stopped[0].communicate(timeout=300)
     assert stopped[0].returncode == 0, errors
     table = Store(out, endpoint=s3.endpoint).get("labels/quarantine.parquet")
-    assert pq.read_table(io.BytesIO(table)).select(["path", "reason"]).to_pylist() == [{"path": name, "reason": "changed"}]
+    assert pq.read_table(io.BytesIO(table)).select(["path", "reason"]).to_pylist() == [
+        {"path": name, "reason": "changed"}
+    ]
 
 
 MOMENTS = (
