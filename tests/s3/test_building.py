@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from ich_prep.build_dataset import build
@@ -18,7 +20,7 @@ from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.stores import Store
 from ich_prep.dry_run import dry_run
 from ich_prep.errors import BuildError, SourceError, UsageError
-from tests.support.buckets import objects, start_build_signalled, upload
+from tests.support.buckets import names, objects, start_build_signalled, upload
 from tests.support.cli import PREP, SMALL, prep, published
 from tests.support.faulty_proxy import Proxy, faulty_proxy
 from tests.support.s3_servers import S3Server, seaweedfs
@@ -98,6 +100,8 @@ def test_several_sources_and_a_label_table_in_the_bucket(
 def test_defects_are_quarantined_in_the_same_words(s3: S3Server, url: str, tmp_path: Path) -> None:
     done = prep("synth", "--out", tmp_path / "rsna", "--series", 2, "--size", 32, "--defects", "--workers", 0)
     assert done.returncode == 0, done.stderr
+    for path in [path for path in (tmp_path / "rsna").rglob("*") if not path.name.isprintable()]:
+        path.unlink()  # a bucket has no such names
     options = ("--size", 32, "--max-quarantined", 1, "--allow-lost-labels", "--allow-missing-images", "--workers", 0)
     local = prep("build", "--src", tmp_path / "rsna", "--out", tmp_path / "d.zarr", *options)
     assert local.returncode == 0, local.stderr
@@ -114,15 +118,16 @@ def test_an_object_that_changes_meanwhile_is_not_taken_for_the_one_that_was_list
     name = str(next(phantom_tree.rglob("*.dcm")).relative_to(phantom_tree))
     store = Store(source, endpoint=s3.endpoint)
     stopped.append(start_build_signalled("after", "plan.parquet", "SIGSTOP", source, out, s3.endpoint))
-    wait_until(lambda: "plan.parquet" in objects(f"{out}.build", s3.endpoint), stopped[0])
+    wait_until(lambda: "plan.parquet" in names(f"{out}.build", s3.endpoint), stopped[0])
     before = store.get(name)
     store.put(name, before[:-1] + bytes([before[-1] ^ 1]))  # equal size, equal header
     stopped[0].send_signal(signal.SIGCONT)
-    assert stopped[0].wait(300) == 1
-    assert stopped[0].stderr is not None
-    assert "changed" in stopped[0].stderr.read()
-    build(source, out, SMALL, endpoint=s3.endpoint, workers=0)
-    assert "zarr.json" in objects(out, s3.endpoint)
+    _, errors = stopped[0].communicate(timeout=300)
+    assert stopped[0].returncode == 0, errors
+    table = Store(out, endpoint=s3.endpoint).get("labels/quarantine.parquet")
+    assert pq.read_table(io.BytesIO(table)).select(["path", "reason"]).to_pylist() == [
+        {"path": name, "reason": "changed"}
+    ]
 
 
 MOMENTS = (
@@ -186,8 +191,8 @@ def test_of_two_builders_of_one_target_one_publishes_and_the_other_says_so(
     out = f"{url}/data.zarr"
     words = ("build", "--src", source, "--out", out, *OPTIONS, "--endpoint", s3.endpoint, "--workers", 0)
     stopped.append(start_build_signalled("after", "plan.parquet", "SIGSTOP", source, out, s3.endpoint))
-    wait_until(lambda: "plan.parquet" in objects(f"{out}.build", s3.endpoint), stopped[0])
-    for more in ((), ("--build-dir", f"{url}/elsewhere"), ("--build-dir", f"{url}/elsewhere", "--overwrite")):
+    wait_until(lambda: "plan.parquet" in names(f"{out}.build", s3.endpoint), stopped[0])
+    for more in ((), ("--overwrite",)):
         other = prep(*words, *more)
         assert other.returncode == 1
         assert f"Another process (process {stopped[0].pid} on" in other.stderr, other.stderr
@@ -216,7 +221,7 @@ def test_who_lost_its_lease_does_not_publish_over_another(
     stopped.append(start_build_signalled("before", name, "SIGSTOP", source, out, s3.endpoint))
     wait_until(lambda: b'"published": "' in _state(store), stopped[0])
     store.delete_many(["data.zarr/.lease", "data.zarr.build/lease"])  # as one that nobody refreshed is broken
-    build(source, out, Spec(size=32), build_dir=f"{url}/other", endpoint=s3.endpoint, workers=0, overwrite=True)
+    build(source, out, Spec(size=32), endpoint=s3.endpoint, workers=0, overwrite=True)
     whole = objects(out, s3.endpoint)
     stopped[0].send_signal(signal.SIGCONT)
     _, errors = stopped[0].communicate(timeout=300)
@@ -315,7 +320,6 @@ def test_what_cannot_work_is_one_message(s3: S3Server, source: str, url: str, tm
         ("build", "--src", "https://127.0.0.1/x", "--out", f"{url}/d", *at): (2, "web servers cannot be listed"),
         ("build", "--src", source, "--out", f"{source}/d.zarr", *at): (2, "lies inside the source"),
         ("build", "--src", source, "--out", f"{url}/d", "--build-dir", f"{url}/d/w", *at): (2, "inside each other"),
-        ("build", "--src", source, "--out", f"{url}//d", *at): (2, "empty part"),
         ("build", "--src", source, "--out", f"{url}/d", "--identifiers", "pseudonymise", *at): (2, "--key"),
         ("build", "--src", source, "--out", f"{url}/d", "--labels", f"{url}/none.csv", *at): (1, "none.csv"),
         ("build", "--src", source, "--out", f"{url}/d", "--report", *at): (2, "--report"),

@@ -48,6 +48,11 @@ def objects(url: str, endpoint: str) -> Mapping[str, str]:
     return {key: sha256(data).hexdigest() for key, data in zip(keys, store.get_objects(keys), strict=True)}
 
 
+def names(url: str, endpoint: str) -> list[str]:
+    """Return the names of the objects below ``url``, relative to it."""
+    return [key for key, _ in Store(url, endpoint=endpoint).listed()]
+
+
 def start_build_signalled(
     when: str, name: str, number: str, src: str | Path, out: str, endpoint: str, *, count: int = 1
 ) -> subprocess.Popen[str]:
