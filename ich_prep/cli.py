@@ -208,16 +208,19 @@ def clean(
     ] = False,
     build_dir: BuildDir = None,
     forget_key: Annotated[bool, typer.Option("--forget-key", help="Remove the key of pseudonyms too.")] = False,
+    endpoint: Endpoint = None,
 ) -> None:
     """Remove the working folder of a finished dataset: paths, identifiers, plan and log of its build, not its key."""
     if generations:
         cli_change.clean_generations(dataset, build_dir)
         return
+    from ich_prep.dataset.storage import place_of
     from ich_prep.stages import output
     from ich_prep.stages.state import build_folder
 
-    folder = build_folder(dataset.absolute(), build_dir)
-    freed = output.clean(dataset, folder, forget_key=forget_key)
+    place = place_of(dataset, "The dataset", endpoint=endpoint)
+    folder = build_folder(place, build_dir, endpoint=endpoint)
+    freed = output.clean(place, folder, forget_key=forget_key)
     done = f"Removed {folder.path} ({freed / 1e6:,.1f} MB)." if freed else f"There is no working folder {folder.path}."
     if folder.key.exists():
         done = (

@@ -47,7 +47,7 @@ def build(
     from ich_prep import build_dataset
     from ich_prep.dataset.storage import place_of
 
-    place = place_of(out, "--out", endpoint=options.endpoint, atomic=options.atomic)
+    place = place_of(out, "--out", **options.buckets())
     if options.report and not isinstance(place, Path):
         raise UsageError(f"--report writes a page beside the dataset, and {place} is in a bucket. Leave --report out.")
     with _explaining_interrupts(place, overwrite=overwrite), _reporting(as_json=options.log_json) as progress:
@@ -152,9 +152,8 @@ STAGES = {
 def _request(src: list[Path], out: Place, options: BuildOptions, progress: Progress, *, overwrite: bool) -> Request:
     from ich_prep.build_dataset import Request
 
-    return Request(
-        src, out, options.spec(), overwrite=overwrite, key=options.key, **options.arguments(), progress=progress
-    )
+    arguments = {**options.arguments(), **options.buckets()}
+    return Request(src, out, options.spec(), overwrite=overwrite, key=options.key, **arguments, progress=progress)
 
 
 @contextmanager

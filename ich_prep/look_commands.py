@@ -54,7 +54,7 @@ def scan(
         check_new_file(path, option, src)
     with _progress(quiet=as_json, lines=options.log_json) as progress:
         check = None if label_template is None else _refuse_template
-        found = dry_run(src, options.spec(), check=check, progress=progress, **options.arguments())
+        found = dry_run(src, options.spec(), check=check, progress=progress, **options.arguments(), **options.buckets())
     notes = list(found.notes)
     tables = {} if csv_file is None else {csv_file: found.volumes}
     if label_template is not None:

@@ -97,8 +97,12 @@ class BuildOptions(Spec):
         """Return the part that changes the bytes."""
         return Spec(**{name: getattr(self, name) for name in Spec.model_fields})
 
+    def buckets(self) -> dict[str, Any]:
+        """Return what places in buckets need, as keyword arguments of ``build``, ``dry_run`` and ``place_of``."""
+        return {"endpoint": self.endpoint, "atomic": self.atomic}
+
     def arguments(self) -> dict[str, Any]:
-        """Return the rest as the keyword arguments that ``build`` and ``dry_run`` share."""
+        """Return the rest as the keyword arguments that ``build``, ``dry_run`` and ``append`` share."""
         from ich_prep.layouts.labels import LabelOptions
         from ich_prep.stages.checks import Allowances
 
@@ -108,8 +112,6 @@ class BuildOptions(Spec):
                 key=self.label_key, column=self.label_column, ignore=self.ignore_columns, keep=self.keep_columns
             ),
             "build_dir": self.build_dir,
-            "endpoint": self.endpoint,
-            "atomic": self.atomic,
             "workers": self.workers,
             "scheduler": self.scheduler,
             "tls": self._tls(),

@@ -30,12 +30,18 @@ def key_of_build(
 ) -> bytes | None:
     """Return the key of a build's pseudonyms; None if it publishes identifiers, or if its key is not made yet.
 
-    Raises what ``find_key`` does, and ``UsageError`` for a key without use. ``say`` tells the user what is doubtful.
+    Raises what ``find_key`` does, and ``UsageError`` for a key without use, or one in a bucket. ``say`` tells the user what is
+    doubtful.
     """
     if spec.identifiers == "keep":
         if given is not None:
             raise UsageError("--key is for pseudonyms: add --identifiers pseudonymise, or leave it out.")
         return None
+    if given is None and isinstance(folder.key, BucketPath):
+        raise UsageError(
+            f"The key of the pseudonyms would lie in the bucket, in {folder.path}. Make one on a disk with "
+            f"`openssl rand -out FILE {KEY_BYTES}` and give it with --key."
+        )
     before = readable_state(folder)
     recorded = None if before is None else before.key
     if (out / ROOT).exists() and not overwrite:
@@ -92,15 +98,8 @@ def key_of_dataset(root: Root, folder: BuildFolder, given: Path | None, *, neede
 
 
 def make_key(folder: BuildFolder) -> bytes:
-    """Make a random key in the working ``folder``, readable by its owner only, and return it.
-
-    Raises ``UsageError`` for a folder in a bucket, which others may read.
-    """
-    if isinstance(folder.key, BucketPath):
-        raise UsageError(
-            f"The key of the pseudonyms would lie in the bucket, in {folder.path}. Make one on a disk with "
-            f"`openssl rand -out FILE {KEY_BYTES}` and give it with --key."
-        )
+    """Make a random key in the working ``folder``, readable by its owner only, and return it."""
+    assert isinstance(folder.key, Path)  # ``key_of_build`` has refused buckets
     clear_leftovers(folder.key)
     key = os.urandom(KEY_BYTES)
     with renamed_when_whole(folder.key) as temporary:

@@ -64,9 +64,14 @@ def test_a_bucket_from_a_bucket_equals_a_folder_from_a_folder(
     again = prep("build", "--src", source, "--out", out, *OPTIONS, "--endpoint", s3.endpoint, "--workers", 0)
     assert again.returncode == 0, again.stderr
     assert "already finished" in again.stdout
+    scanned = prep("scan", source, "--endpoint", s3.endpoint, "--workers", 0)
+    assert scanned.returncode == 0, scanned.stderr
     left = {name.partition("/")[0] for name in objects(f"{out}.build", s3.endpoint)}
     assert left >= {"state.json", "files.parquet", "scan", "plan.parquet", "shards", "log.jsonl"}
     assert "lease" not in left
+    cleaned = prep("clean", out, "--endpoint", s3.endpoint)
+    assert f"Removed {out}.build" in cleaned.stdout, cleaned.stderr
+    assert names(f"{out}.build", s3.endpoint) == []
 
 
 def test_a_bucket_from_a_folder_and_a_folder_from_a_bucket(
