@@ -31,6 +31,11 @@ def is_transient(error: Exception) -> bool:
     return not _lacks_credentials(words) and any(failure in words for failure in _LINE_FAILURES)
 
 
+def ignores_ranges(error: Exception) -> bool:
+    """Return whether the answer is not one to a request for a part of an object: the store gives out whole ones only."""
+    return "non-partial response" in str(error)
+
+
 def is_missing_bucket(error: Exception) -> bool:
     """Return whether it is the bucket that is not there, and not only the object."""
     return "<Code>NoSuchBucket<" in str(error)

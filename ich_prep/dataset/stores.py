@@ -11,14 +11,20 @@ import asyncio
 import errno
 import os
 import random
-import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, TypeVar
 
-from ich_prep.dataset.store_answers import ConditionError, is_missing_bucket, is_transient, refusal, status_of
+from ich_prep.dataset.store_answers import (
+    ConditionError,
+    ignores_ranges,
+    is_missing_bucket,
+    is_transient,
+    refusal,
+    status_of,
+)
 from ich_prep.dataset.store_loop import gathered, run, slots, start_work
 from ich_prep.dataset.store_url import client, endpoint_of, normal_url, obstore
 
@@ -26,7 +32,6 @@ PATIENCE = 120.0  # seconds that a store which has answered before may be out of
 FIRST_PATIENCE = 3.0  # seconds for the first answer: an address that is wrong is reported soon
 MAX_GAP = 32 << 10  # bytes between two ranges that one request fetches with them: less time than a request of its own
 MAX_REQUEST = 4 << 20  # bytes of one ranged request: longer ones are split, and fetched at the same time
-PROBE = "ich-prep-probe"  # how the names of the objects begin with which a store is tried
 
 
 _Result = TypeVar("_Result")
@@ -79,6 +84,7 @@ class Store:
         self.url = normal_url(url)
         self.endpoint = endpoint or endpoint_of(self.url)
         self._answered = answered
+        self._gives_ranges = True
         self.client = client(self.url, self.endpoint)  # obstore's, for zarr-python
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -166,7 +172,7 @@ class Store:
 
         It raises ``ConditionError`` if the object's entity tag is not ``etag``, and what other requests raise.
         """
-        return start_work(self._get_version(key, start, end, etag))
+        return start_work(self._get_range(key, start, end, etag))
 
     def delete(self, key: str) -> None:
         """Delete an object, if it is there."""
@@ -177,9 +183,8 @@ class Store:
         if keys:
             run(gathered(self._delete(list(keys[i : i + 1000])) for i in range(0, len(keys), 1000)))
 
-    def honours_conditions(self) -> bool:
-        """Return whether the store refuses to replace an object by one that must be the first: tried with a new object."""
-        key = f"{PROBE}-{uuid.uuid4().hex}"
+    def honours_conditions(self, key: str) -> bool:
+        """Return whether the store refuses to replace an object by one that must be the first: tried with a new ``key``."""
         try:
             self.put(key, b"first", if_absent=True)
             self.put(key, b"second", if_absent=True)
@@ -198,28 +203,24 @@ class Store:
 
         return await self._tried(key, "read", request)
 
-    async def _get_range(self, key: str, start: int, end: int) -> memoryview:
+    async def _get_range(self, key: str, start: int, end: int, etag: str | None = None) -> memoryview:
         if end <= start:
             return memoryview(b"")
+        options: Any = {"if_match": etag} if etag else {}
 
         async def request() -> memoryview:
-            try:
-                return memoryview(await obstore().get_range_async(self.client, key, start=start, end=end))
-            except Exception as error:
-                if status_of(error) == 416:  # the object ends before the range begins
-                    return memoryview(b"")
-                raise
-
-        return await self._tried(key, "read", request)
-
-    async def _get_version(self, key: str, start: int, end: int, etag: str | None) -> memoryview:
-        if end <= start:
-            return memoryview(b"")
-        options: Any = {"range": (start, end), **({"if_match": etag} if etag else {})}
-
-        async def request() -> memoryview:
+            if self._gives_ranges:
+                try:
+                    answer = await obstore().get_async(self.client, key, options={**options, "range": (start, end)})
+                    return memoryview(await answer.bytes_async())
+                except Exception as error:
+                    if status_of(error) == 416:  # the object ends before the range begins
+                        return memoryview(b"")
+                    if not ignores_ranges(error):
+                        raise
+                    self._gives_ranges = False
             answer = await obstore().get_async(self.client, key, options=options)
-            return memoryview(await answer.bytes_async())
+            return memoryview(await answer.bytes_async())[start:end]
 
         return await self._tried(key, "read", request)
 

@@ -327,7 +327,7 @@ def test_what_cannot_work_is_one_message(s3: S3Server, source: str, url: str, tm
         ("shards", f"{url}/d"): (2, "s3://"),
         ("publish", f"{url}/d"): (2, "s3://"),
         ("status", f"{url}/d"): (2, "s3://"),
-        ("append", f"{url}/d", "--src", source): (2, "s3://"),
+        ("append", "--out", f"{url}/d", "--src", source): (2, "s3://"),
         ("relabel", f"{url}/d", "--labels", f"{url}/x.csv"): (2, "s3://"),
         ("drop", f"{url}/d", "--where", "row = 1"): (2, "s3://"),
     }

@@ -70,13 +70,13 @@ def test_conditions_hold(store: Store) -> None:
         store.put("x", b"three", if_match=first)
     assert store.get("x") == b"two"
     assert store.put("x", b"two", if_absent=True).etag == second.etag, "written already, with these bytes"
-    assert store.honours_conditions()
+    assert store.honours_conditions("probe")
     assert [key for key, _ in store.listed()] == ["x"], "the trial leaves nothing"
 
 
 def test_a_store_that_ignores_conditions_is_recognised(careless: S3Server) -> None:
     store = Store(f"{careless.url}/x", endpoint=careless.endpoint)
-    assert not store.honours_conditions()
+    assert not store.honours_conditions("probe")
     assert store.listed() == []
 
 
@@ -117,7 +117,7 @@ def test_failures_of_a_moment_are_no_failures(kind: str, store: Store, proxy: Pr
     found = through.get_many([(f"k{i}", start, start + 100) for i in range(8) for start in starts])
     assert found == [data[i + start :][:100] for i in range(8) for start in starts]
     assert [(key, meta.size) for key, meta in through.listed()] == [(f"k{i}", len(data) - i) for i in range(8)]
-    assert through.honours_conditions()
+    assert through.honours_conditions("probe")
     through.delete_many([f"k{i}" for i in range(8)])
     assert proxy.faults()[kind] > 5
     assert store.listed() == []
