@@ -140,9 +140,9 @@ def test_a_damaged_store_is_found_through_the_cache(url: str, dataset_path: Path
     copy = Path(shutil.copytree(dataset_path, tmp_path / "data.zarr"))
     damage_payload(copy / "images/c/1/0/0/0")
     upload(copy, url, s3.endpoint)
-    with open_dataset(url, cache=ShardCache(tmp_path / "cache", 1 << 30)) as far:
-        with pytest.raises(CorruptionError, match=rf"{url}/images/c/1/0/0/0.*checksum mismatch"):
-            far.read(np.arange(16, 32))
+    found = pytest.raises(CorruptionError, match=rf"{url}/images/c/1/0/0/0.*checksum mismatch")
+    with open_dataset(url, cache=ShardCache(tmp_path / "cache", 1 << 30)) as far, found:
+        far.read(np.arange(16, 32))
 
 
 def test_a_part_that_a_killed_process_left_is_removed(remote: str, pixels: np.ndarray, tmp_path: Path) -> None:

@@ -105,14 +105,15 @@ class _Server:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         upstream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
-        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+        # Cancelled when the proxy ends, which asyncio would report.
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
             upstream = await asyncio.open_connection("127.0.0.1", self.upstream, limit=_PIECE)
             while await self.one(reader, writer, *upstream):
                 pass
         for each in (writer, upstream and upstream[1]):
             if each is not None:
                 each.close()
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError, asyncio.CancelledError):
                     await each.wait_closed()
 
     async def one(
