@@ -106,8 +106,8 @@ class Request:
         return build_folder(out, self.build_dir, endpoint=self.endpoint, atomic=self.atomic)
 
     def place(self, given: str | Place, what: str) -> Place:
-        """Return where ``given`` is, which ``what`` names in errors; raises ``UsageError``."""
-        return place_of(given, what, endpoint=self.endpoint, atomic=self.atomic)
+        """Return where ``given`` is, absolute, which ``what`` names in errors; raises ``UsageError``."""
+        return place_of(given, what, endpoint=self.endpoint, atomic=self.atomic).absolute()
 
 
 @dataclass(frozen=True)

@@ -219,7 +219,7 @@ def clean(
     from ich_prep.stages.state import build_folder
 
     place = place_of(dataset, "The dataset", endpoint=endpoint)
-    folder = build_folder(place, build_dir, endpoint=endpoint)
+    folder = build_folder(place.absolute(), build_dir, endpoint=endpoint)
     freed = output.clean(place, folder, forget_key=forget_key)
     done = f"Removed {folder.path} ({freed / 1e6:,.1f} MB)." if freed else f"There is no working folder {folder.path}."
     if folder.key.exists():

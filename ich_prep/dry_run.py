@@ -152,9 +152,9 @@ def dry_run(
     """
     paths = [src] if isinstance(src, str | Place) else src
     at = partial(place_of, endpoint=endpoint, atomic=atomic)
-    sources = tuple(at(path, "--src") for path in paths)
+    sources = tuple(at(path, "--src").absolute() for path in paths)
     file = None if labels is None else at(labels, "--labels")
-    kept = None if build_dir is None else BuildFolder(at(build_dir, "--build-dir"))
+    kept = None if build_dir is None else BuildFolder(at(build_dir, "--build-dir").absolute())
     spec, allow, progress = spec or Spec(), allow or Allowances(), progress or NoProgress()
     check_layout(spec)
     check_filters(spec)

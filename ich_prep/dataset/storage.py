@@ -38,7 +38,7 @@ _Result = TypeVar("_Result")
 
 
 def place_of(given: str | Place, what: str, *, endpoint: str | None = None, atomic: bool = True) -> Place:
-    """Return ``given`` as an absolute path, or as a place in a bucket where it is a URL; ``what`` names it in the error.
+    """Return ``given`` as a path, or as a place in a bucket where it is a URL; ``what`` names it in the error.
 
     ``endpoint`` and ``atomic`` are those of the bucket. Raises ``UsageError``.
     """
@@ -46,7 +46,7 @@ def place_of(given: str | Place, what: str, *, endpoint: str | None = None, atom
         return given
     if is_url(given):
         return bucket_path(given, what, endpoint=endpoint, atomic=atomic)
-    return local_path(given, what).absolute()
+    return local_path(given, what)
 
 
 def local_path(given: str | Path, what: str) -> Path:

@@ -30,8 +30,8 @@ def key_of_build(
 ) -> bytes | None:
     """Return the key of a build's pseudonyms; None if it publishes identifiers, or if its key is not made yet.
 
-    Raises what ``find_key`` does, and ``UsageError`` for a key without use, or one in a bucket. ``say`` tells the user what is
-    doubtful.
+    Raises what ``find_key`` does, and ``UsageError`` for a key without use, or one that would lie in a bucket. ``say`` tells
+    the user what is doubtful.
     """
     if spec.identifiers == "keep":
         if given is not None:

@@ -187,7 +187,7 @@ def build_folder(
     """
     if given is None:
         return BuildFolder(working_folder(out))
-    return BuildFolder(place_of(given, "--build-dir", endpoint=endpoint, atomic=atomic))
+    return BuildFolder(place_of(given, "--build-dir", endpoint=endpoint, atomic=atomic).absolute())
 
 
 class State(BaseModel):
