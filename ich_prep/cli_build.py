@@ -50,9 +50,10 @@ def build(
     place = place_of(out, "--out", **options.buckets())
     if options.report and not isinstance(place, Path):
         raise UsageError(f"--report writes a page beside the dataset, and {place} is in a bucket. Leave --report out.")
-    with _explaining_interrupts(place, overwrite=overwrite), _reporting(as_json=options.log_json) as progress:
+    named = out if isinstance(place, Path) else place  # as the user wrote it
+    with _explaining_interrupts(named, overwrite=overwrite), _reporting(as_json=options.log_json) as progress:
         outcome = build_dataset.run(_request(src, place, options, progress, overwrite=overwrite))
-    _print_outcome(place, outcome)
+    _print_outcome(named, outcome)
     if options.report:
         report(out, build_dir=options.build_dir)
 
