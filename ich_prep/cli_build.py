@@ -35,8 +35,11 @@ Planned = Annotated[Path, typer.Argument(help="The dataset that ich-prep plan wa
 @options_from(BuildOptions)
 def build(
     *,
-    src: Sources,
-    out: Annotated[Path, typer.Option(help="The dataset to build, or to resume.")],
+    src: Annotated[
+        list[Path],
+        typer.Option(help="Folder, zip archive or URL (s3://, gs://) with the DICOM files; may be repeated."),
+    ],
+    out: Annotated[Path, typer.Option(help="The dataset to build, or to resume: a path, or a URL of a bucket.")],
     recipe: Recipe = None,
     overwrite: Overwrite = False,
     given: dict[str, Any],
@@ -50,10 +53,9 @@ def build(
     place = place_of(out, "--out", **options.buckets())
     if options.report and not isinstance(place, Path):
         raise UsageError(f"--report writes a page beside the dataset, and {place} is in a bucket. Leave --report out.")
-    named = out if isinstance(place, Path) else place  # as the user wrote it
-    with _explaining_interrupts(named, overwrite=overwrite), _reporting(as_json=options.log_json) as progress:
+    with _explaining_interrupts(place, overwrite=overwrite), _reporting(as_json=options.log_json) as progress:
         outcome = build_dataset.run(_request(src, place, options, progress, overwrite=overwrite))
-    _print_outcome(named, outcome)
+    _print_outcome(place, outcome)
     if options.report:
         report(out, build_dir=options.build_dir)
 

@@ -33,7 +33,7 @@ CsvFile = Annotated[Path | None, typer.Option("--csv", help="New CSV file to wri
 
 @options_from(BuildOptions)
 def scan(
-    src: Annotated[list[Path], typer.Argument(help="Folders or zip archives with the DICOM files.")],
+    src: Annotated[list[Path], typer.Argument(help="Folders, zip archives or URLs with the DICOM files.")],
     *,
     recipe: Annotated[Path | None, typer.Option(help="TOML file whose [build] sets any of these; options win.")] = None,
     csv_file: CsvFile = None,
