@@ -14,7 +14,7 @@ BENCH_BIN := $(BENCH_VENV)/bin
 BENCH_PINNED := $(BENCH_VENV)-pinned
 PEERS_PINNED := mosaicml-streaming litdata
 
-.PHONY: help venv demo test test-one test-properties test-slow test-web test-tools screenshots test-light lint format docs wheel audit lock sbom bench-setup bench bench-full profile clean
+.PHONY: help venv demo test test-one test-properties test-slow test-web test-s3 test-tools screenshots test-light lint format docs wheel audit lock sbom bench-setup bench bench-full profile clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -63,6 +63,9 @@ $(TOOLS_VENV)/.installed: pyproject.toml constraints.txt
 	$(TOOLS_VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,dev,other-tools]'
 	touch $@
 
+test-s3: $(VENV)/.test-s3 ## object stores: reading from and building into servers that the tests start
+	$(BIN)/pytest -m s3 tests/s3 --timeout 1200
+
 test-light: ## read a dataset where only the light libraries are installed
 	rm -rf $(LIGHT_VENV)
 	$(PYTHON) -m venv $(LIGHT_VENV)
@@ -110,7 +113,7 @@ sbom: $(VENV)/.release ## the software bill of materials of the required package
 	@echo "The bill of materials: $(abspath build)/sbom.json"
 
 # Tools of single targets, installed beside the rest when the target is first made.
-$(VENV)/.docs $(VENV)/.release $(VENV)/.web: $(VENV)/.%: $(VENV)/.installed
+$(VENV)/.docs $(VENV)/.release $(VENV)/.test-s3 $(VENV)/.web: $(VENV)/.%: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$*]'
 	touch $@
 

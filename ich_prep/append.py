@@ -30,7 +30,7 @@ from ich_prep.build_dataset import (
 from ich_prep.dataset import native
 from ich_prep.dataset.schema import AS_STORED, IMAGES, TABLES
 from ich_prep.dataset.spec import Spec
-from ich_prep.dataset.storage import files_below, local_path
+from ich_prep.dataset.storage import files_below, line_writer, local_path
 from ich_prep.dataset.tables import give_back_memory, read_sealed, with_columns
 from ich_prep.errors import DatasetError, Reason, UsageError
 from ich_prep.execute import Pool, Tls, default_workers
@@ -121,8 +121,9 @@ def append(
     allow, progress = allow or Allowances(), progress or NoProgress()
     native.require()
     source = open_source(sources)
-    if labels is not None:
-        check_table_path(local_path(labels, "--labels"))
+    file = None if labels is None else local_path(labels, "--labels").absolute()
+    if file is not None:
+        check_table_path(file)
     with changing(out, build_dir) as (dataset, base):
         check_output_folder(out, base, sources)
         state = readable_state(base)
@@ -144,7 +145,7 @@ def append(
         with pool:
             listing = source.list()
             rules = LabelRules(spec.classes, allow.contradictions, allow.unlabelled, label_options or LabelOptions())
-            table = read_labels(layout, listing, labels, rules)
+            table = read_labels(layout, listing, file, rules)
             job = Job(pool, base.append, sources, listing, progress)
             return _Append(dataset, base, job, spec, layout, table, allow, secret).run()
 
@@ -191,16 +192,16 @@ class _Append:
         folder = self.job.folder
         with build_lock(folder):
             state = self._start_or_resume()
-            with LoggedProgress(self.job.progress, folder.log) as logged:
+            with line_writer(folder.log) as write, LoggedProgress(self.job.progress, write) as logged:
                 appended = replace(self, job=replace(self.job, progress=logged))._add(state)
         if self.base.state.exists():
-            with self.base.log.open("a", encoding="utf-8") as log:
-                log.write(folder.log.read_text(encoding="utf-8"))
+            with line_writer(self.base.log) as write:
+                write(folder.log.read_bytes().decode().removesuffix("\n"))
         self._remove_folder()
         return appended
 
     def _add(self, state: State) -> Appended:
-        job, out, allow = self.job, self.dataset.path, self.allow
+        job, out, allow = self.job, self.dataset.folder, self.allow
         seconds: dict[str, float] = {}
         job.progress.event("start", layout=self.spec.layout, files=len(job.listing.files), notes=self.labels.notes)
         say_broken_archives(job.listing, job.progress)
@@ -281,7 +282,8 @@ class _Append:
         state = start_or_resume(job, state, partial(reset_folder, folder))
         if state.plan is None:
             old = [folder.done / path.name for path in files_below(folder.done)]
-            old += [path for path in files_below(dataset.path / IMAGES / "c") if is_new_shard(dataset, path)]
+            out = dataset.folder
+            old += [path for path in files_below(out / IMAGES / "c") if is_new_shard(dataset, path.relative_to(out))]
             for path in old:
                 path.unlink()
         return state

@@ -19,13 +19,13 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ich_prep.dataset import native, open_dataset
+from ich_prep.dataset.bucket_path import Place
 from ich_prep.dataset.schema import OK, shard_path
 from ich_prep.dataset.spec import Spec
-from ich_prep.dataset.storage import clear_leftovers, local_path, size_of, sync_file, write_whole
-from ich_prep.dataset.tables import give_back_memory, sealed_parquet_bytes, write_sealed
+from ich_prep.dataset.storage import clear_leftovers, for_each, line_writer, place_of, size_of, sync_file, write_whole
+from ich_prep.dataset.tables import give_back_memory, rows_of, sealed_parquet_bytes, write_sealed
 from ich_prep.errors import CorruptionError, Reason
 from ich_prep.execute import Pool, Tls, default_workers
 from ich_prep.layouts import check_layout, choose_layout
@@ -76,19 +76,38 @@ SOURCES = "ich.sources"  # the metadata of the keys that lists the paths of the 
 class Request:
     """What a build is asked to make, from what, and how; see ``build``."""
 
-    src: str | Path | Sequence[str | Path]
-    out: str | Path
+    src: str | Place | Sequence[str | Place]
+    out: str | Place
     spec: Spec = field(default_factory=Spec)
-    labels: str | Path | None = None
+    labels: str | Place | None = None
     label_options: LabelOptions = field(default_factory=LabelOptions)
-    build_dir: str | Path | None = None
+    build_dir: str | Place | None = None
     key: str | Path | None = None
+    endpoint: str | None = None
+    atomic: bool = True
     workers: int | None = None
     scheduler: str | None = None
     tls: Tls | None = None
     overwrite: bool = False
     allow: Allowances = field(default_factory=Allowances)
     progress: Progress = field(default_factory=NoProgress)
+
+    def sources(self) -> list[Place]:
+        """Return where the sources are; raises ``UsageError``."""
+        return [self.place(each, "--src") for each in ([self.src] if isinstance(self.src, str | Place) else self.src)]
+
+    def places(self) -> list[Place]:
+        """Return where the sources, the dataset and its working folder are; raises ``UsageError``."""
+        out = self.place(self.out, "--out")
+        return [*self.sources(), out, self.folder(out).path]
+
+    def folder(self, out: Place) -> BuildFolder:
+        """Return the working folder of the dataset ``out``; raises ``UsageError``."""
+        return build_folder(out, self.build_dir, endpoint=self.endpoint, atomic=self.atomic)
+
+    def place(self, given: str | Place, what: str) -> Place:
+        """Return where ``given`` is, absolute, which ``what`` names in errors; raises ``UsageError``."""
+        return place_of(given, what, endpoint=self.endpoint, atomic=self.atomic).absolute()
 
 
 @dataclass(frozen=True)
@@ -105,20 +124,22 @@ class PlannedBuild:
     """A build that has a plan, in this process, which holds its locks; ``secret`` is the key of pseudonyms."""
 
     job: Job
-    out: Path
+    out: Place
     state: State
     secret: bytes | None
 
 
 def build(
-    src: str | Path | Sequence[str | Path],
-    out: str | Path,
+    src: str | Place | Sequence[str | Place],
+    out: str | Place,
     spec: Spec | None = None,
     *,
-    labels: str | Path | None = None,
+    labels: str | Place | None = None,
     label_options: LabelOptions | None = None,
-    build_dir: str | Path | None = None,
+    build_dir: str | Place | None = None,
     key: str | Path | None = None,
+    endpoint: str | None = None,
+    atomic: bool = True,
     workers: int | None = None,
     scheduler: str | None = None,
     tls: Tls | None = None,
@@ -131,6 +152,8 @@ def build(
     ``src`` is a folder or a zip archive, or several of them: then each path starts with the name of its folder or
     archive. ``labels`` is a label file instead of the one in the tree, ``label_options`` how to read it.
     ``build_dir`` is the working folder, which keeps what a resume needs (default: ``out`` with ``.build`` appended).
+    Any of these may be a URL of a bucket, s3://bucket/folder or gs://bucket/folder, at ``endpoint`` (default: the one that
+    the environment names). ``atomic=False`` writes to a store that ignores conditions: then only one build may run.
     ``key`` is the file with the key of pseudonyms (default: one in the working folder, made by the first build).
     ``workers`` are local processes (default: one per core; 0: all in this process), ``scheduler`` the address
     or scheduler file of a Dask cluster whose workers see all folders under the same paths, ``tls`` the files to reach it
@@ -145,6 +168,8 @@ def build(
         label_options=label_options or LabelOptions(),
         build_dir=build_dir,
         key=key,
+        endpoint=endpoint,
+        atomic=atomic,
         workers=workers,
         scheduler=scheduler,
         tls=tls,
@@ -160,7 +185,8 @@ def run(request: Request) -> Outcome:
     seconds: dict[str, float] = {}
     with planned(request, seconds) as work:
         if work is None:
-            return Outcome(open_dataset(Path(request.out)).counts.model_dump(), already_finished=True, seconds=seconds)
+            finished = open_dataset(request.place(request.out, "--out"))
+            return Outcome(finished.counts.model_dump(), already_finished=True, seconds=seconds)
         job, state = work.job, work.state
         assert state.plan is not None
         with timed(seconds, "shards"):
@@ -178,18 +204,18 @@ def planned(request: Request, seconds: dict[str, float]) -> Iterator[PlannedBuil
 
     Yields None if its dataset is already finished. ``seconds`` gets what each stage took.
     """
-    paths = [request.src] if isinstance(request.src, str | Path) else request.src
-    sources = [local_path(path, "--src").absolute() for path in paths]
-    out = local_path(request.out, "--out").absolute()
-    folder = build_folder(out, request.build_dir)
-    spec, labels, allow, progress = request.spec, request.labels, request.allow, request.progress
+    sources = request.sources()
+    out = request.place(request.out, "--out")
+    folder = request.folder(out)
+    labels = None if request.labels is None else request.place(request.labels, "--labels")
+    spec, allow, progress = request.spec, request.allow, request.progress
     count = default_workers() if request.workers is None else request.workers
     check_layout(spec)
     check_filters(spec)
     native.require()
     source = open_source(sources)
     if labels is not None:
-        check_table_path(local_path(labels, "--labels"))
+        check_table_path(labels)
     check_output_folder(out, folder, sources, overwrite=request.overwrite)
     refuse_kept_columns(spec, request.label_options.keep, allowed=allow.kept_columns)
     key = None if request.key is None else Path(request.key)
@@ -209,7 +235,8 @@ def planned(request: Request, seconds: dict[str, float]) -> Iterator[PlannedBuil
             os_errors_explained(out),
             build_lock(folder),
             output_lock(out, say=progress.say),
-            LoggedProgress(progress, folder.log) as logged,
+            line_writer(folder.log) as write,
+            LoggedProgress(progress, write) as logged,
         ):
             job = Job(pool, folder, sources, listing, logged)
             if request.overwrite:
@@ -260,7 +287,7 @@ def say_broken_archives(listing: Listing, progress: Progress) -> None:
 
 
 def say_forecast(
-    job: Job, out: Path, spec: Spec, allow: Allowances, *, first: int = 0, instead: str = BUILD_SMALLER
+    job: Job, out: Place, spec: Spec, allow: Allowances, *, first: int = 0, instead: str = BUILD_SMALLER
 ) -> None:
     """Say what the missing shards will take; raises ``BuildError`` if the disk is not expected to hold them.
 
@@ -298,12 +325,12 @@ def write_plan(folder: BuildFolder, state: State, plan: Plan) -> State:
     return state
 
 
-def write_keys(folder: BuildFolder, listing: Listing, sources: Sequence[Path]) -> None:
+def write_keys(folder: BuildFolder, listing: Listing, sources: Sequence[Place]) -> None:
     """Write the source keys of the planned files, one row group per shard, and which ``sources`` they are keys of.
 
     They are not part of the plan: between two runs a folder may become an archive, or be repacked.
     """
-    with pq.ParquetFile(folder.plan) as plan:
+    with rows_of(folder.plan) as plan:
         metadata = plan.metadata
         paths = plan.read(["path"])["path"]
     keys = pa.table({"key": source_keys(listing, paths)})
@@ -313,9 +340,9 @@ def write_keys(folder: BuildFolder, listing: Listing, sources: Sequence[Path]) -
 
 def write_shards(
     pool: Pool,
-    out: Path,
+    out: Place,
     folder: BuildFolder,
-    sources: Sequence[Path],
+    sources: Sequence[Place],
     digest: str,
     progress: Progress,
     *,
@@ -326,14 +353,16 @@ def write_shards(
 
     A shard is recorded in the ledger when it is on disk. Threads of this process wait for that; the workers continue.
     """
-    plan = pq.ParquetFile(folder.plan).metadata
+    plan = rows_of(folder.plan).metadata
     sizes = {first + number: plan.row_group(number).num_rows for number in part.numbers(plan.num_row_groups)}
-    done = {number for number in ledger.done(folder.done) & sizes.keys() if is_done(out, folder, number, digest)}
+    recorded = sorted(ledger.done(folder.done) & sizes.keys())
+    are_done = for_each(lambda number: is_done(out, folder, number, digest), recorded, at=out)
+    done = {number for number, is_whole in zip(recorded, are_done, strict=True) if is_whole}
     for number in sizes:
         if number not in done:
             clear_leftovers(shard_path(out, number))
     progress.begin("Writing slices", sum(sizes.values()), "slices", sum(sizes[number] for number in done))
-    task = partial(write_shard, str(out), str(folder.path), tuple(map(str, sources)), digest)
+    task = partial(write_shard, out, folder, tuple(sources), digest)
     with ThreadPoolExecutor(SYNC_THREADS, thread_name_prefix="sync") as syncers:
         pending = deque[Future[None]]()
         for number, report in pool.map(task, [number for number in sizes if number not in done]):
@@ -346,7 +375,7 @@ def write_shards(
     progress.end()
 
 
-def is_done(out: Path, folder: BuildFolder, number: int, digest: str) -> bool:
+def is_done(out: Place, folder: BuildFolder, number: int, digest: str) -> bool:
     """Return whether shard ``number`` is as this plan's entry records, and has no slice that a retry might fix."""
     report = intact_report(out, folder, number, digest)
     return report is not None and not any(
@@ -354,7 +383,7 @@ def is_done(out: Path, folder: BuildFolder, number: int, digest: str) -> bool:
     )
 
 
-def intact_report(out: Path, folder: BuildFolder, number: int, digest: str) -> ShardReport | None:
+def intact_report(out: Place, folder: BuildFolder, number: int, digest: str) -> ShardReport | None:
     """Return the ledger's entry of shard ``number`` if it is of the plan with this ``digest``, and the shard is there."""
     try:
         report = ShardReport.from_json(ledger.read(folder.done, number))
@@ -363,14 +392,14 @@ def intact_report(out: Path, folder: BuildFolder, number: int, digest: str) -> S
     return report if report.plan == digest and size_of(shard_path(out, number)) == report.bytes else None
 
 
-def _sync_and_record(out: Path, folder: BuildFolder, number: int, report: ShardReport) -> None:
+def _sync_and_record(out: Place, folder: BuildFolder, number: int, report: ShardReport) -> None:
     """Wait until shard ``number`` is on disk, then record it in the ledger."""
     sync_file(shard_path(out, number), folders=3)
     ledger.record(folder.done, number, report.to_json())
 
 
 def publish_shards(
-    out: Path, folder: BuildFolder, state: State, *, found: int, secret: bytes | None, allow: Allowances
+    out: Place, folder: BuildFolder, state: State, *, found: int, secret: bytes | None, allow: Allowances
 ) -> dict[str, int]:
     """Publish the dataset, every shard of which has an entry in the ledger; return its counts.
 

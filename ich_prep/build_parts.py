@@ -24,8 +24,9 @@ from ich_prep.build_dataset import (
     write_shards,
 )
 from ich_prep.dataset import native, open_dataset
+from ich_prep.dataset.bucket_path import BucketPath, Place
 from ich_prep.dataset.schema import ROOT
-from ich_prep.dataset.storage import local_path
+from ich_prep.dataset.storage import line_writer, local_path
 from ich_prep.dataset.tables import read_sealed
 from ich_prep.errors import BuildError, CorruptionError, SourceError, UsageError, count
 from ich_prep.execute import Pool, default_workers
@@ -52,10 +53,19 @@ class ShardCounts:
 
 
 def plan_build(request: Request) -> ShardCounts:
-    """Do what ``build`` does, as far as the plan, and leave the shards to ``write_part``; raises the same errors."""
+    """Do what ``build`` does, as far as the plan, and leave the shards to ``write_part``; raises the same errors.
+
+    Places in buckets are refused: parts share a file system.
+    """
+    for place in request.places():
+        if isinstance(place, BucketPath):
+            raise UsageError(
+                f"{place} is in a bucket; the parts of a build share a file system. `ich-prep build` reads from buckets and "
+                "writes to them."
+            )
     with planned(request, {}) as work:
         if work is None:
-            whole = open_dataset(Path(request.out)).counts
+            whole = open_dataset(request.place(request.out, "The dataset")).counts
             return ShardCounts(whole.planned, whole.shards, whole.shards)
         counts = _count(work.out, work.job.folder, work.state)
         work.job.progress.event("end", shards=counts.shards)
@@ -84,7 +94,8 @@ def write_part(
     with (
         os_errors_explained(out),
         part_lock(folder, part),
-        LoggedProgress(progress or NoProgress(), log_of(folder, part)) as logged,
+        line_writer(log_of(folder, part)) as write,
+        LoggedProgress(progress or NoProgress(), write) as logged,
     ):
         state = _planned_state(out, folder)  # again: before the lock was held, another process may have planned
         if state.published is None:
@@ -117,7 +128,8 @@ def publish_build(
         os_errors_explained(out),
         build_lock(folder),
         output_lock(out, say=progress.say),
-        LoggedProgress(progress, folder.log) as logged,
+        line_writer(folder.log) as write,
+        LoggedProgress(progress, write) as logged,
     ):
         state = _planned_state(out, folder)
         if (out / ROOT).exists():
@@ -183,7 +195,7 @@ def _sources(folder: BuildFolder) -> tuple[Path, ...]:
     return paths
 
 
-def _count(out: Path, folder: BuildFolder, state: State, part: Part = ALL) -> ShardCounts:
+def _count(out: Place, folder: BuildFolder, state: State, part: Part = ALL) -> ShardCounts:
     plan = pq.ParquetFile(folder.plan).metadata
     numbers = part.numbers(plan.num_row_groups)
     return ShardCounts(
@@ -193,7 +205,7 @@ def _count(out: Path, folder: BuildFolder, state: State, part: Part = ALL) -> Sh
     )
 
 
-def _missing(out: Path, folder: BuildFolder, state: State, numbers: Sequence[int]) -> list[int]:
+def _missing(out: Place, folder: BuildFolder, state: State, numbers: Sequence[int]) -> list[int]:
     """Return those of the shards ``numbers`` without an intact entry in the ledger."""
     assert state.plan is not None
     return [number for number in numbers if intact_report(out, folder, number, state.plan) is None]

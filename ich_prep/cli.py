@@ -15,7 +15,7 @@ import typer
 
 from ich_prep import cli_build, cli_change, look_commands
 from ich_prep.cli_report import report
-from ich_prep.command_options import EXIT_CODES, BuildDir, Json, run_program, say
+from ich_prep.command_options import EXIT_CODES, BuildDir, Endpoint, Json, run_program, say
 from ich_prep.errors import UsageError, count
 
 if TYPE_CHECKING:
@@ -85,13 +85,16 @@ app.command()(look_commands.scan)
 
 @app.command()
 def info(
-    dataset: Annotated[Path, typer.Argument(help="A finished dataset.")],
+    dataset: Annotated[Path, typer.Argument(help="A finished dataset: a path or a URL.")],
+    endpoint: Endpoint = None,
     as_json: Json = False,
 ) -> None:
     """Show a summary of a dataset: counts, labels by fold, quarantine, flags."""
     from ich_prep.dataset.dataset import open_dataset
+    from ich_prep.dataset.store_url import use_endpoint
     from ich_prep.summary import summary_of
 
+    use_endpoint(endpoint)
     summary = summary_of(open_dataset(dataset))
     if as_json:
         typer.echo(json.dumps(summary, indent=2))
@@ -148,7 +151,7 @@ app.command()(look_commands.quarantine)
 
 @app.command()
 def verify(
-    dataset: Annotated[Path, typer.Argument(help="A finished dataset.")],
+    dataset: Annotated[Path, typer.Argument(help="A finished dataset: a path or a URL.")],
     src: Annotated[
         list[Path] | None, typer.Option(help="The sources, as build was given them, to compare a sample of the pixels.")
     ] = None,
@@ -158,12 +161,16 @@ def verify(
     where: Annotated[
         str | None, typer.Option(help="Check the shards, and compare the slices, of this filter only.")
     ] = None,
+    endpoint: Endpoint = None,
     as_json: Json = False,
 ) -> None:
     """Check a dataset's integrity and report every problem."""
+    from ich_prep.dataset.store_url import use_endpoint
+    from ich_prep.files import whole_url
     from ich_prep.progress import NoProgress, TerminalProgress
     from ich_prep.verify import verify as run
 
+    use_endpoint(endpoint)
     if as_json:
         result = run(
             dataset, src=src, build_dir=build_dir, sample=sample, seed=seed, where=where, progress=NoProgress()
@@ -173,15 +180,15 @@ def verify(
             result = run(
                 dataset, src=src, build_dir=build_dir, sample=sample, seed=seed, where=where, progress=progress
             )
-    _print_verification(dataset, result, as_json=as_json)
+    _print_verification(whole_url(dataset), result, as_json=as_json)
     raise typer.Exit(1 if result.problems else 0)
 
 
-def _print_verification(dataset: Path, result: Verification, *, as_json: bool) -> None:
+def _print_verification(dataset: str, result: Verification, *, as_json: bool) -> None:
     if as_json:
         from dataclasses import asdict
 
-        typer.echo(json.dumps({"dataset": str(dataset), "ok": not result.problems, **asdict(result)}, indent=2))
+        typer.echo(json.dumps({"dataset": dataset, "ok": not result.problems, **asdict(result)}, indent=2))
         return
     for note in result.notes:
         say(f"Note: {note.culprit} {note.what}.", err=True)
@@ -206,16 +213,19 @@ def clean(
     ] = False,
     build_dir: BuildDir = None,
     forget_key: Annotated[bool, typer.Option("--forget-key", help="Remove the key of pseudonyms too.")] = False,
+    endpoint: Endpoint = None,
 ) -> None:
     """Remove the working folder of a finished dataset: paths, identifiers, plan and log of its build, not its key."""
     if generations:
         cli_change.clean_generations(dataset, build_dir)
         return
+    from ich_prep.dataset.storage import place_of
     from ich_prep.stages import output
     from ich_prep.stages.state import build_folder
 
-    folder = build_folder(dataset.absolute(), build_dir)
-    freed = output.clean(dataset, folder, forget_key=forget_key)
+    place = place_of(dataset, "The dataset", endpoint=endpoint)
+    folder = build_folder(place.absolute(), build_dir, endpoint=endpoint)
+    freed = output.clean(place, folder, forget_key=forget_key)
     done = f"Removed {folder.path} ({freed / 1e6:,.1f} MB)." if freed else f"There is no working folder {folder.path}."
     if folder.key.exists():
         done = (
@@ -234,10 +244,11 @@ RunFolder = Annotated[Path | None, typer.Option("--run", help="The folder of a t
 
 @app.command()
 def export(
-    dataset: Annotated[Path, typer.Argument(help="A finished dataset.")],
+    dataset: Annotated[Path, typer.Argument(help="A finished dataset: a path or a URL.")],
     *,
     series: Series = None,
     where: Where = None,
+    endpoint: Endpoint = None,
     out: Annotated[Path, typer.Option(help="New or empty folder to write to.")],
     form: Annotated[str, typer.Option("--as", help="nifti (HU), png (window codes) or npy (as stored).")],
     run: RunFolder = None,
@@ -249,8 +260,10 @@ def export(
     from ich_prep.dataset.dataset import open_dataset
     from ich_prep.dataset.predictions import read_predictions
     from ich_prep.dataset.selection import choose_volumes
+    from ich_prep.dataset.store_url import use_endpoint
     from ich_prep.export import export as write
 
+    use_endpoint(endpoint)
     with open_dataset(dataset) as opened:
         chosen = choose_volumes(opened, series=series or (), where=where)
         predictions = None if run is None else read_predictions(run, opened)

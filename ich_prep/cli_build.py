@@ -14,12 +14,13 @@ import typer
 from ich_prep import signals
 from ich_prep.cli_report import report
 from ich_prep.command_options import BuildDir, Json, exit_code_of, options_from, say
-from ich_prep.errors import IchError, InterruptError, count
+from ich_prep.errors import IchError, InterruptError, UsageError, count
 from ich_prep.messages import duration_text
 from ich_prep.options import BuildOptions, resolve
 
 if TYPE_CHECKING:
     from ich_prep.build_dataset import Outcome, Request
+    from ich_prep.dataset.bucket_path import Place
     from ich_prep.progress import Progress
     from ich_prep.status import Status
 
@@ -34,8 +35,11 @@ Planned = Annotated[Path, typer.Argument(help="The dataset that ich-prep plan wa
 @options_from(BuildOptions)
 def build(
     *,
-    src: Sources,
-    out: Annotated[Path, typer.Option(help="The dataset to build, or to resume.")],
+    src: Annotated[
+        list[Path],
+        typer.Option(help="Folder, zip archive or URL (s3://, gs://) with the DICOM files; may be repeated."),
+    ],
+    out: Annotated[Path, typer.Option(help="The dataset to build, or to resume: a path, or a URL of a bucket.")],
     recipe: Recipe = None,
     overwrite: Overwrite = False,
     given: dict[str, Any],
@@ -44,15 +48,21 @@ def build(
     options = resolve(recipe, given)
 
     from ich_prep import build_dataset
+    from ich_prep.dataset.storage import place_of
 
-    with _explaining_interrupts(out, overwrite=overwrite), reporting(as_json=options.log_json) as progress:
-        outcome = build_dataset.run(_request(src, out, options, progress, overwrite=overwrite))
-    _print_outcome(out, outcome)
+    place = place_of(out, "--out", **options.buckets())
+    if options.report and not isinstance(place, Path):
+        raise UsageError(f"--report writes a page beside the dataset, and {place} is in a bucket. Leave --report out.")
+    with _explaining_interrupts(place, overwrite=overwrite), reporting(as_json=options.log_json) as progress:
+        outcome = build_dataset.run(_request(src, place, options, progress, overwrite=overwrite))
+    _print_outcome(place, outcome)
     if options.report:
         report(out, build_dir=options.build_dir)
 
 
-@options_from(BuildOptions, *(name for name in BuildOptions.model_fields if name != "report"))
+@options_from(
+    BuildOptions, *(name for name in BuildOptions.model_fields if name not in ("report", "endpoint", "atomic"))
+)
 def plan(
     *,
     src: Sources,
@@ -142,12 +152,11 @@ STAGES = {
 }
 
 
-def _request(src: list[Path], out: Path, options: BuildOptions, progress: Progress, *, overwrite: bool) -> Request:
+def _request(src: list[Path], out: Place, options: BuildOptions, progress: Progress, *, overwrite: bool) -> Request:
     from ich_prep.build_dataset import Request
 
-    return Request(
-        src, out, options.spec(), overwrite=overwrite, key=options.key, **options.arguments(), progress=progress
-    )
+    arguments = {**options.arguments(), **options.buckets()}
+    return Request(src, out, options.spec(), overwrite=overwrite, key=options.key, **arguments, progress=progress)
 
 
 @contextmanager
@@ -174,7 +183,7 @@ def reporting(*, as_json: bool) -> Iterator[Progress]:
 
 
 @contextmanager
-def _explaining_interrupts(out: Path, *, overwrite: bool = False) -> Iterator[None]:
+def _explaining_interrupts(out: Place, *, overwrite: bool = False) -> Iterator[None]:
     """Turn Ctrl-C into an ``InterruptError`` that says how to resume."""
     try:
         yield
@@ -221,7 +230,7 @@ def _status_lines(dataset: Path, found: Status) -> Iterator[str]:
         yield f"Last result: {found.last_write}."
 
 
-def _print_outcome(out: Path, outcome: Outcome) -> None:
+def _print_outcome(out: Place, outcome: Outcome) -> None:
     from ich_prep.dataset.dataset import open_dataset
     from ich_prep.summary import closing_lines
 

@@ -27,6 +27,7 @@ EXIT_CODES = (
 )
 # Options that several commands have.
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Endpoint = Annotated[str | None, typer.Option(help="Server of s3:// or gs:// URLs, such as http://host:port.")]
 BuildDir = Annotated[Path | None, typer.Option(help="Working folder. [DATASET.build]")]
 
 _COMMAND_LINE_ERROR: Any = typer.BadParameter.__mro__[2]  # ClickException, which Typer does not export

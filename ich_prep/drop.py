@@ -118,7 +118,7 @@ def _plan_purges(dataset: Dataset, gone: NDArray[np.bool_], *, pending: NDArray[
         left[: rows.stop - first] = pending[rows]
         removed[: rows.stop - first] = gone[rows]
         plans[shard] = plan_purge(
-            shard_path(dataset.path, shard),
+            shard_path(dataset.folder, shard),
             removed | left,
             chunks=per_shard,
             recorded=recorded[shard].as_py(),
@@ -163,10 +163,10 @@ def _copies(dataset: Dataset, folder: BuildFolder, linked: list[Path]) -> list[s
         found.append(
             f"earlier generations in {dataset.path} have their labels and identifiers (`ich-prep clean --generations`)"
         )
-    page = dataset.path.absolute().with_name(f"{dataset.path.name}.report.html")
+    page = dataset.folder.absolute().with_name(f"{dataset.path.name}.report.html")
     if page.exists():
         found.append(f"{page} may show them: write it again with `ich-prep report`")
-    marks = default_file(dataset.path)
+    marks = default_file(dataset.folder)
     if marks.exists():
         found.append(f"{marks} may have marks and notes about them")
     return [

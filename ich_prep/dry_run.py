@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ich_prep.dataset import native
+from ich_prep.dataset.bucket_path import Place
 from ich_prep.dataset.spec import Spec
-from ich_prep.dataset.storage import local_path
+from ich_prep.dataset.storage import place_of, size_of
 from ich_prep.dataset.tables import with_columns
 from ich_prep.errors import BuildError, Reason, SourceError, UsageError
 from ich_prep.execute import Pool, Tls, default_workers
@@ -91,7 +92,7 @@ class DryRun:
     if any. ``stops`` are the messages with which a build would end.
     """
 
-    sources: tuple[Path, ...]
+    sources: tuple[Place, ...]
     spec: Spec
     files: int
     volumes: pa.Table
@@ -127,12 +128,14 @@ class DryRun:
 
 
 def dry_run(
-    src: str | Path | Sequence[str | Path],
+    src: str | Place | Sequence[str | Place],
     spec: Spec | None = None,
     *,
-    labels: str | Path | None = None,
+    labels: str | Place | None = None,
     label_options: LabelOptions | None = None,
-    build_dir: str | Path | None = None,
+    build_dir: str | Place | None = None,
+    endpoint: str | None = None,
+    atomic: bool = True,
     workers: int | None = None,
     scheduler: str | None = None,
     tls: Tls | None = None,
@@ -147,18 +150,21 @@ def dry_run(
     the layout is known, before headers are read. Raises ``SourceError``, ``BuildError`` or
     ``UsageError``; what would end a build after the headers are read is in ``stops`` instead.
     """
-    paths = [src] if isinstance(src, str | Path) else src
-    sources = tuple(local_path(path, "--src").absolute() for path in paths)
+    paths = [src] if isinstance(src, str | Place) else src
+    at = partial(place_of, endpoint=endpoint, atomic=atomic)
+    sources = tuple(at(path, "--src").absolute() for path in paths)
+    file = None if labels is None else at(labels, "--labels")
+    kept = None if build_dir is None else BuildFolder(at(build_dir, "--build-dir").absolute())
     spec, allow, progress = spec or Spec(), allow or Allowances(), progress or NoProgress()
     check_layout(spec)
     check_filters(spec)
     native.require()
     source = open_source(sources)
-    if labels is not None:
-        check_table_path(local_path(labels, "--labels"))
+    if file is not None:
+        check_table_path(file)
     processes = default_workers() if workers is None else workers
     with (
-        _working_folder(build_dir, sources, shared=scheduler is not None) as folder,
+        _working_folder(kept, sources, shared=scheduler is not None) as folder,
         Pool(workers=processes, scheduler=scheduler, tls=tls, modules=TASK_MODULES) as pool,
     ):
         listing = source.list()
@@ -166,7 +172,7 @@ def dry_run(
         if check is not None:
             check(spec)
         rules = LabelRules(spec.classes, allow.contradictions, True, label_options or LabelOptions())
-        table, stops = _labels(layout, listing, labels, rules)
+        table, stops = _labels(layout, listing, file, rules)
         job = Job(pool, folder, sources, listing, progress)
         state = State(spec=spec, sources=digest_listing(listing), labels=table.digest(), versions=all_versions())
         with build_lock(folder):
@@ -178,7 +184,7 @@ def dry_run(
             header_seconds = (time.perf_counter() - start) * len(listing.files) / unread if unread else None
             found = settle_files(job, scanned, spec)
             table, plan, more = _plan(job, found, layout, table, spec)
-            stops += [*more, *_stops(plan, table, None if build_dir is None else folder, allow, progress)]
+            stops += [*more, *_stops(plan, table, kept, allow, progress)]
             rows = sampled_rows(len(plan.slices))
             chosen = plan.slices.take(pa.array(rows, pa.int64()))
             sample = measure(chosen, source_keys(listing, chosen["path"]).to_pylist(), sources, spec)
@@ -199,12 +205,11 @@ def dry_run(
 
 
 @contextlib.contextmanager
-def _working_folder(given: str | Path | None, sources: Sequence[Path], *, shared: bool) -> Iterator[BuildFolder]:
+def _working_folder(given: BuildFolder | None, sources: Sequence[Place], *, shared: bool) -> Iterator[BuildFolder]:
     """Yield the folder ``given``, which is kept, or a temporary one."""
     if given is not None:
-        folder = BuildFolder(local_path(given, "--build-dir").absolute())
-        check_working_folder(folder, sources)
-        yield folder
+        check_working_folder(given, sources)
+        yield given
         return
     if shared:
         raise UsageError("The workers of --scheduler need a folder that all of them see: name one with --build-dir.")
@@ -218,9 +223,7 @@ def _working_folder(given: str | Path | None, sources: Sequence[Path], *, shared
         yield BuildFolder(Path(temporary) / "headers.build")
 
 
-def _labels(
-    layout: Layout, listing: Listing, given: str | Path | None, rules: LabelRules
-) -> tuple[LabelTable, list[str]]:
+def _labels(layout: Layout, listing: Listing, given: Place | None, rules: LabelRules) -> tuple[LabelTable, list[str]]:
     """Return the labels and no message, or no labels and the message with which a build would end."""
     try:
         return read_labels(layout, listing, given, rules), []
@@ -306,7 +309,7 @@ def _estimate(
         dataset_bytes=None if sample.bytes is None else round(sample.bytes * count),
         uncompressed_bytes=count * spec.channels * spec.size**2 * spec.dtype.itemsize,
         source_bytes=pc.sum(slices["header_file_size"]).as_py() or 0,
-        folder_bytes=sum(path.stat().st_size for path in folder.own_files()),
+        folder_bytes=sum(size_of(path) or 0 for path in folder.own_files()),
         header_seconds=header_seconds,
         slice_seconds=None if sample.seconds is None else sample.seconds * count / processes,
     )

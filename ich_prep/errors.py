@@ -8,6 +8,7 @@
     ├── BuildError                a build that cannot continue: another spec, too many damaged files, a failing task
     ├── DatasetError              a directory that is not a finished dataset of a version this code reads
     │   └── CorruptionError       a dataset whose bytes are not the ones that were written
+    ├── StoreError                an object store that refuses a request, or does not answer
     ├── InterruptError            Ctrl-C, with how to resume (exit code 130)
     ├── TrainError                a training run that cannot start or continue
     └── SliceError                one file or slice to quarantine, with the reason
@@ -108,6 +109,10 @@ class DatasetError(IchError):
 
 class CorruptionError(DatasetError):
     """A dataset whose bytes are not the ones that were written; the text names the file and, if known, the row."""
+
+
+class StoreError(IchError):
+    """An object store that refuses a request or does not answer; the text names the object and what was answered."""
 
 
 class InterruptError(IchError):

@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 EVENTS: Final = {
     "start": ("layout", "files", "notes", "part"),
@@ -28,16 +27,23 @@ EVENTS: Final = {
 }
 
 
+class Log(Protocol):
+    """Where a log is: a path, or a place in a bucket."""
+
+    def read_bytes(self) -> bytes:
+        """Return all of it; raises ``OSError``."""
+
+
 def event_line(event: str, values: dict[str, Any]) -> str:
     """Return the line of an event with its ``values``, without a line end."""
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     return json.dumps({"time": stamp, "event": event, **values})
 
 
-def read_events(path: Path) -> Iterator[dict[str, Any]]:
+def read_events(path: Log) -> Iterator[dict[str, Any]]:
     """Yield the events in the log at ``path``, none if it cannot be read; lines that are not whole are left out."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_bytes().decode(errors="replace").splitlines()
     except OSError:
         return
     for line in lines:

@@ -32,6 +32,8 @@ from ich_prep.versions import PACKAGE, all_versions
 if TYPE_CHECKING:
     from distributed import Client
 
+    from ich_prep.dataset.bucket_path import Place
+
 T = TypeVar("T")
 
 IN_FLIGHT_PER_WORKER = 3
@@ -91,7 +93,7 @@ class Pool:
     scheduler: str | None = None
     modules: tuple[str, ...] = ()
     tls: Tls | None = None
-    _folders: tuple[Path, ...] = ()
+    _folders: tuple[Place, ...] = ()
     _client: Client | None = None
     _close: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _starting: threading.Thread | None = None
@@ -125,7 +127,7 @@ class Pool:
         assert self._client is not None
         return len(self._client.scheduler_info(n_workers=-1)["workers"])
 
-    def check_workers(self, *folders: Path, say: Callable[[str], None]) -> None:
+    def check_workers(self, *folders: Place, say: Callable[[str], None]) -> None:
         """Wait for a worker of the ``scheduler``, and check that its workers can work on ``folders``.
 
         ``say`` reports if there is none yet. Raises ``BuildError`` if the scheduler or a worker cannot load what it is
@@ -318,7 +320,7 @@ def _one_at_a_time(task: Callable[[int], T], key: int) -> T:
 
 
 def _on_checked_host(
-    versions: tuple[tuple[str, str | None], ...], folders: tuple[Path, ...], task: Callable[[int], T], key: int
+    versions: tuple[tuple[str, str | None], ...], folders: tuple[Place, ...], task: Callable[[int], T], key: int
 ) -> T:
     """Return ``task(key)``, once it is clear that this process has the ``versions`` and sees the ``folders``."""
     _check_host(versions, folders)
@@ -326,7 +328,7 @@ def _on_checked_host(
 
 
 @cache
-def _check_host(versions: tuple[tuple[str, str | None], ...], folders: tuple[Path, ...]) -> None:
+def _check_host(versions: tuple[tuple[str, str | None], ...], folders: tuple[Place, ...]) -> None:
     here = all_versions()
     for name, driver in versions:
         if here.get(name) != driver:
@@ -338,7 +340,7 @@ def _check_host(versions: tuple[tuple[str, str | None], ...], folders: tuple[Pat
         raise BuildError(_unseen(f"A worker on {socket.gethostname()}", path))
 
 
-def _unseen(worker: str, path: Path) -> str:
+def _unseen(worker: str, path: Place) -> str:
     return (
         f"{worker} does not see {path}: every worker must see the sources, the dataset and its working folder under the "
         "same paths. Mount it there, or omit --scheduler to use this machine."
@@ -379,7 +381,7 @@ def _security(address: str, tls: Tls | None) -> Any:
     )
 
 
-def _missing(paths: tuple[Path, ...]) -> list[Path]:
+def _missing(paths: tuple[Place, ...]) -> list[Place]:
     """Return those of ``paths``, folders and archives, that this process does not see."""
     return [path for path in paths if not path.exists()]
 

@@ -26,6 +26,8 @@ _KINDS = (
 )
 
 
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}")  # pathlib turns s3://bucket into s3:/bucket
+
 # What operating systems, file servers and version control put beside the user's files, in lower case.
 _LITTER_NAMES = frozenset(
     (".ds_store", "icon\r", ".localized", "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "autorun.inf")
@@ -33,6 +35,16 @@ _LITTER_NAMES = frozenset(
 )
 _LITTER = re.compile(r"\._.+|~\$.*|\.nfs[0-9a-f]+|.*@syno(?:eastream|resource).*", re.DOTALL)
 _LITTER_FOLDERS = frozenset(("@eadir", "__macosx", ".appledouble", ".trashes", ".spotlight-v100", ".fseventsd"))
+
+
+def is_url(text: object) -> bool:
+    """Return whether ``text`` is a URL such as s3://bucket/data.zarr, and not the path of a file system."""
+    return _URL.match(str(text)) is not None
+
+
+def whole_url(url: object) -> str:
+    """Return a URL that pathlib may have shortened as it was, and a path as it is."""
+    return _URL.sub(lambda match: f"{match[1].lower()}://", str(url), count=1)
 
 
 def is_litter(path: PurePath) -> bool:

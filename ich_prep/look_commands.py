@@ -33,7 +33,7 @@ CsvFile = Annotated[Path | None, typer.Option("--csv", help="New CSV file to wri
 
 @options_from(BuildOptions)
 def scan(
-    src: Annotated[list[Path], typer.Argument(help="Folders or zip archives with the DICOM files.")],
+    src: Annotated[list[Path], typer.Argument(help="Folders, zip archives or URLs with the DICOM files.")],
     *,
     recipe: Annotated[Path | None, typer.Option(help="TOML file whose [build] sets any of these; options win.")] = None,
     csv_file: CsvFile = None,
@@ -54,7 +54,7 @@ def scan(
         check_new_file(path, option, src)
     with _progress(quiet=as_json, lines=options.log_json) as progress:
         check = None if label_template is None else _refuse_template
-        found = dry_run(src, options.spec(), check=check, progress=progress, **options.arguments())
+        found = dry_run(src, options.spec(), check=check, progress=progress, **options.arguments(), **options.buckets())
     notes = list(found.notes)
     tables = {} if csv_file is None else {csv_file: found.volumes}
     if label_template is not None:

@@ -60,7 +60,7 @@ def find(
     if (row is None) == (sop is None):
         raise UsageError("Expected --row N or --sop UID, one of the two.")
     dataset = open_dataset(path)
-    folder = build_folder(dataset.path.absolute(), build_dir)
+    folder = build_folder(dataset.folder.absolute(), build_dir)
     missing = _why_unknown(folder, dataset)
     secret = key_of_dataset(dataset.root, folder, None if key is None else Path(key), needed=False)
     rows = [row] if row is not None else _rows_of(dataset, str(sop), secret)

@@ -41,6 +41,14 @@ class BuildOptions(Spec):
     key: Path | None = Field(
         default=None, description="Key of the pseudonyms. [default: identifiers.key in the working folder, made once]"
     )
+    endpoint: str | None = Field(
+        default=None,
+        description="Where the buckets are, as https://HOST:PORT. [default: what the environment names, or the cloud]",
+    )
+    atomic: bool = Field(
+        default=True,
+        description="Write only to buckets whose store honours conditions; without it, only one build may run.",
+    )
     workers: int | None = Field(
         default=None, ge=0, le=4096, description="Processes; 0: this one. [default: one per core]"
     )
@@ -89,8 +97,12 @@ class BuildOptions(Spec):
         """Return the part that changes the bytes."""
         return Spec(**{name: getattr(self, name) for name in Spec.model_fields})
 
+    def buckets(self) -> dict[str, Any]:
+        """Return what places in buckets need, as keyword arguments of ``build``, ``dry_run`` and ``place_of``."""
+        return {"endpoint": self.endpoint, "atomic": self.atomic}
+
     def arguments(self) -> dict[str, Any]:
-        """Return the rest as the keyword arguments that ``build`` and ``dry_run`` share."""
+        """Return the rest as the keyword arguments that ``build``, ``dry_run`` and ``append`` share."""
         from ich_prep.layouts.labels import LabelOptions
         from ich_prep.stages.checks import Allowances
 

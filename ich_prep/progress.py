@@ -6,7 +6,6 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -206,14 +205,13 @@ def _to_stderr(line: str) -> None:
 
 
 class LoggedProgress:
-    """Shows what ``shown`` shows, and appends every message, task and event to the log at ``path``.
+    """Shows what ``shown`` shows, and passes every message, task and event to ``write``, the log.
 
     As a context, it also logs the error or the interruption that leaves it.
     """
 
-    def __init__(self, shown: Progress, path: Path) -> None:
-        self._path = path
-        self._log = JsonProgress(self._append, tasks=True)
+    def __init__(self, shown: Progress, write: Callable[[str], None]) -> None:
+        self._log = JsonProgress(write, tasks=True)
         self._both: tuple[Progress, ...] = (shown, self._log)
 
     def __enter__(self) -> Self:
@@ -252,7 +250,3 @@ class LoggedProgress:
         """Record and log an event."""
         for one in self._both:
             one.event(name, **values)
-
-    def _append(self, line: str) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(f"{line}\n")

@@ -21,7 +21,7 @@ from ich_prep.layouts.assignment import header_of
 from ich_prep.layouts.label_keys import choose_key
 from ich_prep.layouts.labels import Key, LabelOptions, LabelRules, LabelTable, join_labels
 from ich_prep.layouts.rsna import HEADER as RSNA_HEADER
-from ich_prep.sources import LISTING_SCHEMA, Listing, check_table_path, local_table
+from ich_prep.sources import LISTING_SCHEMA, Listing, check_table_path, table_at
 from ich_prep.stages.generation import Change, changing, joined_digest, publish_generation
 from ich_prep.stages.identifier_key import key_of_dataset
 from ich_prep.stages.identity import ISSUER
@@ -80,7 +80,7 @@ def relabel(
     """
     file = local_path(labels, "--labels")
     check_table_path(file)
-    table = local_table(file)
+    table = table_at(file)
     with changing(path, build_dir) as (dataset, folder):
         secret = key_of_dataset(dataset.root, folder, None if key is None else Path(key), needed=False)
         slices, classes = dataset.slices, dataset.classes

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ich_prep.dataset.bucket_path import Place
 from ich_prep.dataset.dataset import open_dataset
 from ich_prep.dataset.lock import HeldError, refuse_if_held
 from ich_prep.dataset.schema import OK, ROOT
+from ich_prep.dataset.storage import local_path, modified_at
 from ich_prep.dataset.tables import opened_parquet, read_parquet
 from ich_prep.errors import CorruptionError, DatasetError
 from ich_prep.events import read_events
@@ -80,7 +82,7 @@ class Status:
 
 def status_of(dataset: Path, build_dir: str | Path | None = None) -> Status:
     """Return how far the build of ``dataset`` is; raises ``DatasetError`` if there is neither a build nor a dataset."""
-    out = dataset.absolute()
+    out = local_path(dataset, "The dataset").absolute()
     folder = build_folder(out, build_dir)
     if (out / ROOT).exists():
         return _of_append(out, folder.append) or _of_finished(out, folder)
@@ -182,7 +184,7 @@ def _of_scan(folder: BuildFolder) -> _Results:
     total = _lines(folder.files)
     batches = ledger.done(folder.scan, suffix=".parquet")
     written = [
-        (folder.batch(number).stat().st_mtime, min(FILES_PER_BATCH, total - number * FILES_PER_BATCH))
+        (modified_at(folder.batch(number)), min(FILES_PER_BATCH, total - number * FILES_PER_BATCH))
         for number in batches
     ]
     reasons = [read_parquet(folder.batch(number), ["reason"])["reason"].drop_null() for number in batches]
@@ -201,12 +203,12 @@ def _of_shards(folder: BuildFolder, state: State) -> _Results:
             continue  # written again by the next run
         if report.plan == state.plan:
             counted.update(row.status for row in report.rows if row.status != OK)
-            written.append((ledger.entry_path(folder.done, number).stat().st_mtime, len(report.rows)))
+            written.append((modified_at(ledger.entry_path(folder.done, number)), len(report.rows)))
     stage: Literal["shards", "publish"] = "shards" if sum(units for _, units in written) < total else "publish"
     return _Results(stage, "slices", total, written, counted)
 
 
-def _lines(path: Path) -> int:
+def _lines(path: Place) -> int:
     with opened_parquet(path) as file:
         lines: int = file.metadata.num_rows
     return lines
@@ -227,7 +229,7 @@ def _start(folder: BuildFolder, running: Iterable[Part], stage: str) -> float:
     """Return when the process that works now began its stage: it then touched its lock, or wrote the keys."""
     locks = [lock_of(folder, part) for part in running]
     mark = folder.keys if stage in ("shards", "publish") else folder.lock
-    return min((path.stat().st_mtime for path in locks or [mark] if path.exists()), default=0.0)
+    return min((modified_at(path) for path in locks or [mark] if path.exists()), default=0.0)
 
 
 def _running(folder: BuildFolder) -> Iterator[Part]:
@@ -252,7 +254,7 @@ def _part(folder: BuildFolder, part: Part, *, running: bool) -> PartStatus:
     return PartStatus(str(part), "running" if running else ended or "killed", error)
 
 
-def _end(log: Path) -> tuple[Ended | None, str | None]:
+def _end(log: Place) -> tuple[Ended | None, str | None]:
     """Return how the last run in ``log`` ended, and the message of its error; None if there was none."""
     ends: dict[str, Ended] = {"start": "killed", "interrupted": "interrupted", "error": "failed", "end": "done"}
     last = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,13 +18,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ich_prep.dataset import open_dataset, shard_format
+from ich_prep.dataset.bucket_path import Place
 from ich_prep.dataset.classes import SUBTYPES, is_rsna
 from ich_prep.dataset.codecs import CODECS
+from ich_prep.dataset.places import names_below
 from ich_prep.dataset.schema import IMAGES, LABELS, OK, ROOT, UNUSED, WITHDRAWN, shard_path
-from ich_prep.dataset.storage import local_path
+from ich_prep.dataset.storage import local_path, read_whole
 from ich_prep.dataset.tables import read_sealed
 from ich_prep.errors import CorruptionError, UsageError
-from ich_prep.files import is_litter, read_regular
+from ich_prep.files import is_litter
 from ich_prep.stages import ledger
 from ich_prep.stages.compare import Problem, compare, files_of, open_sources, sample_rows
 from ich_prep.stages.folds import fold_of
@@ -134,7 +136,7 @@ def _belongs(folder: BuildFolder, dataset: Dataset) -> bool:
 def _check_root(dataset: Dataset) -> Iterator[Problem]:
     """Yield a problem if the root's other bytes were changed: they follow from its attributes and its members."""
     path = dataset.path / ROOT
-    if root_document(dataset.path, dataset.attributes) != path.read_bytes():
+    if root_document(dataset.path, dataset.attributes) != read_whole(path):
         yield Problem(str(path), "not the bytes that were written")
 
 
@@ -147,7 +149,7 @@ def _check_files(dataset: Dataset) -> Iterator[Problem]:
     for name, digest in sorted(digests.items()):
         path = dataset.path / name
         try:
-            data = read_regular(path)
+            data = read_whole(path)
         except OSError as error:
             yield Problem(str(path), f"cannot be read: {error.strerror}")
             continue
@@ -260,7 +262,11 @@ def _check_zarr(dataset: Dataset) -> Iterator[Problem]:
     """Yield a problem if zarr-python, independent of this project, reads the array differently."""
     import zarr
 
-    array = zarr.open_array(dataset.path / IMAGES, mode="r")
+    if isinstance(dataset.path, Path):
+        array = zarr.open_array(dataset.path / IMAGES, mode="r")
+    else:
+        store = zarr.storage.ObjectStore(dataset.path.store.client, read_only=True)
+        array = zarr.open_array(store, path=(dataset.path / IMAGES).key, mode="r")
     seen = (array.shape[1:], array.dtype, array.shards, array.chunks)
     chunk = (1, *dataset.shape[1:])
     expected = (dataset.shape[1:], dataset.dtype, (dataset.spec.slices_per_shard, *chunk[1:]), chunk)
@@ -305,18 +311,22 @@ def _check_strays(dataset: Dataset, folder: BuildFolder) -> tuple[list[Problem],
     """
     generation, state = dataset.root.generation, readable_state(folder.append)
     appending = state is not None and state.base == dataset.digest
-    expected = {dataset.path / name for name in (ROOT, *dataset.root.digests)}
-    expected.update(shard_path(dataset.path, shard) for shard in range(dataset.counts.shards))
+    expected = {PurePath(name) for name in (ROOT, *dataset.root.digests)}
+    expected.update(shard_path(Path(), shard) for shard in range(dataset.counts.shards))
     problems, notes = list[Problem](), list[Problem]()
-    for path in sorted(dataset.path.rglob("*")):
-        if path in expected or path.is_dir():
+    names = names_below(dataset.path)
+    if names is None:
+        return [], (Problem(str(dataset.path), "cannot be listed: whether it has other files was not checked"),)
+    for name in map(PurePath, names):
+        if name in expected:
             continue
-        of = generation_of(path) if path.parent == dataset.path / LABELS and path.suffix == ".parquet" else None
+        path = dataset.path / name
+        of = generation_of(name) if name.parent == PurePath(LABELS) and name.suffix == ".parquet" else None
         if of is not None and (of <= generation or (appending and of == generation + 1)):
             continue
-        if appending and is_new_shard(dataset, path):
+        if appending and is_new_shard(dataset, name):
             continue
-        if is_litter(path.relative_to(dataset.path)):
+        if is_litter(name):
             notes.append(Problem(str(path), "is litter of an operating system, and ignored"))
         elif of == generation + 1:
             what = "is of a command that did not finish. Repeat it, or remove this with `ich-prep clean --generations`"
@@ -327,7 +337,7 @@ def _check_strays(dataset: Dataset, folder: BuildFolder) -> tuple[list[Problem],
 
 
 def _check_shard(
-    path: Path,
+    path: Place,
     line: dict[str, Any],
     ok: NDArray[np.bool_],
     withdrawn: NDArray[np.bool_],
@@ -335,7 +345,7 @@ def _check_shard(
     buffer: NDArray[np.uint8],
 ) -> None:
     """Raise ``CorruptionError`` if the shard is not, byte for byte, the one that was written."""
-    data = np.frombuffer(read_regular(path), np.uint8)
+    data = np.frombuffer(read_whole(path), np.uint8)
     if len(data) != line["bytes"]:
         raise CorruptionError(f"expected {line['bytes']} bytes, found {len(data)}")
     chunks = dataset.spec.slices_per_shard

@@ -7,7 +7,7 @@ Exit codes: 0 done; 1 an error; 2 an invalid command or recipe; 128 + n stopped 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,22 +16,21 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 import typer
 
 from ich_prep.command_options import options_from, run_program
-from ich_prep.errors import DatasetError, InterruptError, UsageError, count
+from ich_prep.errors import InterruptError, UsageError, count
 from ich_prep.recipe import read_recipe, validate
 from ich_train.cli_compare import compare_command
 from ich_train.config import EvalConfig, PredictConfig, TrainConfig
 from ich_train.metrics_table import print_metrics
+from ich_train.place import PLACE, SOURCE, cache_of, dataset_of, open_named, read_as
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ich_prep.dataset.dataset import Dataset
-    from ich_prep.dataset.union import SharedPatients
 
 Section = TypeVar("Section", TrainConfig, EvalConfig)
 
 RUNS = Path("runs")
-_SOURCE = ("data", "shared_patients")
 
 app = typer.Typer(
     help="Train a hemorrhage classifier on a dataset of ich-prep, evaluate it, predict with it. "
@@ -78,8 +77,7 @@ def program(*, show_version: Version = False) -> None:
 @options_from(
     TrainConfig,
     *(
-        "data",
-        "shared_patients",
+        *SOURCE,
         "where",
         "model",
         "head",
@@ -110,7 +108,7 @@ def run_command(*, given: dict[str, Any], out: Out = None, recipe: RecipeFile = 
 @app.command("cv")
 @options_from(
     TrainConfig,
-    *("data", "shared_patients", "model", "head", "epochs", "weights", "seed", "batch_size", "threads", "device"),
+    *(*SOURCE, "model", "head", "epochs", "weights", "seed", "batch_size", "threads", "device"),
 )
 def cv_command(
     *,
@@ -141,14 +139,14 @@ def cv_command(
     *("subset", "where", "limit", "seed", "batch_size", "by", "mirror", "sensitivity"),
     default="as in the run's recipe",
 )
-@options_from(TrainConfig, "data", "shared_patients", "threads", "device", into="place", default="the run's")
+@options_from(TrainConfig, *SOURCE, "threads", "device", into="place", default="the run's")
 def eval_command(run: RunFolder, *, given: dict[str, Any], place: dict[str, Any], out: Evaluation = None) -> None:
     """Evaluate a run's best epoch on a part of a dataset and rewrite the run's report, or write another to --out."""
     from ich_train.runs import RECIPE, settings_of
 
     settings, _ = settings_of(run)
     evaluation = _section(run / RECIPE, read_recipe(run / RECIPE), EvalConfig, given)
-    dataset = _dataset_of(run, settings, place)
+    dataset = dataset_of(run, settings, place)
 
     from ich_train.evaluation.evaluate import evaluate_run
     from ich_train.evaluation.evaluated import replaced_words
@@ -172,7 +170,7 @@ def eval_command(run: RunFolder, *, given: dict[str, Any], place: dict[str, Any]
 @app.command("predict")
 @options_from(PredictConfig)
 @options_from(EvalConfig, "batch_size", "mirror", into="batches", default="as in the recipe of the first run")
-@options_from(TrainConfig, "data", "threads", "device", into="place", default="the first run's")
+@options_from(TrainConfig, *PLACE, "threads", "device", into="place", default="the first run's")
 def predict_command(
     runs: RunFolders,
     *,
@@ -198,6 +196,7 @@ def predict_command(
         raise UsageError("--where selects the slices, and --sample names them: give one of the two.")
     settings, evaluation = [settings_of(run) for run in runs][0]  # noqa: RUF015  # all are checked
 
+    from ich_prep.dataset.store_url import use_endpoint
     from ich_train.infer import predict
     from ich_train.infer_files import (
         Outputs,
@@ -215,9 +214,11 @@ def predict_command(
     if wanted.src:
         meta = metas_of(runs)[0]
         check_outputs(outputs, meta.classes)
-        source = open_source(meta, wanted)
+        read = read_as(settings, place)
+        use_endpoint(read.endpoint)
+        source = open_source(meta, wanted, cache=cache_of(read))
     else:
-        source = _dataset_of(runs[0], settings, place)
+        source = dataset_of(runs[0], settings, place)
         check_outputs(outputs, source.classes)
     check_source(outputs, source)
     found = predict(
@@ -247,13 +248,13 @@ def predict_command(
 
 
 @app.command("embed")
-@options_from(TrainConfig, "data", "threads", "device", into="place", default="the run's")
+@options_from(TrainConfig, *PLACE, "threads", "device", into="place", default="the run's")
 def embed_command(run: RunFolder, *, place: dict[str, Any], out: FeaturesFolder) -> None:
     """Write the features of all slices by a run's network, on which a head is trained with features = "..." in [train]."""
     from ich_train.runs import settings_of
 
     settings, _ = settings_of(run)
-    dataset = _dataset_of(run, settings, place)
+    dataset = dataset_of(run, settings, place)
 
     from ich_train.embed import embed
     from ich_train.ranks import choose_device
@@ -270,14 +271,14 @@ def embed_command(run: RunFolder, *, place: dict[str, Any], out: FeaturesFolder)
 
 @app.command("explain")
 @options_from(EvalConfig, "limit", "seed", "batch_size", default="as in the run's recipe")
-@options_from(TrainConfig, "data", "threads", "device", into="place", default="the run's")
+@options_from(TrainConfig, *PLACE, "threads", "device", into="place", default="the run's")
 def explain_command(run: RunFolder, *, given: dict[str, Any], place: dict[str, Any], where: Where = None) -> None:
     """Write class activation maps (Grad-CAM) of the evaluated slices, for `ich-prep view --run`."""
     from ich_train.runs import RECIPE, settings_of
 
     settings, _ = settings_of(run)
     evaluation = _section(run / RECIPE, read_recipe(run / RECIPE), EvalConfig, given)
-    dataset = _dataset_of(run, settings, place)
+    dataset = dataset_of(run, settings, place)
 
     from ich_train.explain import explain_run
     from ich_train.ranks import choose_device
@@ -333,7 +334,7 @@ def _plan(given: dict[str, Any], out: Path | None, recipe: Path | None, *, resum
     sections = read_recipe(recipe) if recipe else {}
     settings = _section(recipe, sections, TrainConfig, given)
     evaluation = _section(recipe, sections, EvalConfig, {})
-    dataset = _open(settings.data, settings.shared_patients, moved_from=out if resume and "data" not in given else None)
+    dataset = open_named(settings, moved_from=out if resume and "data" not in given else None)
     return _Plan(out, recipe, sections, settings, evaluation, dataset)
 
 
@@ -350,26 +351,6 @@ def _section(
     name = "train" if model is TrainConfig else "eval"
     where = f"{recipe} [{name}]" if recipe else "options"
     return validate(model, {**sections.get(name, {}), **given}, where=where)
-
-
-def _dataset_of(run: Path, settings: TrainConfig, place: Mapping[str, Any]) -> Dataset:
-    """Return the dataset that ``place`` names, or the one that ``run`` was trained on."""
-    named = validate(TrainConfig, {name: place[name] for name in _SOURCE if name in place}, where="options")
-    data = named.data if "data" in place else settings.data
-    shared = named.shared_patients if "shared_patients" in place else settings.shared_patients
-    return _open(data, shared, moved_from=None if "data" in place else run)
-
-
-def _open(paths: Sequence[Path], shared_patients: SharedPatients, *, moved_from: Path | None) -> Dataset:
-    """Return the datasets at ``paths`` as one; those that the run ``moved_from`` names may have been moved: it says so."""
-    from ich_prep.dataset.union import open_union
-
-    try:
-        return open_union(paths, shared_patients=shared_patients)
-    except DatasetError as error:
-        if moved_from is None or all((path / "zarr.json").exists() for path in paths):
-            raise
-        raise DatasetError(f"If the dataset of {moved_from} was moved, pass its path with --data. {error}") from error
 
 
 def _built_otherwise(recipe: Path, sections: Mapping[str, Mapping[str, Any]], dataset: Dataset) -> str:

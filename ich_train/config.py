@@ -7,10 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, TypeAdapter, field_serializer, field_validator
+
+from ich_prep.files import is_url, whole_url
 
 MODELS = ("baseline", "resnet18", "resnet34", "resnet50", "densenet121", "densenet169", "seresnext50")
 
+
+_BYTES = TypeAdapter(ByteSize)
 
 Fold = Annotated[int, Field(ge=0)] | Literal["none"]
 
@@ -24,8 +28,11 @@ class TrainConfig(BaseModel):
     data: tuple[Path, ...] = Field(
         default=(Path("data.zarr"),),
         min_length=1,
-        description="The dataset; several are read as one, if they store equal pixels.",
+        description="The dataset, a path or URL; several are read as one, if they store equal pixels.",
     )
+    endpoint: str | None = Field(default=None, description="Server of s3:// or gs:// URLs, such as http://host:port.")
+    cache: Path | None = Field(default=None, description="Folder of a local disk that keeps the shards of URLs.")
+    cache_size: str = Field(default="100GB", description="The most that cache takes, such as 200GB or 1.5TB.")
     shared_patients: Literal["join", "apart"] = Field(
         default="join",
         description="Equal patients of several datasets: join them, or keep them apart as different ones.",
@@ -155,13 +162,26 @@ class TrainConfig(BaseModel):
     def _one_or_several(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str | Path) else value
 
+    @field_validator("cache_size")
+    @classmethod
+    def _size(cls, value: str) -> str:
+        if _BYTES.validate_python(value) < 1:
+            raise ValueError("expected a size such as 200GB")
+        return value
+
+    @property
+    def cache_bytes(self) -> int:
+        """``cache_size`` in bytes."""
+        return _BYTES.validate_python(self.cache_size)
+
     @field_serializer("data")
     def _as_written(self, value: tuple[Path, ...]) -> Any:
-        return value[0] if len(value) == 1 else value
+        written = tuple(whole_url(path) if is_url(path) else path for path in value)
+        return written[0] if len(written) == 1 else written
 
 
 # These may differ between a run and its resumption: they say where it runs, not what it learns.
-FREE_ON_RESUME = frozenset({"data", "device", "threads", "cuda_graph", "logger"})
+FREE_ON_RESUME = frozenset({"data", "endpoint", "cache", "cache_size", "device", "threads", "cuda_graph", "logger"})
 
 
 class EvalConfig(BaseModel):

@@ -27,6 +27,7 @@ from ich_train.runs import BEST
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from ich_prep.dataset.shard_cache import ShardCache
     from ich_prep.scans import PlannedScans
     from ich_train.config import PredictConfig
 
@@ -52,14 +53,16 @@ def metas_of(runs: Sequence[Path]) -> list[Meta]:
     return metas
 
 
-def open_source(meta: Meta, settings: PredictConfig) -> Source:
+def open_source(meta: Meta, settings: PredictConfig, *, cache: ShardCache | None = None) -> Source:
     """Return the dataset at ``settings.src``, or the scans of the DICOM files there, for networks like ``meta``'s.
+
+    A dataset in an object store is read with the ``cache``, or without one.
 
     The terminal shows how reading their headers goes. Raises ``DatasetError``, ``SourceError`` or ``UsageError``.
     """
     src = settings.src
     if len(src) == 1 and (src[0].suffix == ".zarr" or (src[0] / ROOT).exists()):
-        return open_dataset(src[0])
+        return open_dataset(src[0], cache=cache)
     from ich_prep.progress import TerminalProgress
     from ich_prep.scans import plan_scans  # pydicom and OpenCV: only where DICOM files are read
 

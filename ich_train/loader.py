@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+FAR_THREADS = 8
+
+
 class Batch(NamedTuple):
     """Some slices: views of a buffer that is reused once the next batch is taken.
 
@@ -94,7 +97,7 @@ class SliceLoader(EpochLoader["NDArray[np.int64]", Batch]):
                 Buffer((batch_size, len(self.dataset.classes)), np.int8),
                 Buffer((batch_size,), np.int64, on_host=True),
             ),
-            threads=threads,
+            threads=reading_threads(self.dataset, threads),
             prefetch=prefetch,
             pin=torch.cuda.is_available() if pin is None else pin,
         )
@@ -163,6 +166,11 @@ class SliceDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor, in
         images = torch.from_numpy(self.dataset.read(self.rows[positions]))
         labels = torch.from_numpy(self._labels[positions])
         return list(zip(images, labels, self.rows[positions].tolist(), strict=True))
+
+
+def reading_threads(dataset: Dataset, threads: int) -> int:
+    """Return how many threads read: more than ``threads`` from an object store, where they wait for answers."""
+    return max(threads, FAR_THREADS) if any(part.is_far for part in dataset.parts) else threads
 
 
 def opened(dataset: Dataset | str | Path) -> Dataset:

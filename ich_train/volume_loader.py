@@ -12,7 +12,7 @@ import torch
 from ich_prep.errors import UsageError
 from ich_train.epochs import EpochLoader
 from ich_train.feed import Arrays, Buffer, Feed, Tensors
-from ich_train.loader import opened
+from ich_train.loader import opened, reading_threads
 from ich_train.order import bucketed_positions, check_order, epoch_positions, rank_positions
 from ich_train.scans import positions_mm, scan_labels, scans_of, slice_labels, spacings
 
@@ -146,7 +146,7 @@ class VolumeLoader(EpochLoader[_Plan, VolumeBatch]):
                 Buffer((flat,), np.int64, on_host=True),
                 Buffer((batch_size,), np.int64, on_host=True),
             ),
-            threads=threads,
+            threads=reading_threads(self.dataset, threads),
             prefetch=prefetch,
             pin=torch.cuda.is_available() if pin is None else pin,
         )

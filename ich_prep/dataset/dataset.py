@@ -14,22 +14,26 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ich_prep.dataset.affine import AffineError, to_ras
+from ich_prep.dataset.bucket_path import BucketPath, Place
 from ich_prep.dataset.checks import lines_expected, table_problem
 from ich_prep.dataset.classes import UNKNOWN
 from ich_prep.dataset.codecs import CODECS
+from ich_prep.dataset.places import local_folder, place_to_read, what_is_at
 from ich_prep.dataset.schema import OK, ROOT, WITHDRAWN, Root, parse_root, shard_path
 from ich_prep.dataset.shard_reader import ShardReader, output_array, stored_form
-from ich_prep.dataset.storage import local_path
+from ich_prep.dataset.storage import read_whole
+from ich_prep.dataset.store_reader import StoreShardReader
 from ich_prep.dataset.tables import read_published
 from ich_prep.dataset.volumes import affine_of_slices, find_series
 from ich_prep.dataset.where import select_slices
 from ich_prep.errors import CorruptionError, DatasetError
-from ich_prep.files import read_regular
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
+
+    from ich_prep.dataset.shard_cache import ShardCache
 
 BUILD_SUFFIX = ".build"  # of the working folder next to a dataset
 STATE = "state.json"
@@ -37,26 +41,26 @@ READER_COLUMNS = ("status", "chunk_crc32c")  # of the slices, that reading pixel
 MAX_ROOT_BYTES = 1 << 24  # a root has some kilobytes
 
 
-def open_dataset(path: str | Path) -> Dataset:
-    """Return the finished dataset at ``path``.
+def open_dataset(path: str | Place, *, cache: ShardCache | None = None) -> Dataset:
+    """Return the finished dataset at ``path``: a folder, or a URL such as s3://bucket/data.zarr, with a ``cache`` or not.
 
     Raises ``DatasetError`` for a path that does not exist, is not a dataset, is not finished, or is of another format.
     """
-    root = local_path(path, "The dataset")
+    root = place_to_read(path, "The dataset")
     attributes = read_attributes(root)
-    return Dataset(root, parse_root(attributes, root), attributes["ich"])
+    return Dataset(root, parse_root(attributes, root), attributes["ich"], cache)
 
 
-def working_folder(root: Path) -> Path:
+def working_folder(root: Place) -> Place:
     """Return where the working folder of the build of the dataset at ``root`` is, unless one was named."""
     path = root.absolute()
     return path.parent / (path.name + BUILD_SUFFIX)
 
 
-def read_attributes(root: Path) -> Any:
+def read_attributes(root: Place) -> Any:
     """Return the attributes of the root group; raises ``DatasetError`` where there is none."""
     try:
-        document = json.loads(read_regular(root / ROOT, limit=MAX_ROOT_BYTES))
+        document = json.loads(read_whole(root / ROOT, limit=MAX_ROOT_BYTES))
     except PermissionError as error:
         raise DatasetError(
             f"Cannot read {root / ROOT}: {(error.strerror or '').lower()}. Fix its permissions, or run as a user who "
@@ -64,9 +68,8 @@ def read_attributes(root: Path) -> Any:
         ) from None
     except (FileNotFoundError, NotADirectoryError):
         _explain_by_working_folder(root)
-        found = "a file" if root.is_file() else "a folder without a zarr.json" if root.is_dir() else "nothing"
         raise DatasetError(
-            f"Expected a dataset at {root}; found {found}. Make one with `ich-prep build --src DICOM --out {root}`."
+            f"Expected a dataset at {root}; found {what_is_at(root)}. Make one: `ich-prep build --src DICOM --out {root}`."
         ) from None
     except OSError as error:
         raise CorruptionError(
@@ -79,10 +82,10 @@ def read_attributes(root: Path) -> Any:
     return document.get("attributes") if isinstance(document, dict) else None
 
 
-def _explain_by_working_folder(root: Path) -> None:
+def _explain_by_working_folder(root: Place) -> None:
     """Raise ``DatasetError`` where a working folder beside ``root`` says why there is no dataset."""
     try:
-        state = json.loads(read_regular(working_folder(root) / STATE))
+        state = json.loads(read_whole(working_folder(root) / STATE))
     except (OSError, ValueError):
         return
     if isinstance(state, dict) and state.get("published"):
@@ -98,16 +101,17 @@ def _explain_by_working_folder(root: Path) -> None:
 class Dataset:
     """A finished dataset: its tables, and its pixels in any order. Safe to share between threads.
 
-    ``path``; ``root`` (typed) and ``attributes`` (the same as parsed JSON, with all its keys); ``spec`` of the stored
-    pixels; ``classes``; ``digest`` of all its bytes; ``shape`` (slice, channel, y, x); ``dtype`` (uint8 window codes or
-    int16 HU).
+    ``path``, its folder or place in an object store; ``root`` (typed) and ``attributes`` (the same as parsed JSON, with
+    all its keys); ``spec`` of the stored pixels; ``classes``; ``digest`` of all its bytes; ``shape`` (slice, channel, y,
+    x); ``dtype`` (uint8 window codes or int16 HU).
     """
 
-    def __init__(self, path: Path, root: Root, attributes: dict[str, Any]) -> None:
+    def __init__(self, path: Place, root: Root, attributes: dict[str, Any], cache: ShardCache | None = None) -> None:
         self.path, self.root, self.attributes = path, root, attributes
         self.spec, self.classes, self.counts, self.digest = root.spec, root.classes, root.counts, root.digest
         self.shape = (root.counts.rows, self.spec.channels, self.spec.size, self.spec.size)
         self.dtype = self.spec.dtype
+        self._cache = cache
         self._opening = threading.Lock()
         self._reader: ShardReader | None = None
         self._closed = False
@@ -127,7 +131,7 @@ class Dataset:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Send the generation that is open, not the pixels or tables: another process reads these for itself."""
-        return type(self), (self.path, self.root, self.attributes)
+        return type(self), (self.path, self.root, self.attributes, self._cache)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -139,6 +143,11 @@ class Dataset:
     def parts(self) -> tuple[Dataset, ...]:
         """The datasets that this one consists of: itself, unless it is a union."""
         return (self,)
+
+    @property
+    def is_far(self) -> bool:
+        """Whether pixels come from an object store, each time they are read."""
+        return isinstance(self.path, BucketPath) and self._cache is None
 
     @property
     def has_pseudonyms(self) -> bool:
@@ -181,7 +190,12 @@ class Dataset:
         """Whether each row has pixels, bool (slices,); read only."""
         return _is_ok(self.slices)
 
-    def table_path(self, table: str) -> Path:
+    @property
+    def folder(self) -> Path:
+        """``path``, for what needs a file system; raises ``UsageError`` for a dataset in an object store."""
+        return local_folder(self.path)
+
+    def table_path(self, table: str) -> Place:
         """Return the path of the ``table`` of this generation: slices, series, shards or quarantine."""
         return self.path / str(getattr(self.root.tables, table))
 
@@ -298,8 +312,7 @@ class Dataset:
                 if table is None:
                     table = self.read_table("slices", READER_COLUMNS)
                     self._check_stored_form(table)
-                self._reader = ShardReader(
-                    lambda shard: shard_path(self.path, shard),
+                self._reader = self._reader_of(
                     slices=len(self),
                     slice_bytes=self._slice_bytes,
                     slices_per_shard=self.spec.slices_per_shard,
@@ -308,6 +321,13 @@ class Dataset:
                     has_pixels=_is_ok(table),
                 )
             return self._reader
+
+    def _reader_of(self, **named: Any) -> ShardReader:
+        if isinstance(self.path, BucketPath):
+            shards = self.read_table("shards", ["bytes", "fingerprint"])
+            return StoreShardReader(self.path, shards, self._cache, **named)
+        path = self.path
+        return ShardReader(lambda shard: shard_path(path, shard), **named)
 
     @property
     def _slice_bytes(self) -> int:

@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # As in ich.h: the version of the functions and structs, and that of the frames that they make.
-INTERFACE = 2
+INTERFACE = 3
 ENCODER = 1
 MAX_WINDOWS = 4  # in one table
 MAX_SLICE_BYTES = (1 << 31) - 17  # BLOSC_MAX_BUFFERSIZE of c-blosc
+
+IN_MEMORY = -1  # the ``fd`` of a request whose ``offset`` is an address
 
 # struct ich_request: ``out_offset`` is where in ``out`` a slice goes; ``crc32c`` is compared if ``check_crc`` is 1.
 REQUEST = np.dtype(

@@ -23,11 +23,12 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, overload
 
 import pyarrow as pa
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ich_prep.dataset.bucket_path import BucketPath, Place
 from ich_prep.dataset.classes import RSNA_CLASSES, class_name_problem
 from ich_prep.dataset.native import MAX_SLICE_BYTES
 from ich_prep.dataset.spec import Stored
@@ -315,7 +316,7 @@ def clipped(value: object) -> str:
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
-def parse_root(attributes: Any, path: Path) -> Root:
+def parse_root(attributes: Any, path: Place) -> Root:
     """Return the typed root of the dataset at ``path``, whose root group has these ``attributes``.
 
     Raises ``DatasetError`` for another Zarr group or format, ``CorruptionError`` if a required part is missing or
@@ -351,6 +352,12 @@ def _writer(ich: dict[str, Any]) -> str:
     return writer if isinstance(writer, str) and writer.isprintable() and len(writer) < 40 else clipped(writer)
 
 
-def shard_path(out: Path, shard: int) -> Path:
+@overload
+def shard_path(out: Path, shard: int) -> Path: ...
+@overload
+def shard_path(out: BucketPath, shard: int) -> BucketPath: ...
+@overload
+def shard_path(out: Place, shard: int) -> Place: ...
+def shard_path(out: Place, shard: int) -> Place:
     """Return the path of shard number ``shard``."""
     return out / IMAGES / "c" / str(shard) / "0" / "0" / "0"

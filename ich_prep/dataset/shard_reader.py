@@ -11,15 +11,16 @@ import errno
 import os
 import resource
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from ich_prep.dataset.bucket_path import Place
 from ich_prep.dataset.codecs import FRAME_HEADER_BYTES
 from ich_prep.dataset.native import REQUEST, ChunkCodec, read_chunks, scratch_bytes
+from ich_prep.dataset.places import local_folder, read_range, size_at
 from ich_prep.dataset.shard_format import CRC_BYTES, MISSING, index_bytes, parse_index
 from ich_prep.errors import CorruptionError
 from ich_prep.files import open_regular
@@ -37,17 +38,16 @@ _NO_FILE = frozenset(
 )  # a FIFO, a device, a socket, a folder, a link to itself
 
 
-class _File:
+class OpenShard:
     """An open shard; closed when its last user drops it."""
 
     __slots__ = ("descriptor",)
 
-    def __init__(self, path: Path) -> None:
-        self.descriptor = open_regular(path)
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
 
     def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
+        os.close(self.descriptor)
 
 
 class ShardReader:
@@ -65,7 +65,7 @@ class ShardReader:
 
     def __init__(
         self,
-        path_of: Callable[[int], Path],
+        path_of: Callable[[int], Place],
         *,
         slices: int,
         slice_bytes: int,
@@ -85,7 +85,7 @@ class ShardReader:
         self._begins = np.zeros(shards * slices_per_shard, np.int64)
         self._ends = np.zeros(shards * slices_per_shard, np.int64)
         self._indexed = np.zeros(shards, bool)
-        self._files: dict[int, _File] = {}
+        self._files: dict[int, OpenShard] = {}
         self._max_open = max_open_files()
         self._lock = threading.Lock()
         self._local = threading.local()
@@ -126,8 +126,7 @@ class ShardReader:
             raise IndexError(f"Expected rows within 0..{self._slices - 1}; got {int(rows.min())}..{int(rows.max())}.")
         numbers = rows // self._per_shard
         if not self._indexed[numbers].all():
-            for number in np.unique(numbers[~self._indexed[numbers]]).tolist():
-                self._read_index(number)
+            self._read_indexes(np.unique(numbers[~self._indexed[numbers]]).tolist())
         missing = self._begins[rows] == self._ends[rows]
         if self._has_pixels is not None:
             missing |= ~self._has_pixels[rows]
@@ -153,35 +152,48 @@ class ShardReader:
             return [self._pools[threads].submit(self._read_rows, *part) for part in parts]
 
     def _read_rows(self, rows: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
-        """Read ``rows`` in batches of at most as many files as one thread may keep open."""
-        step = max(1, self._max_open // 16)
+        """Read ``rows`` in batches."""
+        step = self._rows_at_once()
         for i in range(0, len(rows), step):
             self._read_batch(rows[i : i + step], out[i : i + step])
+
+    def _rows_at_once(self) -> int:
+        """Return how many rows a batch may have: at most as many as one thread may keep files open."""
+        return max(1, self._max_open // 16)
 
     def _read_batch(self, rows: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
         begins = self._begins[rows]
         lengths = self._ends[rows] - begins
-        # Referenced until they are read: another thread may evict them from ``_files`` meanwhile.
-        files = [self._open(number) for number in (rows // self._per_shard).tolist()]
         requests = np.empty(len(rows), REQUEST)
-        requests["fd"] = [file.descriptor for file in files]
         requests["offset"], requests["length"] = begins, lengths
+        kept = self._locate(rows // self._per_shard, requests)
         requests["check_crc"] = self._expected_crc is not None
         if self._expected_crc is not None:
             requests["crc32c"] = self._expected_crc[rows]
         if self._codec.native != ChunkCodec.UNDECODED:
             requests["out_offset"] = self._slice_bytes * np.arange(len(rows))
             self._run_requests(rows, requests, out.reshape(-1))
+            del kept
             return
         ends = np.cumsum(lengths)
         requests["out_offset"] = ends - lengths
         chunks = self._scratch(int(ends[-1]))
         self._run_requests(rows, requests, chunks)
+        del kept
         for row, pixels, end, length in zip(rows.tolist(), out, ends.tolist(), lengths.tolist(), strict=True):
             try:
                 self._codec.decode(chunks[end - length : end - CRC_BYTES], out=pixels)
             except CorruptionError as error:
                 raise self._corrupt_row(row, str(error)) from None
+
+    def _locate(self, numbers: NDArray[np.int64], requests: NDArray[np.void]) -> list[Any]:
+        """Say in ``requests`` where their chunks are, of shards ``numbers``: (n,).
+
+        Return what must be referenced until they are read: another thread may evict files from ``_files`` meanwhile.
+        """
+        files = [self._open(number) for number in numbers.tolist()]
+        requests["fd"] = [file.descriptor for file in files]
+        return files
 
     def _run_requests(self, rows: NDArray[np.int64], requests: NDArray[np.void], out: NDArray[np.uint8]) -> None:
         codec, longest = self._codec.native, int(requests["length"].max())
@@ -191,18 +203,22 @@ class ShardReader:
         if fault:
             raise self._corrupt_row(int(rows[fault.request]), fault.what)
 
-    def _open(self, number: int) -> _File:
+    def _open(self, number: int) -> OpenShard:
         file = self._files.get(number)
         if file is not None:
             return file
         try:
-            file = _File(self._path_of(number))
+            descriptor = open_regular(local_folder(self._path_of(number)))
         except (FileNotFoundError, NotADirectoryError):
             raise self._corrupt(number, "file not found") from None
         except OSError as error:
             if error.errno not in _NO_FILE:
                 raise
             raise self._corrupt(number, f"cannot be opened: {error.strerror}") from None
+        return self._keep_open(number, OpenShard(descriptor))
+
+    def _keep_open(self, number: int, file: OpenShard) -> OpenShard:
+        """Return the open file of shard ``number``: ``file``, or one that another thread opened meanwhile."""
         with self._lock:
             if self._closed:
                 return file
@@ -210,18 +226,24 @@ class ShardReader:
                 del self._files[next(iter(self._files))]
             return self._files.setdefault(number, file)
 
-    def _read_index(self, number: int) -> None:
+    def _read_indexes(self, numbers: Sequence[int]) -> None:
+        """Read the indexes of the shards ``numbers``."""
         tail = index_bytes(self._per_shard)
-        file = self._open(number)
-        size = os.fstat(file.descriptor).st_size
-        if size < tail:
-            raise self._corrupt(number, f"expected at least {tail} bytes, found {size}")
+        for number in numbers:
+            file = self._open(number)
+            size = os.fstat(file.descriptor).st_size
+            if size < tail:
+                raise self._corrupt(number, f"expected at least {tail} bytes, found {size}")
+            try:
+                data = os.pread(file.descriptor, tail, size - tail)
+            except OSError as error:
+                raise self._corrupt(number, f"cannot be read: {error.strerror}") from error
+            self._set_index(number, data, size - tail)
+
+    def _set_index(self, number: int, data: bytes, body: int) -> None:
+        """Take the index of shard ``number``, whose chunks have ``body`` bytes."""
         try:
-            data = os.pread(file.descriptor, tail, size - tail)
-        except OSError as error:
-            raise self._corrupt(number, f"cannot be read: {error.strerror}") from error
-        try:
-            index = parse_index(data, chunks=self._per_shard, body=size - tail)
+            index = parse_index(data, chunks=self._per_shard, body=body)
         except CorruptionError as error:
             raise self._corrupt(number, str(error)) from None
         present = index[:, 0] != MISSING
@@ -251,21 +273,20 @@ class ShardReader:
         )
 
 
-def stored_form(path: Path, chunk: int, *, chunks: int, codec: Codec) -> tuple[int, int | None] | None:
+def stored_form(path: Place, chunk: int, *, chunks: int, codec: Codec) -> tuple[int, int | None] | None:
     """Return the bytes of the decoded slice in one chunk of a shard, and of one of its items if the chunk says so.
 
     None if the shard or the chunk is not there, or damaged: reading it will say so.
     """
     try:
-        with open(open_regular(path), "rb", buffering=0) as file:
-            body = os.fstat(file.fileno()).st_size - index_bytes(chunks)
-            if body < 0:
-                return None
-            index = parse_index(os.pread(file.fileno(), index_bytes(chunks), body), chunks=chunks, body=body)
-            offset, length = index[chunk].tolist()
-            if offset == MISSING:
-                return None
-            head = np.frombuffer(os.pread(file.fileno(), min(length - CRC_BYTES, FRAME_HEADER_BYTES), offset), np.uint8)
+        body = size_at(path) - index_bytes(chunks)
+        if body < 0:
+            return None
+        index = parse_index(read_range(path, body, index_bytes(chunks)), chunks=chunks, body=body)
+        offset, length = index[chunk].tolist()
+        if offset == MISSING:
+            return None
+        head = np.frombuffer(read_range(path, offset, min(length - CRC_BYTES, FRAME_HEADER_BYTES)), np.uint8)
     except (OSError, CorruptionError):
         return None
     return codec.decoded_form(head, payload_bytes=length - CRC_BYTES)

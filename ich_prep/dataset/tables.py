@@ -12,15 +12,15 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ich_prep.dataset.storage import write_whole
+from ich_prep.dataset.bucket_path import BucketPath, Place
+from ich_prep.dataset.storage import read_whole, write_whole
 from ich_prep.errors import CorruptionError
-from ich_prep.files import open_regular, read_regular
+from ich_prep.files import open_regular
 
 _REMEDY = "Run the same build command again, without --overwrite: what is damaged is made again."
 _SEAL, _OPEN = "ich.sha256", "0" * 64  # the key of a seal, and its value while the other bytes are digested
@@ -29,22 +29,31 @@ READ_ALONE = 1 << 20  # bytes: likewise for the columns of a file
 MAX_LINES_PER_BYTE = 64  # of a Parquet file; a line of ours takes 20 bytes and more
 
 
-def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+def read_parquet(path: Place, columns: Sequence[str] | None = None) -> pa.Table:
     """Return a Parquet file's table, with page checksums verified; unlike ``pq.read_table`` this does not import pandas."""
     with opened_parquet(path) as file:
         return file.read(columns)
 
 
 @contextmanager
-def opened_parquet(path: Path) -> Iterator[pq.ParquetFile]:
+def opened_parquet(path: Place) -> Iterator[pq.ParquetFile]:
     """Yield the open Parquet file at ``path``, which must be a regular one; page checksums are verified.
 
     Arrow opens it: its threads may drop buffers after the read, and those of a Python file would abort a process that
     ends at that moment.
     """
+    if isinstance(path, BucketPath):
+        with pq.ParquetFile(in_arrow_memory(path.read_bytes()), page_checksum_verification=True) as file:
+            yield file
+        return
     os.close(open_regular(path))
     with pa.OSFile(os.fsencode(path)) as opened, pq.ParquetFile(opened, page_checksum_verification=True) as file:
         yield file
+
+
+def rows_of(path: Place) -> pq.ParquetFile:
+    """Return the Parquet file of a working folder at ``path``, open until it is closed; of a bucket it reads ranges."""
+    return pq.ParquetFile(path.reader() if isinstance(path, BucketPath) else path)
 
 
 def in_arrow_memory(data: bytes) -> pa.BufferReader:
@@ -58,13 +67,13 @@ def in_arrow_memory(data: bytes) -> pa.BufferReader:
     return pa.BufferReader(copy.getvalue())
 
 
-def read_published(path: Path, *, columns: Sequence[str] | None, lines: int, sha256: str) -> pa.Table:
+def read_published(path: Place, *, columns: Sequence[str] | None, lines: int, sha256: str) -> pa.Table:
     """Return the table in the Parquet file at ``path``, or those of ``columns`` that it has.
 
     Raises ``ValueError`` if its SHA-256 is another one, or if it does not have that many ``lines``; ``OSError`` or
     ``pa.ArrowException`` if it cannot be read.
     """
-    data = read_regular(path)
+    data = read_whole(path)
     if len(data) <= HASHED_ALONE:
         _require_digest(hashlib.sha256(data).hexdigest(), sha256, data)
         return _read_lines(data, columns, lines)
@@ -107,7 +116,7 @@ def with_columns(table: pa.Table, columns: Mapping[str, Any]) -> pa.Table:
     return table
 
 
-def write_table(path: Path, table: pa.Table) -> None:
+def write_table(path: Place, table: pa.Table) -> None:
     """Write a published table: equal tables give equal bytes."""
     write_whole(path, parquet_bytes(table, compression="zstd", row_group_size=1 << 16, write_page_checksum=True))
 
@@ -125,12 +134,12 @@ def sealed_parquet_bytes(table: pa.Table, **options: Any) -> bytes:
     return _sealed(table.schema, [table], **options)
 
 
-def write_sealed(path: Path, table: pa.Table, **options: Any) -> None:
+def write_sealed(path: Place, table: pa.Table, **options: Any) -> None:
     """Write a table of a working folder, sealed."""
     write_whole(path, sealed_parquet_bytes(table, **options))
 
 
-def write_sealed_parts(path: Path, schema: pa.Schema, parts: Iterable[pa.Table], **options: Any) -> None:
+def write_sealed_parts(path: Place, schema: pa.Schema, parts: Iterable[pa.Table], **options: Any) -> None:
     """Write a table of a working folder, sealed, of which the ``parts``, each of whole row groups, come one by one."""
     write_whole(path, _sealed(schema, parts, **options))
 
@@ -149,12 +158,12 @@ def _sealed(
     return b"".join((written[:at], hashlib.sha256(written).hexdigest().encode(), written[at + len(_OPEN) :]))
 
 
-def read_sealed(path: Path, columns: Sequence[str] | None = None, *, without: Sequence[str] = ()) -> pa.Table:
+def read_sealed(path: Place, columns: Sequence[str] | None = None, *, without: Sequence[str] = ()) -> pa.Table:
     """Return the table of a sealed file, or some of its columns, or all but those of ``without``.
 
     Raises ``CorruptionError`` and ``OSError``.
     """
-    data = read_regular(path)
+    data = read_whole(path)
     try:
         with pq.ParquetFile(in_arrow_memory(data)) as file:
             seal = (file.metadata.metadata or {}).get(_SEAL.encode(), b"")

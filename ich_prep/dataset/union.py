@@ -23,15 +23,19 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from ich_prep.dataset.shard_cache import ShardCache
+
 SharedPatients = Literal["join", "apart"]
 # What has to be equal: how chunks are packed does not change a pixel.
 _SAME = ("size", "store", "windows", "orientation")
 _LINKS = ("patient_id", "study_instance_uid", "series_instance_uid")
 
 
-def open_union(paths: Sequence[str | Path], *, shared_patients: SharedPatients = "join") -> Dataset:
+def open_union(
+    paths: Sequence[str | Path], *, shared_patients: SharedPatients = "join", cache: ShardCache | None = None
+) -> Dataset:
     """Return the finished datasets at ``paths`` as one; a single one is returned as it is. See ``UnionDataset``."""
-    datasets = [open_dataset(path) for path in paths]
+    datasets = [open_dataset(path, cache=cache) for path in paths]
     return datasets[0] if len(datasets) == 1 else UnionDataset(datasets, shared_patients)
 
 

@@ -95,12 +95,12 @@ def report_html(dataset: Dataset, *, build_dir: str | Path | None = None, seed: 
     lost, reasons = dataset.root.lost_labels, sections.reasons_of(tables)
     equal, counts = find_equal_images(tables), labels.class_counts(tables)
     folds = labels.parts_by_fold(tables)
-    timing = build_timing(dataset, build_folder(dataset.path, build_dir))
+    timing = build_timing(dataset, build_folder(dataset.folder, build_dir))
     drawn = _draw(tables, equal, seed=seed)
     small = thumbnails(dataset, _rows([*drawn.sheets.values(), *drawn.flags.values()]), SMALL)
     large = thumbnails(dataset, [*_rows(drawn.conflicts), *drawn.cards.values()], LARGE)
     found = points(tables, lost=lost, reasons=reasons, equal=equal, classes=counts, folds=folds)
-    title = dataset.path.resolve().name
+    title = dataset.folder.resolve().name
     return render(
         files("ich_prep.report").joinpath(TEMPLATE).read_text(encoding="utf-8"),
         title=f"{title}: dataset report",

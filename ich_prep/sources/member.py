@@ -14,6 +14,7 @@ from ich_prep.errors import Reason, SliceError
 from ich_prep.files import READ_FLAGS, open_regular
 from ich_prep.sources import inflate
 from ich_prep.sources.inflate import crc32, inflate_first, inflate_whole
+from ich_prep.sources.source import fill
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -95,7 +96,7 @@ def read_member(path: bytes, member: Member, buffers: Sequence[Buffer], offset: 
             data = inflate_first(_chunks(descriptor, start, member.compressed_size), end, wbits=wbits)
     finally:
         os.close(descriptor)
-    return _copy(memoryview(data)[offset:end], views)
+    return fill(memoryview(data)[offset:end], views)
 
 
 def prefetch_member(path: bytes, member: Member, length: int) -> None:
@@ -180,12 +181,3 @@ def _clipped(buffers: Sequence[Buffer], length: int) -> list[memoryview]:
         length -= len(view)
         views.append(view)
     return views
-
-
-def _copy(data: memoryview, views: list[memoryview]) -> int:
-    done = 0
-    for view in views:
-        part = data[done : done + len(view)]
-        view[: len(part)] = part
-        done += len(part)
-    return done

@@ -155,6 +155,17 @@ def read_whole(source: Source, key: bytes, *, limit: int) -> bytes:
     return bytes(memoryview(buffer)[:got])
 
 
+def fill(data: memoryview, buffers: Sequence[Buffer]) -> int:
+    """Copy ``data`` into ``buffers``, one after the other; return how many bytes they took."""
+    done = 0
+    for buffer in buffers:
+        view = memoryview(buffer).cast("B")
+        part = data[done : done + len(view)]
+        view[: len(part)] = part
+        done += len(part)
+    return done
+
+
 def with_prefix(prefix: bytes, values: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
     """Return ``values`` (binary), each with ``prefix`` before it."""
     return pc.binary_join_element_wise(pa.scalar(prefix, pa.binary()), values, pa.scalar(b"", pa.binary()))

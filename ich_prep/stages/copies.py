@@ -8,16 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import xxhash
 
 from ich_prep.dataset.storage import write_whole
-from ich_prep.dataset.tables import parquet_bytes
+from ich_prep.dataset.tables import parquet_bytes, rows_of
 from ich_prep.dicom.decode import PIXEL_FIELDS
 from ich_prep.errors import Reason, SliceError
 from ich_prep.sources import open_source, read_ahead
@@ -26,6 +24,8 @@ from ich_prep.stages.state import BuildFolder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from ich_prep.dataset.bucket_path import Place
 
 FILES_PER_TASK = 64
 # What the scan reads of a header that changes what the stored values mean.
@@ -43,7 +43,7 @@ def sharing_uid(slices: pa.Table) -> NDArray[np.int64]:
 
 
 def hash_images(
-    slices: pa.Table, keys: Sequence[bytes], *, folder: BuildFolder, sources: Sequence[Path], map_tasks: MapTasks
+    slices: pa.Table, keys: Sequence[bytes], *, folder: BuildFolder, sources: Sequence[Place], map_tasks: MapTasks
 ) -> pa.Array:
     """Return the image hash of each line of ``slices`` (n,): null where its file does not decode.
 
@@ -53,15 +53,15 @@ def hash_images(
         "key", pa.array(keys, pa.binary())
     )
     write_whole(folder.copies, parquet_bytes(table, row_group_size=FILES_PER_TASK, write_statistics=False))
-    task = partial(hash_batch, str(folder.path), tuple(map(str, sources)))
+    task = partial(hash_batch, folder, tuple(sources))
     parts = dict(map_tasks(task, range(-(-len(slices) // FILES_PER_TASK))))
     return pa.array([value for number in sorted(parts) for value in parts[number]], pa.string())
 
 
-def hash_batch(folder: str, sources: tuple[str, ...], batch: int) -> list[str | None]:
+def hash_batch(folder: BuildFolder, sources: tuple[Place, ...], batch: int) -> list[str | None]:
     """Task: return the image hashes of files ``batch`` x 64 and following of the list in the working folder."""
     source = open_source(sources)
-    with pq.ParquetFile(BuildFolder(Path(folder)).copies) as listed:
+    with rows_of(folder.copies) as listed:
         lines = listed.read_row_group(batch).to_pylist()
     ahead = read_ahead(source, lines, lambda line: line["key"], files=FILES_AHEAD)
     return [_hash(source, line) for line in ahead]

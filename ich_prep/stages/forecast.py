@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from ich_prep.dataset.storage import free_bytes
+from ich_prep.dataset.tables import rows_of
 from ich_prep.errors import BuildError, count
 from ich_prep.messages import duration_text, size_text
 from ich_prep.stages import ledger
@@ -21,6 +20,7 @@ from ich_prep.stages.shard import COLUMNS
 from ich_prep.stages.state import BuildFolder
 
 if TYPE_CHECKING:
+    from ich_prep.dataset.bucket_path import Place
     from ich_prep.dataset.spec import Spec
     from ich_prep.execute import Pool
 
@@ -34,7 +34,7 @@ TABLE_BYTES = 600  # of a slice in the published tables and in the ledger; measu
 class Forecast:
     """What writing ``slices`` slices takes in ``processes`` processes, from a ``sample``; None if none of it decoded.
 
-    ``bytes`` on the disk of the dataset, of which ``free_bytes`` are free; ``seconds`` of reading, decoding and encoding,
+    ``bytes`` in the dataset, whose disk has ``free_bytes`` left (None: a bucket); ``seconds`` of reading and encoding,
     if the disks are as fast for all processes together as for one.
     """
 
@@ -42,7 +42,7 @@ class Forecast:
     processes: int
     sample: Sample
     bytes: int | None
-    free_bytes: int
+    free_bytes: int | None
     seconds: float | None
 
     def values(self) -> dict[str, int | float | None]:
@@ -58,28 +58,31 @@ class Forecast:
     def __str__(self) -> str:
         if self.bytes is None or self.seconds is None:
             return f"No estimate of disk and time: none of {count(self.sample.slices, 'sampled slice')} decodes."
+        place = "more in the bucket"
+        if self.free_bytes is not None:
+            place = f"more on disk, of {size_text(self.free_bytes)} that are free"
         return (
-            f"Estimate, from {count(self.sample.slices, 'slice')}: {size_text(self.bytes)} more on disk, of "
-            f"{size_text(self.free_bytes)} that are free; {duration_text(self.seconds)} for "
+            f"Estimate, from {count(self.sample.slices, 'slice')}: {size_text(self.bytes)} {place}; "
+            f"{duration_text(self.seconds)} for "
             f"{count(self.slices, 'slice')} in {count(self.processes, 'process', 'processes')}, longer if the disks are "
             "slower."
         )
 
 
 def forecast(
-    pool: Pool, out: Path, folder: BuildFolder, sources: Sequence[Path], spec: Spec, *, first: int = 0
+    pool: Pool, out: Place, folder: BuildFolder, sources: Sequence[Place], spec: Spec, *, first: int = 0
 ) -> Forecast | None:
     """Return what the shards without an entry in the ledger will take; None if there is none.
 
     The plan's are numbered from ``first``. The sample is rendered by a worker, as a shard's task does.
     """
-    plan = pq.ParquetFile(folder.plan).metadata
+    plan = rows_of(folder.plan).metadata
     done = ledger.done(folder.done)
     missing = [number for number in range(plan.num_row_groups) if first + number not in done]
     slices = sum(plan.row_group(number).num_rows for number in missing)
     if not slices:
         return None
-    task = partial(sample_plan, str(folder.path), tuple(map(str, sources)), spec)
+    task = partial(sample_plan, folder, tuple(sources), spec)
     ((_, sample),) = pool.map(task, [min(SAMPLED, max(FEWEST, slices // SLICES_PER_SAMPLE))])
     processes = max(1, pool.wait_until_started())
     return Forecast(
@@ -87,15 +90,14 @@ def forecast(
         processes=processes,
         sample=sample,
         bytes=None if sample.bytes is None else round((sample.bytes + TABLE_BYTES) * slices),
-        free_bytes=shutil.disk_usage(out).free,
+        free_bytes=free_bytes(out),
         seconds=None if sample.seconds is None else sample.seconds * slices / processes,
     )
 
 
-def sample_plan(folder: str, sources: tuple[str, ...], spec: Spec, number: int) -> Sample:
+def sample_plan(folder: BuildFolder, sources: tuple[Place, ...], spec: Spec, number: int) -> Sample:
     """Return what ``number`` slices of the plan, evenly spaced, take in this process: a task of a pool."""
-    build = BuildFolder(Path(folder))
-    with pq.ParquetFile(build.plan) as plan, pq.ParquetFile(build.keys) as keys:
+    with rows_of(folder.plan) as plan, rows_of(folder.keys) as keys:
         rows = sampled_rows(plan.metadata.num_rows, number)
         starts = np.cumsum([0, *(plan.metadata.row_group(k).num_rows for k in range(plan.metadata.num_row_groups))])
         slices, found = [], []
@@ -104,17 +106,17 @@ def sample_plan(folder: str, sources: tuple[str, ...], spec: Spec, number: int) 
             slices.append(plan.read_row_group(group, columns=COLUMNS).slice(row - int(starts[group]), 1))
             found += keys.read_row_group(group)["key"].slice(row - int(starts[group]), 1).to_pylist()
     chosen = pa.concat_tables(slices)
-    return measure(chosen, found, [Path(source) for source in sources], spec)
+    return measure(chosen, found, sources, spec)
 
 
 def check_space(
-    found: Forecast, out: Path, *, allowed: bool, say: Callable[[str], None], instead: str = BUILD_SMALLER
+    found: Forecast, out: Place, *, allowed: bool, say: Callable[[str], None], instead: str = BUILD_SMALLER
 ) -> None:
     """Raise ``BuildError`` if the disk of ``out`` is not expected to hold what is missing, unless that is ``allowed``.
 
     ``instead`` is what else the user may do.
     """
-    if found.bytes is None or found.bytes <= found.free_bytes:
+    if found.bytes is None or found.free_bytes is None or found.bytes <= found.free_bytes:
         return
     text = (
         f"The disk of {out} has {size_text(found.free_bytes)} free; the dataset is expected to take "

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from ich_prep.dataset.dataset import open_dataset
@@ -80,7 +80,7 @@ def publish_generation(dataset: Dataset, folder: BuildFolder, change: Change) ->
 
     The working ``folder``, if it belongs to the dataset, records the digest of the new generation just before that.
     """
-    out, number = dataset.path, dataset.root.generation + 1
+    out, number = dataset.folder, dataset.root.generation + 1
     names = dict(dataset.attributes["tables"])
     digests = dict(dataset.attributes["digests"])
     for table, lines in change.tables.items():
@@ -136,7 +136,7 @@ def joined_digest(*digests: str) -> str:
     return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
-def generation_of(path: Path) -> int | None:
+def generation_of(path: PurePath) -> int | None:
     """Return the generation of the table at ``path``, also of one that was not written whole; None for another file."""
     match = _TABLE.fullmatch(whole_name(path.name))
     return None if match is None else int(match[2] or 1)
@@ -148,13 +148,13 @@ def old_tables(dataset: Dataset) -> list[Path]:
     They are of earlier generations, or of one that was never published.
     """
     named = {dataset.table_path(table) for table in TABLES}
-    found = sorted((dataset.path / LABELS).iterdir())
+    found = sorted((dataset.folder / LABELS).iterdir())
     return [path for path in found if path not in named and generation_of(path) is not None]
 
 
-def is_new_shard(dataset: Dataset, path: Path) -> bool:
-    """Return whether ``path`` is where an append writes a shard: behind those of ``dataset``."""
-    parts = path.relative_to(dataset.path).with_name(whole_name(path.name)).parts
+def is_new_shard(dataset: Dataset, name: PurePath) -> bool:
+    """Return whether ``name``, relative to the dataset, is where an append writes a shard: behind those of ``dataset``."""
+    parts = name.with_name(whole_name(name.name)).parts
     inside = len(parts) == 6 and parts[:2] == (IMAGES, "c") and parts[3:] == ("0", "0", "0")
     return inside and parts[2].isdigit() and int(parts[2]) >= dataset.counts.shards
 
@@ -165,11 +165,11 @@ def clean_generations(path: str | Path, build_dir: str | Path | None = None) -> 
     What a later run of an unfinished append can use stays. Raises as ``changing``.
     """
     with changing(path, build_dir) as (dataset, folder):
-        out, images = dataset.path, dataset.path / IMAGES / ROOT
+        out, images = dataset.folder, dataset.folder / IMAGES / ROOT
         unused = old_tables(dataset)
         state = readable_state(folder.append)
         if state is None or state.base != dataset.digest:
-            unused += [file for file in files_below(out / IMAGES / "c") if is_new_shard(dataset, file)]
+            unused += [file for file in files_below(out / IMAGES / "c") if is_new_shard(dataset, file.relative_to(out))]
             if json.loads(images.read_bytes())["shape"][0] > len(dataset):
                 write_whole(images, images_document(images.read_bytes(), len(dataset)))
         freed = sum(file.stat().st_size for file in unused)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from ich_prep.dataset.bucket_path import BucketPath, Place
 from ich_prep.dataset.dataset import open_dataset
 from ich_prep.dataset.schema import ROOT
 from ich_prep.dataset.storage import clear_leftovers, renamed_when_whole, sync_folder
@@ -25,16 +26,22 @@ LARGEST_KEY: Final = 4096
 
 
 def key_of_build(
-    out: Path, folder: BuildFolder, given: Path | None, spec: Spec, *, overwrite: bool, say: Callable[[str], None]
+    out: Place, folder: BuildFolder, given: Path | None, spec: Spec, *, overwrite: bool, say: Callable[[str], None]
 ) -> bytes | None:
     """Return the key of a build's pseudonyms; None if it publishes identifiers, or if its key is not made yet.
 
-    Raises what ``find_key`` does, and ``UsageError`` for a key without use. ``say`` tells the user what is doubtful.
+    Raises what ``find_key`` does, and ``UsageError`` for a key without use, or one that would lie in a bucket. ``say`` tells
+    the user what is doubtful.
     """
     if spec.identifiers == "keep":
         if given is not None:
             raise UsageError("--key is for pseudonyms: add --identifiers pseudonymise, or leave it out.")
         return None
+    if given is None and isinstance(folder.key, BucketPath):
+        raise UsageError(
+            f"The key of the pseudonyms would lie in the bucket, in {folder.path}. Make one on a disk with "
+            f"`openssl rand -out FILE {KEY_BYTES}` and give it with --key."
+        )
     before = readable_state(folder)
     recorded = None if before is None else before.key
     if (out / ROOT).exists() and not overwrite:
@@ -43,7 +50,7 @@ def key_of_build(
     if recorded is not None and (key is None or key_id(key) != recorded):
         say("The pseudonyms will not be those of the dataset that is replaced: its key is another one.")
     path = given or folder.key
-    if key is not None and path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+    if key is not None and isinstance(path, Path) and path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         say(f"Others can read the key of the pseudonyms: `chmod 600 {path}`.")
     return key
 
@@ -63,7 +70,7 @@ def find_key(folder: BuildFolder, given: Path | None, *, recorded: str | None) -
     ``recorded`` is the ``key_id`` of the key that a dataset or an unfinished build has. Raises ``UsageError`` for a file
     that cannot be a key, ``BuildError`` if the key is not the recorded one: one patient would have two pseudonyms.
     """
-    path = given or folder.key
+    path: Place = given or folder.key
     key = _read(path) if given is not None or path.exists() else None
     if recorded is None or (key is not None and key_id(key) == recorded):
         return key
@@ -92,6 +99,7 @@ def key_of_dataset(root: Root, folder: BuildFolder, given: Path | None, *, neede
 
 def make_key(folder: BuildFolder) -> bytes:
     """Make a random key in the working ``folder``, readable by its owner only, and return it."""
+    assert isinstance(folder.key, Path)  # ``key_of_build`` has refused buckets
     clear_leftovers(folder.key)
     key = os.urandom(KEY_BYTES)
     with renamed_when_whole(folder.key) as temporary:
@@ -104,14 +112,14 @@ def make_key(folder: BuildFolder) -> bytes:
     return key
 
 
-def is_key_of(path: Path, root: Root) -> bool:
+def is_key_of(path: Place, root: Root) -> bool:
     """Return whether the key at ``path`` made the pseudonyms of the dataset with this ``root``."""
     return key_id(_read(path)) == root.pseudonym_key
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Place) -> bytes:
     try:
-        with path.open("rb") as file:
+        with path.reader() if isinstance(path, BucketPath) else path.open("rb") as file:
             key = file.read(LARGEST_KEY + 1)
     except OSError as error:
         raise UsageError(f"Cannot read the key of the pseudonyms: {describe_os_error(error)}.") from None

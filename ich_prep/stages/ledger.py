@@ -6,32 +6,31 @@ An entry is JSON with two keys: the SHA-256 of the report's text, and the report
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 
-from ich_prep.dataset.storage import write_whole
+from ich_prep.dataset.bucket_path import Place
+from ich_prep.dataset.storage import read_whole, write_whole
 from ich_prep.errors import CorruptionError
-from ich_prep.files import read_regular
 
 _BEFORE, _BETWEEN, _AFTER = b'{"sha256":"', b'","report":', b"}"
 REMEDY = "Run the same build command again, without --overwrite: it does again what the file recorded."
 _REPORT_AT = len(_BEFORE) + 64 + len(_BETWEEN)
 
 
-def entry_path(folder: Path, key: int) -> Path:
+def entry_path(folder: Place, key: int) -> Place:
     """Return the path of the entry of task ``key``, whether it has one or not."""
     return folder / f"{key:05d}.json"
 
 
-def record(folder: Path, key: int, entry: str) -> None:
+def record(folder: Place, key: int, entry: str) -> None:
     """Record that task ``key`` is done: write ``entry``, its report as JSON, as ``<key>.json`` in ``folder``."""
     write_whole(entry_path(folder, key), _sealed(entry.encode()))
 
 
-def read(folder: Path, key: int) -> str:
+def read(folder: Place, key: int) -> str:
     """Return the entry of task ``key``; raises ``CorruptionError`` if it is missing or damaged, ``OSError``."""
     path = entry_path(folder, key)
     try:
-        data = read_regular(path)
+        data = read_whole(path)
     except FileNotFoundError:
         raise CorruptionError(f"{path} is missing. {REMEDY}") from None
     report = data[_REPORT_AT : -len(_AFTER)]
@@ -44,6 +43,6 @@ def _sealed(report: bytes) -> bytes:
     return _BEFORE + hashlib.sha256(report).hexdigest().encode() + _BETWEEN + report + _AFTER
 
 
-def done(folder: Path, *, suffix: str = ".json") -> set[int]:
+def done(folder: Place, *, suffix: str = ".json") -> set[int]:
     """Return the keys of the tasks that have an entry in ``folder``."""
     return {int(path.stem) for path in folder.glob(f"*{suffix}") if path.stem.isdigit()}

@@ -10,15 +10,23 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import pyarrow as pa
 
+from ich_prep.dataset.bucket_path import BucketPath, Place
 from ich_prep.dataset.dataset import open_dataset, read_attributes, working_folder
 from ich_prep.dataset.lock import HeldError, locked
 from ich_prep.dataset.schema import AS_STORED, IMAGES, LABELS, ROOT, TABLES
 from ich_prep.dataset.spec import Spec
-from ich_prep.dataset.storage import files_below, note_on_sync, size_of, sync_folder, whole_name
+from ich_prep.dataset.storage import (
+    files_below,
+    note_on_sync,
+    path_below,
+    remove_files,
+    size_of,
+    sync_folder,
+    whole_name,
+)
 from ich_prep.dataset.tables import read_sealed
 from ich_prep.errors import BuildError, CorruptionError, DatasetError, UsageError, count, describe_os_error
 from ich_prep.files import is_litter
@@ -36,7 +44,7 @@ _OURS = re.compile(
 )
 
 
-def check_output_folder(out: Path, folder: BuildFolder, sources: Sequence[Path], *, overwrite: bool = False) -> None:
+def check_output_folder(out: Place, folder: BuildFolder, sources: Sequence[Place], *, overwrite: bool = False) -> None:
     """Raise ``UsageError`` unless a build may write to ``out`` and to its working ``folder``.
 
     Both must lie outside of the ``sources``, of each other and of other datasets, and each must be new, empty, or what
@@ -57,7 +65,7 @@ def check_output_folder(out: Path, folder: BuildFolder, sources: Sequence[Path],
         return
     foreign = foreign_files(out)
     if foreign or (out.exists() and not out.is_dir()):
-        found = f"it contains {foreign[0].relative_to(out)}" if foreign else "it is a file"
+        found = f"it contains {path_below(foreign[0], out)}" if foreign else "it is a file"
         raise UsageError(
             f"--out must be a new or empty folder, a dataset, or an unfinished build; {out} is something else ({found}) "
             "and was left untouched. Give another folder, or remove it."
@@ -69,7 +77,7 @@ def check_output_folder(out: Path, folder: BuildFolder, sources: Sequence[Path],
         )
 
 
-def check_working_folder(folder: BuildFolder, sources: Sequence[Path]) -> None:
+def check_working_folder(folder: BuildFolder, sources: Sequence[Place]) -> None:
     """Raise ``UsageError`` unless a dry run may keep headers in ``folder``: new, empty, or one without a plan."""
     _check_place(folder.path, "--build-dir", sources)
     _check_folder(folder)
@@ -84,18 +92,18 @@ def _check_folder(folder: BuildFolder) -> None:
     """Raise ``UsageError`` where the working ``folder`` holds what no build put there."""
     unknown = folder.unknown_files()
     if unknown or (folder.path.exists() and not folder.path.is_dir()):
-        reason = f"it contains {unknown[0].relative_to(folder.path)}" if unknown else "it is a file"
+        reason = f"it contains {path_below(unknown[0], folder.path)}" if unknown else "it is a file"
         raise UsageError(
             f"The working folder {folder.path} was not made by ich-prep ({reason}), and was left untouched. Name another "
             "one with --build-dir."
         )
 
 
-def _check_place(path: Path, option: str, sources: Sequence[Path]) -> None:
+def _check_place(path: Place, option: str, sources: Sequence[Place]) -> None:
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        raise UsageError(f"{option} {os.fsencode(path)!r} is not a path in UTF-8. Give another folder.") from None
+        raise UsageError(f"{option} {os.fsencode(str(path))!r} is not a path in UTF-8. Give another folder.") from None
     if not path.name:
         raise UsageError(f"{option} {path} is the root of the file system. Give another folder.")
     for source in sources:
@@ -109,7 +117,7 @@ def _check_place(path: Path, option: str, sources: Sequence[Path]) -> None:
         raise UsageError(f"{option} {path} lies inside the Zarr store {inside}. Give another folder.")
 
 
-def _check_belongs(out: Path, folder: BuildFolder) -> None:
+def _check_belongs(out: Place, folder: BuildFolder) -> None:
     """Raise ``UsageError`` where ``folder``, one that was named, is that of another finished dataset."""
     state = readable_state(folder)
     if state is None or state.published is None or folder.path == working_folder(out):
@@ -124,7 +132,7 @@ def _check_belongs(out: Path, folder: BuildFolder) -> None:
         )
 
 
-def _check_dataset(out: Path, *, overwrite: bool) -> None:
+def _check_dataset(out: Place, *, overwrite: bool) -> None:
     """Raise ``DatasetError`` where what is at ``out`` is not a dataset, or one that may only be replaced."""
     try:
         open_dataset(out)
@@ -136,24 +144,24 @@ def _check_dataset(out: Path, *, overwrite: bool) -> None:
         raise
 
 
-def own_files(out: Path, *, shards_only: bool = False) -> list[Path]:
+def own_files(out: Place, *, shards_only: bool = False) -> list[Place]:
     """Return the files of ``out`` that a build puts into a dataset, or only its shards; temporary ones too."""
     pattern = re.compile(rf"{IMAGES}/c/[0-9]+/0/0/0") if shards_only else _OURS
     return [path for path in files_below(out) if pattern.fullmatch(_name_in(out, path))]
 
 
-def foreign_files(out: Path) -> list[Path]:
+def foreign_files(out: Place) -> list[Place]:
     """Return the files of ``out`` that no build puts into a dataset; litter of operating systems is none of them."""
     others = (path for path in files_below(out) if not _OURS.fullmatch(_name_in(out, path)))
-    return [path for path in others if not is_litter(path.relative_to(out))]
+    return [path for path in others if not is_litter(path_below(path, out))]
 
 
-def _name_in(out: Path, path: Path) -> str:
+def _name_in(out: Place, path: Place) -> str:
     """Return the path of a file relative to ``out``, of a temporary file the one that it would have got."""
-    return str(path.relative_to(out).with_name(whole_name(path.name)))
+    return str(path_below(path, out).with_name(whole_name(path.name)))
 
 
-def check_existing(out: Path, folder: BuildFolder, state: State, listing: Listing, *, published: State) -> bool:
+def check_existing(out: Place, folder: BuildFolder, state: State, listing: Listing, *, published: State) -> bool:
     """Return whether ``out`` already is the dataset that this build would make.
 
     ``published`` is what its root would say of the ``state``: see ``pseudonyms.published_state``.
@@ -181,7 +189,7 @@ def check_existing(out: Path, folder: BuildFolder, state: State, listing: Listin
 
 
 def _dataset_differences(
-    out: Path, folder: BuildFolder, before: State | None, state: State, listing: Listing
+    out: Place, folder: BuildFolder, before: State | None, state: State, listing: Listing
 ) -> list[str]:
     """Return how the finished dataset at ``out`` differs from the one that a build with ``state`` would make."""
     dataset = open_dataset(out)
@@ -260,7 +268,7 @@ def _sizes_and_reasons(files: pa.Table) -> dict[bytes, tuple[int, str | None]]:
     return {path: (size, reason) for path, size, reason in zip(*columns, strict=True)}
 
 
-def invalidate(out: Path, folder: BuildFolder) -> None:
+def invalidate(out: Place, folder: BuildFolder) -> None:
     """Invalidate the dataset: remove the files that make it readable, so that a crash cannot leave a half-replaced one."""
     for path in (out / ROOT, folder.state):
         if path.parent.is_dir():
@@ -268,14 +276,12 @@ def invalidate(out: Path, folder: BuildFolder) -> None:
             sync_folder(path.parent)
 
 
-def reset(out: Path, folder: BuildFolder) -> None:
+def reset(out: Place, folder: BuildFolder) -> None:
     """Remove what an earlier build left, but for the lock that this one holds; make the folders of a new build.
 
     Only files that a build makes are removed, but not the key of pseudonyms: it cannot be made again.
     """
-    for path in own_files(out):
-        if whole_name(path.name) != LEASE:  # held by this process
-            path.unlink(missing_ok=True)
+    remove_files(path for path in own_files(out) if whole_name(path.name) != LEASE)  # held by this process
     for name in (IMAGES, LABELS):
         _remove_empty_folders(out / name)
     reset_folder(folder)
@@ -284,20 +290,20 @@ def reset(out: Path, folder: BuildFolder) -> None:
 
 def reset_folder(folder: BuildFolder) -> None:
     """Empty the working ``folder`` of what builds put there, but for the lock; make its folders."""
-    for path in folder.own_files():
-        if path != folder.key and not folder.is_lock(path):
-            path.unlink(missing_ok=True)
+    remove_files(path for path in folder.own_files() if path != folder.key and not folder.is_lock(path))
     for path in (folder.scan, folder.done):
         path.mkdir(parents=True, exist_ok=True)
 
 
-def _remove_empty_folders(folder: Path) -> None:
+def _remove_empty_folders(folder: Place) -> None:
+    if isinstance(folder, BucketPath):
+        return
     for path in sorted((path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink()), reverse=True):
         with contextlib.suppress(OSError):  # it holds something else
             path.rmdir()
 
 
-def clean(out: Path, folder: BuildFolder, *, forget_key: bool = False) -> int:
+def clean(out: Place, folder: BuildFolder, *, forget_key: bool = False) -> int:
     """Remove the working folder of the finished dataset ``out``; return how many bytes that freed.
 
     The key of pseudonyms stays, in the folder, unless ``forget_key``.
@@ -315,7 +321,7 @@ def clean(out: Path, folder: BuildFolder, *, forget_key: bool = False) -> int:
         if not is_key_of(folder.key, dataset.root):
             raise BuildError(f"{folder.key} is not the key of the pseudonyms in {out}; nothing was removed.")
     elif unknown or not folder.state.exists():
-        found = f"it contains {unknown[0].relative_to(folder.path)}" if unknown else "it has no state.json"
+        found = f"it contains {path_below(unknown[0], folder.path)}" if unknown else "it has no state.json"
         raise UsageError(f"{folder.path} is not the working folder of a build ({found}); nothing was removed.")
     elif not read_state(folder).belongs_to(dataset.digest):
         raise BuildError(
@@ -325,10 +331,8 @@ def clean(out: Path, folder: BuildFolder, *, forget_key: bool = False) -> int:
     with build_lock(folder):
         files = [*(path for path in folder.own_files() if forget_key or path != folder.key), *folder.litter()]
         freed = sum(size_of(path) or 0 for path in files)
-        for path in sorted(
-            files, key=lambda path: path == folder.state
-        ):  # last: until then the command can be repeated
-            path.unlink(missing_ok=True)  # a lease may have renewed itself
+        remove_files(path for path in files if path != folder.state)
+        remove_files([folder.state])  # last: until then the command can be repeated
     inside = (folder.append.scan, folder.append.done, folder.append.path)
     for path in (*inside, folder.scan, folder.done, folder.parts, folder.path):
         with contextlib.suppress(OSError):  # a link to a folder stays
@@ -352,7 +356,7 @@ def build_lock(folder: BuildFolder) -> Iterator[None]:
 
 
 @contextmanager
-def output_lock(out: Path, *, say: Callable[[str], None] = _SILENT) -> Iterator[None]:
+def output_lock(out: Place, *, say: Callable[[str], None] = _SILENT) -> Iterator[None]:
     """Hold a lock on the folder ``out`` itself; raises ``BuildError`` where a build with another working folder does.
 
     ``say`` tells the user what the file system cannot do.
@@ -366,7 +370,7 @@ def output_lock(out: Path, *, say: Callable[[str], None] = _SILENT) -> Iterator[
 
 
 @contextmanager
-def _lock_explained(what: str, target: Path, lease: Path, say: Callable[[str], None] = _SILENT) -> Iterator[None]:
+def _lock_explained(what: str, target: Place, lease: Place, say: Callable[[str], None] = _SILENT) -> Iterator[None]:
     try:
         with locked(target, lease, say=say):
             yield
@@ -377,7 +381,7 @@ def _lock_explained(what: str, target: Path, lease: Path, say: Callable[[str], N
 
 
 @contextmanager
-def os_errors_explained(out: Path) -> Iterator[None]:
+def os_errors_explained(out: Place) -> Iterator[None]:
     """Turn an error of the operating system during a build of ``out`` into a ``BuildError`` that says what to do."""
     try:
         yield

@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ich_prep.dataset.lock import HeldError, locked, refuse_if_held
@@ -18,6 +17,7 @@ from ich_prep.errors import BuildError, UsageError
 from ich_prep.progress import NoProgress
 
 if TYPE_CHECKING:
+    from ich_prep.dataset.bucket_path import Place
     from ich_prep.stages.state import BuildFolder
 
 MOST_PARTS = 100_000
@@ -56,7 +56,7 @@ def parse_part(text: str) -> Part:
     return part
 
 
-def log_of(folder: BuildFolder, part: Part) -> Path:
+def log_of(folder: BuildFolder, part: Part) -> Place:
     """Return the path of the log of a part."""
     return folder.parts / f"{part.name}.log.jsonl"
 
@@ -116,7 +116,7 @@ def parts_of(folder: BuildFolder) -> list[Part]:
     )
 
 
-def lock_of(folder: BuildFolder, part: Part) -> Path:
+def lock_of(folder: BuildFolder, part: Part) -> Place:
     """Return the path of the lock of a part, which the process that writes it has touched."""
     return folder.parts / f"{part.name}.lock"
 
@@ -131,5 +131,5 @@ def _refuse_builds(folder: BuildFolder) -> None:
         ) from None
 
 
-def _lease(lock: Path) -> Path:
-    return lock.with_suffix(".lease")
+def _lease(lock: Place) -> Place:
+    return lock.with_name(f"{lock.stem}.lease")

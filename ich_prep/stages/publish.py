@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +28,15 @@ from ich_prep.dataset.schema import (
     TABLES,
     digest_of,
 )
-from ich_prep.dataset.storage import clear_leftovers, size_of, sync_folder, write_whole
+from ich_prep.dataset.storage import (
+    clear_leftovers,
+    for_each,
+    read_whole,
+    size_of,
+    sync_folder,
+    write_first,
+    write_whole,
+)
 from ich_prep.dataset.tables import read_sealed, with_columns, write_table
 from ich_prep.dataset.windows import MIN_HU
 from ich_prep.errors import BuildError
@@ -46,6 +54,7 @@ from ich_prep.versions import PACKAGE, all_versions, library_versions
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from ich_prep.dataset.bucket_path import Place
     from ich_prep.dataset.spec import Spec
     from ich_prep.stages.state import BuildFolder, State
 
@@ -71,7 +80,7 @@ class Tables:
         return number
 
 
-def collect_tables(out: Path, folder: BuildFolder, state: State) -> Tables:
+def collect_tables(out: Place, folder: BuildFolder, state: State) -> Tables:
     """Return the tables of the build of ``out``, once every shard has an entry in the ledger; rows and shards from 0.
 
     Raises ``BuildError`` if a shard does not have the length that its entry records.
@@ -79,8 +88,8 @@ def collect_tables(out: Path, folder: BuildFolder, state: State) -> Tables:
     plan = read_sealed(folder.plan, without=[name for name in PIXEL_COLUMNS if name != "path"])
     starts = np.arange(0, len(plan), state.spec.slices_per_shard)
     shards, parts = [], []
-    for number in range(len(starts)):
-        entry = _entry(out, folder, state.first_shard + number)
+    numbers = range(state.first_shard, state.first_shard + len(starts))
+    for entry in for_each(partial(_entry, out, folder), numbers, at=out):
         shards.append((entry.bytes, entry.fingerprint, entry.hu_histogram))
         parts.append(reports_table(entry.rows))
     reports = pa.concat_tables([REPORT_SCHEMA.empty_table(), *parts]).combine_chunks()
@@ -146,7 +155,7 @@ def series_flags(series: pa.Table, slices: pa.Table) -> pa.ListArray:
     return flag_lists(owners, words, count=len(series))
 
 
-def _entry(out: Path, folder: BuildFolder, number: int) -> ShardReport:
+def _entry(out: Place, folder: BuildFolder, number: int) -> ShardReport:
     """Return the ledger's entry of shard ``number``, after checking that the shard has the length that it records."""
     path = schema.shard_path(out, number)
     entry = ShardReport.from_json(ledger.read(folder.done, number))
@@ -192,7 +201,7 @@ def pseudonymised(tables: Tables, key: bytes, spec: Spec) -> Tables:
 
 
 def publish(
-    out: Path, folder: BuildFolder, *, state: State, tables: Tables, found: int, key: bytes | None = None
+    out: Place, folder: BuildFolder, *, state: State, tables: Tables, found: int, key: bytes | None = None
 ) -> dict[str, int]:
     """Write ``tables`` and the metadata of the dataset ``out``, the root's last; return its counts.
 
@@ -202,6 +211,8 @@ def publish(
     """
     shown = published_state(state, key)
     tables = tables if key is None else pseudonymised(tables, key, state.spec)
+    if (out / ROOT).exists():
+        raise _published_meanwhile(out)
     (out / LABELS).mkdir(exist_ok=True)
     names = {table: schema.table_name(table, generation=1) for table in TABLES}
     for name in (*names.values(), ROOT, f"{IMAGES}/{ROOT}", f"{LABELS}/{ROOT}"):
@@ -240,7 +251,7 @@ def publish(
         ),
         "tables": names,
         "digests": {
-            name: sha256((out / name).read_bytes())
+            name: sha256(read_whole(out / name))
             for name in sorted((*names.values(), f"{IMAGES}/{ROOT}", f"{LABELS}/{ROOT}"))
         },
         "generation": 1,
@@ -264,9 +275,19 @@ def publish(
     write_state(folder, state.model_copy(update={"published": ich["digest"]}))
     for path in (folder.path, out.parent):  # the name of the dataset, too
         sync_folder(path)
-    write_whole(out / ROOT, root_document(out, ich))
+    try:
+        write_first(out / ROOT, root_document(out, ich))
+    except FileExistsError:
+        raise _published_meanwhile(out) from None
     sync_folder(out)
     return counts
+
+
+def _published_meanwhile(out: Place) -> BuildError:
+    return BuildError(
+        f"Another process published {out} while this one was building it, and nothing of that was replaced. Use that "
+        "dataset, build into another place, or replace it with --overwrite."
+    )
 
 
 def sha256(data: bytes) -> str:
@@ -274,13 +295,13 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def root_document(out: Path, ich: dict[str, Any]) -> bytes:
+def root_document(out: Place, ich: dict[str, Any]) -> bytes:
     """Return the bytes of the root's ``zarr.json``: a group with the attribute ``ich``.
 
     It repeats the metadata of the images and the labels, as zarr-python's consolidated metadata does: xarray looks for
     that first, and warns if it is missing. The array is as long as ``ich`` says, also while it grows.
     """
-    members = {name: json.loads((out / name / ROOT).read_bytes()) for name in (IMAGES, LABELS)}
+    members = {name: json.loads(read_whole(out / name / ROOT)) for name in (IMAGES, LABELS)}
     members[IMAGES]["shape"][0] = ich["counts"]["rows"]
     document = {
         "attributes": {"ich": ich},

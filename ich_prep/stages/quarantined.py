@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ich_prep.dataset.bucket_path import Place
 from ich_prep.dataset.dataset import open_dataset
 from ich_prep.dataset.schema import OK, QUARANTINE_SCHEMA, ROOT
 from ich_prep.dataset.tables import read_parquet
@@ -148,7 +149,7 @@ def _failed_rows(folder: BuildFolder, state: State) -> Iterator[dict[str, object
                 }
 
 
-def _of_batch(path: Path) -> pa.Table:
+def _of_batch(path: Place) -> pa.Table:
     lines = read_parquet(path, ["path", "reason", "detail"])
     lines = lines.filter(pc.is_valid(lines["reason"]))
     columns = {

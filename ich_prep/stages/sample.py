@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +19,7 @@ from ich_prep.stages.shard import COLUMNS, FILES_AHEAD, SliceRenderer, pixel_sou
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ich_prep.dataset.bucket_path import Place
     from ich_prep.dataset.spec import Spec
 
 SAMPLED = 32
@@ -43,7 +43,7 @@ def sampled_rows(count: int, most: int = SAMPLED) -> list[int]:
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist() if count else []
 
 
-def measure(slices: pa.Table, keys: Sequence[bytes], sources: Sequence[Path], spec: Spec) -> Sample:
+def measure(slices: pa.Table, keys: Sequence[bytes], sources: Sequence[Place], spec: Spec) -> Sample:
     """Return what rendering and encoding ``slices`` takes, lines of a plan, whose source keys are ``keys``.
 
     The first is done twice, and counted once: it starts the decoders.

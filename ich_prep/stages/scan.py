@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 from operator import attrgetter, itemgetter
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from ich_prep.dataset.tables import write_sealed
+from ich_prep.dataset.tables import rows_of, write_sealed
 from ich_prep.dicom.accept import check_slice, flags_of, oriented
 from ich_prep.dicom.elements import ELEMENTS, Element, Header
 from ich_prep.dicom.header import SKIM_BYTES, read_with_faults
 from ich_prep.dicom.litter import FIRST_BYTES, judge_unreadable
 from ich_prep.errors import Reason, SliceError
 from ich_prep.sources import Source, open_source, read_ahead, read_first, shown
-from ich_prep.stages.state import BuildFolder
+
+if TYPE_CHECKING:
+    from ich_prep.dataset.bucket_path import Place
+    from ich_prep.stages.state import BuildFolder
 
 FILES_PER_BATCH = 512
 FILES_AHEAD = 64  # at a tenth of a millisecond per header, enough to hide the latency of a remote disk
@@ -56,18 +57,17 @@ SCHEMA = pa.schema(
 )
 
 
-def scan_batch(folder: str, sources: tuple[str, ...], batch: int) -> tuple[int, int]:
+def scan_batch(folder: BuildFolder, sources: tuple[Place, ...], batch: int) -> tuple[int, int]:
     """Read the headers of files ``batch`` x 512 and following; write ``scan/<batch>.parquet`` in the working folder.
 
-    ``sources`` are the paths of the folders and archives. Returns the number of slices and of quarantined files among
+    ``sources`` are the folders and archives. Returns the number of slices and of quarantined files among
     these files.
     """
-    build = BuildFolder(Path(folder))
     source = open_source(sources)
-    with pq.ParquetFile(build.files) as listed:  # reopened each time: a worker may outlive the build that wrote it
+    with rows_of(folder.files) as listed:  # reopened each time: a worker may outlive the build that wrote it
         files = listed.read_row_group(batch).to_pylist()
     scanned = scan_files(source, files)
-    write_sealed(build.batch(batch), scanned, write_statistics=False)
+    write_sealed(folder.batch(batch), scanned, write_statistics=False)
     slices: int = scanned["reason"].null_count
     return slices, len(scanned) - slices
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import atexit
 from functools import cache, lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
-import pyarrow.parquet as pq
 import xxhash
 from pydantic import BaseModel, ConfigDict
 
 from ich_prep.dataset.codecs import CODECS
 from ich_prep.dataset.schema import OK, shard_path
 from ich_prep.dataset.shard_format import ShardWriter
-from ich_prep.dataset.storage import renamed_when_whole
+from ich_prep.dataset.storage import written_whole
+from ich_prep.dataset.tables import rows_of
 from ich_prep.dicom.decode import PIXEL_FIELDS, Decoder, PixelSource
 from ich_prep.errors import SliceError
 from ich_prep.pixels import repairs
@@ -32,8 +31,10 @@ from ich_prep.stages.state import BuildFolder, State, read_state
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+    import pyarrow.parquet as pq
     from numpy.typing import NDArray
 
+    from ich_prep.dataset.bucket_path import Place
     from ich_prep.dataset.spec import Spec
     from ich_prep.sources import Source
 
@@ -88,20 +89,19 @@ class ShardReport(BaseModel):
         return cls.model_validate_json(text)
 
 
-def write_shard(out: str, folder: str, sources: tuple[str, ...], digest: str, number: int) -> ShardReport:
+def write_shard(out: Place, folder: BuildFolder, sources: tuple[Place, ...], digest: str, number: int) -> ShardReport:
     """Write shard ``number`` of the plan whose digest is ``digest``, renamed into place when complete; return its report.
 
-    ``folder`` is the working folder, ``sources`` are the paths of the folders and archives.
+    ``folder`` is the working folder, ``sources`` are the folders and archives.
     """
     state, plan = _opened(folder, digest)
     spec, group = state.spec, number - state.first_shard
     rows = plan.read_row_group(group, columns=COLUMNS).to_pylist()
-    path = shard_path(Path(out), number)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = shard_path(out, number)
     decoder = shared_decoder()
     slices = SliceRenderer(spec)
     results: list[Audit | SliceError] = []
-    with renamed_when_whole(path) as partial, open(partial, "wb", buffering=0) as file:
+    with written_whole(path) as file:
         writer = ShardWriter(file, spec.slices_per_shard, CODECS[spec.codec])
         source = open_source(sources)
         located = [pixel_source(source, key, row) for key, row in zip(_keys(folder, group), rows, strict=True)]
@@ -154,11 +154,10 @@ def row_reports(
 
 
 @lru_cache(maxsize=1)
-def _opened(folder: str, digest: str) -> tuple[State, pq.ParquetFile]:
+def _opened(folder: BuildFolder, digest: str) -> tuple[State, pq.ParquetFile]:
     """Return the state and the open plan of the build; a new ``digest`` means a new plan in ``folder``."""
     use_one_thread()
-    build = BuildFolder(Path(folder))
-    return read_state(build), pq.ParquetFile(build.plan)
+    return read_state(folder), rows_of(folder.plan)
 
 
 def use_one_thread() -> None:
@@ -166,12 +165,12 @@ def use_one_thread() -> None:
     cv2.setNumThreads(1)
 
 
-def _keys(folder: str, group: int) -> list[bytes]:
+def _keys(folder: BuildFolder, group: int) -> list[bytes]:
     """Return the source keys of the files of row group ``group`` of the plan.
 
     Not cached: a worker may outlive the run that wrote them.
     """
-    with pq.ParquetFile(BuildFolder(Path(folder)).keys) as file:
+    with rows_of(folder.keys) as file:
         keys: list[bytes] = file.read_row_group(group)["key"].to_pylist()
     return keys
 

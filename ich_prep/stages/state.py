@@ -11,19 +11,28 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from ich_prep.dataset.bucket_path import Place
 from ich_prep.dataset.dataset import STATE, working_folder
-from ich_prep.dataset.lock import breaking
+from ich_prep.dataset.file_lease import breaking
 from ich_prep.dataset.schema import FORMAT
 from ich_prep.dataset.spec import Spec
-from ich_prep.dataset.storage import files_below, local_path, whole_name, write_whole
+from ich_prep.dataset.storage import (
+    files_below,
+    for_each,
+    path_below,
+    place_of,
+    read_whole,
+    remove_files,
+    whole_name,
+    write_whole,
+)
 from ich_prep.dataset.tables import read_sealed
 from ich_prep.errors import CorruptionError, DatasetError
-from ich_prep.files import is_litter, read_regular
+from ich_prep.files import is_litter
 
 SEAL = "sha256"  # the key of the digest of all other keys of state.json
 _BATCH, _ENTRY = re.compile(r"[0-9]{5,}\.parquet"), re.compile(r"[0-9]{5,}\.json")
@@ -34,69 +43,69 @@ _OF_PART = re.compile(r"[0-9]+-of-[0-9]+\.(lock|lease(\.breaking)?|log\.jsonl)")
 class BuildFolder:
     """The paths of a build's files in its working folder ``path``."""
 
-    path: Path
+    path: Place
 
     @property
-    def state(self) -> Path:
+    def state(self) -> Place:
         """What the build decided: a ``State``."""
         return self.path / STATE
 
     @property
-    def files(self) -> Path:
+    def files(self) -> Place:
         """The listing, one row group per batch of the scan."""
         return self.path / "files.parquet"
 
     @property
-    def scan(self) -> Path:
+    def scan(self) -> Place:
         """The folder of the headers, one file per batch."""
         return self.path / "scan"
 
-    def batch(self, number: int) -> Path:
+    def batch(self, number: int) -> Place:
         """The headers of one batch of files."""
         return self.scan / f"{number:05d}.parquet"
 
     @property
-    def middles(self) -> Path:
+    def middles(self) -> Place:
         """The middle slices of series whose unit is not known, one row group per series."""
         return self.path / "middles.parquet"
 
     @property
-    def plan(self) -> Path:
+    def plan(self) -> Place:
         """The plan, one row group per shard."""
         return self.path / "plan.parquet"
 
     @property
-    def keys(self) -> Path:
+    def keys(self) -> Place:
         """The source keys of the planned files, one row group per shard; written by each run."""
         return self.path / "keys.parquet"
 
     @property
-    def series(self) -> Path:
+    def series(self) -> Place:
         """The planned series table."""
         return self.path / "series.parquet"
 
     @property
-    def quarantine(self) -> Path:
+    def quarantine(self) -> Place:
         """The files quarantined before any pixel was decoded."""
         return self.path / "quarantine.parquet"
 
     @property
-    def lost(self) -> Path:
+    def lost(self) -> Place:
         """The labels whose images all left before any pixel was decoded."""
         return self.path / "lost_labels.parquet"
 
     @property
-    def copies(self) -> Path:
+    def copies(self) -> Place:
         """The files that share a SOP Instance UID, one row group per task that hashes their images."""
         return self.path / "copies.parquet"
 
     @property
-    def done(self) -> Path:
+    def done(self) -> Place:
         """The folder of the ledger: one entry per finished shard."""
         return self.path / "shards"
 
     @property
-    def label_problems(self) -> Path:
+    def label_problems(self) -> Place:
         """The labels and slices that do not match."""
         return self.path / "label_problems.parquet"
 
@@ -106,57 +115,57 @@ class BuildFolder:
         return BuildFolder(self.path / "append")
 
     @property
-    def key(self) -> Path:
+    def key(self) -> Place:
         """The key of the pseudonyms, unless the user keeps it elsewhere."""
         return self.path / "identifiers.key"
 
     @property
-    def log(self) -> Path:
+    def log(self) -> Place:
         """One line per event."""
         return self.path / "log.jsonl"
 
     @property
-    def lock(self) -> Path:
+    def lock(self) -> Place:
         """The lock of the process that builds."""
         return self.path / "lock"
 
     @property
-    def lease(self) -> Path:
+    def lease(self) -> Place:
         """The lease of that process, where the file system has no locks."""
         return self.path / "lease"
 
     @property
-    def parts(self) -> Path:
+    def parts(self) -> Place:
         """The folder of what processes that write a part of the shards keep: locks and logs."""
         return self.path / "parts"
 
-    def is_lock(self, path: Path) -> bool:
+    def is_lock(self, path: Place) -> bool:
         """Return whether ``path`` is a lock or a lease, of the build or of a part: those that a process may hold."""
         return whole_name(path.name).endswith(("lock", "lease", "lease.breaking")) and self._is_own(path)
 
-    def members(self) -> tuple[Path, ...]:
+    def members(self) -> tuple[Place, ...]:
         """All that a build may keep in the folder."""
         return (
             self.state, self.files, self.scan, self.middles, self.plan, self.keys, self.series, self.quarantine, self.lost,
             self.copies, self.done, self.label_problems, self.key, self.log, self.lock, self.lease, breaking(self.lease),
         )  # fmt: skip
 
-    def own_files(self) -> list[Path]:
+    def own_files(self) -> list[Place]:
         """Return the files in the folder that builds put there, temporary files of killed builds too."""
         return [path for path in files_below(self.path) if self._is_own(path)]
 
-    def unknown_files(self) -> list[Path]:
+    def unknown_files(self) -> list[Place]:
         """Return the files in the folder that neither a build nor an operating system put there."""
         return [path for path in files_below(self.path) if not self._is_own(path) and not self._is_litter(path)]
 
-    def litter(self) -> list[Path]:
+    def litter(self) -> list[Place]:
         """Return the files in the folder that an operating system or a file server put there."""
         return [path for path in files_below(self.path) if self._is_litter(path) and not self._is_own(path)]
 
-    def _is_litter(self, path: Path) -> bool:
-        return is_litter(path.relative_to(self.path))
+    def _is_litter(self, path: Place) -> bool:
+        return is_litter(path_below(path, self.path))
 
-    def _is_own(self, path: Path) -> bool:
+    def _is_own(self, path: Place) -> bool:
         name = whole_name(path.name)
         if path.parent == self.scan:
             return _BATCH.fullmatch(name) is not None
@@ -169,11 +178,16 @@ class BuildFolder:
         return path.with_name(name) in self.members() and path.parent == self.path
 
 
-def build_folder(out: Path, given: str | Path | None = None) -> BuildFolder:
-    """Return the working folder of the dataset ``out``: the one ``given``, else the one next to it."""
+def build_folder(
+    out: Place, given: str | Place | None = None, *, endpoint: str | None = None, atomic: bool = True
+) -> BuildFolder:
+    """Return the working folder of the dataset ``out``: the one ``given``, else the one next to it.
+
+    ``endpoint`` and ``atomic`` are those of a bucket, as for ``place_of``.
+    """
     if given is None:
         return BuildFolder(working_folder(out))
-    return BuildFolder(local_path(given, "--build-dir").absolute())
+    return BuildFolder(place_of(given, "--build-dir", endpoint=endpoint, atomic=atomic).absolute())
 
 
 class State(BaseModel):
@@ -208,7 +222,7 @@ class State(BaseModel):
 def read_state(folder: BuildFolder) -> State:
     """Return the state of the build in ``folder``; raises ``DatasetError`` if it cannot be read."""
     try:
-        return _unsealed(read_regular(folder.state))
+        return _unsealed(read_whole(folder.state))
     except (OSError, ValueError) as error:
         what = error.strerror if isinstance(error, OSError) else "it is damaged, or of another version"
         raise DatasetError(
@@ -250,12 +264,12 @@ def plan_is_whole(folder: BuildFolder) -> bool:
 
 def drop_damaged_headers(folder: BuildFolder) -> None:
     """Delete the batches of headers that are damaged, to be read again."""
-    for path in sorted(folder.scan.glob("*.parquet")):
-        if not _is_whole(path):
-            path.unlink(missing_ok=True)
+    paths: list[Place] = sorted(folder.scan.glob("*.parquet"))
+    whole = for_each(_is_whole, paths, at=folder.path)
+    remove_files(path for path, is_whole in zip(paths, whole, strict=True) if not is_whole)
 
 
-def _is_whole(path: Path) -> bool:
+def _is_whole(path: Place) -> bool:
     try:
         read_sealed(path, [])
     except (OSError, CorruptionError):

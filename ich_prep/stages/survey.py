@@ -6,18 +6,18 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ich_prep.dataset.storage import for_each
 from ich_prep.dataset.tables import read_sealed, write_sealed
 from ich_prep.errors import CorruptionError, Reason
 from ich_prep.layouts.label_keys import choose_key
 from ich_prep.layouts.labels import fill_any
-from ich_prep.sources import Listing, TableFile, local_table
+from ich_prep.sources import Listing, TableFile, table_at
 from ich_prep.stages import ledger
 from ich_prep.stages.copies import hash_images, sharing_uid
 from ich_prep.stages.plan import Plan, make_plan
@@ -34,6 +34,7 @@ from ich_prep.stages.state import (
 from ich_prep.stages.units import refuse_other_units
 
 if TYPE_CHECKING:
+    from ich_prep.dataset.bucket_path import Place
     from ich_prep.dataset.spec import Spec
     from ich_prep.execute import Pool
     from ich_prep.layouts import Layout
@@ -51,21 +52,21 @@ class Job:
 
     pool: Pool
     folder: BuildFolder
-    sources: Sequence[Path]
+    sources: Sequence[Place]
     listing: Listing
     progress: Progress
 
 
-def read_labels(layout: Layout, listing: Listing, given: str | Path | None, rules: LabelRules) -> LabelTable:
+def read_labels(layout: Layout, listing: Listing, given: Place | None, rules: LabelRules) -> LabelTable:
     """Return the labels of the file ``given``, or of the one in the source; raises as ``Layout.read_labels``."""
     file = None if given is None else _label_file(given, listing)
     return fill_any(layout.read_labels(listing, file, rules))
 
 
-def _label_file(given: str | Path, listing: Listing) -> TableFile:
+def _label_file(given: Place, listing: Listing) -> TableFile:
     """Return the label file ``given``: one of the source, as messages name it (also inside an archive), or any other."""
-    inside = (table for table in listing.tables if Path(table.path) == Path(given).absolute())
-    return next(inside, None) or local_table(Path(given))
+    inside = (table for table in listing.tables if table.path == str(given.absolute()))
+    return next(inside, None) or table_at(given)
 
 
 def digest_listing(listing: Listing) -> str:
@@ -126,14 +127,14 @@ def read_headers(job: Job) -> pa.Table:
     folder, files, progress = job.folder, len(job.listing.files), job.progress
     folder.quarantine.unlink(missing_ok=True)
     batches = range(-(-files // FILES_PER_BATCH))
-    done = {
-        batch
-        for batch in ledger.done(folder.scan, suffix=".parquet")
-        if not _any_damage(read_sealed(folder.batch(batch), ["reason"])["reason"])
-    }
+    written = sorted(ledger.done(folder.scan, suffix=".parquet"))
+    damaged = for_each(
+        lambda batch: _any_damage(read_sealed(folder.batch(batch), ["reason"])["reason"]), written, at=folder.path
+    )
+    done = {batch for batch, any_damage in zip(written, damaged, strict=True) if not any_damage}
     already = sum(min(FILES_PER_BATCH, files - batch * FILES_PER_BATCH) for batch in done)
     progress.begin("Reading headers", files, "files", already)
-    task = partial(scan_batch, str(folder.path), tuple(map(str, job.sources)))
+    task = partial(scan_batch, folder, tuple(job.sources))
     for batch, (slices, quarantined) in job.pool.map(task, [batch for batch in batches if batch not in done]):
         progress.advance(slices + quarantined, quarantined, batch)
     progress.end()
@@ -143,7 +144,8 @@ def read_headers(job: Job) -> pa.Table:
 
 def _joined(folder: BuildFolder, batches: range) -> pa.Table:
     """Return the headers in these ``batches`` in one piece: a buffer for each column of each batch takes more memory."""
-    return pa.concat_tables([read_sealed(folder.batch(batch)) for batch in batches]).combine_chunks()
+    tables = for_each(lambda batch: read_sealed(folder.batch(batch)), batches, at=folder.path)
+    return pa.concat_tables(tables).combine_chunks()
 
 
 def _any_damage(reasons: pa.ChunkedArray) -> bool:

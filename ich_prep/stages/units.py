@@ -5,17 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ich_prep.dataset.components import codes_of
 from ich_prep.dataset.storage import write_whole
-from ich_prep.dataset.tables import parquet_bytes
+from ich_prep.dataset.tables import parquet_bytes, rows_of
 from ich_prep.dicom.accept import is_hounsfield
 from ich_prep.dicom.decode import PIXEL_FIELDS, Decoder
 from ich_prep.errors import Reason, SliceError
@@ -29,6 +27,7 @@ from ich_prep.stages.state import BuildFolder
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from ich_prep.dataset.bucket_path import Place
     from ich_prep.dataset.spec import Spec
 
 Map = Callable[[Callable[[int], bool], Sequence[int]], Iterator[tuple[int, bool]]]
@@ -47,7 +46,7 @@ _COLUMNS: Final = (*PIXEL_FIELDS, "padding_low", "padding_high", "rescale_slope"
 
 
 def refuse_other_units(
-    scanned: pa.Table, files: pa.Table, *, folder: BuildFolder, sources: Sequence[Path], run: Map, spec: Spec
+    scanned: pa.Table, files: pa.Table, *, folder: BuildFolder, sources: Sequence[Place], run: Map, spec: Spec
 ) -> pa.Table:
     """Return ``scanned`` (``scan.SCHEMA``) with the reason NOT_HU for all slices of series that are not in HU.
 
@@ -60,7 +59,7 @@ def refuse_other_units(
     series = list(questioned.values())
     if series:
         _write_middles(folder, scanned, files, series)
-        task = partial(middle_looks_like_hu, str(folder.path), tuple(map(str, sources)))
+        task = partial(middle_looks_like_hu, folder, tuple(sources))
         for number, is_hu in run(task, range(len(series))):
             if not is_hu:
                 refused += series[number]
@@ -90,12 +89,12 @@ def _silent_beside(scanned: pa.Table, refused: list[int]) -> NDArray[np.bool_]:
     return result
 
 
-def middle_looks_like_hu(folder: str, sources: tuple[str, ...], number: int) -> bool:
+def middle_looks_like_hu(folder: BuildFolder, sources: tuple[Place, ...], number: int) -> bool:
     """Return whether the middle slice of a questioned series looks like HU; True if none of its slices can be decoded.
 
-    ``folder`` is the working folder, which has the slices to try, ``sources`` are the paths of folders and archives.
+    ``folder`` is the working folder, which has the slices to try, ``sources`` are folders and archives.
     """
-    with pq.ParquetFile(BuildFolder(Path(folder)).middles) as written:  # a worker may outlive the build that wrote it
+    with rows_of(folder.middles) as written:  # a worker may outlive the build that wrote it
         lines = written.read_row_group(number).to_pylist()
     source, decoder = open_source(sources), Decoder()
     try:

@@ -73,15 +73,15 @@ def serve(
         raise UsageError(f"The viewer needs {error.name}: pip install 'ich[view]'.") from None
     from ich_prep.view.pictures import Pictures
 
-    file = default_file(dataset.path) if corrections is None else local_path(corrections, "--corrections")
-    if dataset.path.resolve() in file.resolve().parents:
+    file = default_file(dataset.folder) if corrections is None else local_path(corrections, "--corrections")
+    if dataset.folder.resolve() in file.resolve().parents:
         raise UsageError(f"{file} is inside the dataset, which the viewer never writes to. Name another file.")
     if file.is_dir() or not file.absolute().parent.is_dir():
         raise UsageError(f"{file} cannot be a file: it is a folder, or its folder does not exist.")
     data = view_data(dataset, run)
     marks, pictures = Corrections(file, data), None
     if src:
-        folder = build_folder(dataset.path.absolute(), build_dir)
+        folder = build_folder(dataset.folder.absolute(), build_dir)
         pictures = Pictures(src, key_of_dataset(dataset.root, folder, key, needed=True))
 
     server = Server(

@@ -39,7 +39,7 @@ def write_pages(data: ViewData, out: Path, lines: Sequence[int] | None = None) -
 
     Raises ``UsageError`` for a folder that is not new or empty, and for more than 100 volumes unless ``lines`` names them.
     """
-    out = new_folder(out, "--html", outside=data.dataset.path)
+    out = new_folder(out, "--html", outside=data.dataset.folder)
     if lines is None and len(data) > MAX_UNASKED:
         raise UsageError(
             f"{data.dataset.path} has {len(data):,} volumes. Choose some with --series NUMBER or --where FILTER."

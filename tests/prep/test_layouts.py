@@ -15,7 +15,7 @@ from ich_prep.layouts import LAYOUTS, cq500, folder, recognise, rsna
 from ich_prep.layouts.labels import LabelRules, fill_any
 from ich_prep.phantom import synthesize
 from ich_prep.pixels.repairs import SIGN_12BIT
-from ich_prep.sources import FolderSource, Listing, local_table
+from ich_prep.sources import FolderSource, Listing, table_at
 from ich_prep.stages import scan
 
 READERS = ("R1", "R2", "R3")
@@ -174,13 +174,13 @@ def test_a_label_file_that_is_given_is_the_one_that_is_read(tmp_path: Path) -> N
     given = tmp_path / "mine.csv"
     given.write_text(long_csv({"ID_a": SUBDURAL}), encoding="utf-8")
     listing = tree(tmp_path / "tree", {SLICE: "", "train.csv": long_csv({"ID_a": NEGATIVE})})
-    labels = rsna.read_labels(listing, local_table(given))
+    labels = rsna.read_labels(listing, table_at(given))
     assert labels.values.tolist() == [list(SUBDURAL)]
     with pytest.raises(SourceError, match=r"gone\.csv; it cannot be read"):
-        rsna.read_labels(listing, local_table(tmp_path / "gone.csv"))
+        rsna.read_labels(listing, table_at(tmp_path / "gone.csv"))
     given.write_text("Image,any,subdural\nID_a,1,1\n", encoding="utf-8")
     with pytest.raises(SourceError, match=r"columns ID,Label in .*mine\.csv.* found Image,any,subdural"):
-        rsna.read_labels(listing, local_table(given))
+        rsna.read_labels(listing, table_at(given))
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_two_csvs_with_labels_are_one_too_many(tmp_path: Path) -> None:
     listing = tree(tmp_path, {"1.dcm": "", "one.csv": text, "two.csv": text})
     with pytest.raises(SourceError, match=r"one\.csv, .*two\.csv.*--labels"):
         folder.read_labels(listing, None)
-    labels = folder.read_labels(listing, local_table(tmp_path / "two.csv"))
+    labels = folder.read_labels(listing, table_at(tmp_path / "two.csv"))
     assert labels.keys.to_pylist() == ["a"]
 
 
@@ -278,7 +278,7 @@ def test_a_given_csv_without_a_key_is_refused(tmp_path: Path) -> None:
     listing = tree(tmp_path, {"1.dcm": ""})
     (tmp_path / "mine.csv").write_text("who,any\na,1\n", encoding="utf-8")
     with pytest.raises(SourceError, match=r"Expected a column sop_instance_uid, series_instance_uid.*who, any"):
-        folder.read_labels(listing, local_table(tmp_path / "mine.csv"))
+        folder.read_labels(listing, table_at(tmp_path / "mine.csv"))
 
 
 def test_a_folder_assigns_every_slice_to_training() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ich_prep.dataset import lock
+from ich_prep.dataset import file_lease, lease_owner, lock
 from ich_prep.dataset.lock import HeldError, locked
 from ich_prep.errors import BuildError
 
@@ -83,8 +83,8 @@ def test_never_are_two_processes_inside(tmp_path: Path) -> None:
 
 
 def lease_of(process: subprocess.Popen[bytes], path: Path, **changes: object) -> None:
-    owner = {"host": "elsewhere", "space": lock._space(), "process": process.pid,
-             "started": lock._started(process.pid), "id": "1" * 32}  # fmt: skip
+    owner = {"host": "elsewhere", "space": lease_owner.space_here(), "process": process.pid,
+             "started": lease_owner.started(process.pid), "id": "1" * 32}  # fmt: skip
     path.write_text(json.dumps({**owner, **changes}))
 
 
@@ -100,7 +100,7 @@ def test_only_a_lease_whose_owner_is_certainly_gone_is_broken(
     tmp_path: Path, no_flock: None, sleeper: subprocess.Popen[bytes]
 ) -> None:
     path = tmp_path / "lease"
-    long_ago = time.time() - lock.STALE_SECONDS - 60
+    long_ago = time.time() - lease_owner.STALE_SECONDS - 60
     lease_of(sleeper, path)  # it runs here
     with pytest.raises(HeldError), hold(tmp_path):
         pass
@@ -125,7 +125,7 @@ def test_only_a_lease_whose_owner_is_certainly_gone_is_broken(
     with hold(tmp_path):
         pass
     lease_of(sleeper, path, started="1")
-    lease_of(sleeper, lock.breaking(path), started="1")  # killed while it broke a lease
+    lease_of(sleeper, file_lease.breaking(path), started="1")  # killed while it broke a lease
     with hold(tmp_path):
         pass
     assert not [*tmp_path.iterdir()]

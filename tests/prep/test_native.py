@@ -24,6 +24,7 @@ from ich_prep.dataset.codecs import block_bytes
 from ich_prep.dataset.native import (
     ENCODER,
     FAULT,
+    IN_MEMORY,
     INTERFACE,
     REQUEST,
     ChunkCodec,
@@ -276,6 +277,19 @@ def test_all_uncached_chunks_are_requested_before_the_first_is_awaited(codec: Ch
     while pages_in_memory(good.path) < len(good.chunks[0]) // mmap.PAGESIZE:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+@CODECS
+def test_chunks_in_memory(codec: ChunkCodec, tmp_path: Path) -> None:
+    chunks = Chunks(tmp_path / "file", codec, (1, 300, 500), np.int16)
+    memory = np.frombuffer(b"".join(chunks.chunks), np.uint8)
+    chunks.begins = chunks.begins + memory.ctypes.data
+    rows = [5, 0, 3, 3]
+    assert chunks.read(rows, IN_MEMORY) == (None, chunks.expected(rows))
+    right = [chunks.checksum(row) for row in rows]
+    assert chunks.read(rows, IN_MEMORY, expected_crc=right) == (None, chunks.expected(rows))
+    fault, _ = chunks.read(rows, IN_MEMORY, expected_crc=[*right[:2], 7, right[3]])
+    assert fault is not None and fault.request == 2 and "not the chunk that was written here" in fault.what
 
 
 @CODECS

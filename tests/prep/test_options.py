@@ -43,7 +43,7 @@ def test_a_recipe_may_set_every_option(tmp_path: Path) -> None:
         'ignore_columns = "all"\nkeep_columns = ["age"]\n'
         'identifiers = "pseudonymise"\nkey = "one.key"\nallow_kept_columns = true\nreport = true\n'
         'tls_ca = "ca.pem"\ntls_cert = "cert.pem"\ntls_key = "key.pem"\n'
-        "allow_full_disk = true\nlog_json = true\n",
+        'allow_full_disk = true\nlog_json = true\nendpoint = "http://127.0.0.1:9000"\natomic = false\n',
         encoding="utf-8",
     )
     options = resolve(recipe, {})

@@ -328,8 +328,8 @@ def test_a_batch_writes_one_line_per_file(
     (BuildFolder(out).scan).mkdir(parents=True)
     files = FolderSource(src).list().files
     pq.write_table(files, BuildFolder(out).files, row_group_size=4)
-    assert scan_batch(str(out), (str(src),), 0) == (3, 1)
-    assert scan_batch(str(out), (str(src),), 1) == (2, 0)
+    assert scan_batch(BuildFolder(out), (src,), 0) == (3, 1)
+    assert scan_batch(BuildFolder(out), (src,), 1) == (2, 0)
     written = sorted((BuildFolder(out).scan).iterdir())
     assert [path.name for path in written] == ["00000.parquet", "00001.parquet"]
     table = pa.concat_tables([pq.read_table(path) for path in written])
@@ -337,7 +337,7 @@ def test_a_batch_writes_one_line_per_file(
     assert table["path"].to_pylist() == ["0.dcm", "1.dcm", "2.dcm", "3.dcm", "4.dcm", "9.dcm"]
     assert table["reason"].to_pylist() == [None, None, None, "empty_file", None, None]
     first = written[0].read_bytes()
-    scan_batch(str(out), (str(src),), 0)
+    scan_batch(BuildFolder(out), (src,), 0)
     assert written[0].read_bytes() == first
 
 
@@ -348,5 +348,5 @@ def test_a_process_that_scans_another_source_reads_its_own_listing(slice_bytes: 
         (tmp_path / name.decode()).write_bytes(slice_bytes())
         files = pa.Table.from_pylist([{"path": name, "size": 1, "key": name}], LISTING_SCHEMA)
         pq.write_table(files, BuildFolder(out).files)
-        scan_batch(str(out), (str(tmp_path),), 0)
+        scan_batch(BuildFolder(out), (tmp_path,), 0)
         assert pq.read_table(BuildFolder(out).scan / "00000.parquet")["path"].to_pylist() == [name.decode()]

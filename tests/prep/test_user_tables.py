@@ -19,7 +19,7 @@ from ich_prep.errors import IchError, SourceError, UsageError
 from ich_prep.layouts import folder
 from ich_prep.layouts.label_keys import choose_key
 from ich_prep.layouts.labels import LabelOptions, LabelRules, LabelTable, join_labels
-from ich_prep.sources import FolderSource, check_table_path, local_table
+from ich_prep.sources import FolderSource, check_table_path, table_at
 from ich_prep.stages import scan
 
 ANY = RSNA_CLASSES.index("any")
@@ -32,7 +32,7 @@ def labels_of(path: Path, **options: tuple[str, ...]) -> LabelTable:
     root.mkdir(exist_ok=True)
     (root / "1.dcm").touch()
     rules = LabelRules(options=LabelOptions(**options))
-    return folder.read_labels(FolderSource(root).list(), local_table(path), rules)
+    return folder.read_labels(FolderSource(root).list(), table_at(path), rules)
 
 
 def written(tmp_path: Path, content: str | bytes, name: str = "labels.csv") -> Path:

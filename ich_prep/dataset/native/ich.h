@@ -23,7 +23,7 @@
 
 /* Version of the functions, structs and enums in this file. Raise it, and INTERFACE in native.py, with every change to
    one of them: Python refuses a library that was compiled from other sources. */
-enum { ICH_INTERFACE = 2 };
+enum { ICH_INTERFACE = 3 };
 
 /* Version of the frames that ich_encode makes. Raise it, and ENCODER in native.py, when equal pixels give other bytes than
    before. Frames of every earlier version stay readable: that is a promise of the dataset format. */
@@ -83,8 +83,8 @@ enum ich_codec {
 
 /* One chunk to read. native.REQUEST is the same as a NumPy dtype. */
 struct ich_request {
-    int64_t fd;
-    int64_t offset;     /* of the chunk in the file */
+    int64_t fd;         /* of the file; -1: the chunk is in memory */
+    int64_t offset;     /* of the chunk in the file; in memory its address */
     int64_t length;     /* of the chunk, checksum included */
     int64_t out_offset; /* of the slice in the output buffer */
     uint32_t crc32c;    /* the checksum that is expected after the payload */

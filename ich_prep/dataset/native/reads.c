@@ -1,4 +1,4 @@
-/* Many chunks from many files in one call: read, verified, decoded. The caller does not hold the GIL meanwhile. */
+/* Many chunks from many files, or from memory, in one call: read, verified, decoded. The caller does not hold the GIL meanwhile. */
 
 #define _GNU_SOURCE
 #include "ich.h"
@@ -41,6 +41,10 @@ size_t ich_read_scratch(int codec, size_t max_chunk, size_t slice_bytes) {
 
 /* Read exactly `length` bytes; return ICH_OK, ICH_TRUNCATED or a negated errno. */
 static int read_all(int fd, uint8_t *out, size_t length, int64_t offset, int flags) {
+    if (fd < 0) {
+        memcpy(out, (const uint8_t *)(intptr_t)offset, length);
+        return ICH_OK;
+    }
     while (length) {
         ssize_t count = preadv2(fd, &(struct iovec){out, length}, 1, offset, flags);
         if (count < 0) {
