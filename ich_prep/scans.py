@@ -137,9 +137,10 @@ def plan_scans(src: Sequence[str | Path], spec: Spec, *, progress: Progress | No
     with tempfile.TemporaryDirectory(prefix="ich-scans-") as temporary, Pool(workers=0) as pool:
         job = Job(pool, BuildFolder(Path(temporary)), paths, listing, progress)
         found = settle_files(job, scanned, spec)
+        scanned = found.scanned  # which the plan takes out of it
         plan = plan_files(job, found, layout=layout, labels=no_labels(spec.classes), spec=spec)
     check_any_slice(plan)
-    damaged, lost = _damage(plan, found.scanned)
+    damaged, lost = _damage(plan, scanned)
     return PlannedScans(
         source=source,
         path=paths[0],
@@ -147,7 +148,7 @@ def plan_scans(src: Sequence[str | Path], spec: Spec, *, progress: Progress | No
         slices=_without_folds(plan.slices),
         series=_without_folds(plan.series),
         keys=source_keys(listing, plan.slices["path"]),
-        quarantine=_with_series(plan, found.scanned),
+        quarantine=_with_series(plan, scanned),
         damaged=damaged,
         lost=lost,
         found=len(listing.files),
