@@ -24,6 +24,7 @@ from ich_prep.dataset.spec import Spec
 from ich_prep.dataset.windows import MAX_HU, MIN_HU, window_codes
 from ich_prep.errors import UsageError
 from ich_prep.export import export
+from tests.support.hospital import built, ct_bytes, write_files
 from tests.support.sealing import replace_table
 
 nibabel = pytest.importorskip("nibabel", reason="no nibabel: pip install -e '.[dev]'")
@@ -252,6 +253,39 @@ def test_nifti_agrees_with_dcm2niix(real_data: Path, tmp_path: Path) -> None:
     theirs = nibabel.as_closest_canonical(theirs)
     np.testing.assert_allclose(ours.affine, theirs.affine, atol=1e-3)
     np.testing.assert_array_equal(np.asanyarray(ours.dataobj), np.clip(np.asanyarray(theirs.dataobj), MIN_HU, MAX_HU))
+
+
+def test_a_sphere_is_round_in_all_three_planes(tmp_path: Path) -> None:
+    """Painted into files whose pixels are not square and whose slices are thick, by the equation of PS3.3 C.7.6.2.1.1."""
+    rows, columns, count, spacing, apart = 48, 40, 25, (1.5, 2.0), 3.0
+    center, radius = np.array([4.0, -7.0, 30.0]), 24.0
+    along_row, along_column = np.array([1.0, 0, 0]), np.array([0, 1.0, 0])
+    y, x = np.indices((rows, columns))
+    files = {}
+    for k in range(count):
+        origin = np.array([-38.0, -40.0, apart * k - 6])
+        place = origin + x[..., None] * spacing[1] * along_row + y[..., None] * spacing[0] * along_column
+        inside = np.linalg.norm(place - center, axis=-1) < radius
+        pixels = np.where(inside, 1024 + 60, 0).astype("<i2")
+        pixels[0, :4] = 100, 200, 300, k  # no two slices alike
+        files[f"{k:02d}.dcm"] = ct_bytes(
+            k + 1, Rows=rows, Columns=columns, PixelSpacing=list(spacing), ImagePositionPatient=origin.tolist(),
+            PixelData=pixels.tobytes(),
+        )  # fmt: skip
+    dataset = built(
+        write_files(tmp_path / "src", files), tmp_path / "d.zarr", spec=Spec(size=96, store="hu", layout="folder")
+    )
+    export(dataset, [0], tmp_path / "out", form="nifti")
+    image: Any = nibabel.load(tmp_path / "out" / "series_000000.nii.gz")
+    inside = np.argwhere(np.asanyarray(image.dataobj) > (60 - 1024) / 2)
+    millimetres = nibabel.affines.apply_affine(image.affine, inside)
+    expected = center * [-1, -1, 1]  # LPS to RAS
+    np.testing.assert_allclose(millimetres.mean(axis=0), expected, atol=0.3)
+    voxel = np.abs(image.affine[:3, :3]).sum(axis=1)
+    np.testing.assert_allclose(np.ptp(millimetres, axis=0) + voxel, 2 * radius, atol=apart + 0.5)
+    distances = np.linalg.norm(millimetres - expected, axis=1)
+    assert distances.max() < radius + np.linalg.norm(voxel) / 2
+    assert len(inside) * abs(np.linalg.det(image.affine[:3, :3])) == pytest.approx(4 / 3 * np.pi * radius**3, rel=0.03)
 
 
 def test_a_real_tilted_volume_with_mixed_spacing_is_resampled(real_data: Path, tmp_path: Path) -> None:

@@ -412,7 +412,11 @@ def test_a_narrow_window_shows_everything(page: Any, viewer: Viewer) -> None:
     opened(page, viewer.url)
     assert page.evaluate("() => document.documentElement.scrollWidth") <= 400
     page.click("#tab-volumes")
+    before = page.evaluate(STATE)["line"]
     page.locator(".volume").nth(1).click()
+    page.wait_for_function(
+        f"() => ICH.state.volume?.line > -1 && ICH.state.volume.line !== {before} && document.body.dataset.tab === 'viewer'"
+    )
     settle(page)
     assert page.locator(".pane .pixels").is_visible()
     for key in ("t", "m"):
