@@ -5,7 +5,7 @@
 The loader reads epochs of a warm dataset in turn with the checks and without: of each chunk against the checksum in its
 row, of the tables against their digests and ranges. Its CPU time is compared, of opening, tables and one epoch together,
 because the wall clock of a machine that others use says little; the median and the spread of the ratios of neighbours are
-printed. The build is made in this process; its share is the time within the functions that check whose slices there are,
+printed. The build is made in this process; its share is the CPU time within the functions that check whose slices there are,
 and whether a file is the one that was scanned.
 """
 
@@ -15,7 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,6 +35,7 @@ from ich_prep.stages import plan, plan_tables, publish
 from ich_train.loader import SliceLoader
 
 BATCH = 64
+CALIBRATIONS = 10_000
 
 
 @contextmanager
@@ -62,28 +63,37 @@ def epoch(data: Path, seed: int) -> float:
     return time.process_time() - start
 
 
-@contextmanager
-def timed(spent: dict[str, float], *places: tuple[Any, str]) -> Iterator[None]:
-    """Add to ``spent``, by name, the seconds within these functions (module, name)."""
+class Watch:
+    """The CPU seconds within functions, by name, without what measuring takes."""
 
-    def watch(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.calls: dict[str, int] = {}
+
+    def around(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``call`` with its time counted as that of ``name``."""
+
         def watched(*args: Any, **options: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return call(*args, **options)
-            finally:
-                spent[name] = spent.get(name, 0.0) + time.perf_counter() - start
+            start = time.thread_time()
+            result = call(*args, **options)
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.thread_time() - start
+            self.calls[name] = self.calls.get(name, 0) + 1
+            return result
 
         return watched
 
-    patches = [mock.patch.object(module, name, watch(name, getattr(module, name))) for module, name in places]
-    for patch in patches:
-        patch.start()
-    try:
-        yield
-    finally:
-        for patch in patches:
-            patch.stop()
+    @contextmanager
+    def watching(self, *places: tuple[Any, str]) -> Iterator[None]:
+        """Watch these functions (module, name)."""
+        with ExitStack() as stack:
+            for module, name in places:
+                stack.enter_context(mock.patch.object(module, name, self.around(name, getattr(module, name))))
+            yield
+        nothing = Watch()
+        for _ in range(CALIBRATIONS):
+            nothing.around("", lambda: None)()
+        for name, calls in self.calls.items():
+            self.seconds[name] -= calls * nothing.seconds[""] / CALIBRATIONS
 
 
 def main(slices: int = 3072, size: int = 256, repeats: int = 15, data: Path = Path("bench-data")) -> None:
@@ -105,15 +115,17 @@ def main(slices: int = 3072, size: int = 256, repeats: int = 15, data: Path = Pa
         f"loader, {slices:,} slices of {size} x {size}: CPU time with checks / without {statistics.median(ratios):.4f}, "
         f"quartiles {low:.4f} to {high:.4f}, of {repeats}; without {statistics.median(plain):.3f} s an epoch"
     )
-    spent: dict[str, float] = {}
+    watch = Watch()
     identities = [(plan, "with_identities"), (plan_tables, "folds_of_groups"), (publish, "equal_images")]
     identities += [(publish, "link_images"), (decode, "crc32c")]
-    with tempfile.TemporaryDirectory(dir=data) as folder, timed(spent, *identities):
-        start = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=data) as folder, watch.watching(*identities):
+        began = time.process_time()
         build(tree, Path(folder) / "data.zarr", spec, workers=0)
-        whole = time.perf_counter() - start
-    print(f"build of the same in one process: {whole:.2f} s, of it checks {sum(spent.values()) / whole:.2%}")
-    for name, seconds in sorted(spent.items()):
+        whole = time.process_time() - began
+    print(
+        f"build of the same in one process: CPU time {whole:.2f} s, of it checks {sum(watch.seconds.values()) / whole:.2%}"
+    )
+    for name, seconds in sorted(watch.seconds.items()):
         print(f"  {name:<20} {seconds:.4f} s")
 
 
