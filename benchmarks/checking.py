@@ -122,8 +122,10 @@ def main(slices: int = 3072, size: int = 256, repeats: int = 15, data: Path = Pa
         began = time.process_time()
         build(tree, Path(folder) / "data.zarr", spec, workers=0)
         whole = time.process_time() - began
+    unchanged = watch.seconds.pop("crc32c")
     print(
-        f"build of the same in one process: CPU time {whole:.2f} s, of it checks {sum(watch.seconds.values()) / whole:.2%}"
+        f"build of the same in one process: CPU time {whole:.2f} s, of it checks of identity "
+        f"{sum(watch.seconds.values()) / whole:.2%}, and that each file is the one that was scanned {unchanged / whole:.2%}"
     )
     for name, seconds in sorted(watch.seconds.items()):
         print(f"  {name:<20} {seconds:.4f} s")
