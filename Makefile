@@ -145,6 +145,7 @@ bench-full: bench-setup ## every question of every benchmark, then docs/benchmar
 	$(BENCH_BIN)/python -m benchmarks.archives --data $(BENCH)
 	$(BENCH_BIN)/python -m benchmarks.decoding --data $(BENCH)
 	$(BENCH_BIN)/python -m benchmarks.planning
+	$(BENCH_BIN)/python -m benchmarks.checking --data $(BENCH)
 	$(BENCH_BIN)/python -m benchmarks.predicting --data $(BENCH)
 	$(BENCH_BIN)/python -m benchmarks.document
 
