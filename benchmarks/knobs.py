@@ -131,7 +131,9 @@ def _area(dataset: Dataset, recipe: TrainConfig, data: Path, changed: dict[str, 
     with (data / "knobs.log").open("a") as log:
         train(dataset, run, recipe.model_copy(update=changed), None, console=Console(file=log))
     predictor = load_predictor(run, dataset, device="cpu")
-    rows = split_rows(dataset, val_fold=recipe.val_fold, test_fold=recipe.test_fold, needed=("test",)).test
+    rows = split_rows(
+        dataset, val_fold=recipe.val_fold, test_fold=recipe.test_fold, allow_series_labels=False, needed=("test",)
+    ).test
     found = []
     for network in (predictor.model, Mirrored(predictor.model)):
         scores = predict_slices(replace(predictor, model=network), dataset, rows, threads=1)

@@ -4,7 +4,7 @@
 
 Shuffled scans in batches of two, two threads or two worker processes; files are in the page cache. The rates are slices of
 real depth by second, the medians of rounds in which all take turns. All contenders must return the same pixels. Peers that
-are not installed are named as skipped: MONAI and nibabel come with `make bench-setup`, TorchIO by `pip install torchio`.
+are not installed are named as skipped; `make bench-setup` installs them.
 """
 
 from __future__ import annotations
@@ -174,15 +174,15 @@ def monai_cache(forms: Forms) -> Batches:
     return _loaded(CacheDataset([*range(len(volumes))], volumes.__getitem__, num_workers=1, progress=False))
 
 
+def _read_nifti(path: Path) -> tuple[torch.Tensor, NDArray[np.float64]]:
+    return NiftiVolumes((Path(path),))[0].permute(3, 0, 1, 2), np.eye(4)
+
+
 def torchio_queue(forms: Forms) -> Batches:
     import torchio
 
-    volumes = NiftiVolumes(forms.volumes)
-
-    def read(path: Path) -> tuple[torch.Tensor, NDArray[np.float64]]:
-        return volumes[forms.volumes.index(Path(path))].permute(3, 0, 1, 2), np.eye(4)
-
-    subjects = [torchio.Subject(image=torchio.ScalarImage(path, reader=read)) for path in forms.volumes] * EPOCHS
+    images = [torchio.Subject(image=torchio.ScalarImage(path, reader=_read_nifti)) for path in forms.volumes]
+    subjects = images * EPOCHS
     depth = min(forms.lengths)
     side = int(np.load(forms.rows, mmap_mode="r").shape[-1])
     queue = torchio.Queue(
