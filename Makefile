@@ -148,7 +148,13 @@ bench-full: bench-setup ## every question of every benchmark, then docs/benchmar
 	$(BENCH_BIN)/python -m benchmarks.archives --data $(BENCH)
 	$(BENCH_BIN)/python -m benchmarks.decoding --data $(BENCH)
 	$(BENCH_BIN)/python -m benchmarks.planning
+	$(BENCH_BIN)/python -m benchmarks.checking --data $(BENCH)
 	$(BENCH_BIN)/python -m benchmarks.predicting --data $(BENCH)
+	$(BENCH_BIN)/python -m benchmarks.volumes --data $(BENCH)
+	$(BENCH_BIN)/python -m benchmarks.sequences --data $(BENCH)
+	$(BENCH_BIN)/python -m benchmarks.scan_labels --data $(BENCH)
+	$(BENCH_BIN)/python -m benchmarks.explaining --data $(BENCH)
+	$(BENCH_BIN)/python -m benchmarks.knobs --data $(BENCH)
 	$(BENCH_BIN)/python -m benchmarks.document
 
 profile: bench-setup ## flame graphs of a build and of the loader in benchmarks/profiles

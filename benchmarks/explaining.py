@@ -12,6 +12,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,7 +70,8 @@ def ratios(
     """Return how many slices were explained, and the mean heat inside their bleeds over that in the head and the image."""
     predictor = load_predictor(run, dataset, device="cpu")
     meta, column = predictor.meta, dataset.classes.index(ANY)
-    test = split_rows(dataset, val_fold=meta.val_fold, test_fold=meta.test_fold).test
+    parts_of: dict[str, Any] = {"val_fold": meta.val_fold, "test_fold": meta.test_fold, "allow_series_labels": False}
+    test = split_rows(dataset, **parts_of, needed=("test",)).test
     rows = test[dataset.labels[test, column] == 1]
     rows = np.sort(rows[predict_slices(predictor, dataset, rows)[:, column] >= 0.5])
     _, parts = explain_rows(predictor, dataset, rows, batch_size=batch_size, threads=1)

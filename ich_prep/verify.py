@@ -87,7 +87,7 @@ def verify(
             f"Comparing with the sources needs the working folder of the build, whose plan names the source file of each "
             f"row; {folder.path} {problem}. Name it with --build-dir, or verify without --src."
         )
-    problems = [*_check_files(dataset)]
+    problems = [*_check_files(dataset, folder)]
     intact = not problems
     required = {str(dataset.path / ROOT), *(str(dataset.table_path(table)) for table in ("slices", "shards"))}
     if any(problem.culprit in required for problem in problems):
@@ -133,6 +133,12 @@ def _belongs(folder: BuildFolder, dataset: Dataset) -> bool:
     return state is not None and state.belongs_to(dataset.digest)
 
 
+def _is_appending(folder: BuildFolder, dataset: Dataset) -> bool:
+    """Return whether an append to ``dataset`` runs, or did not finish and can be resumed."""
+    state = readable_state(folder.append)
+    return state is not None and state.base == dataset.digest
+
+
 def _check_root(dataset: Dataset) -> Iterator[Problem]:
     """Yield a problem if the root's other bytes were changed: they follow from its attributes and its members."""
     path = dataset.path / ROOT
@@ -140,9 +146,12 @@ def _check_root(dataset: Dataset) -> Iterator[Problem]:
         yield Problem(str(path), "not the bytes that were written")
 
 
-def _check_files(dataset: Dataset) -> Iterator[Problem]:
-    """Yield the tables and metadata whose bytes are not the ones that were published."""
-    digests = dataset.root.digests
+def _check_files(dataset: Dataset, folder: BuildFolder) -> Iterator[Problem]:
+    """Yield the tables and metadata whose bytes are not the ones that were published.
+
+    The images' metadata may be those of a longer array while an append that did not finish is to be resumed.
+    """
+    digests, appending = dataset.root.digests, _is_appending(folder, dataset)
     for name in (f"{IMAGES}/{ROOT}", f"{LABELS}/{ROOT}"):  # of the tables the root always has one
         if name not in digests:
             yield Problem(str(dataset.path / ROOT), f"has no digest of {name}")
@@ -153,7 +162,7 @@ def _check_files(dataset: Dataset) -> Iterator[Problem]:
         except OSError as error:
             yield Problem(str(path), f"cannot be read: {error.strerror}")
             continue
-        if digest not in (sha256(data), _digest_when_shorter(dataset, name, data)):
+        if digest != sha256(data) and not (appending and digest == _digest_when_shorter(dataset, name, data)):
             yield Problem(str(path), f"SHA-256 mismatch: not the file that was published ({len(data)} bytes)")
 
 
@@ -309,8 +318,7 @@ def _check_strays(dataset: Dataset, folder: BuildFolder) -> tuple[list[Problem],
 
     The tables of earlier generations are part of it, and so are shards and tables that an unfinished append has written.
     """
-    generation, state = dataset.root.generation, readable_state(folder.append)
-    appending = state is not None and state.base == dataset.digest
+    generation, appending = dataset.root.generation, _is_appending(folder, dataset)
     expected = {PurePath(name) for name in (ROOT, *dataset.root.digests)}
     expected.update(shard_path(Path(), shard) for shard in range(dataset.counts.shards))
     problems, notes = list[Problem](), list[Problem]()

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, seed, settings
+from hypothesis import Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from ich_prep.dataset.dataset import Dataset, open_dataset
@@ -96,12 +96,14 @@ def check_data(path: Path, name: str) -> None:
 
 def try_edits(number: int, try_one: Callable[..., None], **drawn: st.SearchStrategy[Any]) -> None:
     """Call ``try_one`` with that many edits, drawn by the profile's seed, or where there are many by a new one."""
-    chosen = random.SystemRandom().randrange(1 << 32) if number > SOME else None
-    run = settings(max_examples=number, deadline=None)(given(data=st.data(), **drawn)(try_one))
-    if chosen is not None:
-        print(f"seed {chosen}")
-        run = settings(run, derandomize=False)(seed(chosen)(run))
-    run()
+    run = given(data=st.data(), **drawn)(try_one)
+    if number == SOME:
+        settings(max_examples=number, deadline=None)(run)()
+        return
+    chosen = random.SystemRandom().randrange(1 << 32)
+    print(f"seed {chosen}")
+    many = settings(max_examples=number, deadline=None, derandomize=False, database=None, phases=[Phase.generate])
+    seed(chosen)(many(run))()
 
 
 EDITS = pytest.mark.parametrize("edits", [SOME, pytest.param(500, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
