@@ -61,7 +61,7 @@ def test_ctrl_c_prints_the_command_that_resumes(
     stopping = open_dataset(twelve)
     interrupt_at_read(stopping, 50)
     with monkeypatch.context() as patched:
-        patched.setattr("ich_prep.dataset.union.open_dataset", lambda _: stopping)
+        patched.setattr("ich_prep.dataset.union.open_dataset", lambda *_, **__: stopping)
         assert call("run", "--recipe", "quick.toml", "--data", twelve, "--out", "runs/mine") == 130
     run = tmp_path / "runs" / "mine"
     assert "Interrupted. Resume with: ich-train run --resume --out runs/mine\n" in capsys.readouterr().err

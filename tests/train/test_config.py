@@ -100,7 +100,7 @@ def test_the_readme_tells_every_recipe_key_and_default() -> None:
 
 def test_some_knobs_have_no_default() -> None:
     optional = [name for model in (TrainConfig, EvalConfig) for name, value in model() if value is None]
-    assert optional == ["where", "weights", "features", "where", "limit", "by", "sensitivity"]
+    assert optional == ["endpoint", "cache", "where", "weights", "features", "where", "limit", "by", "sensitivity"]
 
 
 def test_every_knob_has_a_help_text() -> None:
