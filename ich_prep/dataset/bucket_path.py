@@ -198,8 +198,9 @@ def bucket_path(given: object, what: str, *, endpoint: str | None = None, atomic
     """
     match = _WRITEABLE.fullmatch(str(given))
     if match is None:
+        shown = re.sub(r"^(\w+):/+", r"\1://", str(given))  # a Path has one slash
         raise UsageError(
-            f"{what} {given} is not a place in a bucket. Expected a path, or a URL such as s3://bucket/folder or "
+            f"{what} {shown} is not a place in a bucket. Expected a path, or a URL such as s3://bucket/folder or "
             "gs://bucket/folder; web servers cannot be listed or written to."
         )
     parts = [part for part in (match[3] or "").rstrip("/").split("/") if match[3]]

@@ -97,7 +97,7 @@ def make_plan(
     slices, notes = with_identities(slices, _given(labels, slices["label_key"], spec), spec, twins, known)
     slices, orientation = _sort_slices(_with_acquisitions(slices), upright=spec.orientation == "patient")
     give_back_memory()
-    for name in sorted(CARRIED & {*placed.column_names}):
+    for name in sorted(CARRIED & {*placed.column_names} - {*slices.column_names}):
         slices = slices.append_column(name, placed[name].take(slices["line"]))
     del placed
     give_back_memory()

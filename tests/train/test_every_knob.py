@@ -60,6 +60,9 @@ SCAN_KNOBS: dict[str, Any] = {
 # What they do shows elsewhere than in the weights of a short run.
 TESTED: dict[str, str] = {
     "data": "test_union.py",
+    "endpoint": "../s3/test_training.py",
+    "cache": "../s3/test_training.py",
+    "cache_size": "../s3/test_training.py",
     "shared_patients": "test_union.py",
     "windows": "test_loop.py::test_hu_windowed_on_the_device_teach_what_windows_teach",
     "allow_series_labels": "test_split.py",
