@@ -64,7 +64,7 @@ def test_help_names_every_command() -> None:
         (["build", "--src", ".", "--out", "x.zarr", "--classes", "any,Any"], 2, "'Any' is not a class name"),
         (["build", "--src", ".", "--out", "x.zarr", "--classes", "a,row", "--layout", "folder"], 2, "another column"),
         (["build", "--src", ".", "--out", "x.zarr", "--classes", "a", "--layout", "rsna"], 2, "needs --layout folder"),
-        (["build", "--src", ".", "--out", "ftp://bucket/x.zarr"], 2, "--out ftp:/bucket/x.zarr is not a place"),
+        (["build", "--src", ".", "--out", "ftp://bucket/x.zarr"], 2, "--out ftp://bucket/x.zarr is not a place"),
         (["build", "--src", "https://host/rsna", "--out", "x.zarr"], 2, "web servers cannot be listed"),
         (["plan", "--src", ".", "--out", "s3://bucket/x.zarr"], 2, "the parts of a build share a file system"),
         (["status", "s3://bucket/x.zarr"], 2, "The dataset is a URL"),
