@@ -21,13 +21,12 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch.nn import functional
 
-from benchmarks.files import once
+from benchmarks.files import phantom
 from benchmarks.measure import machine
 from ich_prep.build_dataset import build
 from ich_prep.dataset.classes import ANY
 from ich_prep.dataset.dataset import Dataset, open_dataset
 from ich_prep.dataset.spec import Spec
-from ich_prep.phantom import synthesize
 from ich_prep.phantom.files import uid
 from ich_prep.phantom.series import draw_patient, draw_scan, draw_slices, place
 from ich_prep.phantom.trees import SECOND_SERIES
@@ -92,11 +91,7 @@ def main(series: int = 60, size: int = 96, epochs: int = 8, data: Path = Path("b
     data = data.absolute()
     data.mkdir(exist_ok=True)
     print(machine())
-    tree = once(
-        data,
-        f"explained-{series}-{size}",
-        lambda folder: synthesize(folder, series=series, size=size, layout="folder", workers=2),
-    )
+    tree = phantom(data, f"explained-{size}", series=series, size=size)
     built, run = data / "explained.zarr", data / "run-explained"
     shutil.rmtree(run, ignore_errors=True)
     build(tree, built, Spec(size=size, layout="folder", slices_per_shard=64, folds=3), workers=0, overwrite=True)

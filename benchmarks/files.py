@@ -6,6 +6,8 @@ import csv
 import hashlib
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -180,6 +182,21 @@ def once(folder: Path, name: str, write: Callable[[Path], None]) -> Path:
         write(path)
         complete.touch()
     return path
+
+
+def phantom(folder: Path, name: str, *, series: int, size: int = 512, hard: bool = False) -> Path:
+    """Return a cohort in the layout ``folder`` at ``folder/name``, with labels by slice; created once and kept."""
+    return once(
+        folder,
+        f"{name}-{series}",
+        lambda tree: synthesize(tree, series=series, size=size, layout="folder", hard=hard, workers=default_workers()),
+    )
+
+
+def build_by_recipe(recipe: Path, tree: Path, out: Path, *options: object) -> None:
+    """Build the dataset ``out`` from ``tree`` as the command line does."""
+    words = ["build", "--src", tree, "--out", out, "--recipe", recipe, "--overwrite", *options]
+    subprocess.run([sys.executable, "-m", "ich_prep", *map(str, words)], check=True, capture_output=True)
 
 
 def evict(files: Sequence[Path]) -> None:

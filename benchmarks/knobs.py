@@ -23,12 +23,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.files import once
+from benchmarks.files import build_by_recipe, phantom
 from benchmarks.measure import machine
-from benchmarks.sequences import SIZE, SLICE, build
+from benchmarks.sequences import SIZE, SLICE
 from ich_prep.dataset.classes import ANY
 from ich_prep.dataset.dataset import Dataset, open_dataset
-from ich_prep.phantom import synthesize
 from ich_prep.recipe import load_section
 from ich_train.config import TrainConfig
 from ich_train.evaluation.metrics import roc_aucs
@@ -67,12 +66,8 @@ KNOBS = {
 def main(series: int = 120, epochs: int = 4, steps: int = 30, rounds: int = 3, data: Path = Path("bench-data")) -> None:
     data = data.absolute()
     data.mkdir(exist_ok=True)
-    tree = once(
-        data,
-        f"hard-{series}",
-        lambda folder: synthesize(folder, series=series, size=SIZE, layout="folder", hard=True, workers=2),
-    )
-    build(tree, data / "knobs.zarr")
+    tree = phantom(data, "hard", series=series, size=SIZE, hard=True)
+    build_by_recipe(SLICE, tree, data / "knobs.zarr")
     dataset = open_dataset(data / "knobs.zarr")
     recipe = load_section(SLICE, "train", TrainConfig).model_copy(update={"data": (dataset.path,), "epochs": epochs})
     table = Table("knob", "time of a step", "AUC any without", "with", "effect", title=machine())

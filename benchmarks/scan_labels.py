@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import csv
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,11 +20,10 @@ import pyarrow.parquet as pq
 import typer
 from rich.console import Console
 
-from benchmarks.files import once
+from benchmarks.files import build_by_recipe, phantom
 from benchmarks.measure import ROOT, machine
 from ich_prep.dataset.classes import ANY, RSNA_CLASSES
 from ich_prep.dataset.dataset import Dataset, open_dataset
-from ich_prep.phantom import synthesize
 from ich_prep.recipe import load_section
 from ich_train.config import EvalConfig, TrainConfig
 from ich_train.evaluation.metrics import roc_aucs
@@ -41,17 +38,13 @@ def main(series: int = 300, data: Path = Path("bench-data")) -> None:
     data = data.absolute()
     data.mkdir(exist_ok=True)
     print(machine())
-    tree = once(
-        data,
-        f"ordinary-{series}",
-        lambda folder: synthesize(folder, series=series, size=SIZE, layout="folder", workers=2),
-    )
+    tree = phantom(data, "ordinary", series=series, size=SIZE)
     began = time.monotonic()
     by_slice, by_scan = data / "by-slice.zarr", data / "by-scan.zarr"
-    build(tree, by_slice)
+    build_by_recipe(RECIPE, tree, by_slice)
     truth = open_dataset(by_slice)
     write_scan_labels(truth, data / "scan-labels.csv")
-    build(tree, by_scan, "--labels", data / "scan-labels.csv")
+    build_by_recipe(RECIPE, tree, by_scan, "--labels", data / "scan-labels.csv")
     dataset, out = open_dataset(by_scan), data / "run-scan-labels"
     assert set(dataset.slices["label_level"].to_pylist()) == {"series"}
     shutil.rmtree(out, ignore_errors=True)
@@ -61,11 +54,6 @@ def main(series: int = 300, data: Path = Path("bench-data")) -> None:
     assert result.metrics is not None
     report(result.metrics, truth, out)
     print(f"{(time.monotonic() - began) / 60:.1f} min to build twice and train.")
-
-
-def build(tree: Path, out: Path, *options: object) -> None:
-    words = ["build", "--src", tree, "--out", out, "--recipe", RECIPE, "--overwrite", *options]
-    subprocess.run([sys.executable, "-m", "ich_prep", *map(str, words)], check=True, capture_output=True)
 
 
 def write_scan_labels(dataset: Dataset, out: Path) -> None:

@@ -6,16 +6,14 @@ Trains `pipelines/phantom_slice.toml` and `pipelines/phantom_sequence.toml` on t
 compares the areas under the ROC curves of the slices of one fold, which neither has seen. The interval of the difference
 is that of a paired bootstrap: patients are drawn, each with all slices, and both recipes are measured on the same draw; the
 difference is the mean over the seeds. The head of a sequence run reads the features of the slice run with its seed: one
-encoder for both. Both recipes are also trained and tested on labels that were shuffled among all slices. About ten minutes
-on two cores.
+encoder for both. Both recipes are also trained and tested on labels that were shuffled among all slices. About twenty
+minutes on two cores.
 """
 
 from __future__ import annotations
 
 import csv
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,11 +25,10 @@ import typer
 from numpy.typing import NDArray
 from rich.console import Console
 
-from benchmarks.files import once
+from benchmarks.files import build_by_recipe, phantom
 from benchmarks.measure import ROOT, machine
 from ich_prep.dataset.classes import ANY, RSNA_CLASSES
 from ich_prep.dataset.dataset import open_dataset
-from ich_prep.phantom import synthesize
 from ich_prep.recipe import load_section
 from ich_train.config import EvalConfig, TrainConfig
 from ich_train.embed import embed
@@ -92,16 +89,12 @@ def main(series: int = 750, seeds: int = 3, resamples: int = 1000, data: Path = 
     data = data.absolute()
     data.mkdir(exist_ok=True)
     print(machine())
-    tree = once(
-        data,
-        f"hard-{series}",
-        lambda folder: synthesize(folder, series=series, size=SIZE, layout="folder", hard=True, workers=2),
-    )
+    tree = phantom(data, "hard", series=series, size=SIZE, hard=True)
     began = time.monotonic()
     true, shuffled = data / "hard.zarr", data / "hard-shuffled.zarr"
     shuffle_labels(tree / "labels.csv", data / "shuffled.csv")
-    build(tree, true)
-    build(tree, shuffled, "--labels", data / "shuffled.csv")
+    build_by_recipe(SLICE, tree, true)
+    build_by_recipe(SLICE, tree, shuffled, "--labels", data / "shuffled.csv")
     found: dict[str, list[Tested]] = {SLICE.stem: [], SEQUENCE.stem: []}
     for seed in range(seeds):
         for recipe, tested in zip((SLICE, SEQUENCE), run_both(true, data, seed), strict=True):
@@ -120,11 +113,6 @@ def shuffle_labels(labels: Path, out: Path) -> None:
     mixed = [[line[0], *lines[k][1:]] for line, k in zip(lines, order, strict=True)]
     with out.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *mixed])
-
-
-def build(tree: Path, out: Path, *options: object) -> None:
-    words = ["build", "--src", tree, "--out", out, "--recipe", SLICE, "--overwrite", *options]
-    subprocess.run([sys.executable, "-m", "ich_prep", *map(str, words)], check=True, capture_output=True)
 
 
 def run_both(dataset: Path, data: Path, seed: int) -> tuple[Tested, Tested]:

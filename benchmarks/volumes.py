@@ -30,13 +30,11 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from benchmarks.files import once
+from benchmarks.files import phantom
 from benchmarks.measure import machine
 from ich_prep.build_dataset import build
 from ich_prep.dataset.dataset import open_dataset
 from ich_prep.dataset.spec import Spec
-from ich_prep.execute import default_workers
-from ich_prep.phantom import synthesize
 from ich_train.scans import scans_of
 from ich_train.volume_loader import VolumeLoader
 
@@ -74,11 +72,7 @@ class Forms:
 
 
 def prepare(data: Path, question: Question, series: int) -> Forms:
-    tree = once(
-        data,
-        f"volumes-{series}",
-        lambda folder: synthesize(folder, series=series, layout="folder", workers=default_workers()),
-    )
+    tree = phantom(data, "volumes", series=series)
     folder = data / f"volumes-{question.store}-{question.size}"
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "nifti").mkdir(parents=True)
