@@ -26,8 +26,9 @@ from ich_prep.status import status_of
 from ich_prep.verify import verify
 from ich_train.loader import SliceLoader
 from ich_train.rows import labelled_rows, neighbours
-from tests.support.cli import prep, published, start, wait_for, working
+from tests.support.cli import prep, published, start, working
 from tests.support.parts import by_uid, split
+from tests.support.pausing import pausing, wait_until_paused
 
 SPEC = Spec(size=32, slices_per_shard=16)
 
@@ -302,9 +303,8 @@ def test_the_status_and_the_log_of_an_append(cohort: Path, tmp_path: Path, signa
     parts, out = split(cohort, tmp_path, 2), tmp_path / "data.zarr"
     build(parts[0], out, SPEC.model_copy(update={"slices_per_shard": 1}), workers=0, allow=ALLOW)
     words = ("append", "--src", parts[1], "--out", out, "--workers", 0, "--allow-missing-images", "--log-json")
-    process = start(*words)
-    wait_for(lambda: len(list((working(out) / "append" / "shards").glob("*.json"))) > 3, process)
-    os.kill(process.pid, signal.SIGSTOP)
+    process = start(*words, environment=pausing("*/append/shards/*.json", 4))
+    wait_until_paused(process)
     try:
         running = status_of(out)
     finally:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.support.cli import PREP, prep, published
+from tests.support.cli import PREP, prep, published, wait_for
 from tests.support.pausing import pausing, wait_until_paused
 
 WORDS = ("--size", "64", "--slices-per-shard", "16", "--workers", "2")
@@ -40,14 +39,6 @@ def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
         return []
 
 
-def wait_until(happened: Callable[[], object], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 90
-    while not happened():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 def assert_gone(processes: list[psutil.Process]) -> None:
     _, alive = psutil.wait_procs(processes, timeout=10)
     assert not alive
@@ -61,7 +52,7 @@ def test_a_signal_to_all_processes_of_a_build_is_one_message(
     out = tmp_path / "data.zarr"
     if moment == "starting":
         process = start_build(phantom_tree, out)
-        wait_until(lambda: workers_of(process), process)
+        wait_for(lambda: workers_of(process), process)
     else:
         process = start_build(phantom_tree, out, environment=pausing("*/plan.parquet"))
         wait_until_paused(process)
@@ -83,7 +74,7 @@ def test_a_signal_to_all_processes_of_a_build_is_one_message(
 def test_two_signals_in_a_row_are_one_message(phantom_tree: Path, tmp_path: Path) -> None:
     """A terminal that closes sends SIGHUP, and its shell does so again."""
     process = start_build(phantom_tree, tmp_path / "data.zarr")
-    wait_until(lambda: workers_of(process), process)
+    wait_for(lambda: workers_of(process), process)
     children = psutil.Process(process.pid).children(recursive=True)
     for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
         os.killpg(process.pid, number)
@@ -95,7 +86,7 @@ def test_two_signals_in_a_row_are_one_message(phantom_tree: Path, tmp_path: Path
 
 def test_under_nohup_a_hangup_is_ignored(phantom_tree: Path, dataset_path: Path, tmp_path: Path) -> None:
     process = start_build(phantom_tree, tmp_path / "data.zarr", "nohup")
-    wait_until(lambda: workers_of(process), process)
+    wait_for(lambda: workers_of(process), process)
     os.killpg(process.pid, signal.SIGHUP)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
@@ -104,7 +95,7 @@ def test_under_nohup_a_hangup_is_ignored(phantom_tree: Path, dataset_path: Path,
 
 def test_a_worker_that_is_killed_while_it_starts_is_named(phantom_tree: Path, tmp_path: Path) -> None:
     process = start_build(phantom_tree, tmp_path / "data.zarr")
-    wait_until(lambda: workers_of(process), process)
+    wait_for(lambda: workers_of(process), process)
     for worker in workers_of(process):
         worker.kill()
     _, errors = process.communicate(timeout=120)

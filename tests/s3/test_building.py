@@ -6,8 +6,7 @@ import io
 import os
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -21,7 +20,7 @@ from ich_prep.dataset.stores import Store
 from ich_prep.dry_run import dry_run
 from ich_prep.errors import BuildError, SourceError, UsageError
 from tests.support.buckets import names, objects, start_build_signalled, upload
-from tests.support.cli import PREP, SMALL, prep, published
+from tests.support.cli import PREP, SMALL, prep, published, wait_for
 from tests.support.faulty_proxy import Proxy, faulty_proxy
 from tests.support.s3_servers import S3Server, seaweedfs
 
@@ -33,14 +32,6 @@ OPTIONS = ("--size", 64, "--slices-per-shard", 16)
 def source(s3: S3Server, phantom_tree: Path) -> str:
     """The phantom in the bucket."""
     return upload(phantom_tree, f"{s3.url}/phantom/rsna", s3.endpoint)
-
-
-def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not happened():
-        assert process.poll() is None, "the build ended too early"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -123,7 +114,7 @@ def test_an_object_that_changes_meanwhile_is_not_taken_for_the_one_that_was_list
     name = str(next(phantom_tree.rglob("*.dcm")).relative_to(phantom_tree))
     store = Store(source, endpoint=s3.endpoint)
     stopped.append(start_build_signalled("after", "plan.parquet", "SIGSTOP", source, out, s3.endpoint))
-    wait_until(lambda: "plan.parquet" in names(f"{out}.build", s3.endpoint), stopped[0])
+    wait_for(lambda: "plan.parquet" in names(f"{out}.build", s3.endpoint), stopped[0])
     before = store.get(name)
     store.put(name, before[:-1] + bytes([before[-1] ^ 1]))  # equal size, equal header
     stopped[0].send_signal(signal.SIGCONT)
@@ -172,7 +163,7 @@ def test_a_build_with_workers_killed_from_outside_resumes(
     )
     store = Store(f"{out}.build", endpoint=s3.endpoint)
     try:
-        wait_until(lambda: any(key == milestone for key, _ in store.listed()), killed)
+        wait_for(lambda: any(key == milestone for key, _ in store.listed()), killed)
     finally:
         os.killpg(killed.pid, signal.SIGKILL)  # its workers too, as when a machine fails
         killed.communicate()
@@ -196,7 +187,7 @@ def test_of_two_builders_of_one_target_one_publishes_and_the_other_says_so(
     out = f"{url}/data.zarr"
     words = ("build", "--src", source, "--out", out, *OPTIONS, "--endpoint", s3.endpoint, "--workers", 0)
     stopped.append(start_build_signalled("after", "plan.parquet", "SIGSTOP", source, out, s3.endpoint))
-    wait_until(lambda: "plan.parquet" in names(f"{out}.build", s3.endpoint), stopped[0])
+    wait_for(lambda: "plan.parquet" in names(f"{out}.build", s3.endpoint), stopped[0])
     for more in ((), ("--overwrite",)):
         other = prep(*words, *more)
         assert other.returncode == 1
@@ -224,7 +215,7 @@ def test_who_lost_its_lease_does_not_publish_over_another(
     out, store = f"{url}/data.zarr", Store(url, endpoint=s3.endpoint)
     name = "data.zarr/zarr.json"
     stopped.append(start_build_signalled("before", name, "SIGSTOP", source, out, s3.endpoint))
-    wait_until(lambda: b'"published": "' in _state(store), stopped[0])
+    wait_for(lambda: b'"published": "' in _state(store), stopped[0])
     store.delete_many(["data.zarr/.lease", "data.zarr.build/lease"])  # as one that nobody refreshed is broken
     build(source, out, Spec(size=32), endpoint=s3.endpoint, workers=0, overwrite=True)
     whole = objects(out, s3.endpoint)
@@ -266,7 +257,7 @@ def test_a_server_killed_in_mid_build_and_started_again(
         stopped.append(running)
         store = Store(f"{out}.build", endpoint=server.endpoint)
         for milestone in ("scan/00000.parquet", "shards/00001.json"):
-            wait_until(lambda name=milestone: any(key == name for key, _ in store.listed()), running)
+            wait_for(lambda name=milestone: any(key == name for key, _ in store.listed()), running)
             server.kill()
             server.start()
         _, errors = running.communicate(timeout=500)

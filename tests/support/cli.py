@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from ich_prep.dataset.spec import Spec
 
@@ -41,13 +42,13 @@ def published(dataset: Path) -> Mapping[str, str]:
     }
 
 
-def wait_for(happened: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
-    """Return as soon as something happened in a running build."""
-    deadline = time.monotonic() + 60
+def wait_for(happened: Callable[[], object], process: subprocess.Popen[Any]) -> None:
+    """Return as soon as something happened while a ``process`` runs."""
+    deadline = time.monotonic() + 120
     while not happened():
-        assert process.poll() is None, "the build ended before it could be killed"
+        assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
-        time.sleep(0.002)
+        time.sleep(0.005)
 
 
 def train_file(tree: Path) -> Path:
