@@ -45,14 +45,15 @@ def temperature_of(run: Path, meta: Meta, *, wanted: bool = True) -> Temperature
     It counts if it was fitted for that network, on the validation part of the dataset that it was trained on; without
     ``wanted`` there is none.
     """
-    why = "" if wanted else "--no-calibrate"
+    if not wanted:
+        return Temperature(run.name, None, "--no-calibrate")
     try:
-        metrics = json.loads(read_regular(run / METRICS)) if wanted else {}
-        if wanted and metrics["model"]["epoch"] != meta.epoch:
+        metrics = json.loads(read_regular(run / METRICS))
+        if metrics["model"]["epoch"] != meta.epoch:
             why = "its evaluation is of another epoch"
-        elif wanted and not metrics["dataset"]["trained_on"]:
+        elif not metrics["dataset"]["trained_on"]:
             why = "its evaluation is of another dataset"
-        elif wanted:
+        else:
             value = metrics["calibration"]["temperature"]
             if value is not None and math.isfinite(value) and value > 0:
                 return Temperature(run.name, float(value))

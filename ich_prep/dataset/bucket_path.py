@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Self
 from ich_prep.dataset.store_answers import ConditionError
 from ich_prep.dataset.stores import Store, StorePath
 from ich_prep.errors import UsageError
+from ich_prep.files import whole_url
 
 if TYPE_CHECKING:
     from ich_prep.dataset.stores import Meta
 
 TABLE_READ = 256 * 1024  # bytes of a table that one request fetches: a row group of the plan is smaller
-_WRITEABLE = re.compile(r"(s3|gs):/{1,2}([^/]+)(?:/(.*))?", re.IGNORECASE | re.DOTALL)
+_WRITEABLE = re.compile(r"(s3|gs)://([^/]+)(?:/(.*))?", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,6 @@ class BucketPath(StorePath):
 
     def __truediv__(self, name: object) -> Self:
         return replace(self, key=f"{self.key}/{name}" if self.key else str(name))
-
-    def __str__(self) -> str:
-        return super().__str__()
 
     def __lt__(self, other: BucketPath) -> bool:
         return str(self) < str(other)
@@ -196,19 +194,17 @@ def bucket_path(given: object, what: str, *, endpoint: str | None = None, atomic
 
     Raises ``UsageError`` for a URL whose store cannot be written or listed, and for one with an empty part.
     """
-    match = _WRITEABLE.fullmatch(str(given))
+    url = whole_url(given)
+    match = _WRITEABLE.fullmatch(url)
     if match is None:
-        shown = re.sub(r"^(\w+):/+", r"\1://", str(given))  # a Path has one slash
         raise UsageError(
-            f"{what} {shown} is not a place in a bucket. Expected a path, or a URL such as s3://bucket/folder or "
+            f"{what} {url} is not a place in a bucket. Expected a path, or a URL such as s3://bucket/folder or "
             "gs://bucket/folder; web servers cannot be listed or written to."
         )
     parts = [part for part in (match[3] or "").rstrip("/").split("/") if match[3]]
     if any(part in ("", ".", "..") for part in parts):
-        raise UsageError(
-            f"{what} {given} has an empty part, or one of dots. Expected a URL such as s3://bucket/folder."
-        )
-    return BucketPath(Store(f"{match[1].lower()}://{match[2]}", endpoint=endpoint), "/".join(parts), atomic)
+        raise UsageError(f"{what} {url} has an empty part, or one of dots. Expected a URL such as s3://bucket/folder.")
+    return BucketPath(Store(f"{match[1]}://{match[2]}", endpoint=endpoint), "/".join(parts), atomic)
 
 
 def delete_all(places: Iterable[BucketPath]) -> None:

@@ -5,22 +5,18 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ich_prep.dataset.bucket_path import BucketPath, Place, bucket_path
-from ich_prep.dataset.storage import local_path
+from ich_prep.dataset.bucket_path import BucketPath, Place
+from ich_prep.dataset.storage import place_of
 from ich_prep.dataset.stores import Store
 from ich_prep.errors import UsageError
-from ich_prep.files import is_url, opened, whole_url
+from ich_prep.files import opened, whole_url
 
 
 def place_to_read(given: str | Place, what: str) -> Place:
     """Return the place that a path or URL names; ``what`` names it in the error. Raises ``UsageError``."""
-    if isinstance(given, BucketPath):
-        return given
-    if not is_url(given):
-        return local_path(given, what)
     url = whole_url(given)
-    if not url.startswith("http"):
-        return bucket_path(url, what)
+    if isinstance(given, BucketPath) or not url.startswith(("http://", "https://")):
+        return place_of(given, what)
     server, _, path = url.partition("://")[2].partition("/")
     return BucketPath(Store(f"{url.partition(':')[0]}://{server}"), path.strip("/"))
 

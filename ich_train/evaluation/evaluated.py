@@ -247,8 +247,8 @@ def require_same_cases(first: Evaluation, other: Evaluation) -> Evaluation:
     order = where.to_numpy().astype(np.int64)
     if len(np.unique(order)) != len(order):
         raise UsageError(
-            f"{both}their datasets differ ({here}; {there}), and some slices share one SOP Instance UID, so that they "
-            "cannot be told apart. Evaluate both on one dataset."
+            f"{both}their datasets differ ({here}; {there}), so slices are matched by UID, and some slices share one "
+            "SOP Instance UID. Evaluate both runs on the same dataset."
         )
     aligned = Evaluation(
         other.folder,
