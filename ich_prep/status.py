@@ -27,7 +27,7 @@ from ich_prep.stages import ledger
 from ich_prep.stages.parts import Part, lock_of, log_of, parts_of, running_parts
 from ich_prep.stages.scan import FILES_PER_BATCH
 from ich_prep.stages.shard import ShardReport
-from ich_prep.stages.state import BuildFolder, State, build_folder, read_state, readable_state
+from ich_prep.stages.state import BuildFolder, State, build_folder, has_append, read_state
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -85,7 +85,7 @@ def status_of(dataset: Path, build_dir: str | Path | None = None) -> Status:
     out = local_path(dataset, "The dataset").absolute()
     folder = build_folder(out, build_dir)
     if (out / ROOT).exists():
-        return _of_append(out, folder.append) or _of_finished(out, folder)
+        return _of_append(out, folder) or _of_finished(out, folder)
     if not folder.lock.exists() and not folder.state.exists():
         open_dataset(dataset)  # raises the error that says what is there instead
     try:
@@ -97,14 +97,13 @@ def status_of(dataset: Path, build_dir: str | Path | None = None) -> Status:
 
 
 def _of_append(out: Path, folder: BuildFolder) -> Status | None:
-    """Return how far the append with the working ``folder`` is; None if none runs, nor was one stopped before its end."""
-    state = readable_state(folder)
+    """Return how far the append in the working ``folder`` is; None if none runs, nor was one stopped before its end."""
     with open_dataset(out) as opened:
-        stopped = state is not None and state.base == opened.digest
-    if not stopped and not (folder.lock.exists() and _is_held(folder)):
+        stopped = has_append(folder, opened.digest)
+    if not stopped and not (folder.append.lock.exists() and _is_held(folder.append)):
         return None
     try:
-        return replace(_of_build(out, folder), command="append")
+        return replace(_of_build(out, folder.append), command="append")
     except (OSError, pa.ArrowException):  # it has just begun, or ended
         return None
 

@@ -33,7 +33,7 @@ from ich_prep.stages.folds import fold_of
 from ich_prep.stages.generation import generation_of, is_new_shard
 from ich_prep.stages.publish import images_document, root_document, sha256
 from ich_prep.stages.shard import ShardReport
-from ich_prep.stages.state import BuildFolder, build_folder, readable_state
+from ich_prep.stages.state import BuildFolder, build_folder, has_append, readable_state
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -133,12 +133,6 @@ def _belongs(folder: BuildFolder, dataset: Dataset) -> bool:
     return state is not None and state.belongs_to(dataset.digest)
 
 
-def _is_appending(folder: BuildFolder, dataset: Dataset) -> bool:
-    """Return whether an append to ``dataset`` runs, or did not finish and can be resumed."""
-    state = readable_state(folder.append)
-    return state is not None and state.base == dataset.digest
-
-
 def _check_root(dataset: Dataset) -> Iterator[Problem]:
     """Yield a problem if the root's other bytes were changed: they follow from its attributes and its members."""
     path = dataset.path / ROOT
@@ -151,7 +145,7 @@ def _check_files(dataset: Dataset, folder: BuildFolder) -> Iterator[Problem]:
 
     The images' metadata may be those of a longer array while an append that did not finish is to be resumed.
     """
-    digests, appending = dataset.root.digests, _is_appending(folder, dataset)
+    digests, appending = dataset.root.digests, has_append(folder, dataset.digest)
     for name in (f"{IMAGES}/{ROOT}", f"{LABELS}/{ROOT}"):  # of the tables the root always has one
         if name not in digests:
             yield Problem(str(dataset.path / ROOT), f"has no digest of {name}")
@@ -318,7 +312,7 @@ def _check_strays(dataset: Dataset, folder: BuildFolder) -> tuple[list[Problem],
 
     The tables of earlier generations are part of it, and so are shards and tables that an unfinished append has written.
     """
-    generation, appending = dataset.root.generation, _is_appending(folder, dataset)
+    generation, appending = dataset.root.generation, has_append(folder, dataset.digest)
     expected = {PurePath(name) for name in (ROOT, *dataset.root.digests)}
     expected.update(shard_path(Path(), shard) for shard in range(dataset.counts.shards))
     problems, notes = list[Problem](), list[Problem]()

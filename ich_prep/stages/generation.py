@@ -22,7 +22,7 @@ from ich_prep.dataset.tables import write_table
 from ich_prep.errors import BuildError, describe_os_error
 from ich_prep.stages.output import build_lock, output_lock
 from ich_prep.stages.publish import images_document, root_document, sha256
-from ich_prep.stages.state import BuildFolder, build_folder, readable_state, write_state
+from ich_prep.stages.state import BuildFolder, build_folder, has_append, readable_state, write_state
 from ich_prep.versions import PACKAGE, all_versions
 
 if TYPE_CHECKING:
@@ -167,8 +167,7 @@ def clean_generations(path: str | Path, build_dir: str | Path | None = None) -> 
     with changing(path, build_dir) as (dataset, folder):
         out, images = dataset.folder, dataset.folder / IMAGES / ROOT
         unused = old_tables(dataset)
-        state = readable_state(folder.append)
-        if state is None or state.base != dataset.digest:
+        if not has_append(folder, dataset.digest):
             unused += [file for file in files_below(out / IMAGES / "c") if is_new_shard(dataset, file.relative_to(out))]
             if json.loads(images.read_bytes())["shape"][0] > len(dataset):
                 write_whole(images, images_document(images.read_bytes(), len(dataset)))

@@ -239,6 +239,12 @@ def readable_state(folder: BuildFolder) -> State | None:
         return None
 
 
+def has_append(folder: BuildFolder, digest: str) -> bool:
+    """Return whether ``folder`` has an append to the generation with this ``digest``: one runs, or can be resumed."""
+    state = readable_state(folder.append)
+    return state is not None and state.base == digest
+
+
 def write_state(folder: BuildFolder, state: State) -> None:
     """Write the state of the build in ``folder``, whole or not at all."""
     content = state.model_dump(mode="json")
