@@ -51,13 +51,13 @@ class ScanHead(nn.Module):
     """A sequence model over the features of a scan's slices, with a logit for each slice and for the scan.
 
     ``kind``: ``gru`` and ``lstm`` read both ways; ``transformer`` attends to all slices, with sinusoidal positions;
-    ``attention`` has no sequence model, only the pooling.
+    ``attention`` has no sequence model, only the pooling. Features are not normalized: how strong they are says how much
+    blood there is, and without that the labels of scans alone teach an encoder nothing.
     """
 
     def __init__(self, kind: str, *, features: int, size: int, layers: int, classes: int, dropout: float) -> None:
         super().__init__()
         self.kind = kind
-        self.norm = nn.LayerNorm(features)
         self.project = nn.Linear(features, size)
         between = dropout if layers > 1 else 0.0
         width = size
@@ -79,7 +79,7 @@ class ScanHead(nn.Module):
 
     def forward(self, features: torch.Tensor, lengths: Sequence[int]) -> ScanLogits:
         """Return the logits for ``features`` (n, features), scan after scan, of which ``lengths`` (b,) slices are each."""
-        projected = torch.relu(self.project(self.norm(features)))
+        projected = torch.relu(self.project(features))
         padded = pad_sequence([*torch.split(projected, list(lengths))], batch_first=True)  # (b, d, size)
         mask = torch.arange(padded.shape[1]).unsqueeze(0) < torch.tensor(lengths).unsqueeze(1)
         mask = mask.to(features.device)

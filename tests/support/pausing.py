@@ -5,8 +5,10 @@ A test that polls for a file and then acts may come too late on a busy machine; 
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
+import shutil
 import subprocess
 import tempfile
 import time
@@ -46,6 +48,7 @@ OF_NAMES(link)
 @functools.cache
 def _library() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="pausing-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return compiled(LIBRARY, folder / "pausing.so", "programs met at one moment are")
 
 

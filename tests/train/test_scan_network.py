@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ich_prep.errors import UsageError
+from ich_train.evaluation.metrics import roc_aucs
 from ich_train.model import build_model
 from ich_train.resample import Resample
 from ich_train.scan_inputs import select_planes, select_slices
@@ -59,6 +60,29 @@ def test_the_scan_is_between_its_lowest_and_its_highest_slice(kind: str) -> None
     assert (logits.scans >= logits.slices.min(dim=0).values - 1e-6).all()
 
 
+@pytest.mark.parametrize("kind", ["gru", "attention"])
+def test_labels_of_scans_teach_an_encoder_to_find_bright_slices(kind: str) -> None:
+    """Scans of ten images, each of the same shape; in positive ones, three are brighter."""
+    torch.manual_seed(1)
+    shape, scans, depth = torch.rand(1, 32, 32), 240, 10
+    positive = torch.arange(scans) % 2 == 0
+    bright = (positive.unsqueeze(1) & (torch.rand(scans, depth).argsort(dim=1) < 3)).flatten()
+    images = (1 + bright.float()).view(-1, 1, 1, 1) * (shape + 0.1 * torch.randn(scans * depth, 1, 32, 32))
+    network = build_scan_network("baseline", HeadShape(kind=kind, size=16), channels=1, size=32, classes=1)
+    optimizer = torch.optim.Adam(network.parameters(), 1e-3)
+    for first in range(0, scans // 2, 4):
+        batch = images[depth * first : depth * (first + 4)]
+        logits = network(batch, [depth] * 4).scans[:, 0]
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, positive[first : first + 4].float())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        found = network.eval()(images[depth * scans // 2 :], [depth] * (scans // 2))
+    labels = positive[scans // 2 :].to(torch.int8).unsqueeze(1).numpy()
+    assert (roc_aucs(labels, found.scans.numpy(), ("any",))["any"] or 0) > 0.95
+
+
 @pytest.mark.parametrize("name", ["baseline", "resnet18", "densenet121", "seresnext50"])
 def test_a_head_replaces_the_last_layer_of_any_network(name: str) -> None:
     shape = HeadShape(kind="gru", size=8)
@@ -66,7 +90,7 @@ def test_a_head_replaces_the_last_layer_of_any_network(name: str) -> None:
     assert isinstance(network, SequenceNetwork)
     of_slices = build_model(name, channels=3, size=32, classes=6)
     last = [module for module in of_slices.modules() if isinstance(module, nn.Linear)][-1]
-    assert network.head.norm.normalized_shape == (last.in_features,)
+    assert network.head.project.in_features == last.in_features
     logits = network.eval()(torch.zeros(5, 3, 32, 32), [3, 2])
     assert logits.slices.shape == (5, 6)
     assert logits.scans.shape == (2, 6)
