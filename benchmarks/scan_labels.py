@@ -4,7 +4,7 @@
 
 Gives the ordinary phantom a label table by series, of the labels that any slice of it has, trains the recipe
 `pipelines/phantom_scan_labels.toml` on it, and prints the areas under the ROC curves of the test scans, and those
-of its slices, whose labels only the phantom knows. About six minutes on two cores.
+of its slices, whose labels only the phantom knows. About ten minutes on two cores.
 """
 
 from __future__ import annotations

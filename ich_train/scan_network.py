@@ -19,11 +19,13 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from ich_prep.errors import UsageError
 from ich_train.model import build_checked, build_model
+from ich_train.weights import load_weights, tensor_names
 
 HEADS = ("none", "gru", "lstm", "transformer", "attention", "volume")
 HeadKind = Literal["gru", "lstm", "transformer", "attention", "volume"]
 CHUNK = 64  # slices that an encoder takes at a time when no gradient is needed
 ATTENTION_HEADS = 4
+HEAD_KEY = "head.attend.0.weight"  # a tensor of every `SequenceNetwork`, and of no other network
 TRIED_DEPTH = 32  # planes of the volume on which a network for volumes is tried, unless the depth is fixed
 
 
@@ -51,8 +53,9 @@ class ScanHead(nn.Module):
     """A sequence model over the features of a scan's slices, with a logit for each slice and for the scan.
 
     ``kind``: ``gru`` and ``lstm`` read both ways; ``transformer`` attends to all slices, with sinusoidal positions;
-    ``attention`` has no sequence model, only the pooling. Features are not normalized: how strong they are says how much
-    blood there is, and without that the labels of scans alone teach an encoder nothing.
+    ``attention`` has no sequence model, only the pooling. Features are not normalized: an encoder whose scale has no
+    effect learns next to nothing from random weights. asinh, logarithmic in large values, keeps them from saturating
+    what follows.
     """
 
     def __init__(self, kind: str, *, features: int, size: int, layers: int, classes: int, dropout: float) -> None:
@@ -79,7 +82,7 @@ class ScanHead(nn.Module):
 
     def forward(self, features: torch.Tensor, lengths: Sequence[int]) -> ScanLogits:
         """Return the logits for ``features`` (n, features), scan after scan, of which ``lengths`` (b,) slices are each."""
-        projected = torch.relu(self.project(features))
+        projected = torch.asinh(self.project(features))
         padded = pad_sequence([*torch.split(projected, list(lengths))], batch_first=True)  # (b, d, size)
         mask = torch.arange(padded.shape[1]).unsqueeze(0) < torch.tensor(lengths).unsqueeze(1)
         mask = mask.to(features.device)
@@ -150,20 +153,26 @@ def build_scan_network(
 ) -> ScanNetwork:
     """Return the network ``name`` of `ich_train.model.build_model` with a head of ``shape`` in place of its last layer.
 
-    ``weights`` are those of the network before its last layer was replaced. ``kind = "volume"`` takes
-    ``package.module:NAME`` only, called as ``NAME(channels=channels, size=size, classes=classes)``, which must make a
-    network of volumes (b, channels, depth, size, size). Raises `UsageError` as `build_model` does, and for a network
-    whose output is not that of a fully connected layer.
+    ``weights`` are those of the network before its last layer was replaced, or of such a network with its head.
+    ``kind = "volume"`` takes ``package.module:NAME`` only, called as ``NAME(channels=channels, size=size,
+    classes=classes)``, which must make a network of volumes (b, channels, depth, size, size). Raises `UsageError` as
+    `build_model` does, and for a network whose output is not that of a fully connected layer.
     """
     if shape.kind == "volume":
         depth = round(shape.depth_mm / shape.spacing_mm) if shape.spacing_mm and shape.depth_mm else TRIED_DEPTH
         return VolumeNetwork(build_checked(name, channels, (max(depth, 1), size, size), classes, weights))
-    network = build_model(name, channels=channels, size=size, classes=classes, weights=weights, dropout=dropout)
+    with_head = weights is not None and HEAD_KEY in tensor_names(weights)
+    network = build_model(
+        name, channels=channels, size=size, classes=classes, weights=None if with_head else weights, dropout=dropout
+    )
     encoder, features = without_last_layer(network, name, channels=channels, size=size)
     head = ScanHead(
         shape.kind, features=features, size=shape.size, layers=shape.layers, classes=classes, dropout=dropout
     )
-    return SequenceNetwork(encoder, head)
+    built = SequenceNetwork(encoder, head)
+    if weights is not None and with_head:
+        load_weights(built, f"{name} with a head of {shape.kind}", weights)
+    return built
 
 
 def without_last_layer(network: nn.Module, name: str, *, channels: int, size: int) -> tuple[nn.Module, int]:

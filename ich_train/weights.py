@@ -54,6 +54,12 @@ def load_weights(model: nn.Module, name: str, file: Path) -> None:
     model.load_state_dict(tensors, strict=False)
 
 
+def tensor_names(file: Path) -> set[str]:
+    """Return the names of the tensors in ``file``, and those without what other loops put before them."""
+    names = _read_tensors(file)
+    return {".".join(parts[k:]) for parts in (name.split(".") for name in names) for k in range(len(parts))}
+
+
 def load_exactly(model: nn.Module, file: Path) -> None:
     """Fill ``model`` with the weights of ``file``, which must be its own; raises `UsageError` otherwise."""
     tensors = _read_tensors(file)
