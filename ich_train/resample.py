@@ -25,12 +25,12 @@ class Resample(nn.Module):
     """Resamples scans to planes of equal distance.
 
     ``spacing_mm`` is the distance of the planes, and ``depth_mm`` what they span together: round(depth_mm / spacing_mm)
-    planes about the middle of each scan, cut or padded with air. Without ``depth_mm`` (0) a batch is as deep as its
-    longest scan. ``isotropic`` resamples the planes too, to pixels of the same distance about their centre, without a
-    change of their number. Each value is interpolated linearly between the two slices next to it by their positions,
-    so unequal distances and missing slices are taken into account, then bilinearly in the plane, and rounded to the
-    type of the stored pixels. ``air`` is what pads: -1024 for HU, 0 for windows. Gantry tilt is not undone: planes stay
-    parallel to the slices, and are not shifted.
+    planes about the middle of each scan, cut or padded with air. Without ``depth_mm`` (0) a scan has as many as it spans,
+    about its middle, and air after them up to those of the longest scan of the batch. ``isotropic`` resamples the planes
+    too, to pixels of the same distance about their centre, without a change of their number. Each value is interpolated
+    linearly between the two slices next to it by their positions, so unequal distances and missing slices are taken into
+    account, then bilinearly in the plane, and rounded to the type of the stored pixels. ``air`` is what pads: -1024 for
+    HU, 0 for windows. Gantry tilt is not undone: planes stay parallel to the slices, and are not shifted.
     """
 
     def __init__(self, *, spacing_mm: float, depth_mm: float = 0.0, isotropic: bool = False, air: int = 0) -> None:
@@ -39,11 +39,11 @@ class Resample(nn.Module):
             raise UsageError(f"Expected spacing_mm > 0 and depth_mm >= 0; found {spacing_mm} and {depth_mm}.")
         self.spacing_mm, self.depth_mm, self.isotropic, self.air = spacing_mm, depth_mm, isotropic, air
 
-    def planes(self, longest_mm: float) -> int:
-        """Return how many planes a batch has whose longest scan spans ``longest_mm`` from first to last slice."""
+    def planes(self, spans_mm: torch.Tensor) -> torch.Tensor:
+        """Return how many planes scans have that span ``spans_mm`` (b,) from first to last slice, int64 (b,)."""
         if self.depth_mm:
-            return max(1, round(self.depth_mm / self.spacing_mm))
-        return int(longest_mm / self.spacing_mm + 1e-4) + 1
+            return torch.full_like(spans_mm, max(1, round(self.depth_mm / self.spacing_mm)), dtype=torch.int64)
+        return (spans_mm / self.spacing_mm + 1e-4).long() + 1
 
     def forward(
         self, volumes: torch.Tensor, mask: torch.Tensor, positions_mm: torch.Tensor, spacing_mm: torch.Tensor
@@ -55,9 +55,9 @@ class Resample(nn.Module):
         lengths = mask.sum(dim=1)
         last = (lengths - 1).clamp(min=0)
         far = positions_mm.gather(1, last.unsqueeze(1))  # (b, 1), from the first slice
-        depth = self.planes(float(far.max()))
-        steps = torch.arange(depth, device=volumes.device) - (depth - 1) / 2
-        wanted = far / 2 + steps * self.spacing_mm  # (b, depth)
+        planes = self.planes(far)  # (b, 1)
+        numbers = torch.arange(int(planes.max()), device=volumes.device)
+        wanted = far / 2 + (numbers - (planes - 1) / 2) * self.spacing_mm  # (b, depth)
         # Padding comes after the slices: at infinity it is no neighbour of any plane.
         known = torch.where(mask, positions_mm, torch.inf).contiguous()
         above = torch.searchsorted(known, wanted.contiguous()).clamp(max=last.unsqueeze(1))
@@ -65,15 +65,15 @@ class Resample(nn.Module):
         z_below, z_above = positions_mm.gather(1, below), positions_mm.gather(1, above)
         gap = z_above - z_below
         share = torch.where(gap > 0, (wanted - z_below) / gap.clamp(min=1e-6), 1.0).clamp(0, 1)
-        inside = (wanted >= -self.spacing_mm / 2) & (wanted <= far + self.spacing_mm / 2)
+        inside = (numbers < planes) & (wanted >= -self.spacing_mm / 2) & (wanted <= far + self.spacing_mm / 2)
         scan = torch.arange(len(volumes), device=volumes.device).unsqueeze(1)
-        planes = torch.lerp(
+        moved = torch.lerp(
             volumes[scan, below].float(), volumes[scan, above].float(), share.to(torch.float32)[..., None, None, None]
         )
         if self.isotropic:
-            planes = self._in_plane(planes, spacing_mm)
-        planes = torch.where(inside[..., None, None, None], planes, float(self.air))
-        return Grid(planes.round_().to(volumes.dtype), inside)
+            moved = self._in_plane(moved, spacing_mm)
+        moved = torch.where(inside[..., None, None, None], moved, float(self.air))
+        return Grid(moved.round_().to(volumes.dtype), inside)
 
     def _in_plane(self, planes: torch.Tensor, spacing_mm: torch.Tensor) -> torch.Tensor:
         scale = self.spacing_mm / spacing_mm[:, 1:]  # (b, 2): y, x; in pixels of the scan

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from ich_prep.dataset.dataset import Dataset
 
-SCANS_PER_BATCH = 2
+SCANS_PER_BATCH = 2  # of a network of volumes one: padding to the longer of two would change its answer
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,15 @@ def predict_scans(
 ) -> ScanProbabilities:
     """Return the probabilities of the volumes ``series`` by a network with a head, from all of their slices with pixels.
 
-    A slice without a position is read where the dataset has it, after the others.
+    A slice without a position is read where the dataset has it, after the others. What a scan gets does not depend on
+    the others.
     """
     meta, device = predictor.meta, predictor.device
     assert meta.head is not None
     loader = VolumeLoader(
         dataset,
         series,
-        batch_size=SCANS_PER_BATCH,
+        batch_size=1 if meta.head.kind == "volume" else SCANS_PER_BATCH,
         order="sequential",
         threads=threads,
         pin=device.type == "cuda",

@@ -64,6 +64,29 @@ def test_padding_never_leaks_into_a_scan() -> None:
     assert torch.equal(alone.mask, padded.mask)
 
 
+@given(
+    spans=st.lists(st.lists(st.integers(1, 8), min_size=1, max_size=12), min_size=2, max_size=4),
+    spacing=st.floats(0.7, 6),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_scan_is_the_same_alone_and_beside_others(spans: list[list[int]], spacing: float) -> None:
+    scans = [ramp([0.0, *np.cumsum(gaps).astype(float).tolist()]) for gaps in spans]
+    depth = max(volume.shape[1] for volume, _, _ in scans)
+    padded = [
+        torch.cat([torch.cat([part, torch.zeros_like(part[:, :1]).expand(-1, depth - part.shape[1], *part.shape[2:])], dim=1)
+                   for part in (scan[k] for scan in scans)])
+        for k in range(3)
+    ]  # fmt: skip
+    resample = Resample(spacing_mm=spacing, air=-1024)
+    together = resample(*padded, FAR.expand(len(scans), 3))
+    for k, scan in enumerate(scans):
+        alone = resample(*scan, FAR)
+        planes = alone.volumes.shape[1]
+        assert torch.equal(together.volumes[k, :planes], alone.volumes[0])
+        assert (together.volumes[k, planes:] == -1024).all()
+        assert not together.mask[k, planes:].any()
+
+
 def test_two_slices_at_one_position_and_a_single_slice_are_no_division_by_zero() -> None:
     for positions in ([0.0, 5.0, 5.0, 10.0], [0.0]):
         grid = Resample(spacing_mm=2.5)(*ramp(positions), FAR)
