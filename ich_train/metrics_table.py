@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,22 @@ def print_metrics(console: Console, metrics: dict[str, Any], run: Path) -> None:
     title = f"{count(evaluated['slices'], 'slice')} of {part_words(evaluated['subset'])}"
     if evaluated["series_labels"] and metrics["by_series_max"]:
         title, view = f"Series of {title}, by their highest slice", metrics["by_series_max"]
+    _print_labels(console, title, view)
+    if metrics["by_scan"]:
+        _print_labels(console, f"{count(metrics['by_scan']['cases'], 'scan')}, as the head says", metrics["by_scan"])
+    if metrics["by_value"]:
+        names = [*view["labels"]]
+        lines = [
+            (value, f"{views['by_slice']['cases']:,}", *(_number(entry) for entry in areas_by_value(views, names)))
+            for value, views in metrics["by_value"].items()
+        ]
+        console.print("ROC AUC by value:", soft_wrap=True)
+        console.print(text_table((evaluated["by"], "slices", *names), lines), soft_wrap=True, markup=False)
+    loss = log_loss_name([*view["labels"]]).capitalize()
+    console.print(f"{loss} {_number(view['log_loss'])}. Report: {run / REPORT}", soft_wrap=True)
+
+
+def _print_labels(console: Console, title: str, view: Mapping[str, Any]) -> None:
     rows = [
         (
             name,
@@ -35,16 +51,6 @@ def print_metrics(console: Console, metrics: dict[str, Any], run: Path) -> None:
     console.print(f"{title}:", soft_wrap=True)
     head = ("label", "positive", "ROC AUC", "95%", "average precision")
     console.print(text_table(head, rows), soft_wrap=True, markup=False)
-    if metrics["by_value"]:
-        names = [*view["labels"]]
-        lines = [
-            (value, f"{views['by_slice']['cases']:,}", *(_number(entry) for entry in areas_by_value(views, names)))
-            for value, views in metrics["by_value"].items()
-        ]
-        console.print("ROC AUC by value:", soft_wrap=True)
-        console.print(text_table((evaluated["by"], "slices", *names), lines), soft_wrap=True, markup=False)
-    loss = log_loss_name([*view["labels"]]).capitalize()
-    console.print(f"{loss} {_number(view['log_loss'])}. Report: {run / REPORT}", soft_wrap=True)
 
 
 def _interval(interval: Sequence[float] | None) -> str:

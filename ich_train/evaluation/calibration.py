@@ -92,7 +92,7 @@ def operating_point(
     points = {}
     for j, name in enumerate(classes):
         positives = np.sort(val_probabilities[val_labels[:, j] > 0, j])[::-1]
-        threshold = float(positives[int(np.ceil(sensitivity * len(positives))) - 1]) if len(positives) else None
+        threshold = float(positives[_needed(sensitivity, len(positives)) - 1]) if len(positives) else None
         point: dict[str, Any] = {"threshold": threshold, "sensitivity": None, "specificity": None}
         if threshold is not None:
             predicted = probabilities[:, j] >= threshold
@@ -104,3 +104,8 @@ def operating_point(
                 point[word] = float(right[chosen].mean()) if chosen.any() else None
         points[name] = point
     return {"sensitivity": sensitivity, "labels": points}
+
+
+def _needed(sensitivity: float, positives: int) -> int:
+    """Return how many of the positives must be found; 0.55 of 100 are 55, though the product of floats is above that."""
+    return int(np.ceil(sensitivity * positives - 1e-9 * positives))

@@ -37,6 +37,7 @@ from ich_train.predict import Mirrored, Predictor, load_predictor
 from ich_train.rows import draw_rows, labelled_rows
 from ich_train.runs import METRICS, METRICS_VERSION, read_history, require_writable
 from ich_train.scan_predict import ScanProbabilities, predict_scans, predict_slices, series_rows
+from ich_train.scans import slice_labels
 from ich_train.split import Split, split_rows
 
 if TYPE_CHECKING:
@@ -98,8 +99,8 @@ def evaluate_run(
     """
     out = out or run
     require_writable(out, hint="Name another folder with --out.")
-    history = read_history(run)
     predictor = load_predictor(run, dataset, device=device)
+    history = read_history(run)
     rows = choose_rows(dataset, predictor.meta, evaluation)
     values = None if evaluation.by is None else values_of(dataset, rows.evaluated, evaluation.by)
     predicted = predict_parts(dataset, predictor, rows, evaluation, threads=threads)
@@ -234,7 +235,14 @@ def measure_all(
     for value in [] if values is None else sorted(values.unique().to_pylist()):
         chosen = pc.equal(values, value).to_numpy(zero_copy_only=False)
         by_value[value] = measure_views(select(cases, chosen), validation, baseline[chosen], **given)
-    of_both = cases.labels, cases.probabilities, validation.labels, validation.probabilities
+    # What is called calibrated is a slice's probability: the label of its series does not judge that.
+    given_for_slices = slice_labels(dataset)
+    of_both = (
+        given_for_slices[cases.rows],
+        cases.probabilities,
+        given_for_slices[validation.rows],
+        validation.probabilities,
+    )
     return {
         "evaluated": evaluation.model_dump(exclude={"batch_size"})
         | {"slices": len(cases.rows), "series_labels": bool({*levels} - {"slice", "none"})},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from ich_train.evaluation.plots import (
 )
 from ich_train.loader import SliceLoader
 from ich_train.model import conv_layers
+from ich_train.scans import slice_labels
 from ich_train.temperature import scaled
 
 if TYPE_CHECKING:
@@ -58,7 +60,9 @@ def draw_results(
     figures = {
         "roc": roc_panels(curves["roc"], view),
         "precision_recall": precision_recall_panels(curves["precision_recall"], view),
-        "reliability": draw_reliability(cases, metrics["calibration"]["temperature"]),
+        "reliability": draw_reliability(
+            replace(cases, labels=slice_labels(dataset)[cases.rows]), metrics["calibration"]["temperature"]
+        ),
     }
     figures |= {f"confusion_{policy}": confusion_panels(view, policy) for policy in POLICIES}
     for name in cases.classes:

@@ -92,6 +92,16 @@ def test_an_operating_point_has_its_sensitivity_on_validation(sensitivity: float
         assert point["specificity"] == pytest.approx(below[labels[:, j] == 0].mean())
 
 
+def test_a_sensitivity_is_a_share_of_whole_positives() -> None:
+    probabilities = np.arange(100, 0, -1).reshape(-1, 1) / 101
+    labels = np.ones((100, 1), np.int8)
+    for percent in range(1, 101):
+        found = operating_point(
+            labels, probabilities, labels, probabilities, classes=["any"], sensitivity=percent / 100
+        )
+        assert found["labels"]["any"]["sensitivity"] == percent / 100
+
+
 def test_an_evaluation_reports_them(twelve: Path, tmp_path: Path) -> None:
     dataset = open_dataset(twelve)
     run = save_untrained(tmp_path / "run", dataset)

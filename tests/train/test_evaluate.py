@@ -309,7 +309,7 @@ def test_another_kind_of_dataset_is_refused(dataset, hu_dataset, tmp_path):
 
 
 def test_a_folder_without_a_trained_network_is_refused(dataset, tmp_path):
-    with pytest.raises(TrainError, match="history"):
+    with pytest.raises(TrainError, match="No checkpoint"):
         evaluate_run(tmp_path, dataset, EvalConfig())
     run = make_run(tmp_path / "run", dataset)
     shutil.rmtree(run / "best")
