@@ -4,6 +4,7 @@
 
     runs/NAME/
         recipe.toml            the settings; val_fold and test_fold are those of each run
+        folds.txt              the folds that are tested on: all, or numbers such as 0,2
         fold-0/  fold-1/ ...   the runs; fold-k is tested on fold k and validated on the next one
         metrics.json  predictions.parquet  report.html  pictures/  curves/    the evaluation
 """
@@ -15,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ich_prep.errors import UsageError, count
+from ich_prep.dataset.storage import write_whole
+from ich_prep.errors import TrainError, UsageError, count
+from ich_prep.files import read_regular
 from ich_train.ranks import choose_device
 from ich_train.rows import column, labelled_rows
 from ich_train.runs import METRICS, RECIPE, check_same, require_run, run_lock, settings_of, start
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
     from ich_prep.dataset.dataset import Dataset
     from ich_train.config import EvalConfig, Fold, TrainConfig
 
-ALL = "all"
+ALL, FOLDS = "all", "folds.txt"
 
 
 def cross_validate(
@@ -40,23 +43,27 @@ def cross_validate(
     settings: TrainConfig,
     evaluation: EvalConfig,
     *,
-    folds: str = ALL,
+    folds: str | None = None,
     console: Console,
     resume: bool = False,
 ) -> dict[str, Any] | None:
     """Train a network for each of ``folds``, evaluate them together, return the metrics; None if it was stopped.
 
-    ``folds`` is "all", or numbers such as "0,2"; ``val_fold`` and ``test_fold`` of ``settings`` are replaced, unless
-    ``val_fold`` is "none": then nothing is validated. Writes the folder ``out``; ``resume`` continues what is there.
+    ``folds`` is "all", or numbers such as "0,2" (default: those that it was started with, else all); ``val_fold`` and
+    ``test_fold`` of ``settings`` are replaced, unless ``val_fold`` is "none": then nothing is validated. Writes the folder
+    ``out``; ``resume`` continues what is there.
     Raises `UsageError` for settings that do not fit the dataset or cross-validation, and as `ich_train.train.train`.
     """
-    of_runs = _settings_of_runs(dataset, settings, evaluation, folds)
     if resume:
         require_run(out)
+    folds = folds or (_folds_of(out) if resume else ALL)
+    of_runs = _settings_of_runs(dataset, settings, evaluation, folds)
+    if resume:
         check_same(out, settings_of(out)[0], settings)
     else:
         start(out, settings, evaluation)
     with run_lock(out):
+        write_whole(out / FOLDS, f"{folds}\n".encode())
         (out / METRICS).unlink(missing_ok=True)  # of fewer folds or epochs
         for fold, of_run in of_runs.items():
             run = out / f"fold-{fold}"
@@ -69,11 +76,12 @@ def cross_validate(
                     None,
                     console=console,
                     resume=(run / RECIPE).is_file(),
-                    resume_with=resuming(out, folds),
+                    resume_with=resuming(out),
                 )
             except UsageError:
-                if not resume and not any(out.glob("fold-*")):
-                    (out / RECIPE).unlink()  # nothing was started
+                if not resume and not any(out.glob("fold-*")):  # nothing was started
+                    (out / FOLDS).unlink()
+                    (out / RECIPE).unlink()
                 raise
             if not result.finished:
                 return None
@@ -90,9 +98,19 @@ def cross_validate(
         )
 
 
-def resuming(out: Path, folds: str) -> str:
-    """Return the command that resumes the cross-validation of ``folds`` in the folder ``out``."""
-    return f"ich-train cv --resume --out {out}" + ("" if folds == ALL else f" --folds {folds}")
+def resuming(out: Path) -> str:
+    """Return the command that resumes the cross-validation in the folder ``out``."""
+    return f"ich-train cv --resume --out {out}"
+
+
+def _folds_of(out: Path) -> str:
+    """Return the folds that the cross-validation in the folder ``out`` was started with."""
+    try:
+        return read_regular(out / FOLDS).decode().strip()
+    except FileNotFoundError:  # it was stopped before its first fold
+        return ALL
+    except (OSError, ValueError) as error:
+        raise TrainError(f"Cannot read {out / FOLDS}: name the folds with --folds.") from error
 
 
 def _settings_of_runs(

@@ -171,6 +171,23 @@ def test_what_cannot_be_cross_validated_leaves_nothing(
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
 
 
+def test_a_resumed_cross_validation_keeps_its_folds(
+    dataset: Dataset, tmp_path: Path, call: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        call("cv", "--data", dataset.path, "--recipe", recipe(tmp_path), *QUICK, "--folds", "0,2", "--out", "out") == 0
+    )
+    before = metrics_of(tmp_path / "out")
+    assert call("cv", "--resume", "--out", "out") == 0
+    assert metrics_of(tmp_path / "out") == before
+    assert not (tmp_path / "out" / "fold-1").exists()
+    capsys.readouterr()
+    assert call("eval", "out") != 0
+    assert "is a cross-validation" in " ".join(capsys.readouterr().err.split())
+    assert call("cv", "--resume", "--out", "out", "--folds", "all") == 0
+    assert [of["fold"] for of in metrics_of(tmp_path / "out")["folds"]] == [0, 1, 2]
+
+
 def test_several_processes_are_refused(
     dataset: Dataset, call: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
