@@ -55,7 +55,12 @@ FeaturesFolder = Annotated[Path, typer.Option("--out", help="The folder to write
 Where = Annotated[
     str | None, typer.Option(help="A filter (docs/filters.md) of the slices. [default: those of predictions.parquet]")
 ]
-Folds = Annotated[str, typer.Option(help="The folds to test on in turn: all, or numbers such as 0,2.")]
+Folds = Annotated[
+    str | None,
+    typer.Option(
+        help="The folds to test on in turn: all, or numbers such as 0,2. [default: all; with --resume as before]"
+    ),
+]
 Sample = Annotated[Path | None, typer.Option(help="A sample submission: its lines, in its order.")]
 
 
@@ -113,7 +118,7 @@ def run_command(*, given: dict[str, Any], out: Out = None, recipe: RecipeFile = 
 def cv_command(
     *,
     given: dict[str, Any],
-    folds: Folds = "all",
+    folds: Folds = None,
     out: Out = None,
     recipe: RecipeFile = None,
     resume: Resume = False,
@@ -129,7 +134,7 @@ def cv_command(
         plan.dataset, plan.out, plan.settings, plan.evaluation, folds=folds, console=console, resume=resume
     )
     if metrics is None:
-        raise InterruptError(f"Resume with: {resuming(plan.out, folds)}")
+        raise InterruptError(f"Resume with: {resuming(plan.out)}")
     print_metrics(console, metrics, plan.out)
 
 
@@ -206,7 +211,7 @@ def predict_command(
         summary_lines,
         write_outputs,
     )
-    from ich_train.infer_source import metas_of, open_source
+    from ich_train.infer_source import metas_of, open_source, refuse_source_options
     from ich_train.ranks import choose_device
 
     kaggle = (wanted.format or ("table" if wanted.src else "kaggle")) == "kaggle"
@@ -219,6 +224,7 @@ def predict_command(
         source = open_source(meta, wanted, cache=cache_of(read))
     else:
         source = dataset_of(runs[0], settings, place)
+        refuse_source_options(wanted, source.path)
         check_outputs(outputs, source.classes)
     check_source(outputs, source)
     found = predict(

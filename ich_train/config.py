@@ -7,7 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, TypeAdapter, field_serializer, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    field_serializer,
+    field_validator,
+)
 
 from ich_prep.files import is_url, whole_url
 
@@ -15,6 +24,12 @@ MODELS = ("baseline", "resnet18", "resnet34", "resnet50", "densenet121", "densen
 
 
 _BYTES = TypeAdapter(ByteSize)
+
+
+def _one_or_more(value: Any) -> Any:
+    """Return a number as the only one of several."""
+    return (value,) if isinstance(value, int | float) else value
+
 
 Fold = Annotated[int, Field(ge=0)] | Literal["none"]
 
@@ -77,7 +92,7 @@ class TrainConfig(BaseModel):
     )
     # The competition's metric is the plain cross-entropy: both of these trade it for recall of rare labels.
     focal_gamma: float = Field(default=0.0, ge=0, description="Focal loss: how much easy labels count less; 0: not.")
-    pos_weight: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+    pos_weight: Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_one_or_more)] = Field(
         default=(), description="Weight of positive labels in the loss: one number, or one for each class; none: 1."
     )
     epochs: int = Field(default=10, ge=1, description="Passes over the training slices.")

@@ -62,6 +62,7 @@ def open_source(meta: Meta, settings: PredictConfig, *, cache: ShardCache | None
     """
     src = settings.src
     if len(src) == 1 and (src[0].suffix == ".zarr" or (src[0] / ROOT).exists()):
+        refuse_source_options(settings, src[0])
         return open_dataset(src[0], cache=cache)
     from ich_prep.progress import TerminalProgress
     from ich_prep.scans import plan_scans  # pydicom and OpenCV: only where DICOM files are read
@@ -70,6 +71,15 @@ def open_source(meta: Meta, settings: PredictConfig, *, cache: ShardCache | None
     spec = validate(Spec, {**dict(stored_as(meta.images)), "classes": meta.classes, **options}, where="options")
     with TerminalProgress() as progress:
         return plan_scans(src, spec, progress=progress)
+
+
+def refuse_source_options(settings: PredictConfig, path: Path) -> None:
+    """Raise ``UsageError`` if ``settings`` say how to read DICOM files, and it is the dataset at ``path`` that is read."""
+    given = [f"--{name.replace('_', '-')}" for name in SOURCE_OPTIONS if name in settings.model_fields_set]
+    if given:
+        raise UsageError(
+            f"{path} is a dataset, and {', '.join(given)} is for DICOM files: choose its slices with --where."
+        )
 
 
 def stored_as(images: Images) -> Stored:

@@ -36,6 +36,7 @@ def head_shape(settings: TrainConfig) -> HeadShape | None:
     volume, resampled = settings.head == "volume", settings.spacing_mm > 0
     for wrong, text in (
         (settings.features and settings.head in NO_FEATURES, "features need a head of gru, lstm, transformer or attention"),
+        (settings.features and settings.weights, "weights start an encoder, and features bring one that is trained"),
         (resampled and settings.head not in NO_FEATURES, 'spacing_mm is for head = "volume" only'),
         ((settings.depth_mm or settings.isotropic) and not resampled, "depth_mm and isotropic need spacing_mm"),
         (volume and settings.context, 'context is for slices: with head = "volume" it must be 0'),
@@ -68,7 +69,8 @@ def scan_loaders(
 ) -> tuple[VolumeLoader, VolumeLoader | None]:
     """Return the loaders of training and validation: whole series of the ``split``, or their features from ``source``.
 
-    Raises `UsageError` if there are too few scans.
+    Only the labels of the rows of the ``split`` count. Raises `UsageError` if there are too few scans, or slabs of scans
+    that are labelled as a whole.
     """
     train, val = (series_of(dataset, rows) for rows in (split.train, split.val))
     if len(train) < settings.scans_per_batch * ranks.world_size:
@@ -98,14 +100,22 @@ def scan_loaders(
         seed=settings.seed,
         slab=settings.slab,
         weights=weights,
+        rows=split.train,
         rank=ranks.rank,
         world_size=ranks.world_size,
         drop_last=True,
         **shared,
     )
+    if settings.slab and not loader.has_slice_labels:
+        raise UsageError(
+            f"The labels are those of whole scans, which say nothing of a slab of {count(settings.slab, 'slice')}. Set slab "
+            "= 0; to save memory, lower scans_per_batch."
+        )
     if not len(val):
         return loader, None
-    return loader, VolumeLoader(dataset, val[ranks.rank :: ranks.world_size], order="sequential", **shared)
+    return loader, VolumeLoader(
+        dataset, val[ranks.rank :: ranks.world_size], order="sequential", rows=split.val, **shared
+    )
 
 
 def scan_step(settings: TrainConfig, loader: VolumeLoader, parts: dict[str, Any]) -> ScanStep:

@@ -65,6 +65,13 @@ def scans_of(dataset: Dataset, series: ArrayLike | None = None, *, ordered: bool
     return Scans(found, first.astype(np.int64), lengths.astype(np.int64), rows)
 
 
+def without_position(dataset: Dataset, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return those of ``rows`` that have no position, and so no place in their scan."""
+    positions = dataset.slices["position_mm"].take(pa.array(rows))
+    lacking: NDArray[np.int64] = rows[positions.is_null().to_numpy()]
+    return lacking
+
+
 def slice_labels(dataset: Dataset) -> NDArray[np.int8]:
     """Return the labels of every row that were given for the slice, int8 (slices, classes), else -1.
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -22,6 +23,7 @@ from ich_train.preprocess import Augment, Preprocess
 from ich_train.runs import Epoch, best_of, chosen_by
 from ich_train.scan_network import SequenceNetwork, build_scan_network
 from ich_train.scan_session import head_shape, scan_loaders, scan_step
+from ich_train.scans import without_position
 from ich_train.split import Split, balanced_weights, split_rows
 from ich_train.step import Step
 from ich_train.volume_loader import VolumeBatch, VolumeLoader
@@ -51,6 +53,7 @@ class Session:
     step: Step
     meter: Meter
     average: Average | None  # of the weights
+    unread: int = 0  # labelled slices to train on or to validate that have no position, and so no place in a scan
     history: list[Epoch] = field(default_factory=list)
     steps_done: int = 0
 
@@ -108,6 +111,7 @@ def prepare(dataset: Dataset, settings: TrainConfig, ranks: Ranks, *, weights: P
         if shape is None
         else scan_loaders(dataset, split, settings, ranks, source=features)
     )
+    unread = 0 if shape is None else len(without_position(dataset, np.concatenate([split.train, split.val])))
     preprocess = Preprocess(pixels=dataset.spec.store, windows=windows, channels_last=True).to(ranks.device)
     torch.manual_seed(settings.seed)
     given: dict[str, Any] = {
@@ -138,6 +142,7 @@ def prepare(dataset: Dataset, settings: TrainConfig, ranks: Ranks, *, weights: P
         step=step,
         meter=Meter.new(ranks.device),
         average=averaged(model, ema_decay=settings.ema_decay, last_epochs=settings.average_epochs),
+        unread=unread,
     )
 
 

@@ -46,9 +46,11 @@ from ich_train.runs import (
     start,
     write_history,
 )
+from ich_train.scan_network import SequenceNetwork
 from ich_train.session import Session, prepare
 from ich_train.split import split_rows
 from ich_train.to_device import to_device
+from ich_train.volume_loader import VolumeLoader
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -185,13 +187,26 @@ def _start_or_resume(
     saved = _saved_state(out, settings, ranks) if resume else None
     session = prepare(dataset, settings, ranks, weights=_weights_file(settings) if saved is None else None)
     if saved is not None:
+        encoder = _encoder_of_features(session)
         load_parameters(out / LAST, session.model)
+        if any(not torch.equal(value, encoder[key]) for key, value in _encoder_of_features(session).items()):
+            raise UsageError(
+                f"The features in {settings.features} were made by another encoder than those that {out} began with. Make "
+                "them again with `ich-train embed` of the same run, or start another run."
+            )
         restore(session, saved)
         if ranks.first and settings.epochs > settings_of(out)[0].epochs:
             lengthen(out, settings.epochs)
     elif ranks.first and not resume:
         start(out, settings, evaluation)
     return session
+
+
+def _encoder_of_features(session: Session) -> dict[str, torch.Tensor]:
+    """Return a copy of the weights of the encoder if the run learns from the features that it made, else nothing."""
+    if session.settings.features is None or not isinstance(session.model, SequenceNetwork):
+        return {}
+    return {key: value.clone() for key, value in session.model.encoder.state_dict().items()}
 
 
 def _weights_file(settings: TrainConfig) -> Path | None:
@@ -248,9 +263,10 @@ def _close_epoch(session: Session) -> Epoch:
         session.average.after_epoch(epoch, session.settings.epochs)
     val_loss, val_accuracy, val_auc = _validate(session)
     if not math.isfinite(train_loss + (0.0 if session.val_loader is None else val_loss)):
+        other = "" if session.step.precision == torch.float32 else ", or in float32"
         raise TrainError(
             f"The loss is not finite in epoch {epoch}: {train_loss} in training, {val_loss} in validation. Start another "
-            f"run with a lower learning_rate than {session.settings.learning_rate:g}, or in float32."
+            f"run with a lower learning_rate than {session.settings.learning_rate:g}{other}."
         )
     line = Epoch(
         epoch=epoch,
@@ -381,10 +397,18 @@ def _outline(session: Session) -> str:
     loader = session.loader
     to_train, to_validate = loader.items, 0 if session.val_loader is None else session.val_loader.items
     head = "" if settings.head == "none" else f" with head {settings.head}"
+    part, parts_of = noun, ""
+    if isinstance(loader, VolumeLoader) and loader.slab:
+        part, parts_of = "slab", f" of {count(len(loader.scans), 'scan')}"
+    unread = (
+        f" Without a position in their scan, and not read: {count(session.unread, 'labelled slice')}."
+        if session.unread
+        else ""
+    )
     return (
-        f"Training {settings.model}{head} in {precision} on {where}: {count(to_train, noun)}, "
-        f"{count(len(loader), 'step')} an epoch, of {count(batch, noun)} each; "
-        f"{count(to_validate * ranks.world_size, noun)} to validate."
+        f"Training {settings.model}{head} in {precision} on {where}: {count(to_train, part)}{parts_of}, "
+        f"{count(len(loader), 'step')} an epoch, of {count(batch, part)} each; "
+        f"{count(to_validate * ranks.world_size, noun)} to validate.{unread}"
     )
 
 

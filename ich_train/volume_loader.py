@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from ich_prep.errors import UsageError
+from ich_prep.errors import UsageError, count
 from ich_train.epochs import EpochLoader
 from ich_train.feed import Arrays, Buffer, Feed, Tensors
 from ich_train.loader import opened, reading_threads
@@ -86,7 +86,9 @@ class VolumeLoader(EpochLoader[_Plan, VolumeBatch]):
     in `ich_train.scans.scans_of`. ``slab`` cuts scans into slabs of that many slices, spread evenly so that they cover the
     scan; a shorter scan is one slab. ``order``, ``seed``, ``weights`` (one for each scan), ``rank`` and ``world_size``
     are as in `ich_train.loader.SliceLoader`; one batch of each rank together are one batch of a single process, padded
-    alike. With ``buckets``, batches that are not sequential hold scans of similar length. ``source`` (default: the
+    alike. ``rows`` are those whose labels count (default: all): of the others there are only pixels, and a scan of which
+    some do not count has no label, unless it was given for the whole series. With ``buckets``, batches that are not
+    sequential hold scans of similar length. ``source`` (default: the
     images of the dataset) is what is read for each row, such as features. ``threads`` read ahead up to ``prefetch``
     batches; the buffers have room for ``batch_size`` of the longest scans, see `ich_train.feed.Feed`.
 
@@ -108,6 +110,7 @@ class VolumeLoader(EpochLoader[_Plan, VolumeBatch]):
         slab: int = 0,
         buckets: bool = True,
         weights: NDArray[np.float64] | None = None,
+        rows: NDArray[np.int64] | None = None,
         rank: int = 0,
         world_size: int = 1,
         drop_last: bool = False,
@@ -116,21 +119,27 @@ class VolumeLoader(EpochLoader[_Plan, VolumeBatch]):
         source: Rows | None = None,
         ordered: bool = True,
     ) -> None:
-        if batch_size < 1 or threads < 1 or prefetch < 1 or slab < 0:
+        if batch_size < 1 or threads < 1 or prefetch < 1 or slab < 0 or seed < 0:
             raise UsageError(
-                "Expected batch_size, threads and prefetch of 1 or more and slab of 0 or more; "
-                f"got {batch_size}, {threads}, {prefetch} and {slab}."
+                "Expected batch_size, threads and prefetch of 1 or more and slab and seed of 0 or more; "
+                f"got {batch_size}, {threads}, {prefetch}, {slab} and {seed}."
             )
         check_order(order, weighted=weights is not None)
         self.dataset = opened(dataset)
         self.scans = scans_of(self.dataset, series, ordered=ordered)
+        if weights is not None and weights.shape != (len(self.scans),):
+            raise UsageError(f"Expected a weight for each of {count(len(self.scans), 'scan')}; got {weights.shape}.")
         self.batch_size, self.order, self.seed, self.slab, self.buckets = batch_size, order, seed, slab, buckets
         self.weights, self.rank, self.world_size, self.drop_last = weights, rank, world_size, drop_last
         self._scan_of_item, self._starts, self._lengths = _items(self.scans, slab)
         self._source: Rows = self.dataset if source is None else source
         self._padding = AIR[self.dataset.spec.store] if source is None else 0
         self._labels = slice_labels(self.dataset)[self.scans.rows]
-        self._item_labels = self._labels_of_items()
+        masked = np.zeros(len(self._labels), bool)
+        if rows is not None:
+            masked = ~np.isin(self.scans.rows, rows) & (self._labels >= 0).any(axis=1)
+            self._labels[masked] = -1
+        self._item_labels = self._labels_of_items(np.logical_or.reduceat(masked, self.scans.first))
         self._spacing = spacings(self.dataset, self.scans)
         self._positions = positions_mm(self.dataset, self.scans, self._spacing[:, 0])
         self.depth = int(self._lengths.max())  # of the longest item
@@ -194,17 +203,19 @@ class VolumeLoader(EpochLoader[_Plan, VolumeBatch]):
         items = rank_positions(together, rank=self.rank, world_size=self.world_size)
         return _Plan(items, depth=int(self._lengths[together].max()))
 
-    def _labels_of_items(self) -> NDArray[np.int8]:
+    def _labels_of_items(self, masked: NDArray[np.bool_]) -> NDArray[np.int8]:
         """Return the labels of the items, int8 (items, classes): those of their scans or, of slabs, of their slices.
 
-        A slab of a positive scan may have nothing to show: it is unknown unless its slices are labelled.
+        ``masked`` (scans,) are unknown. So is a slab unless its slices are labelled: one of a positive scan may have
+        nothing to show, and those of negative scans alone would teach that there are no positive ones.
         """
-        labels = scan_labels(self.dataset, self.scans)[self._scan_of_item]
+        of_scans = scan_labels(self.dataset, self.scans)
+        of_scans[masked] = -1
+        labels = of_scans[self._scan_of_item]
         for item in np.flatnonzero(self._lengths < self.scans.lengths[self._scan_of_item]):
             first = self.scans.first[self._scan_of_item[item]] + self._starts[item]
             slices = self._labels[first : first + self._lengths[item]]
-            of_slab = np.where((slices > 0).any(axis=0), 1, np.where((slices == 0).all(axis=0), 0, -1))
-            labels[item] = np.where(labels[item] == 0, 0, of_slab)
+            labels[item] = np.where((slices > 0).any(axis=0), 1, np.where((slices == 0).all(axis=0), 0, -1))
         return labels
 
     def _fill(self, arrays: Arrays, plan: _Plan) -> None:

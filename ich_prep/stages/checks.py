@@ -115,8 +115,12 @@ def check_any_slice(plan: Plan) -> None:
     """Raise ``SourceError`` if there is no slice to build from."""
     if not len(plan.slices):
         counts = Counter(plan.quarantine["reason"].to_pylist())
-        is_framed = counts.most_common(1)[0][0] == Reason.MULTI_FRAME
-        remedy = CONVERT_FRAMES.capitalize() if is_framed else "Point --src at axial CT"
+        if counts.most_common(1)[0][0] == Reason.MULTI_FRAME:
+            remedy = CONVERT_FRAMES.capitalize()
+        elif all(Reason(reason).is_damage for reason in counts):
+            remedy = "Copy or export these files again, or point --src at axial CT"
+        else:
+            remedy = "Point --src at axial CT"
         raise SourceError(
             f"No CT slices: {count(len(plan.quarantine), 'file')} quarantined: "
             f"{', '.join(f'{count} {reason}' for reason, count in counts.most_common())}. {remedy}."

@@ -532,6 +532,7 @@ def test_files_of_no_subset_are_all_in_a_submission(call: Call, run: Path, twelv
         (["--src", "texts", "--out", "x.csv"], 1, "No CT slices: 1 file quarantined: 1 not_an_image"),
         (["--src", "broken.zip", "--out", "x.csv"], 1, "broken.zip"),
         (["--src", "nothing.zarr", "--out", "x.csv"], 1, "Expected a dataset at nothing.zarr; found nothing"),
+        (["--src", "nothing.zarr", "--layout", "rsna", "--out", "x.csv"], 2, "--layout is for DICOM files"),
         (["--src", "texts", "--src", "texts", "--out", "x.csv"], 2, "names the same place twice"),
         (["--src", "texts", "--out", "x.txt"], 2, "expected a name that ends in .csv or .parquet"),
         (["--src", "texts", "--out", "x.csv", "--scans", "x.csv"], 2, "Two outputs have the same path"),

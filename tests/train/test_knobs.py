@@ -371,7 +371,7 @@ def test_a_refusal_shows_the_names_of_both_sides(tmp_path: Path) -> None:
 
 
 def test_the_command_line_offers_them(call: Callable[..., int], twelve: Path, tmp_path: Path) -> None:
-    recipe = "[train]\nepochs = 1\nbatch_size = 8\ndevice = 'cpu'\npos_weight = [2.0]\n[eval]\nbootstrap = 5\n"
+    recipe = "[train]\nepochs = 1\nbatch_size = 8\ndevice = 'cpu'\npos_weight = 2.0\n[eval]\nbootstrap = 5\n"
     (tmp_path / "quick.toml").write_text(recipe, encoding="utf-8")
     assert call("run", "--recipe", "quick.toml", "--data", twelve) == 0
     assert settings_of(tmp_path / "runs" / "quick")[0].pos_weight == (2.0,)

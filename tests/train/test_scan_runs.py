@@ -36,6 +36,7 @@ from ich_train.scan_predict import predict_scans, predict_slices
 from ich_train.scans import scan_labels, scans_of
 from ich_train.session import prepare
 from ich_train.train import train
+from ich_train.volume_loader import VolumeLoader
 from tests.support.sealing import replace_table
 from tests.support.slow_reads import interrupt_at_read
 from tests.train.test_scan_network import NETS
@@ -183,6 +184,84 @@ def test_a_head_is_trained_on_features_in_a_second_stage(
     assert (rows, features) == made.shape
 
 
+def test_a_second_stage_is_not_resumed_on_features_of_another_encoder(dataset: Dataset, tmp_path: Path) -> None:
+    features = tmp_path / "features.zarr"
+    for seed in (0, 1):
+        quiet(dataset, tmp_path / f"slices-{seed}", settings(head="none", epochs=1, seed=seed))
+    embed(tmp_path / "slices-0", dataset, features)
+    quiet(dataset, tmp_path / "head", settings(features=features, epochs=1))
+    longer = settings(features=features, epochs=2)
+    embed(tmp_path / "slices-1", dataset, features)
+    with pytest.raises(UsageError, match=r"made by another encoder than those that .* began with"):
+        quiet(dataset, tmp_path / "head", longer, resume=True)
+    embed(tmp_path / "slices-0", dataset, features)
+    assert len(quiet(dataset, tmp_path / "head", longer, resume=True).history) == 2
+
+
+@pytest.mark.parametrize("head", ["gru", "transformer"])
+def test_a_run_starts_from_the_weights_of_another_with_its_head(dataset: Dataset, tmp_path: Path, head: str) -> None:
+    of = settings(head=head, epochs=1)
+    quiet(dataset, tmp_path / "first", of)
+    file = tmp_path / "first" / "best" / "model.safetensors"
+    expected = load_predictor(tmp_path / "first", dataset, device="cpu").model.state_dict()
+    torch.save({"model_state_dict": {f"module.{key}": value for key, value in expected.items()}}, tmp_path / "other.pt")
+    for weights in (file, tmp_path / "other.pt"):
+        found = prepare(dataset, of, ALONE, weights=weights).model.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(value, expected[key]) for key, value in found.items())
+    with pytest.raises(UsageError, match="does not hold weights of baseline with a head of lstm"):
+        prepare(dataset, settings(head="lstm"), ALONE, weights=file)
+
+
+def test_only_the_labels_of_a_filter_count(dataset: Dataset) -> None:
+    index = dataset.slices["slice_index"].to_numpy()
+    for where, whole in (("slice_index < 5", False), ("series_row != 3", True)):
+        session = prepare(dataset, settings(where=where, scans_per_batch=1), ALONE, weights=None)
+        for loader in (session.loader, session.val_loader):
+            assert isinstance(loader, VolumeLoader)
+            for batch in loader:
+                known = (batch.labels >= 0).all(dim=2)
+                rows = batch.rows[batch.mask].numpy()
+                expected = np.ones(len(rows), bool) if whole else index[rows] < 5
+                np.testing.assert_array_equal(known[batch.mask].numpy(), expected)
+                assert bool((batch.scan_labels >= 0).all()) == whole
+
+
+def test_slabs_of_scans_that_are_labelled_as_a_whole_are_refused(twelve: Path, tmp_path: Path) -> None:
+    weak = with_scan_labels(twelve, tmp_path / "weak.zarr")
+    with pytest.raises(UsageError, match=r"say nothing of a slab of 8 slices\. Set slab = 0"):
+        quiet(weak, tmp_path / "run", settings(slab=8))
+
+
+def test_slices_without_a_position_are_not_passed_over_in_silence(dataset: Dataset, tmp_path: Path) -> None:
+    copy = tmp_path / "data.zarr"
+    shutil.copytree(dataset.path, copy)
+    positions = dataset.slices["position_mm"].to_pylist()
+    of_row = dataset.slices["series_row"].to_numpy()
+    rows = np.flatnonzero(of_row == of_row[in_training(dataset)][0])
+    positions[int(rows[-1])] = None
+    place = dataset.slices.schema.get_field_index("position_mm")
+    changed = dataset.slices.set_column(place, "position_mm", pa.array(positions, dataset.slices["position_mm"].type))
+    replace_table(copy, "slices", changed)
+    shown = io.StringIO()
+    console = Console(file=shown, width=300)
+    train(open_dataset(copy), tmp_path / "run", settings(epochs=1, slab=12), None, console=console)
+    assert "not read: 1 labelled slice." in shown.getvalue()
+    assert " slabs of " in shown.getvalue()
+
+
+def test_labels_of_scans_calibrate_no_slice(
+    twelve: Path, tmp_path: Path, call: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    weak = with_scan_labels(twelve, tmp_path / "weak.zarr")
+    quiet(weak, tmp_path / "run", settings(epochs=1))
+    assert call("eval", tmp_path / "run", "--data", weak.path) == 0
+    assert "scans, as the head says" in capsys.readouterr().err
+    found = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))["calibration"]
+    assert found["temperature"] is None
+    assert found["as_predicted"] == {"ece": None, "brier": None, "log_loss": None}
+
+
 def test_features_of_something_else_are_refused(dataset: Dataset, tmp_path: Path) -> None:
     quiet(dataset, tmp_path / "slices", settings(head="none", epochs=1))
     path = tmp_path / "features.zarr"
@@ -222,14 +301,32 @@ def test_a_network_of_volumes_trains_and_predicts(
     seen: list[torch.Size] = []
     predictor.model.network.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape))
     found = predict_scans(predictor, dataset, np.array([1, 2]))
-    assert seen == [(2, 3, 12, 32, 32)]
+    assert seen == [(1, 3, 12, 32, 32)] * 2
     np.testing.assert_array_equal(found.slices[0], found.scans[0])
     np.testing.assert_array_equal(found.slices[-1], found.scans[1])
+
+
+@pytest.mark.parametrize("spacing_mm", [0.0, 8.0])
+def test_what_a_scan_gets_does_not_depend_on_the_others(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spacing_mm: float
+) -> None:
+    (tmp_path / "scan_nets.py").write_text(NETS, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "scan_nets", raising=False)
+    quiet(dataset, tmp_path / "run", settings(head="volume", model="scan_nets:Volume", spacing_mm=spacing_mm, epochs=1))
+    predictor = load_predictor(tmp_path / "run", dataset, device="cpu")
+    series = np.arange(12)
+    together = predict_scans(predictor, dataset, series)
+    for one in series:
+        alone = predict_scans(predictor, dataset, np.array([one]))
+        np.testing.assert_array_equal(alone.scans[0], together.scans[one])
+        np.testing.assert_array_equal(alone.slices, together.of_rows(alone.rows))
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        ({"features": "f.zarr", "weights": "w.pt"}, "features bring one that is trained"),
         ({"spacing_mm": 5.0}, "spacing_mm is for"),
         ({"depth_mm": 5.0}, "need spacing_mm"),
         ({"head": "volume", "context": 1}, "context is for slices"),

@@ -230,6 +230,17 @@ def test_labels_of_a_series_are_those_of_the_scan_and_of_no_slice(dataset: Datas
     np.testing.assert_array_equal(scan_labels(changed, scans_of(changed)), scan_labels(dataset, scans_of(dataset)))
 
 
+def test_slabs_of_a_scan_that_is_labelled_as_a_whole_are_unknown(dataset: Dataset, tmp_path: Path) -> None:
+    levels = ["series" if series < 8 else "slice" for series in dataset.slices["series_row"].to_pylist()]
+    changed = edited(dataset, tmp_path / "data.zarr", label_level=levels)
+    seen = {False: 0, True: 0}
+    for batch in VolumeLoader(changed, np.arange(12), slab=4, batch_size=1):
+        by_slice = bool(batch.series[0] >= 8)
+        assert bool((batch.scan_labels >= 0).all()) == by_slice
+        seen[by_slice] += 1
+    assert min(seen.values()) > 0
+
+
 def test_a_scan_is_negative_only_if_all_of_its_slices_are(dataset: Dataset, tmp_path: Path) -> None:
     scans = scans_of(dataset)
     values = dataset.slices["epidural"].to_pylist()
@@ -278,10 +289,15 @@ def test_a_dataset_without_labels_is_refused(tmp_path: Path) -> None:
         VolumeLoader(tmp_path / "data.zarr")
 
 
-@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"threads": 0}, {"prefetch": 0}, {"slab": -1}])
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"threads": 0}, {"prefetch": 0}, {"slab": -1}, {"seed": -1}])
 def test_invalid_settings_are_refused(wrong: dict[str, int], dataset: Dataset) -> None:
     with pytest.raises(UsageError, match="1 or more"):
         VolumeLoader(dataset, **wrong)  # type: ignore[arg-type]
+
+
+def test_a_weight_for_each_scan_is_needed(dataset: Dataset) -> None:
+    with pytest.raises(UsageError, match=r"a weight for each of 11 scans; got \(3,\)"):
+        VolumeLoader(dataset, order="shuffled", weights=np.ones(3))
 
 
 def test_buffers_are_used_again_and_no_thread_is_left(dataset: Dataset) -> None:
