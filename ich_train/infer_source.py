@@ -27,6 +27,7 @@ from ich_train.runs import BEST
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from ich_prep.dataset.bucket_path import Place
     from ich_prep.dataset.shard_cache import ShardCache
     from ich_prep.scans import PlannedScans
     from ich_train.config import PredictConfig
@@ -73,7 +74,7 @@ def open_source(meta: Meta, settings: PredictConfig, *, cache: ShardCache | None
         return plan_scans(src, spec, progress=progress)
 
 
-def refuse_source_options(settings: PredictConfig, path: Path) -> None:
+def refuse_source_options(settings: PredictConfig, path: Place) -> None:
     """Raise ``UsageError`` if ``settings`` say how to read DICOM files, and it is the dataset at ``path`` that is read."""
     given = [f"--{name.replace('_', '-')}" for name in SOURCE_OPTIONS if name in settings.model_fields_set]
     if given:
