@@ -19,13 +19,12 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from ich_prep.errors import UsageError
 from ich_train.model import build_checked, build_model
-from ich_train.weights import load_weights, tensor_names
+from ich_train.weights import has_head, load_head
 
 HEADS = ("none", "gru", "lstm", "transformer", "attention", "volume")
 HeadKind = Literal["gru", "lstm", "transformer", "attention", "volume"]
 CHUNK = 64  # slices that an encoder takes at a time when no gradient is needed
 ATTENTION_HEADS = 4
-HEAD_KEY = "head.attend.0.weight"  # a tensor of every `SequenceNetwork`, and of no other network
 TRIED_DEPTH = 32  # planes of the volume on which a network for volumes is tried, unless the depth is fixed
 
 
@@ -153,7 +152,8 @@ def build_scan_network(
 ) -> ScanNetwork:
     """Return the network ``name`` of `ich_train.model.build_model` with a head of ``shape`` in place of its last layer.
 
-    ``weights`` are those of the network before its last layer was replaced, or of such a network with its head.
+    ``weights`` are those of the network before its last layer was replaced, or of such a network with its head,
+    which is taken too if it fits.
     ``kind = "volume"`` takes ``package.module:NAME`` only, called as ``NAME(channels=channels, size=size,
     classes=classes)``, which must make a network of volumes (b, channels, depth, size, size). Raises `UsageError` as
     `build_model` does, and for a network whose output is not that of a fully connected layer.
@@ -161,18 +161,14 @@ def build_scan_network(
     if shape.kind == "volume":
         depth = round(shape.depth_mm / shape.spacing_mm) if shape.spacing_mm and shape.depth_mm else TRIED_DEPTH
         return VolumeNetwork(build_checked(name, channels, (max(depth, 1), size, size), classes, weights))
-    with_head = weights is not None and HEAD_KEY in tensor_names(weights)
-    network = build_model(
-        name, channels=channels, size=size, classes=classes, weights=None if with_head else weights, dropout=dropout
-    )
+    network = build_model(name, channels=channels, size=size, classes=classes, weights=weights, dropout=dropout)
     encoder, features = without_last_layer(network, name, channels=channels, size=size)
     head = ScanHead(
         shape.kind, features=features, size=shape.size, layers=shape.layers, classes=classes, dropout=dropout
     )
-    built = SequenceNetwork(encoder, head)
-    if weights is not None and with_head:
-        load_weights(built, f"{name} with a head of {shape.kind}", weights)
-    return built
+    if weights is not None and has_head(weights):
+        load_head(head, weights)
+    return SequenceNetwork(encoder, head)
 
 
 def without_last_layer(network: nn.Module, name: str, *, channels: int, size: int) -> tuple[nn.Module, int]:

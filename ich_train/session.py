@@ -27,6 +27,7 @@ from ich_train.scans import without_position
 from ich_train.split import Split, balanced_weights, split_rows
 from ich_train.step import Step
 from ich_train.volume_loader import VolumeBatch, VolumeLoader
+from ich_train.weights import has_head
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -106,6 +107,11 @@ def prepare(dataset: Dataset, settings: TrainConfig, ranks: Ranks, *, weights: P
         needed=_needed_parts(settings),
     )
     features = None if settings.features is None else open_features(settings.features, dataset, settings, windows)
+    if features is not None and weights is not None and not has_head(weights):
+        raise UsageError(
+            f"{weights} has weights of an encoder only, and features bring an encoder that is trained. Leave one of the two "
+            "out, or name the weights of a run with a head."
+        )
     loader, val_loader = (
         _loaders(dataset, split, settings, ranks)
         if shape is None

@@ -17,6 +17,7 @@ from ich_prep.files import require_regular
 _OLD_DENSENET = re.compile(r"(denselayer\d+)\.(norm|conv)\.([12])\.")
 
 
+HEAD_KEY = ".head.attend.0.weight"  # a tensor of every network with a head of scans
 STATE_DICTS = ("state_dict", "model_state_dict", "model")  # where other loops keep it in a checkpoint
 
 
@@ -27,13 +28,13 @@ def load_weights(model: nn.Module, name: str, file: Path) -> None:
     that of a checkpoint of another training loop, its names with a prefix. A first
     convolution for another number of channels is adapted: each of its new channels gets the mean over the file's,
     scaled so that the sum over channels, and with it the scale of what follows, is kept. A last fully connected layer
-    for another number of classes keeps what ``model`` has. Raises `UsageError` for a file that cannot be read, and for
-    any other key that is missing, unknown or of another shape.
+    for another number of classes keeps what ``model`` has, as it does if the file has a head of scans instead. Raises
+    `UsageError` for a file that cannot be read, and for any other key that is missing, unknown or of another shape.
     """
     expected = model.state_dict()
     found = {_OLD_DENSENET.sub(r"\1.\2\3.", key): value for key, value in _read_tensors(file).items()}
     tensors = _without_prefix(found, expected)
-    _keep_head(tensors, expected, model)
+    _keep_last_layer(tensors, expected, model, lacking=_has_head(found))
     first = next((f"{key}.weight" for key, layer in model.named_modules() if isinstance(layer, nn.Conv2d)), "")
     if first in tensors and tensors[first].shape[1:2] != expected[first].shape[1:2]:
         tensors[first] = _adapted(tensors[first], channels=expected[first].shape[1])
@@ -54,10 +55,18 @@ def load_weights(model: nn.Module, name: str, file: Path) -> None:
     model.load_state_dict(tensors, strict=False)
 
 
-def tensor_names(file: Path) -> set[str]:
-    """Return the names of the tensors in ``file``, and those without what other loops put before them."""
-    names = _read_tensors(file)
-    return {".".join(parts[k:]) for parts in (name.split(".") for name in names) for k in range(len(parts))}
+def has_head(file: Path) -> bool:
+    """Return whether ``file`` holds an encoder of slices and a head of scans."""
+    return _has_head(_read_tensors(file))
+
+
+def load_head(head: nn.Module, file: Path) -> None:
+    """Initialize ``head`` with that in ``file`` if it has the same names and shapes, else leave it as it is."""
+    found = {
+        f".{key}".rpartition(".head.")[2]: value for key, value in _read_tensors(file).items() if ".head." in f".{key}"
+    }
+    if not weight_differences(found, head.state_dict()):
+        head.load_state_dict(found)
 
 
 def load_exactly(model: nn.Module, file: Path) -> None:
@@ -116,12 +125,18 @@ def _shown(tensors: Mapping[str, torch.Tensor]) -> str:
     return ", ".join([*tensors][:3]) + (", ..." if len(tensors) > 3 else "")
 
 
-def _keep_head(tensors: dict[str, torch.Tensor], expected: Mapping[str, torch.Tensor], model: nn.Module) -> None:
-    """Replace the last fully connected layer of ``tensors`` by the ``expected`` one if it is for other classes."""
+def _has_head(tensors: Mapping[str, torch.Tensor]) -> bool:
+    return any(f".{key}".endswith(HEAD_KEY) for key in tensors)
+
+
+def _keep_last_layer(
+    tensors: dict[str, torch.Tensor], expected: Mapping[str, torch.Tensor], model: nn.Module, *, lacking: bool
+) -> None:
+    """Replace the last fully connected layer of ``tensors`` by the ``expected`` one, if ``lacking`` or for other classes."""
     layers = [key for key, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-    head = [key for key in expected if layers and key.startswith(f"{layers[-1]}.")]
-    if any(key in tensors and tensors[key].shape != expected[key].shape for key in head):
-        tensors.update((key, expected[key]) for key in head)
+    last = [key for key in expected if layers and key.startswith(f"{layers[-1]}.")]
+    if lacking or any(key in tensors and tensors[key].shape != expected[key].shape for key in last):
+        tensors.update((key, expected[key]) for key in last)
 
 
 def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
