@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ich_prep.dataset.storage import write_whole
-from ich_prep.errors import TrainError, UsageError, count
+from ich_prep.errors import TrainError, UsageError, count, describe_os_error
 from ich_prep.files import read_regular
 from ich_train.ranks import choose_device
 from ich_train.rows import column, labelled_rows
@@ -56,7 +56,8 @@ def cross_validate(
     """
     if resume:
         require_run(out)
-    folds = folds or (_folds_of(out) if resume else ALL)
+    if folds is None:
+        folds = _folds_of(out) if resume else ALL
     of_runs = _settings_of_runs(dataset, settings, evaluation, folds)
     if resume:
         check_same(out, settings_of(out)[0], settings)
@@ -107,10 +108,11 @@ def _folds_of(out: Path) -> str:
     """Return the folds that the cross-validation in the folder ``out`` was started with."""
     try:
         return read_regular(out / FOLDS).decode().strip()
-    except FileNotFoundError:  # it was stopped before its first fold
-        return ALL
     except (OSError, ValueError) as error:
-        raise TrainError(f"Cannot read {out / FOLDS}: name the folds with --folds.") from error
+        why = describe_os_error(error) if isinstance(error, OSError) else "it is damaged"
+        raise TrainError(
+            f"Cannot read which folds {out} was started with from {out / FOLDS}: {why}. Name them with --folds."
+        ) from error
 
 
 def _settings_of_runs(

@@ -181,7 +181,10 @@ def test_a_resumed_cross_validation_keeps_its_folds(
     assert call("cv", "--resume", "--out", "out") == 0
     assert metrics_of(tmp_path / "out") == before
     assert not (tmp_path / "out" / "fold-1").exists()
+    (tmp_path / "out" / "folds.txt").unlink()
     capsys.readouterr()
+    assert call("cv", "--resume", "--out", "out") == 1
+    assert "Name them with --folds" in " ".join(capsys.readouterr().err.split())
     assert call("eval", "out") != 0
     assert "is a cross-validation" in " ".join(capsys.readouterr().err.split())
     assert call("cv", "--resume", "--out", "out", "--folds", "all") == 0
