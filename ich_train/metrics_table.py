@@ -20,11 +20,15 @@ def print_metrics(console: Console, metrics: dict[str, Any], run: Path) -> None:
 
     evaluated, view = metrics["evaluated"], metrics["by_slice"]
     title = f"{count(evaluated['slices'], 'slice')} of {part_words(evaluated['subset'])}"
-    if evaluated["series_labels"] and metrics["by_series_max"]:
+    of_head = metrics["by_scan"]
+    words = f"{count(of_head['cases'], 'scan')}, as the head says" if of_head else ""
+    if evaluated["series_labels"] and of_head:
+        title, view = words, of_head
+    elif evaluated["series_labels"] and metrics["by_series_max"]:
         title, view = f"Series of {title}, by their highest slice", metrics["by_series_max"]
+    elif of_head:
+        _print_labels(console, words, of_head)
     _print_labels(console, title, view)
-    if metrics["by_scan"]:
-        _print_labels(console, f"{count(metrics['by_scan']['cases'], 'scan')}, as the head says", metrics["by_scan"])
     if metrics["by_value"]:
         names = [*view["labels"]]
         lines = [

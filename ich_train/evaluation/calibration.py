@@ -108,4 +108,4 @@ def operating_point(
 
 def _needed(sensitivity: float, positives: int) -> int:
     """Return how many of the positives must be found; 0.55 of 100 are 55, though the product of floats is above that."""
-    return int(np.ceil(sensitivity * positives - 1e-9 * positives))
+    return max(1, int(np.ceil(sensitivity * positives - 1e-9 * positives)))

@@ -235,18 +235,14 @@ def measure_all(
     for value in [] if values is None else sorted(values.unique().to_pylist()):
         chosen = pc.equal(values, value).to_numpy(zero_copy_only=False)
         by_value[value] = measure_views(select(cases, chosen), validation, baseline[chosen], **given)
-    # What is called calibrated is a slice's probability: the label of its series does not judge that.
-    given_for_slices = slice_labels(dataset)
-    of_both = (
-        given_for_slices[cases.rows],
-        cases.probabilities,
-        given_for_slices[validation.rows],
-        validation.probabilities,
-    )
+    of_both = cases.labels, cases.probabilities, validation.labels, validation.probabilities
+    # What is calibrated is a slice's probability: the label of its series does not judge that.
+    of_slices = slice_labels(dataset)
+    judged = of_slices[cases.rows], cases.probabilities, of_slices[validation.rows], validation.probabilities
     return {
         "evaluated": evaluation.model_dump(exclude={"batch_size"})
         | {"slices": len(cases.rows), "series_labels": bool({*levels} - {"slice", "none"})},
-        "calibration": calibration(*of_both, cases.classes),
+        "calibration": calibration(*judged, cases.classes),
         "operating_point": None
         if evaluation.sensitivity is None
         else operating_point(*of_both, classes=cases.classes, sensitivity=evaluation.sensitivity),

@@ -60,10 +60,10 @@ def draw_results(
     figures = {
         "roc": roc_panels(curves["roc"], view),
         "precision_recall": precision_recall_panels(curves["precision_recall"], view),
-        "reliability": draw_reliability(
-            replace(cases, labels=slice_labels(dataset)[cases.rows]), metrics["calibration"]["temperature"]
-        ),
     }
+    judged = replace(cases, labels=slice_labels(dataset)[cases.rows])
+    if (judged.labels >= 0).any():
+        figures["reliability"] = draw_reliability(judged, metrics["calibration"]["temperature"])
     figures |= {f"confusion_{policy}": confusion_panels(view, policy) for policy in POLICIES}
     for name in cases.classes:
         threshold = view["labels"][name]["at_best_f1"]["threshold"]
