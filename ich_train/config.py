@@ -28,7 +28,7 @@ _BYTES = TypeAdapter(ByteSize)
 
 def _one_or_more(value: Any) -> Any:
     """Return a number as the only one of several."""
-    return (value,) if isinstance(value, int | float) else value
+    return (value,) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 Fold = Annotated[int, Field(ge=0)] | Literal["none"]
@@ -131,14 +131,18 @@ class TrainConfig(BaseModel):
     scan_weight: float = Field(
         default=10.0, ge=0, description="How many slices the label of a scan counts for in the loss, with a head."
     )
-    slab: int = Field(default=0, ge=0, description="Train on slabs of this many slices; 0: on whole scans.")
+    slab: int = Field(
+        default=0,
+        ge=0,
+        description="Train on slabs of this many slices, which need labels of slices; 0: on whole scans.",
+    )
     spacing_mm: float = Field(
         default=0.0, ge=0, description="With head volume: resample to planes this far apart; 0: the slices as they are."
     )
     depth_mm: float = Field(
         default=0.0,
         ge=0,
-        description="With spacing_mm: what the planes span, cut or padded; 0: the longest of a batch.",
+        description="With spacing_mm: what the planes span, cut or padded; 0: what each scan spans.",
     )
     isotropic: bool = Field(default=False, description="With spacing_mm: resample the planes to that distance too.")
     features: Path | None = Field(

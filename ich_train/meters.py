@@ -37,10 +37,10 @@ class Meter:
         return cls(torch.zeros(4, dtype=torch.float64, device=device))
 
     def means(self, ranks: Ranks | None = None) -> tuple[float, float]:
-        """Return the mean loss and the accuracy so far, of this rank or of all; waits for the device."""
+        """Return the mean loss and the accuracy so far, of this rank or of all, NaN without labels; waits for the device."""
         sums = self.sums if ranks is None else ranks.total(self.sums)
         loss, weight, correct, known = sums.tolist()
-        return loss / weight, correct / known
+        return loss / weight if weight else math.nan, correct / known if known else math.nan
 
 
 class Reporter:

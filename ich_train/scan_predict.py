@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from ich_prep.dataset.dataset import Dataset
 
-SCANS_PER_BATCH = 2  # of a network of volumes one: padding to the longer of two would change its answer
+SCANS_PER_BATCH = 2
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ def predict_scans(
     loader = VolumeLoader(
         dataset,
         series,
-        batch_size=1 if meta.head.kind == "volume" else SCANS_PER_BATCH,
+        # Padding to the longer of two would change what a network of volumes answers.
+        batch_size=1 if meta.head.kind == "volume" and not meta.head.depth_mm else SCANS_PER_BATCH,
         order="sequential",
         threads=threads,
         pin=device.type == "cuda",

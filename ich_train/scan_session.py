@@ -11,7 +11,7 @@ from ich_prep.errors import UsageError, count
 from ich_train.resample import Resample
 from ich_train.scan_network import HeadShape
 from ich_train.scan_step import ScanStep
-from ich_train.scans import scan_labels, scans_of
+from ich_train.scans import scan_labels, scans_of, without_position
 from ich_train.split import balanced_weights
 from ich_train.volume_loader import AIR, VolumeLoader
 
@@ -36,7 +36,6 @@ def head_shape(settings: TrainConfig) -> HeadShape | None:
     volume, resampled = settings.head == "volume", settings.spacing_mm > 0
     for wrong, text in (
         (settings.features and settings.head in NO_FEATURES, "features need a head of gru, lstm, transformer or attention"),
-        (settings.features and settings.weights, "weights start an encoder, and features bring one that is trained"),
         (resampled and settings.head not in NO_FEATURES, 'spacing_mm is for head = "volume" only'),
         ((settings.depth_mm or settings.isotropic) and not resampled, "depth_mm and isotropic need spacing_mm"),
         (volume and settings.context, 'context is for slices: with head = "volume" it must be 0'),
@@ -69,11 +68,15 @@ def scan_loaders(
 ) -> tuple[VolumeLoader, VolumeLoader | None]:
     """Return the loaders of training and validation: whole series of the ``split``, or their features from ``source``.
 
-    Only the labels of the rows of the ``split`` count. Raises `UsageError` if there are too few scans, or slabs of scans
-    that are labelled as a whole.
+    Only the labels of the rows of the ``split`` count. Raises `UsageError` if there are too few scans, if slabs are cut
+    from scans that are labelled as a whole, or if no label is left to learn from.
     """
     train, val = (series_of(dataset, rows) for rows in (split.train, split.val))
     if len(train) < settings.scans_per_batch * ranks.world_size:
+        if len(without_position(dataset, split.train)) == len(split.train):
+            raise UsageError(
+                "No slice to train on has a position, so there are no scans to read. Train without a head."
+            )
         raise UsageError(
             f"Expected at least one batch of {count(settings.scans_per_batch, 'scan')} for each of "
             f"{count(ranks.world_size, 'process', 'processes')}; found {count(len(train), 'scan')} to train on. Lower "
@@ -92,7 +95,7 @@ def scan_loaders(
     }
     weights = None
     if settings.sampling == "balanced":
-        weights = balanced_weights(scan_labels(dataset, scans_of(dataset, train)))
+        weights = balanced_weights(scan_labels(dataset, scans_of(dataset, train), split.train))
     loader = VolumeLoader(
         dataset,
         train,
@@ -106,15 +109,29 @@ def scan_loaders(
         drop_last=True,
         **shared,
     )
-    if settings.slab and not loader.has_slice_labels:
+    if loader.cuts_scans and not loader.has_slice_labels:
         raise UsageError(
             f"The labels are those of whole scans, which say nothing of a slab of {count(settings.slab, 'slice')}. Set slab "
             "= 0; to save memory, lower scans_per_batch."
         )
+    _require_labels(loader, "train on", settings)
     if not len(val):
         return loader, None
-    return loader, VolumeLoader(
+    if settings.head == "volume" and not settings.depth_mm:
+        shared["batch_size"] = 1  # as in predictions: no padding to the longer of two
+    val_loader = VolumeLoader(
         dataset, val[ranks.rank :: ranks.world_size], order="sequential", rows=split.val, **shared
+    )
+    _require_labels(val_loader, "validate", settings)
+    return loader, val_loader
+
+
+def _require_labels(loader: VolumeLoader, part: str, settings: TrainConfig) -> None:
+    if loader.has_scan_labels or (loader.has_slice_labels and settings.head != "volume"):
+        return
+    filtered = f", and the filter {settings.where!r} selects some slices only" if settings.where else ""
+    raise UsageError(
+        f"No label is known of any scan to {part}: it needs those of all its slices{filtered}. Select whole series."
     )
 
 

@@ -82,16 +82,20 @@ def slice_labels(dataset: Dataset) -> NDArray[np.int8]:
     return labels
 
 
-def scan_labels(dataset: Dataset, scans: Scans) -> NDArray[np.int8]:
+def scan_labels(dataset: Dataset, scans: Scans, rows: NDArray[np.int64] | None = None) -> NDArray[np.int8]:
     """Return the labels of each scan, int8 (scans, classes), -1 where unknown.
 
     Positive if any of its slices is, negative if all of them are known to be; or as its series, study or patient is
-    labelled.
+    labelled. ``rows`` are those whose labels count (default: all): a scan is unknown if one of its slices has a label of
+    its own that does not.
     """
     labels = dataset.labels[scans.rows]
     highest = np.maximum.reduceat(labels, scans.first, axis=0)
     all_known = np.logical_and.reduceat(labels >= 0, scans.first, axis=0)
     found: NDArray[np.int8] = np.where((highest > 0) | all_known, highest, -1).astype(np.int8)
+    if rows is not None:
+        left_out = (slice_labels(dataset)[scans.rows] >= 0).any(axis=1) & ~np.isin(scans.rows, rows)
+        found[np.logical_or.reduceat(left_out, scans.first)] = -1
     return found
 
 

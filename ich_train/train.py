@@ -189,12 +189,13 @@ def _start_or_resume(
     if saved is not None:
         encoder = _encoder_of_features(session)
         load_parameters(out / LAST, session.model)
-        if any(not torch.equal(value, encoder[key]) for key, value in _encoder_of_features(session).items()):
-            raise UsageError(
-                f"The features in {settings.features} were made by another encoder than those that {out} began with. Make "
-                "them again with `ich-train embed` of the same run, or start another run."
-            )
         restore(session, saved)
+        changed = any(not torch.equal(value, encoder[key]) for key, value in _encoder_of_features(session).items())
+        if changed and not is_finished(session.history, settings):
+            raise UsageError(
+                f"The features in {settings.features} were not made by the encoder that {out} began with. Make them again "
+                "with `ich-train embed` of the run that it came from, or start another run."
+            )
         if ranks.first and settings.epochs > settings_of(out)[0].epochs:
             lengthen(out, settings.epochs)
     elif ranks.first and not resume:
@@ -401,7 +402,7 @@ def _outline(session: Session) -> str:
     if isinstance(loader, VolumeLoader) and loader.slab:
         part, parts_of = "slab", f" of {count(len(loader.scans), 'scan')}"
     unread = (
-        f" Without a position in their scan, and not read: {count(session.unread, 'labelled slice')}."
+        f" Not read, because they have no position in their scan: {count(session.unread, 'labelled slice')}."
         if session.unread
         else ""
     )

@@ -135,11 +135,9 @@ class VolumeLoader(EpochLoader[_Plan, VolumeBatch]):
         self._source: Rows = self.dataset if source is None else source
         self._padding = AIR[self.dataset.spec.store] if source is None else 0
         self._labels = slice_labels(self.dataset)[self.scans.rows]
-        masked = np.zeros(len(self._labels), bool)
         if rows is not None:
-            masked = ~np.isin(self.scans.rows, rows) & (self._labels >= 0).any(axis=1)
-            self._labels[masked] = -1
-        self._item_labels = self._labels_of_items(np.logical_or.reduceat(masked, self.scans.first))
+            self._labels[~np.isin(self.scans.rows, rows)] = -1
+        self._item_labels = self._labels_of_items(scan_labels(self.dataset, self.scans, rows))
         self._spacing = spacings(self.dataset, self.scans)
         self._positions = positions_mm(self.dataset, self.scans, self._spacing[:, 0])
         self.depth = int(self._lengths.max())  # of the longest item
@@ -175,6 +173,16 @@ class VolumeLoader(EpochLoader[_Plan, VolumeBatch]):
         """Whether the label of any slice is known, and not only those of scans."""
         return bool((self._labels >= 0).any())
 
+    @property
+    def has_scan_labels(self) -> bool:
+        """Whether the label of any scan or slab is known."""
+        return bool((self._item_labels >= 0).any())
+
+    @property
+    def cuts_scans(self) -> bool:
+        """Whether any scan is longer than a slab."""
+        return self.items > len(self.scans)
+
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings(), "scans": len(self.scans), "rows": len(self.scans.rows)}
 
@@ -203,14 +211,12 @@ class VolumeLoader(EpochLoader[_Plan, VolumeBatch]):
         items = rank_positions(together, rank=self.rank, world_size=self.world_size)
         return _Plan(items, depth=int(self._lengths[together].max()))
 
-    def _labels_of_items(self, masked: NDArray[np.bool_]) -> NDArray[np.int8]:
-        """Return the labels of the items, int8 (items, classes): those of their scans or, of slabs, of their slices.
+    def _labels_of_items(self, of_scans: NDArray[np.int8]) -> NDArray[np.int8]:
+        """Return the labels of the items, int8 (items, classes): those ``of_scans`` or, of slabs, of their slices.
 
-        ``masked`` (scans,) are unknown. So is a slab unless its slices are labelled: one of a positive scan may have
-        nothing to show, and those of negative scans alone would teach that there are no positive ones.
+        A slab is unknown unless its slices are labelled: one of a positive scan may have nothing to show, and those of
+        negative scans alone would teach that there are no positive ones.
         """
-        of_scans = scan_labels(self.dataset, self.scans)
-        of_scans[masked] = -1
         labels = of_scans[self._scan_of_item]
         for item in np.flatnonzero(self._lengths < self.scans.lengths[self._scan_of_item]):
             first = self.scans.first[self._scan_of_item[item]] + self._starts[item]
