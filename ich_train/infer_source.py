@@ -79,7 +79,8 @@ def refuse_source_options(settings: PredictConfig, path: Place) -> None:
     given = [f"--{name.replace('_', '-')}" for name in SOURCE_OPTIONS if name in settings.model_fields_set]
     if given:
         raise UsageError(
-            f"{path} is a dataset, and {', '.join(given)} is for DICOM files: choose its slices with --where."
+            f"{', '.join(given)}: for DICOM files only, and {path} is the name of a dataset. Leave "
+            f"{'it' if len(given) == 1 else 'them'} out; --where selects slices of a dataset."
         )
 
 

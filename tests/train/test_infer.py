@@ -530,9 +530,11 @@ def test_files_of_no_subset_are_all_in_a_submission(call: Call, run: Path, twelv
         (["--src", "nothing", "--out", "x.csv"], 1, "Expected a folder of DICOM files or a zip archive at"),
         (["--src", "empty", "--out", "x.csv"], 1, "Expected DICOM files below"),
         (["--src", "texts", "--out", "x.csv"], 1, "No CT slices: 1 file quarantined: 1 not_an_image"),
+        (["--src", "cut", "--out", "x.csv"], 1, "Copy or export these files again, or point --src at axial CT."),
         (["--src", "broken.zip", "--out", "x.csv"], 1, "broken.zip"),
         (["--src", "nothing.zarr", "--out", "x.csv"], 1, "Expected a dataset at nothing.zarr; found nothing"),
-        (["--src", "nothing.zarr", "--layout", "rsna", "--out", "x.csv"], 2, "--layout is for DICOM files"),
+        (["--src", "nothing.zarr", "--layout", "rsna", "--out", "x.csv"], 2, "--layout: for DICOM files only"),
+        (["--layout", "rsna", "--out", "x.csv"], 2, "--layout: for DICOM files only"),
         (["--src", "texts", "--src", "texts", "--out", "x.csv"], 2, "names the same place twice"),
         (["--src", "texts", "--out", "x.txt"], 2, "expected a name that ends in .csv or .parquet"),
         (["--src", "texts", "--out", "x.csv", "--scans", "x.csv"], 2, "Two outputs have the same path"),
@@ -555,6 +557,7 @@ def test_bad_input_is_one_message(
     message: str,
 ) -> None:
     write_files(tmp_path, {"texts/note.txt": b"hello", "broken.zip": b"PK\3\4 cut off"})
+    write_files(tmp_path / "cut", {name: data[:-100] for name, data in slices(range(2)).items()})
     (tmp_path / "empty").mkdir()
     assert call("predict", hospital_run, *words) == code
     printed = capsys.readouterr().err

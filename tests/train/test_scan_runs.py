@@ -28,6 +28,7 @@ from ich_train.embed import embed
 from ich_train.evaluation.evaluate import evaluate_run
 from ich_train.features import read_features
 from ich_train.loss import loss_sums
+from ich_train.meters import Meter
 from ich_train.predict import load_predictor
 from ich_train.ranks import Ranks
 from ich_train.runs import read_history
@@ -192,8 +193,11 @@ def test_a_second_stage_is_not_resumed_on_features_of_another_encoder(dataset: D
     quiet(dataset, tmp_path / "head", settings(features=features, epochs=1))
     longer = settings(features=features, epochs=2)
     embed(tmp_path / "slices-1", dataset, features)
-    with pytest.raises(UsageError, match=r"made by another encoder than those that .* began with"):
+    with pytest.raises(UsageError, match="not made by the encoder that"):
         quiet(dataset, tmp_path / "head", longer, resume=True)
+    assert quiet(
+        dataset, tmp_path / "head", settings(features=features, epochs=1), resume=True
+    ).finished  # nothing to do
     embed(tmp_path / "slices-0", dataset, features)
     assert len(quiet(dataset, tmp_path / "head", longer, resume=True).history) == 2
 
@@ -209,8 +213,27 @@ def test_a_run_starts_from_the_weights_of_another_with_its_head(dataset: Dataset
         found = prepare(dataset, of, ALONE, weights=weights).model.state_dict()
         assert found.keys() == expected.keys()
         assert all(torch.equal(value, expected[key]) for key, value in found.items())
-    with pytest.raises(UsageError, match="does not hold weights of baseline with a head of lstm"):
-        prepare(dataset, settings(head="lstm"), ALONE, weights=file)
+    for other in ("lstm", "none"):
+        found = prepare(dataset, settings(head=other), ALONE, weights=tmp_path / "other.pt").model.state_dict()
+        of_encoder = {
+            key: value for key, value in found.items() if f"encoder.{key.removeprefix('encoder.')}" in expected
+        }
+        assert len(of_encoder) == sum(key.startswith("encoder.") for key in expected)
+        for key, value in of_encoder.items():
+            assert torch.equal(value, expected[f"encoder.{key.removeprefix('encoder.')}"])
+
+
+def test_a_head_on_features_starts_from_weights_that_have_one(dataset: Dataset, tmp_path: Path) -> None:
+    quiet(dataset, tmp_path / "slices", settings(head="none", epochs=1))
+    embed(tmp_path / "slices", dataset, tmp_path / "features.zarr")
+    of = settings(features=tmp_path / "features.zarr", epochs=1)
+    quiet(dataset, tmp_path / "first", of)
+    expected = load_predictor(tmp_path / "first", dataset, device="cpu").model.state_dict()
+    weights = tmp_path / "first" / "best" / "model.safetensors"
+    found = prepare(dataset, of, ALONE, weights=weights).model.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+    with pytest.raises(UsageError, match="weights of an encoder only"):
+        prepare(dataset, of, ALONE, weights=tmp_path / "slices" / "best" / "model.safetensors")
 
 
 def test_only_the_labels_of_a_filter_count(dataset: Dataset) -> None:
@@ -231,6 +254,29 @@ def test_slabs_of_scans_that_are_labelled_as_a_whole_are_refused(twelve: Path, t
     weak = with_scan_labels(twelve, tmp_path / "weak.zarr")
     with pytest.raises(UsageError, match=r"say nothing of a slab of 8 slices\. Set slab = 0"):
         quiet(weak, tmp_path / "run", settings(slab=8))
+    assert prepare(weak, settings(slab=100), ALONE, weights=None).loader.items > 0  # cuts no scan
+
+
+def test_a_filter_that_leaves_no_label_to_learn_from_is_refused(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "scan_nets.py").write_text(NETS, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "scan_nets", raising=False)
+    of = settings(head="volume", model="scan_nets:Volume", where="slice_index > 5")
+    with pytest.raises(
+        UsageError, match=r"No label is known .* to train on: .* 'slice_index > 5' selects some slices only"
+    ):
+        quiet(dataset, tmp_path / "run", of)
+
+
+def test_batches_without_a_label_have_no_mean(dataset: Dataset) -> None:
+    session = prepare(dataset, settings(where="slice_index < 2", slab=4, scans_per_batch=1), ALONE, weights=None)
+    sums = [session.step(*batch.inputs, rate=1e-4, seed=0) for batch in session.loader]
+    meters = [Meter(one) for one in sums]
+    assert any(np.isnan(meter.means()[0]) for meter in meters)
+    assert np.isfinite(Meter(torch.stack(sums).sum(dim=0)).means()).all()
+    assert all(torch.isfinite(value).all() for value in session.model.parameters())
 
 
 def test_slices_without_a_position_are_not_passed_over_in_silence(dataset: Dataset, tmp_path: Path) -> None:
@@ -246,7 +292,7 @@ def test_slices_without_a_position_are_not_passed_over_in_silence(dataset: Datas
     shown = io.StringIO()
     console = Console(file=shown, width=300)
     train(open_dataset(copy), tmp_path / "run", settings(epochs=1, slab=12), None, console=console)
-    assert "not read: 1 labelled slice." in shown.getvalue()
+    assert "no position in their scan: 1 labelled slice." in shown.getvalue()
     assert " slabs of " in shown.getvalue()
 
 
@@ -255,11 +301,15 @@ def test_labels_of_scans_calibrate_no_slice(
 ) -> None:
     weak = with_scan_labels(twelve, tmp_path / "weak.zarr")
     quiet(weak, tmp_path / "run", settings(epochs=1))
-    assert call("eval", tmp_path / "run", "--data", weak.path) == 0
-    assert "scans, as the head says" in capsys.readouterr().err
-    found = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))["calibration"]
-    assert found["temperature"] is None
-    assert found["as_predicted"] == {"ece": None, "brier": None, "log_loss": None}
+    assert call("eval", tmp_path / "run", "--data", weak.path, "--sensitivity", 0.8) == 0
+    shown = capsys.readouterr().err
+    assert "scans, as the head says" in shown
+    assert "by their highest slice" not in shown
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["calibration"]["temperature"] is None
+    assert metrics["calibration"]["as_predicted"] == {"ece": None, "brier": None, "log_loss": None}
+    assert any(point["threshold"] is not None for point in metrics["operating_point"]["labels"].values())
+    assert not (tmp_path / "run" / "pictures" / "reliability.png").exists()
 
 
 def test_features_of_something_else_are_refused(dataset: Dataset, tmp_path: Path) -> None:
@@ -301,7 +351,7 @@ def test_a_network_of_volumes_trains_and_predicts(
     seen: list[torch.Size] = []
     predictor.model.network.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape))
     found = predict_scans(predictor, dataset, np.array([1, 2]))
-    assert seen == [(1, 3, 12, 32, 32)] * 2
+    assert seen == [(2, 3, 12, 32, 32)]
     np.testing.assert_array_equal(found.slices[0], found.scans[0])
     np.testing.assert_array_equal(found.slices[-1], found.scans[1])
 
@@ -326,7 +376,6 @@ def test_what_a_scan_gets_does_not_depend_on_the_others(
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"features": "f.zarr", "weights": "w.pt"}, "features bring one that is trained"),
         ({"spacing_mm": 5.0}, "spacing_mm is for"),
         ({"depth_mm": 5.0}, "need spacing_mm"),
         ({"head": "volume", "context": 1}, "context is for slices"),
