@@ -57,7 +57,9 @@ def temperature_of(run: Path, meta: Meta, *, wanted: bool = True) -> Temperature
             value = metrics["calibration"]["temperature"]
             if value is not None and math.isfinite(value) and value > 0:
                 return Temperature(run.name, float(value))
-            why = "no temperature can be fitted without validation slices with labels of their own, positive and negative"
+            why = (
+                "no temperature can be fitted without validation slices with labels of their own, positive and negative"
+            )
     except FileNotFoundError:
         why = "it has not been evaluated (ich-train eval)"
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
