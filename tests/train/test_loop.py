@@ -464,7 +464,7 @@ def held_out_aucs(path: Path, out: Path, seed: int) -> dict[str, float]:
 def test_baseline_learns_the_phantom_in_ten_epochs(sixty: Path, tmp_path: Path, seed: int) -> None:
     aucs = held_out_aucs(sixty, tmp_path / "run", seed)
     assert aucs["any"] >= 0.90
-    assert min(aucs.values()) >= 0.7, aucs  # of a subtype there are a dozen positives, and processors round differently
+    assert min(aucs.values()) >= 0.75, aucs
 
 
 @pytest.mark.slow
