@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from ich_prep.dataset.where import joined_schema, slices_with_series
 from ich_prep.errors import UsageError, did_you_mean
+from ich_train.scans import slice_labels
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -28,6 +29,7 @@ class Cases:
     classes: tuple[str, ...]
     rows: NDArray[np.int64]
     labels: NDArray[np.int8]  # (n, classes), -1 where unknown
+    slice_labels: NDArray[np.int8]  # (n, classes), those that were given for the slice itself, else -1
     probabilities: NDArray[np.float32]  # (n, classes)
     series: NDArray[np.int64]
     series_sizes: NDArray[np.int64]  # slices of that series with pixels, labelled or not
@@ -74,6 +76,7 @@ def cases_of(dataset: Dataset, rows: NDArray[np.int64], probabilities: NDArray[n
         classes=dataset.classes,
         rows=rows,
         labels=dataset.labels[rows],
+        slice_labels=slice_labels(dataset)[rows],
         probabilities=probabilities,
         series=series,
         series_sizes=dataset.series["n_ok"].to_numpy()[series].astype(np.int64),

@@ -37,7 +37,6 @@ from ich_train.predict import Mirrored, Predictor, load_predictor
 from ich_train.rows import draw_rows, labelled_rows
 from ich_train.runs import METRICS, METRICS_VERSION, read_history, require_writable
 from ich_train.scan_predict import ScanProbabilities, predict_scans, predict_slices, series_rows
-from ich_train.scans import slice_labels
 from ich_train.split import Split, split_rows
 
 if TYPE_CHECKING:
@@ -237,8 +236,7 @@ def measure_all(
         by_value[value] = measure_views(select(cases, chosen), validation, baseline[chosen], **given)
     of_both = cases.labels, cases.probabilities, validation.labels, validation.probabilities
     # What is calibrated is a slice's probability: the label of its series does not judge that.
-    of_slices = slice_labels(dataset)
-    judged = of_slices[cases.rows], cases.probabilities, of_slices[validation.rows], validation.probabilities
+    judged = cases.slice_labels, cases.probabilities, validation.slice_labels, validation.probabilities
     return {
         "evaluated": evaluation.model_dump(exclude={"batch_size"})
         | {"slices": len(cases.rows), "series_labels": bool({*levels} - {"slice", "none"})},

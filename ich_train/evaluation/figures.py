@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +23,6 @@ from ich_train.evaluation.plots import (
 )
 from ich_train.loader import SliceLoader
 from ich_train.model import conv_layers
-from ich_train.scans import slice_labels
 from ich_train.temperature import scaled
 
 if TYPE_CHECKING:
@@ -61,9 +59,8 @@ def draw_results(
         "roc": roc_panels(curves["roc"], view),
         "precision_recall": precision_recall_panels(curves["precision_recall"], view),
     }
-    judged = replace(cases, labels=slice_labels(dataset)[cases.rows])
-    if (judged.labels >= 0).any():
-        figures["reliability"] = draw_reliability(judged, metrics["calibration"]["temperature"])
+    if (cases.slice_labels >= 0).any():
+        figures["reliability"] = draw_reliability(cases, metrics["calibration"]["temperature"])
     figures |= {f"confusion_{policy}": confusion_panels(view, policy) for policy in POLICIES}
     for name in cases.classes:
         threshold = view["labels"][name]["at_best_f1"]["threshold"]
@@ -95,9 +92,10 @@ def draw_history(history: Sequence[Epoch], kept: int | None) -> dict[str, Figure
 
 def draw_reliability(cases: Cases, temperature: float | None) -> Figure:
     """Return the reliability diagram of the probabilities and, if there is a ``temperature``, of those scaled by it."""
-    curves = {"as predicted": reliability(cases.labels, cases.probabilities)}
+    curves = {"as predicted": reliability(cases.slice_labels, cases.probabilities)}
     if temperature is not None:
-        curves[f"scaled, T = {temperature:.2f}"] = reliability(cases.labels, scaled(cases.probabilities, temperature))
+        of_scaled = reliability(cases.slice_labels, scaled(cases.probabilities, temperature))
+        curves[f"scaled, T = {temperature:.2f}"] = of_scaled
     return reliability_diagram({name: (bins.predicted, bins.observed) for name, bins in curves.items()})
 
 
