@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from ich_prep.errors import UsageError
 from ich_train.model import build_checked, build_model
-from ich_train.weights import has_head, load_head
+from ich_train.weights import load_head
 
 HEADS = ("none", "gru", "lstm", "transformer", "attention", "volume")
 HeadKind = Literal["gru", "lstm", "transformer", "attention", "volume"]
@@ -166,7 +166,7 @@ def build_scan_network(
     head = ScanHead(
         shape.kind, features=features, size=shape.size, layers=shape.layers, classes=classes, dropout=dropout
     )
-    if weights is not None and has_head(weights):
+    if weights is not None:
         load_head(head, weights)
     return SequenceNetwork(encoder, head)
 
