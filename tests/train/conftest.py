@@ -42,3 +42,37 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         return int(exit_.value.code or 0)
 
     return run
+
+
+NETS = """
+import torch
+from torch import nn
+
+class Volume(nn.Module):
+    def __init__(self, *, channels, size, classes):
+        super().__init__()
+        self.conv = nn.Conv3d(channels, 8, 3, stride=2)
+        self.out = nn.Linear(8, classes)
+    def forward(self, volumes):
+        return self.out(torch.relu(self.conv(volumes)).mean(dim=(2, 3, 4)))
+
+class Convolutional(nn.Sequential):
+    def __init__(self, *, channels, size, classes):
+        super().__init__(nn.Conv2d(channels, classes, 3), nn.AdaptiveMaxPool2d(1), nn.Flatten())
+
+class Scaled(nn.Module):
+    def __init__(self, *, channels, size, classes):
+        super().__init__()
+        self.fc = nn.Linear(channels, classes)
+    def forward(self, images):
+        return self.fc(images.mean(dim=(2, 3))) .repeat(1, 2)[:, :6]
+"""
+
+
+@pytest.fixture
+def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a module with networks of one's own, in the current folder."""
+    (tmp_path / "scan_nets.py").write_text(NETS, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "scan_nets", raising=False)
+    return "scan_nets"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -120,39 +119,6 @@ def test_an_encoder_takes_chunks_when_no_gradient_is_needed() -> None:
         chunked = network.encode(images)
     assert sizes == [64, 64, 22]
     torch.testing.assert_close(chunked, whole.detach())
-
-
-NETS = """
-import torch
-from torch import nn
-
-class Volume(nn.Module):
-    def __init__(self, *, channels, size, classes):
-        super().__init__()
-        self.conv = nn.Conv3d(channels, 8, 3, stride=2)
-        self.out = nn.Linear(8, classes)
-    def forward(self, volumes):
-        return self.out(torch.relu(self.conv(volumes)).mean(dim=(2, 3, 4)))
-
-class Convolutional(nn.Sequential):
-    def __init__(self, *, channels, size, classes):
-        super().__init__(nn.Conv2d(channels, classes, 3), nn.AdaptiveMaxPool2d(1), nn.Flatten())
-
-class Scaled(nn.Module):
-    def __init__(self, *, channels, size, classes):
-        super().__init__()
-        self.fc = nn.Linear(channels, classes)
-    def forward(self, images):
-        return self.fc(images.mean(dim=(2, 3))) .repeat(1, 2)[:, :6]
-"""
-
-
-@pytest.fixture
-def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    (tmp_path / "scan_nets.py").write_text(NETS, encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "scan_nets", raising=False)
-    return "scan_nets"
 
 
 def test_a_network_of_ones_own_takes_volumes(nets: str) -> None:

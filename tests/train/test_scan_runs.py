@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 import zarr
@@ -38,9 +37,8 @@ from ich_train.scans import scan_labels, scans_of
 from ich_train.session import prepare
 from ich_train.train import train
 from ich_train.volume_loader import VolumeLoader
-from tests.support.sealing import replace_table
+from tests.support.sealing import replace_table, with_column
 from tests.support.slow_reads import interrupt_at_read
-from tests.train.test_scan_network import NETS
 
 ALONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
 TIMES = {"seconds", "slices_per_s", "wait_share"}
@@ -75,12 +73,11 @@ def with_scan_labels(path: Path, copy: Path, level: str = "series") -> Dataset:
     labels = dict(zip(scans.series.tolist(), scan_labels(dataset, scans).tolist(), strict=True))
     table, of_row = dataset.slices, dataset.slices["series_row"].to_pylist()
     levels = [level if row in labels else "none" for row in of_row]
-    values = {"label_level": pa.array(levels)} | {
-        name: pa.array([labels[row][k] if row in labels else None for row in of_row], pa.int8())
-        for k, name in enumerate(dataset.classes)
+    values = {"label_level": levels} | {
+        name: [labels[row][k] if row in labels else None for row in of_row] for k, name in enumerate(dataset.classes)
     }
     for name, column in values.items():
-        table = table.set_column(table.schema.get_field_index(name), table.schema.field(name), column)
+        table = with_column(table, name, column)
     replace_table(copy, "slices", table)
     return open_dataset(copy)
 
@@ -257,13 +254,8 @@ def test_slabs_of_scans_that_are_labelled_as_a_whole_are_refused(twelve: Path, t
     assert prepare(weak, settings(slab=100), ALONE, weights=None).loader.items > 0  # cuts no scan
 
 
-def test_a_filter_that_leaves_no_label_to_learn_from_is_refused(
-    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "scan_nets.py").write_text(NETS, encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "scan_nets", raising=False)
-    of = settings(head="volume", model="scan_nets:Volume", where="slice_index > 5")
+def test_a_filter_that_leaves_no_label_to_learn_from_is_refused(dataset: Dataset, tmp_path: Path, nets: str) -> None:
+    of = settings(head="volume", model=f"{nets}:Volume", where="slice_index > 5")
     with pytest.raises(
         UsageError, match=r"No label is known .* to train on: .* 'slice_index > 5' selects some slices only"
     ):
@@ -286,9 +278,7 @@ def test_slices_without_a_position_are_not_passed_over_in_silence(dataset: Datas
     of_row = dataset.slices["series_row"].to_numpy()
     rows = np.flatnonzero(of_row == of_row[in_training(dataset)][0])
     positions[int(rows[-1])] = None
-    place = dataset.slices.schema.get_field_index("position_mm")
-    changed = dataset.slices.set_column(place, "position_mm", pa.array(positions, dataset.slices["position_mm"].type))
-    replace_table(copy, "slices", changed)
+    replace_table(copy, "slices", with_column(dataset.slices, "position_mm", positions))
     shown = io.StringIO()
     console = Console(file=shown, width=300)
     train(open_dataset(copy), tmp_path / "run", settings(epochs=1, slab=12), None, console=console)
@@ -335,13 +325,8 @@ def test_features_of_something_else_are_refused(dataset: Dataset, tmp_path: Path
         read_features(path)
 
 
-def test_a_network_of_volumes_trains_and_predicts(
-    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "scan_nets.py").write_text(NETS, encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "scan_nets", raising=False)
-    of = settings(head="volume", model="scan_nets:Volume", spacing_mm=8.0, depth_mm=96.0, slab=0, epochs=3)
+def test_a_network_of_volumes_trains_and_predicts(dataset: Dataset, tmp_path: Path, nets: str) -> None:
+    of = settings(head="volume", model=f"{nets}:Volume", spacing_mm=8.0, depth_mm=96.0, slab=0, epochs=3)
     result = quiet(dataset, tmp_path / "run", of, evaluate=True)
     assert result.history[-1].train_loss < result.history[0].train_loss
     assert result.metrics is not None
@@ -358,12 +343,9 @@ def test_a_network_of_volumes_trains_and_predicts(
 
 @pytest.mark.parametrize("spacing_mm", [0.0, 8.0])
 def test_what_a_scan_gets_does_not_depend_on_the_others(
-    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spacing_mm: float
+    dataset: Dataset, tmp_path: Path, nets: str, spacing_mm: float
 ) -> None:
-    (tmp_path / "scan_nets.py").write_text(NETS, encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "scan_nets", raising=False)
-    quiet(dataset, tmp_path / "run", settings(head="volume", model="scan_nets:Volume", spacing_mm=spacing_mm, epochs=1))
+    quiet(dataset, tmp_path / "run", settings(head="volume", model=f"{nets}:Volume", spacing_mm=spacing_mm, epochs=1))
     predictor = load_predictor(tmp_path / "run", dataset, device="cpu")
     series = np.arange(12)
     together = predict_scans(predictor, dataset, series)

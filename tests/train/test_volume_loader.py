@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,7 +24,7 @@ from ich_train.preprocess import Preprocess
 from ich_train.scans import scan_labels, scans_of, slice_labels, spacings
 from ich_train.to_device import to_device
 from ich_train.volume_loader import VolumeBatch, VolumeLoader
-from tests.support.sealing import replace_table
+from tests.support.sealing import replace_table, with_column
 
 Taken = list[tuple[bytes, ...]]
 LABELLED = list(range(1, 12))  # the first series is of RSNA's test subset
@@ -62,8 +61,7 @@ def edited(dataset: Dataset, copy: Path, **columns: Any) -> Dataset:
     shutil.copytree(dataset.path, copy)
     table = dataset.slices
     for name, values in columns.items():
-        place = table.schema.get_field_index(name)
-        table = table.set_column(place, table.schema.field(name), pa.array(values, table.schema.field(name).type))
+        table = with_column(table, name, values)
     replace_table(copy, "slices", table)
     return open_dataset(copy)
 
